@@ -1,0 +1,7 @@
+//! The runner: from YAML text to a report. It touches no tensor.
+//!
+//! YAML text -> spec -> [`graph`] -> plan -> schedule -> report.
+
+#![forbid(unsafe_code)]
+
+pub mod graph;

@@ -1,0 +1,250 @@
+//! Datasets: rows of prompt and response ids, with the tokenizer that made them.
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::port::PortType;
+use crate::value::{Value, write};
+
+/// How a response ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// With the end token, which is the last id of the response.
+    Stop,
+    /// Cut off by a limit on length: the response has no end token.
+    Length,
+}
+
+/// One example.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// Names the row for life: random draws, teacher caches and predictions refer to it.
+    pub id: u64,
+    /// Ids of the prompt, without padding.
+    pub prompt: Vec<u32>,
+    /// Ids of the response, with the end token where [`End::Stop`].
+    pub response: Vec<u32>,
+    /// How the response ended.
+    pub end: End,
+    /// Log-probability of each response id under the model that wrote it, where one did.
+    pub log_probs: Option<Vec<f32>>,
+    /// Right answers as text, for scoring; empty where there are none.
+    pub references: Vec<String>,
+}
+
+/// The bytes of a `tokenizer.json`, shared by all that carry it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenizerFile {
+    /// Content of `tokenizer.json`.
+    pub json: Arc<Vec<u8>>,
+    /// Id of the token that ends a text, and pads.
+    pub end: u32,
+    /// Number of ids a model over it must have at least.
+    pub size: u32,
+}
+
+/// What [`TokenizerFile::save`] keeps beside `tokenizer.json`.
+#[derive(Serialize, Deserialize)]
+struct TokenizerFacts {
+    end: u32,
+    size: u32,
+}
+
+impl TokenizerFile {
+    /// Writes `tokenizer.json` and `pipeline_tokenizer.json` (end token and size).
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        write(&folder.join("tokenizer.json"), &self.json)?;
+        let facts = TokenizerFacts { end: self.end, size: self.size };
+        write(&folder.join("pipeline_tokenizer.json"), &serde_json::to_vec(&facts)?)
+    }
+
+    /// Reads what [`TokenizerFile::save`] wrote.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let json = read(&folder.join("tokenizer.json"))?;
+        let path = folder.join("pipeline_tokenizer.json");
+        let facts: TokenizerFacts =
+            serde_json::from_slice(&read(&path)?).with_context(|| format!("cannot parse `{}`", path.display()))?;
+        Ok(TokenizerFile { json: Arc::new(json), end: facts.end, size: facts.size })
+    }
+
+    /// Whether two tokenizers give the same meaning to every id: the `vocabulary` fact of what carries them.
+    pub fn vocabulary(&self) -> String {
+        // FNV-1a, 64 bits: tells tokenizers apart in an error message, guards nothing.
+        let hash = self.json.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        format!("{} tokens ({hash:016x})", self.size)
+    }
+}
+
+/// Rows with their tokenizer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataset {
+    /// The examples, in order. Shared, so that a window of a dataset copies its rows only.
+    pub rows: Vec<Row>,
+    /// What gives the ids their meaning.
+    pub tokenizer: TokenizerFile,
+}
+
+impl Dataset {
+    /// The rows at `indices`, in that order.
+    pub fn select(&self, indices: &[usize]) -> Dataset {
+        Dataset { rows: indices.iter().map(|&i| self.rows[i].clone()).collect(), tokenizer: self.tokenizer.clone() }
+    }
+
+    /// Reads what [`Value::save`] wrote.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join("dataset.safetensors");
+        let bytes = read(&path)?;
+        let tensors =
+            SafeTensors::deserialize(&bytes).with_context(|| format!("`{}` is not a dataset", path.display()))?;
+        let references_path = folder.join("references.json");
+        let references: Vec<Vec<String>> = serde_json::from_slice(&read(&references_path)?)
+            .with_context(|| format!("cannot parse `{}`", references_path.display()))?;
+        let ids = words::<8, u64>(&tensors, "id", u64::from_le_bytes)?;
+        let prompts = words::<4, u32>(&tensors, "prompt", u32::from_le_bytes)?;
+        let prompt_lengths = words::<4, u32>(&tensors, "prompt_length", u32::from_le_bytes)?;
+        let responses = words::<4, u32>(&tensors, "response", u32::from_le_bytes)?;
+        let response_lengths = words::<4, u32>(&tensors, "response_length", u32::from_le_bytes)?;
+        let ends = words::<1, u8>(&tensors, "end", u8::from_le_bytes)?;
+        let written = words::<1, u8>(&tensors, "has_log_probs", u8::from_le_bytes)?;
+        let log_probs = words::<4, f32>(&tensors, "log_prob", f32::from_le_bytes)?;
+        let count = ids.len();
+        let per_row = [prompt_lengths.len(), response_lengths.len(), ends.len(), written.len(), references.len()];
+        ensure!(per_row.iter().all(|&n| n == count), "`{}` holds columns of different length", path.display());
+
+        let (mut prompts, mut responses, mut log_probs) =
+            (prompts.as_slice(), responses.as_slice(), log_probs.as_slice());
+        let mut rows = Vec::with_capacity(count);
+        for (i, references) in references.into_iter().enumerate() {
+            let response = split(&mut responses, response_lengths[i], &path)?;
+            let log_probs =
+                if written[i] == 1 { Some(split(&mut log_probs, response.len() as u32, &path)?) } else { None };
+            rows.push(Row {
+                id: ids[i],
+                prompt: split(&mut prompts, prompt_lengths[i], &path)?,
+                response,
+                end: if ends[i] == 1 { End::Stop } else { End::Length },
+                log_probs,
+                references,
+            });
+        }
+        Ok(Dataset { rows, tokenizer: TokenizerFile::load(folder)? })
+    }
+}
+
+impl Value for Dataset {
+    fn port_type(&self) -> PortType {
+        PortType::Dataset
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        let rows = &self.rows;
+        let column = |name, dtype, bytes: Vec<u8>, width: usize| (name, dtype, vec![bytes.len() / width], bytes);
+        let columns = [
+            column("id", Dtype::U64, rows.iter().flat_map(|r| r.id.to_le_bytes()).collect(), 8),
+            column(
+                "prompt",
+                Dtype::U32,
+                rows.iter().flat_map(|r| &r.prompt).flat_map(|t| t.to_le_bytes()).collect(),
+                4,
+            ),
+            column(
+                "prompt_length",
+                Dtype::U32,
+                rows.iter().flat_map(|r| (r.prompt.len() as u32).to_le_bytes()).collect(),
+                4,
+            ),
+            column(
+                "response",
+                Dtype::U32,
+                rows.iter().flat_map(|r| &r.response).flat_map(|t| t.to_le_bytes()).collect(),
+                4,
+            ),
+            column(
+                "response_length",
+                Dtype::U32,
+                rows.iter().flat_map(|r| (r.response.len() as u32).to_le_bytes()).collect(),
+                4,
+            ),
+            column("end", Dtype::U8, rows.iter().map(|r| u8::from(r.end == End::Stop)).collect(), 1),
+            column("has_log_probs", Dtype::U8, rows.iter().map(|r| u8::from(r.log_probs.is_some())).collect(), 1),
+            column(
+                "log_prob",
+                Dtype::F32,
+                rows.iter().filter_map(|r| r.log_probs.as_ref()).flatten().flat_map(|x| x.to_le_bytes()).collect(),
+                4,
+            ),
+        ];
+        let views = columns
+            .iter()
+            .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)));
+        let views = views.collect::<Result<Vec<_>>>()?;
+        write(&folder.join("dataset.safetensors"), &safetensors::serialize(views, None)?)?;
+        let references: Vec<&Vec<String>> = rows.iter().map(|r| &r.references).collect();
+        write(&folder.join("references.json"), &serde_json::to_vec(&references)?)?;
+        self.tokenizer.save(folder)
+    }
+
+    fn fact(&self, name: &str) -> Option<String> {
+        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+fn words<const N: usize, T>(tensors: &SafeTensors<'_>, name: &str, parse: fn([u8; N]) -> T) -> Result<Vec<T>> {
+    let tensor = tensors.tensor(name).with_context(|| format!("dataset without column `{name}`"))?;
+    let bytes: Cow<'_, [u8]> = Cow::Borrowed(tensor.data());
+    ensure!(bytes.len() % N == 0, "column `{name}` has a broken length");
+    Ok(bytes.chunks_exact(N).map(|c| parse(c.try_into().expect("chunks are of size N"))).collect())
+}
+
+fn split<T: Clone>(rest: &mut &[T], length: u32, path: &Path) -> Result<Vec<T>> {
+    ensure!(rest.len() >= length as usize, "`{}` ends inside a row", path.display());
+    let (head, tail) = rest.split_at(length as usize);
+    *rest = tail;
+    Ok(head.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_saved_dataset_loads_equal() {
+        let tokenizer = TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 3, size: 9 };
+        let row = |id, response: Vec<u32>, end, log_probs: Option<Vec<f32>>| Row {
+            id,
+            prompt: vec![1, 2, id as u32],
+            response,
+            end,
+            log_probs,
+            references: vec!["a".into(), "ü".into()],
+        };
+        let rows = vec![
+            row(7, vec![4, 3], End::Stop, Some(vec![-0.1, f32::MIN_POSITIVE])),
+            row(9, vec![], End::Length, None),
+            row(u64::MAX, vec![5], End::Length, None),
+        ];
+        let dataset = Dataset { rows, tokenizer };
+        let folder = tempfile::tempdir().unwrap();
+        dataset.save(folder.path()).unwrap();
+        assert_eq!(Dataset::load(folder.path()).unwrap(), dataset);
+    }
+}

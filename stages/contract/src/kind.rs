@@ -1,0 +1,256 @@
+//! Kinds and operators: how a stage describes itself and how it runs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+
+use crate::Result;
+use crate::clock::Step;
+use crate::port::{PortType, Ports};
+use crate::value::{AnyValue, Inputs, Outputs};
+
+/// Which defaults the quirk options of all stages take: sound ones, or those of the published programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Conventions {
+    /// What is right.
+    #[default]
+    Sound,
+    /// What the published programs do.
+    Reference,
+}
+
+/// What a kind says of itself. Changing `version` drops cached results of the kind, so it is bumped only when the same
+/// inputs and configuration give other bytes.
+#[derive(Clone, Debug)]
+pub struct About {
+    /// Name in `kind:`.
+    pub name: &'static str,
+    /// Semantic version of the result.
+    pub version: u32,
+    /// Version of the numerics library behind the result, where one is.
+    pub numerics: Option<u32>,
+    /// One line for the catalogue.
+    pub summary: &'static str,
+    /// YAML that uses it.
+    pub example: &'static str,
+    /// Whether the clock of a loop changes its result.
+    pub reads_clock: bool,
+}
+
+/// One thing wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// Path of the field inside `with`, for example `["init", "layers"]`; empty for the whole.
+    pub path: Vec<String>,
+    /// What is wrong, as a lower-case fragment.
+    pub message: String,
+    /// What to do, if it can be said.
+    pub hint: Option<String>,
+}
+
+impl ConfigError {
+    /// An error at a field named with dots.
+    pub fn at(path: &str, message: impl Into<String>) -> Self {
+        let path = path.split('.').filter(|part| !part.is_empty()).map(str::to_owned).collect();
+        ConfigError { path, message: message.into(), hint: None }
+    }
+
+    /// Says what to do.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// A local file or folder whose content decides the result. Its digest takes the field's place in the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Path of the field inside `with` that names it.
+    pub field: Vec<String>,
+    /// Where it is, relative to the folder that `pipeline` was started in.
+    pub path: PathBuf,
+}
+
+/// How a training kind is used outside of a `loop:`, where it is short for a loop with this one stage.
+///
+/// The loop carries `carry` from input `carry` (where connected) and next takes output `next`; each round the stage sees
+/// a window of input `data`. The fields of a window (`rows take epochs rounds order seed last`) then stand in `with`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Alone {
+    /// Input port that gets the window.
+    pub data: &'static str,
+    /// Input port that gets the carried value.
+    pub carry: &'static str,
+    /// Output port that becomes the carried value, and the name of the loop's output.
+    pub next: &'static str,
+    /// Extra port for a dataset: where connected, its loss is measured after every epoch and the best round is kept.
+    pub valid: Option<&'static str>,
+}
+
+/// Where a stage runs. Nothing here may change a result beyond rounding.
+#[derive(Clone, Debug)]
+pub struct Env {
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// Threads it may use.
+    pub threads: usize,
+    /// A folder of its own for files; removed afterwards.
+    pub scratch: PathBuf,
+}
+
+/// What a running operator tells its runner.
+pub trait Sink {
+    /// Appends a row to the stage's `metrics.jsonl`. Only deterministic values.
+    fn metrics(&mut self, row: Map<String, Json>);
+    /// Says how far this run of the operator is, in `unit`s (for example `rows`).
+    fn progress(&mut self, done: u64, total: u64, unit: &str);
+    /// Tells the user something that is not an error.
+    fn warn(&mut self, text: &str);
+}
+
+/// A started stage. In a loop it runs once a round and may keep inner state between rounds.
+pub trait Operator: Send {
+    /// Does the work of one round.
+    fn run(&mut self, inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs>;
+
+    /// All that the next round needs beyond its inputs, as a value of type `state`; `None` when there is nothing.
+    fn state(&self) -> Result<Option<AnyValue>> {
+        Ok(None)
+    }
+}
+
+/// A stage kind as the runner sees it. Implement [`Stage`]; this follows.
+pub trait Kind: Send + Sync {
+    /// Name, version, documentation.
+    fn about(&self) -> About;
+    /// JSON Schema of `with`.
+    fn schema(&self) -> Json;
+    /// Checks `with` and fills every default in, those of `conventions` too.
+    fn resolve(&self, config: &Json, conventions: Conventions) -> Result<Json, Vec<ConfigError>>;
+    /// Ports under a resolved configuration.
+    fn ports(&self, config: &Json) -> Ports;
+    /// Local files that a resolved configuration names.
+    fn sources(&self, config: &Json) -> Vec<Source>;
+    /// How it is used alone, for training kinds.
+    fn alone(&self) -> Option<Alone>;
+    /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
+    fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
+}
+
+/// A stage kind as its file writes it: typed configuration, ports, start.
+pub trait Stage: Send + Sync + 'static {
+    /// Configuration, the `with` of the stage. Use `deny_unknown_fields`, a `#[serde(default)]` on every optional
+    /// field, and a doc comment on each: the catalogue and the JSON Schema are made from it.
+    type Config: Serialize + DeserializeOwned + JsonSchema;
+
+    /// Name, version, documentation.
+    fn about(&self) -> About;
+
+    /// Fills in the options whose default follows the conventions.
+    fn fill(&self, _config: &mut Self::Config, _conventions: Conventions) {}
+
+    /// What no type can say, such as two fields that disagree. Runs after [`Stage::fill`].
+    fn validate(&self, _config: &Self::Config) -> Vec<ConfigError> {
+        Vec::new()
+    }
+
+    /// Ports. Only sources may let the configuration decide them.
+    fn ports(&self, config: &Self::Config) -> Ports;
+
+    /// Local files that the configuration names.
+    fn sources(&self, _config: &Self::Config) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// How it is used alone, for training kinds.
+    fn alone(&self) -> Option<Alone> {
+        None
+    }
+
+    /// Starts it.
+    fn start(&self, config: Self::Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
+}
+
+impl<S: Stage> Kind for S {
+    fn about(&self) -> About {
+        Stage::about(self)
+    }
+
+    fn schema(&self) -> Json {
+        serde_json::to_value(schemars::schema_for!(S::Config)).expect("a schema is JSON")
+    }
+
+    fn resolve(&self, config: &Json, conventions: Conventions) -> Result<Json, Vec<ConfigError>> {
+        let mut config: S::Config =
+            serde_json::from_value(config.clone()).map_err(|e| vec![ConfigError::at("", e.to_string())])?;
+        self.fill(&mut config, conventions);
+        let errors = self.validate(&config);
+        if errors.is_empty() {
+            Ok(serde_json::to_value(&config).expect("a configuration is JSON"))
+        } else {
+            Err(errors)
+        }
+    }
+
+    fn ports(&self, config: &Json) -> Ports {
+        Stage::ports(self, &typed::<S>(config))
+    }
+
+    fn sources(&self, config: &Json) -> Vec<Source> {
+        Stage::sources(self, &typed::<S>(config))
+    }
+
+    fn alone(&self) -> Option<Alone> {
+        Stage::alone(self)
+    }
+
+    fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Stage::start(self, typed::<S>(config), env, state)
+    }
+}
+
+fn typed<S: Stage>(config: &Json) -> S::Config {
+    serde_json::from_value(config.clone()).expect("a resolved configuration reads back")
+}
+
+/// All kinds, and how values are read back from a folder.
+pub struct Registry {
+    kinds: BTreeMap<&'static str, Box<dyn Kind>>,
+    load: LoadValue,
+}
+
+/// Reads a value of that type from the folder that [`crate::Value::save`] wrote.
+pub type LoadValue = fn(PortType, &Path, &Env) -> Result<AnyValue>;
+
+impl Registry {
+    /// A registry without kinds.
+    pub fn new(load: LoadValue) -> Self {
+        Registry { kinds: BTreeMap::new(), load }
+    }
+
+    /// Adds a kind under the name it gives itself.
+    pub fn with(mut self, kind: impl Kind + 'static) -> Self {
+        self.kinds.insert(kind.about().name, Box::new(kind));
+        self
+    }
+
+    /// The kind of that name.
+    pub fn get(&self, name: &str) -> Option<&dyn Kind> {
+        self.kinds.get(name).map(Box::as_ref)
+    }
+
+    /// All kinds, by name.
+    pub fn kinds(&self) -> impl Iterator<Item = &dyn Kind> {
+        self.kinds.values().map(Box::as_ref)
+    }
+
+    /// Reads a value back.
+    pub fn load(&self, port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
+        (self.load)(port_type, folder, env)
+    }
+}

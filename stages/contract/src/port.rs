@@ -1,0 +1,144 @@
+//! Typed, named ports: what may be connected to what.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What travels along an edge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortType {
+    /// Text by split: `train.jsonl`, `valid.jsonl`, `test.jsonl`.
+    Corpus,
+    /// A Hugging Face tokenizer folder.
+    Tokenizer,
+    /// Rows of prompt and response ids with their tokenizer.
+    Dataset,
+    /// A Hugging Face model folder with its tokenizer.
+    Model,
+    /// A low-rank adapter.
+    Adapter,
+    /// A PEFT prompt-tuning folder.
+    SoftPrompt,
+    /// What a frozen teacher computed, kept.
+    TeacherCache,
+    /// Inner state of a training stage: moments, buffers.
+    State,
+    /// Generated text with scores, a line a row.
+    Predictions,
+    /// Named numbers.
+    Metrics,
+    /// Rows and columns for a person.
+    Table,
+    /// A picture.
+    Figure,
+    /// One file.
+    File,
+    /// Any folder.
+    Dir,
+}
+
+impl PortType {
+    /// The name used in YAML, documentation and on disk.
+    pub fn name(self) -> &'static str {
+        match self {
+            PortType::Corpus => "corpus",
+            PortType::Tokenizer => "tokenizer",
+            PortType::Dataset => "dataset",
+            PortType::Model => "model",
+            PortType::Adapter => "adapter",
+            PortType::SoftPrompt => "soft-prompt",
+            PortType::TeacherCache => "teacher-cache",
+            PortType::State => "state",
+            PortType::Predictions => "predictions",
+            PortType::Metrics => "metrics",
+            PortType::Table => "table",
+            PortType::Figure => "figure",
+            PortType::File => "file",
+            PortType::Dir => "dir",
+        }
+    }
+}
+
+impl fmt::Display for PortType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One named input or output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Name, as in `in: {NAME: ...}` or `stage.NAME`.
+    pub name: String,
+    /// What travels along it.
+    pub port_type: PortType,
+    /// Whether the stage cannot run without it. Outputs are always made.
+    pub required: bool,
+    /// One line for the catalogue.
+    pub doc: String,
+}
+
+/// Inputs whose [`fact`](crate::Value::fact) of that name must be equal, for example the `vocabulary` of student and teacher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agreement {
+    /// Name of the fact.
+    pub fact: String,
+    /// Input ports that must agree; those not connected are left out.
+    pub ports: Vec<String>,
+}
+
+/// All ports of a kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    /// What it reads.
+    pub inputs: Vec<Port>,
+    /// What it makes.
+    pub outputs: Vec<Port>,
+    /// What must agree.
+    pub agree: Vec<Agreement>,
+}
+
+impl Ports {
+    /// No port; the `input`, `output` and `agree` methods add them.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a required input.
+    pub fn input(self, name: &str, port_type: PortType, doc: &str) -> Self {
+        self.add_input(name, port_type, true, doc)
+    }
+
+    /// Adds an input that may be left unconnected.
+    pub fn optional(self, name: &str, port_type: PortType, doc: &str) -> Self {
+        self.add_input(name, port_type, false, doc)
+    }
+
+    fn add_input(mut self, name: &str, port_type: PortType, required: bool, doc: &str) -> Self {
+        self.inputs.push(Port { name: name.into(), port_type, required, doc: doc.into() });
+        self
+    }
+
+    /// Adds an output.
+    pub fn output(mut self, name: &str, port_type: PortType, doc: &str) -> Self {
+        self.outputs.push(Port { name: name.into(), port_type, required: true, doc: doc.into() });
+        self
+    }
+
+    /// Asks that `fact` is the same on all of `ports`.
+    pub fn agree(mut self, fact: &str, ports: &[&str]) -> Self {
+        self.agree.push(Agreement { fact: fact.into(), ports: ports.iter().map(|p| p.to_string()).collect() });
+        self
+    }
+
+    /// The input of that name.
+    pub fn find_input(&self, name: &str) -> Option<&Port> {
+        self.inputs.iter().find(|p| p.name == name)
+    }
+
+    /// The output of that name.
+    pub fn find_output(&self, name: &str) -> Option<&Port> {
+        self.outputs.iter().find(|p| p.name == name)
+    }
+}
