@@ -294,3 +294,241 @@ fn token_of(rank: u64) -> usize {
 fn scale(temperature: f32) -> f32 {
     (1.0 / temperature).min(f32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use contract::random::{philox, uniform};
+
+    use super::*;
+
+    /// A case of the fixtures.
+    #[derive(Deserialize)]
+    struct Fixture {
+        name: String,
+        settings: Settings,
+        history: Vec<u32>,
+        logits: Vec<f32>,
+        probabilities: Vec<f64>,
+    }
+
+    #[derive(Deserialize)]
+    struct Settings {
+        temperature: f32,
+        top_k: usize,
+        top_p: f32,
+        repetition_penalty: f32,
+        no_repeat_ngram_size: usize,
+    }
+
+    fn fixtures() -> Vec<(Fixture, Sampling)> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/parity/sampling/cases.json");
+        let fixtures: Vec<Fixture> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert!(fixtures.len() > 20);
+        let sampling = |fixture: &Fixture| Sampling {
+            temperature: fixture.settings.temperature,
+            top_k: fixture.settings.top_k,
+            top_p: fixture.settings.top_p,
+            repetition_penalty: fixture.settings.repetition_penalty,
+            no_repeat_ngram: fixture.settings.no_repeat_ngram_size,
+        };
+        fixtures.into_iter().map(|fixture| (sampling(&fixture), fixture)).map(|(s, f)| (f, s)).collect()
+    }
+
+    fn draws(count: u32) -> impl Iterator<Item = f32> {
+        (0..count).map(|i| uniform(philox(17, [i, 0, 0, 0])[0]))
+    }
+
+    /// Logits as of a trained model: a few good tokens and a long tail.
+    fn lively_logits(count: usize, seed: u64) -> Vec<f32> {
+        (0..count as u32).map(|i| -(uniform(philox(seed, [i, 0, 0, 0])[0]) + 1e-6).ln()).collect()
+    }
+
+    #[test]
+    fn distributions_agree_with_the_ones_computed_by_others() {
+        for (fixture, sampling) in fixtures() {
+            sampling.validate().unwrap();
+            let found = distribution(&fixture.logits, &fixture.history, &sampling);
+            for (token, (&found, &right)) in found.iter().zip(&fixture.probabilities).enumerate() {
+                assert_eq!(found > 0.0, right > 0.0, "{}: token {token} is kept or not", fixture.name);
+                let gap = (f64::from(found) - right).abs();
+                assert!(gap <= 1e-5 * right, "{}: token {token} has {found}, expected {right}", fixture.name);
+            }
+        }
+    }
+
+    /// Every choice is the inverse of the cumulated distribution, so [`choose`] and [`distribution`] cannot differ.
+    #[test]
+    fn choices_follow_the_distribution_in_vocabulary_order() {
+        let mut scratch = Scratch::default();
+        for (fixture, sampling) in fixtures() {
+            for draw in draws(300).chain([0.0, 1.0 - f32::EPSILON / 2.0]) {
+                let token = choose(&fixture.logits, &fixture.history, &sampling, draw, &mut scratch).token as usize;
+                let before: f64 = fixture.probabilities[..token].iter().sum();
+                let after = before + fixture.probabilities[token];
+                let draw = f64::from(draw);
+                assert!(fixture.probabilities[token] > 0.0, "{}: {token} at {draw}", fixture.name);
+                assert!(before - 1e-6 <= draw && draw <= after + 1e-6, "{}: {token} at {draw}", fixture.name);
+            }
+        }
+    }
+
+    /// Pearson's chi-square statistic has mean k - 1 and deviation sqrt(2 (k - 1)); ten deviations never happen by chance, and
+    /// the draws are the same in every run anyway.
+    #[test]
+    fn frequencies_agree_with_probabilities() {
+        let logits = lively_logits(2000, 3);
+        let mut scratch = Scratch::default();
+        let plain = Sampling::default();
+        let all = [
+            plain.clone(),
+            Sampling { temperature: 0.7, ..plain.clone() },
+            Sampling { temperature: 1.5, top_k: 40, ..plain.clone() },
+            Sampling { top_p: 0.9, repetition_penalty: 1.2, ..plain },
+        ];
+        for sampling in all {
+            let history = [1, 5, 9];
+            let probabilities = distribution(&logits, &history, &sampling);
+            let mut counts = vec![0_u32; logits.len()];
+            let total = 40_000;
+            for draw in draws(total) {
+                counts[choose(&logits, &history, &sampling, draw, &mut scratch).token as usize] += 1;
+            }
+            // Tokens expected less than ten times are taken together.
+            let (mut cells, mut rare) = (Vec::new(), (0.0, 0.0));
+            for (&count, &probability) in counts.iter().zip(&probabilities) {
+                let (count, expected) = (f64::from(count), f64::from(probability) * f64::from(total));
+                if expected < 10.0 {
+                    rare = (rare.0 + count, rare.1 + expected);
+                } else {
+                    cells.push((count, expected));
+                }
+            }
+            cells.extend((rare.1 > 1.0).then_some(rare));
+            let statistic: f64 = cells.iter().map(|(count, expected)| (count - expected).powi(2) / expected).sum();
+            let freedom = cells.len() as f64 - 1.0;
+            assert!(freedom > 5.0);
+            let deviations = (statistic - freedom) / (2.0 * freedom).sqrt();
+            assert!(deviations.abs() < 5.0, "{sampling:?}: {statistic} at {freedom} degrees of freedom");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_a_full_sort_keeps() {
+        let logits = lively_logits(30_000, 8);
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        let weights: Vec<f64> = order.iter().map(|&i| f64::from(logits[i] - logits[order[0]]).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for top_p in [0.01, 0.3, 0.9, 0.99, 0.9999] {
+            let sampling = Sampling { top_p, ..Sampling::default() };
+            let kept = distribution(&logits, &[], &sampling).iter().filter(|p| **p > 0.0).count();
+            let mut sum = 0.0;
+            let right = 1 + weights
+                .iter()
+                .position(|w| {
+                    sum += w;
+                    sum >= f64::from(top_p) * total
+                })
+                .unwrap();
+            // The last digit of the sums may decide about one token.
+            assert!(kept.abs_diff(right) <= 1, "{kept} kept at {top_p}, expected {right}");
+        }
+        for top_k in [1, 64, 5000] {
+            let sampling = Sampling { top_k, ..Sampling::default() };
+            let found = distribution(&logits, &[], &sampling);
+            let worst = logits[order[top_k - 1]];
+            for (logit, probability) in logits.iter().zip(found) {
+                assert_eq!(probability > 0.0, *logit >= worst);
+            }
+        }
+    }
+
+    #[test]
+    fn of_equal_tokens_the_lower_ids_stay_and_the_first_is_the_greedy_one() {
+        let logits = [0.0, 2.0, 2.0, -1.0, 2.0];
+        let kept = |sampling: Sampling| -> Vec<usize> {
+            let probabilities = distribution(&logits, &[], &sampling);
+            (0..5).filter(|&i| probabilities[i] > 0.0).collect()
+        };
+        assert_eq!(kept(Sampling { top_p: 0.5, ..Sampling::default() }), [1, 2]);
+        assert_eq!(kept(Sampling { top_p: 1e-6, ..Sampling::default() }), [1]);
+        // Top-k keeps all that are as good as the last.
+        assert_eq!(kept(Sampling { top_k: 2, ..Sampling::default() }), [1, 2, 4]);
+        assert_eq!(kept(Sampling::greedy()), [1]);
+        let mut scratch = Scratch::default();
+        assert_eq!(choose(&logits, &[], &Sampling::greedy(), 0.99, &mut scratch).token, 1);
+    }
+
+    #[test]
+    fn greedy_obeys_penalty_and_ngrams() {
+        let logits = [1.0, 3.0, 2.9, -1.0];
+        let mut scratch = Scratch::default();
+        let mut greedy = |history: &[u32], sampling: Sampling| {
+            choose(&logits, history, &Sampling { temperature: 0.0, ..sampling }, 0.0, &mut scratch).token
+        };
+        assert_eq!(greedy(&[1], Sampling::default()), 1);
+        assert_eq!(greedy(&[1], Sampling { repetition_penalty: 1.1, ..Sampling::default() }), 2);
+        assert_eq!(greedy(&[0, 1, 0], Sampling { no_repeat_ngram: 2, ..Sampling::default() }), 2);
+        assert_eq!(
+            greedy(&[0, 1, 2, 3], Sampling { no_repeat_ngram: 1, ..Sampling::default() }),
+            1,
+            "all are forbidden"
+        );
+    }
+
+    #[test]
+    fn log_probabilities_are_the_models_own() {
+        let logits = lively_logits(777, 4);
+        let log_sum = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+        let mut scratch = Scratch::default();
+        let everything =
+            Sampling { temperature: 0.5, top_k: 9, top_p: 0.8, repetition_penalty: 1.5, no_repeat_ngram: 1 };
+        for sampling in [Sampling::default(), Sampling::greedy(), everything] {
+            for draw in draws(20) {
+                let choice = choose(&logits, &[3, 4, 5], &sampling, draw, &mut scratch);
+                let right = f64::from(logits[choice.token as usize]) - log_sum;
+                assert!((f64::from(choice.log_prob) - right).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_logits_and_temperatures_give_a_token_with_weight() {
+        let mut scratch = Scratch::default();
+        let logits = [f32::NEG_INFINITY, 300.0, -300.0, 299.0, f32::NEG_INFINITY];
+        for temperature in [f32::MIN_POSITIVE / 4.0, 1e-3, 1.0, 1e6] {
+            for (top_k, top_p) in [(0, 1.0), (2, 1.0), (0, 0.5)] {
+                let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
+                for draw in draws(50).chain([0.0, 1.0 - f32::EPSILON / 2.0]) {
+                    let choice = choose(&logits, &[], &sampling, draw, &mut scratch);
+                    assert!([1, 2, 3].contains(&choice.token), "{sampling:?}");
+                    assert!(temperature > 1e-2 || choice.token == 1);
+                }
+            }
+        }
+        let forbidden = [f32::NEG_INFINITY; 3];
+        let sampling = Sampling { top_k: 2, ..Sampling::default() };
+        assert!(choose(&forbidden, &[], &sampling, 0.5, &mut scratch).token < 3);
+        assert!(choose(&[f32::NAN, 1.0], &[], &Sampling::default(), 0.5, &mut scratch).token < 2);
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let message = |sampling: Sampling| sampling.validate().unwrap_err().to_string();
+        let plain = Sampling::default;
+        assert_eq!(
+            message(Sampling { temperature: -1.0, ..plain() }),
+            "`temperature` is -1, expected a number of at least 0"
+        );
+        assert_eq!(
+            message(Sampling { top_p: 0.0, ..plain() }),
+            "`top_p` is 0, expected a number above 0 and at most 1"
+        );
+        assert_eq!(
+            message(Sampling { repetition_penalty: 0.0, ..plain() }),
+            "`repetition_penalty` is 0, expected a number above 0"
+        );
+        assert!(serde_json::from_str::<Sampling>(r#"{"topk": 3}"#).is_err());
+        assert_eq!(serde_json::from_str::<Sampling>(r#"{"top_k": 3}"#).unwrap(), Sampling { top_k: 3, ..plain() });
+    }
+}
