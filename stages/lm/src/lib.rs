@@ -1,1 +1,5 @@
 //! (being written)
+
+mod kernels;
+pub mod loss;
+pub mod sample;
