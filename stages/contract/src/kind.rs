@@ -109,8 +109,10 @@ pub trait Sink {
     fn metrics(&mut self, row: Map<String, Json>);
     /// Says how far this run of the operator is, in `unit`s (for example `rows`).
     fn progress(&mut self, done: u64, total: u64, unit: &str);
-    /// Tells the user something that is not an error.
+    /// Tells the user of something that may be wrong and is not an error.
     fn warn(&mut self, text: &str);
+    /// Tells the user something worth knowing.
+    fn note(&mut self, _text: &str) {}
 }
 
 /// A started stage. In a loop it runs once a round and may keep inner state between rounds.
@@ -136,6 +138,8 @@ pub trait Kind: Send + Sync {
     fn ports(&self, config: &Json) -> Ports;
     /// Local files that a resolved configuration names.
     fn sources(&self, config: &Json) -> Vec<Source>;
+    /// Fields of a resolved configuration that change no result beyond rounding, such as how many rows fit in memory.
+    fn outside_key(&self, config: &Json) -> Vec<&'static str>;
     /// How it is used alone, for training kinds.
     fn alone(&self) -> Option<Alone>;
     /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
@@ -164,6 +168,11 @@ pub trait Stage: Send + Sync + 'static {
 
     /// Local files that the configuration names.
     fn sources(&self, _config: &Self::Config) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// Fields that change no result beyond rounding, such as how many rows fit in memory. They are left out of the key.
+    fn outside_key(&self, _config: &Self::Config) -> Vec<&'static str> {
         Vec::new()
     }
 
@@ -203,6 +212,10 @@ impl<S: Stage> Kind for S {
 
     fn sources(&self, config: &Json) -> Vec<Source> {
         Stage::sources(self, &typed::<S>(config))
+    }
+
+    fn outside_key(&self, config: &Json) -> Vec<&'static str> {
+        Stage::outside_key(self, &typed::<S>(config))
     }
 
     fn alone(&self) -> Option<Alone> {

@@ -1,0 +1,262 @@
+//! `distill`: the student learns from a teacher, plain or prompted, on given or generated text.
+//!
+//! ```yaml
+//! learn:
+//!   kind: distill
+//!   in: {student: carry.student, teacher: teacher, prompt: tune.prompt, data: respond}
+//!   with: {divergence: reverse-kl, learning_rate: 5e-4}
+//! ```
+//!
+//! Loss: `weight` times the divergence between the student's and the teacher's distribution of every response token, plus
+//! `cross_entropy` times the cross-entropy of the response. With half of each on given text and `forward-kl` this is
+//! word-level KD; with `reverse-kl` on the student's own responses, and a prompt tuned for it, PromptKD (its section 3.3).
+//! Inputs: `student`, `teacher`, `data`, and the teacher's soft prompt. Outputs: `model`, and a row of metrics an update.
+//! Cost: a forward pass of the teacher, and a forward and a backward pass of the student.
+
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use candle_core::{Device, Tensor};
+use contract::random::purpose;
+use contract::{
+    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
+    Sink, Stage, Step,
+};
+use lm::loss::{Divergence, Target, head_loss};
+use lm::{Architecture, Gradients, LanguageModel, Schedule, SoftPrompt};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::training::{self, Mean, MicroBatch, Optimizer, Parts, Rate, Trainer};
+
+/// The `with` of `distill`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Divergence between student and teacher at every response token; `reverse-kl` is KL(student || teacher).
+    pub divergence: Divergence,
+    /// What the divergence counts in the loss.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// What the cross-entropy of the response counts in the loss.
+    #[serde(default)]
+    pub cross_entropy: f64,
+    /// Temperature of both distributions in the divergence.
+    #[serde(default = "one")]
+    pub temperature: f64,
+    /// Shape of a student with random weights; for when no `student` is connected.
+    #[serde(default)]
+    pub init: Option<Architecture>,
+    /// Learning rate at the top of the schedule.
+    pub learning_rate: f64,
+    /// How the learning rate goes on after the warm-up.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Updates of linear warm-up.
+    #[serde(default)]
+    pub warmup: u64,
+    /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
+    #[serde(default)]
+    pub warmup_from_zero: Option<bool>,
+    /// Optimiser.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// Whether the student's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
+    #[serde(default = "yes")]
+    pub dropout: bool,
+    /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
+    #[serde(default)]
+    pub micro_batch: Option<u64>,
+    /// How the loss is averaged; left out: as the conventions say.
+    #[serde(default)]
+    pub mean: Option<Mean>,
+    /// Which prompt the teacher uses in the micro-batches before the last: `new`, or `old` as in the published program,
+    /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
+    #[serde(default)]
+    pub accumulation_prompt: Option<AccumulationPrompt>,
+    /// Seed of initial weights and dropout.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// Which prompt the teacher uses while micro-batches accumulate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccumulationPrompt {
+    /// The prompt as this round tuned it.
+    New,
+    /// The prompt as the round found it, but for the last micro-batch.
+    Old,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// The kind.
+pub struct Distill;
+
+impl Stage for Distill {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "distill",
+            version: 1,
+            numerics: Some(lm::NUMERICS),
+            summary: "trains a student against a teacher, plain or prompted, on given or generated text",
+            example: "kind: distill\nin: {student: carry.student, teacher: teacher, prompt: tune.prompt, data: respond}\nwith: {divergence: reverse-kl, learning_rate: 5e-4}",
+            reads_clock: true,
+        }
+    }
+
+    fn fill(&self, config: &mut Config, conventions: Conventions) {
+        config.mean.get_or_insert(Mean::of(conventions));
+        config.warmup_from_zero.get_or_insert(conventions == Conventions::Reference);
+        config.accumulation_prompt.get_or_insert(match conventions {
+            Conventions::Sound => AccumulationPrompt::New,
+            Conventions::Reference => AccumulationPrompt::Old,
+        });
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
+        if config.temperature <= 0.0 {
+            errors.push(ConfigError::at(
+                "temperature",
+                format!("expected a number above 0, got {}", config.temperature),
+            ));
+        }
+        if let Err(error) = config.divergence.validate() {
+            errors.push(ConfigError::at("divergence", format!("{error:#}")));
+        }
+        if config.weight == 0.0 && config.cross_entropy == 0.0 {
+            errors.push(
+                ConfigError::at("weight", "`weight` and `cross_entropy` are both 0, so the loss is 0")
+                    .hint("leave `weight` out to learn from the teacher"),
+            );
+        }
+        errors.extend(training::validate_init(config.init.as_ref()));
+        errors
+    }
+
+    fn ports(&self, _config: &Config) -> Ports {
+        Ports::new()
+            .input("data", PortType::Dataset, "text to learn on: given, or written by a model")
+            .optional("student", PortType::Model, "the student; without it, `init` says the shape")
+            .input("teacher", PortType::Model, "the teacher, frozen")
+            .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
+            .optional("prompt_before", PortType::SoftPrompt, "the prompt as the round found it, for `accumulation_prompt: old`")
+            .output("model", PortType::Model, "the trained student")
+            .agree("vocabulary", &["data", "student", "teacher"])
+            .agree("width", &["teacher", "prompt"])
+    }
+
+    fn outside_key(&self, config: &Config) -> Vec<&'static str> {
+        training::outside_key(config.mean)
+    }
+
+    fn alone(&self) -> Option<Alone> {
+        Some(Alone { data: "data", carry: "student", next: "model", valid: Some("valid") })
+    }
+
+    fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        let rate = Rate::new(config.learning_rate, config.schedule, config.warmup, config.warmup_from_zero);
+        let trainer = Trainer::new(rate, &config.optimizer, 1e-2, state);
+        Ok(Box::new(Distilling { device: lm::device(&env.device)?, trainer, config, warned: false }))
+    }
+}
+
+struct Distilling {
+    config: Config,
+    device: Device,
+    trainer: Trainer,
+    warned: bool,
+}
+
+impl Operator for Distilling {
+    fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let data = inputs.take::<Dataset>("data")?;
+        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen();
+        let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
+        let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
+        let student = match inputs.take_optional::<LanguageModel>("student")? {
+            Some(student) => training::own(student)?,
+            None => self.initial(&data)?,
+        };
+        training::warn_of_empty_rows(&data, &mut self.warned, sink);
+
+        let name = self.config.divergence.name();
+        let mean = self.config.mean.unwrap_or(Mean::Tokens);
+        let mut gradients = Gradients::default();
+        let mut parts = Parts::default();
+        let mut tokens = 0;
+        for batch in training::micro_batches(&data, self.config.micro_batch, mean)? {
+            let prompt = self.prompt_of(&batch, prompt.as_ref(), prompt_before.as_ref())?;
+            let text = &batch.text;
+            let target = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C of the teacher]
+            let dropout = training::dropout(self.config.dropout, self.config.seed, step, purpose::DROPOUT);
+            let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
+            let labels = (self.config.cross_entropy != 0.0).then_some((text.labels.as_slice(), self.config.cross_entropy));
+            let target = Target {
+                hidden: &target,
+                head: teacher.head(),
+                divergence: self.config.divergence,
+                coefficient: self.config.weight,
+                temperature: self.config.temperature,
+            };
+            let weights = vec![batch.token_weight; text.tokens()];
+            let loss = head_loss(&hidden, student.head(), labels, &[target], &weights)?;
+            lm::accumulate(&mut gradients, lm::gradients(&loss.loss, student.parameters())?)?;
+            parts.add(name, loss.divergences[0]);
+            parts.add("loss", self.config.weight * loss.divergences[0]);
+            if let Some(cross_entropy) = loss.cross_entropy {
+                parts.add("cross_entropy", cross_entropy);
+                parts.add("loss", self.config.cross_entropy * cross_entropy);
+            }
+            tokens += text.tokens();
+        }
+        let mut row = parts.into_row();
+        row.insert("tokens".into(), tokens.into());
+        self.trainer.update(student.parameters(), &gradients, step, &mut row)?;
+        sink.metrics(row);
+        Ok(Outputs::new().with("model", student))
+    }
+
+    fn state(&self) -> Result<Option<AnyValue>> {
+        self.trainer.state()
+    }
+}
+
+impl Distilling {
+    fn initial(&self, data: &Dataset) -> Result<LanguageModel> {
+        let Some(init) = &self.config.init else {
+            bail!("there is no student to train: connect `student`, or give `init` with the shape of a new one");
+        };
+        LanguageModel::init(init, data.tokenizer.clone(), self.config.seed, &self.device)
+            .context("cannot make a student with random weights")?
+            .trainable()
+    }
+
+    fn prompt_of(
+        &self,
+        batch: &MicroBatch,
+        prompt: Option<&Arc<SoftPrompt>>,
+        prompt_before: Option<&Arc<SoftPrompt>>,
+    ) -> Result<Option<Tensor>> {
+        let old = self.config.accumulation_prompt == Some(AccumulationPrompt::Old);
+        let chosen = match (prompt, prompt_before) {
+            (Some(_), None) if old && batch.of > 1 => bail!(
+                "`accumulation_prompt: old` needs the prompt as the round found it: connect `prompt_before` to the \
+                 carried prompt, or set `accumulation_prompt: new`"
+            ),
+            (Some(_), Some(before)) if old && !batch.last => Some(before),
+            (prompt, _) => prompt,
+        };
+        Ok(chosen.map(|prompt| prompt.vectors.detach()))
+    }
+}

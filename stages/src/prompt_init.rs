@@ -1,0 +1,148 @@
+//! `prompt-init`: the first soft prompt of a teacher.
+//!
+//! ```yaml
+//! prompt0:
+//!   kind: prompt-init
+//!   in: {model: teacher}
+//!   with: {length: 7, text: "Suppose you are a student."}
+//! ```
+//!
+//! From a text: the teacher's input embeddings of its tokens, cut or repeated to `length` vectors (PromptKD, section 3.2;
+//! the published start is seven tokens of GPT-2). A teacher that has never seen the text before a task is harmed by it
+//! until tuning repairs that, so the stage warns when the text is not exactly `length` tokens.
+//! Inputs: `model`. Outputs: `prompt`, `[length, width]`. Cost: none.
+
+use candle_core::Tensor;
+use contract::random::{normal, philox, purpose};
+use contract::{
+    About, AnyValue, ConfigError, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Sink, Stage, Step,
+};
+use lm::{LanguageModel, SoftPrompt};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::text::Text;
+
+/// The `with` of `prompt-init`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Vectors in the prompt.
+    pub length: usize,
+    /// What the vectors start from.
+    #[serde(default)]
+    pub from: From,
+    /// The text, for `from: text`.
+    #[serde(default)]
+    pub text: Option<String>,
+    /// Seed of `from: random`.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// What a soft prompt starts from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum From {
+    /// Embeddings of a text's tokens.
+    #[default]
+    Text,
+    /// The embedding of the end token, over and over (the published `PAD`).
+    End,
+    /// Standard normal numbers.
+    Random,
+}
+
+/// The kind.
+pub struct PromptInit;
+
+impl Stage for PromptInit {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "prompt-init",
+            version: 1,
+            numerics: None,
+            summary: "makes the first soft prompt of a teacher, from a text, the end token or at random",
+            example: "kind: prompt-init\nin: {model: teacher}\nwith: {length: 7, text: \"Suppose you are a student.\"}",
+            reads_clock: false,
+        }
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = Vec::new();
+        if config.length == 0 {
+            errors.push(ConfigError::at("length", "expected 1 vector or more, got 0"));
+        }
+        match (config.from, &config.text) {
+            (From::Text, None) => errors.push(
+                ConfigError::at("text", "`from: text` needs a text")
+                    .hint("give `text`, or say `from: end` or `from: random`"),
+            ),
+            (From::Text, Some(text)) if text.is_empty() => errors.push(ConfigError::at("text", "the text is empty")),
+            (From::End | From::Random, Some(_)) => errors.push(
+                ConfigError::at("text", "a text is given, but `from` does not say `text`").hint("remove one of the two"),
+            ),
+            _ => {}
+        }
+        errors
+    }
+
+    fn ports(&self, _config: &Config) -> Ports {
+        Ports::new()
+            .input("model", PortType::Model, "the teacher that the prompt is for")
+            .output("prompt", PortType::SoftPrompt, "the prompt, [length, width]")
+    }
+
+    fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Ok(Box::new(Initialising(config)))
+    }
+}
+
+struct Initialising(Config);
+
+impl Operator for Initialising {
+    fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let Initialising(config) = self;
+        let model = inputs.take::<LanguageModel>("model")?.frozen();
+        let vectors = match config.from {
+            From::Random => random_vectors(config, &model)?,
+            From::End => embeddings(&model, &vec![model.tokenizer.end; config.length])?,
+            From::Text => {
+                let text = config.text.as_deref().unwrap_or_default();
+                let ids = Text::new(&model.tokenizer)?.encode(text)?;
+                if ids.len() != config.length {
+                    sink.warn(&format!(
+                        "the start text is {} tokens and `length` is {}: it is {} to fit; a teacher that does not know \
+                         the result as text may be harmed by it",
+                        ids.len(),
+                        config.length,
+                        if ids.len() > config.length { "cut" } else { "repeated" },
+                    ));
+                }
+                let ids: Vec<u32> = ids.iter().copied().cycle().take(config.length).collect();
+                embeddings(&model, &ids)?
+            }
+        };
+        Ok(Outputs::new().with("prompt", SoftPrompt::new(vectors, config.text.clone())?))
+    }
+}
+
+fn embeddings(model: &LanguageModel, ids: &[u32]) -> Result<Tensor> {
+    let ids = Tensor::from_slice(ids, ids.len(), model.device())?;
+    Ok(model.embedding().index_select(&ids, 0)?)
+}
+
+fn random_vectors(config: &Config, model: &LanguageModel) -> Result<Tensor> {
+    let count = config.length * model.width();
+    let numbers: Vec<f32> = (0..count.div_ceil(2))
+        .flat_map(|pair| {
+            let [a, b, ..] = philox(config.seed, [pair as u32, 0, 0, purpose::PROMPT_INIT]);
+            let (x, y) = normal(a, b);
+            [x, y]
+        })
+        .take(count)
+        .collect();
+    Ok(Tensor::from_vec(numbers, (config.length, model.width()), model.device())?)
+}

@@ -1,0 +1,182 @@
+//! `student-generate`: the student answers prompts, so that it can be taught on its own text.
+//!
+//! ```yaml
+//! respond:
+//!   kind: student-generate
+//!   in: {model: carry.student, data: windows.batch}
+//!   with: {temperature: 1.0, max_new_tokens: 48, seed: 10}
+//! ```
+//!
+//! A response ends with the first end token, or is cut off by `max_new_tokens` or the model's context. A row's draws depend
+//! on the seed, the round and the row alone, so neither batch size nor resumption changes them.
+//! Inputs: `model`, `data` (its prompts). Outputs: `data`, the same rows with new responses and their log-probabilities.
+//! Cost: a forward pass a token of the longest response, over the rows still unfinished.
+
+use contract::random::purpose;
+use contract::{
+    About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Row,
+    Sink, Stage, Step,
+};
+use lm::{Generate, Generated, LanguageModel, Prompt, generate};
+use lm::sample::Sampling;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The `with` of `student-generate`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// 1 samples from the model's own distribution, as the methods ask; 0 is greedy.
+    #[serde(default = "one")]
+    pub temperature: f32,
+    /// Samples among the so many likeliest tokens; 0: all.
+    #[serde(default)]
+    pub top_k: usize,
+    /// Samples among the likeliest tokens that make up this probability; 1: all.
+    #[serde(default = "one")]
+    pub top_p: f32,
+    /// Tokens a response may have.
+    pub max_new_tokens: usize,
+    /// What becomes of a response that was cut off; left out: as the conventions say.
+    #[serde(default)]
+    pub cut_off: Option<CutOff>,
+    /// Rows that are decoded together: a matter of memory.
+    #[serde(default = "default_batch")]
+    pub batch: usize,
+    /// Seed of the draws.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// What becomes of a response that was cut off by its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CutOff {
+    /// It stays as it is: there is no end to learn.
+    Open,
+    /// Its last token is replaced by the end token, as in the published program.
+    ForcedEnd,
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+fn default_batch() -> usize {
+    256
+}
+
+/// The kind.
+pub struct StudentGenerate;
+
+impl Stage for StudentGenerate {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "student-generate",
+            version: 1,
+            numerics: Some(lm::NUMERICS),
+            summary: "lets the student answer prompts, to be taught on its own text",
+            example: "kind: student-generate\nin: {model: carry.student, data: windows.batch}\nwith: {max_new_tokens: 48, seed: 10}",
+            reads_clock: true,
+        }
+    }
+
+    fn fill(&self, config: &mut Config, conventions: Conventions) {
+        config.cut_off.get_or_insert(match conventions {
+            Conventions::Sound => CutOff::Open,
+            Conventions::Reference => CutOff::ForcedEnd,
+        });
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let sampling = Config::sampling(config);
+        let mut errors = sampling_errors(&sampling);
+        if config.max_new_tokens == 0 {
+            errors.push(ConfigError::at("max_new_tokens", "expected 1 token or more, got 0"));
+        }
+        if config.batch == 0 {
+            errors.push(ConfigError::at("batch", "expected 1 row or more, got 0"));
+        }
+        errors
+    }
+
+    fn ports(&self, _config: &Config) -> Ports {
+        Ports::new()
+            .input("model", PortType::Model, "who answers")
+            .input("data", PortType::Dataset, "rows with the prompts")
+            .output("data", PortType::Dataset, "the rows with the answers")
+            .agree("vocabulary", &["model", "data"])
+    }
+
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        vec!["batch"]
+    }
+
+    fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Ok(Box::new(Generating(config)))
+    }
+}
+
+impl Config {
+    fn sampling(&self) -> Sampling {
+        Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
+    }
+}
+
+/// What is wrong with sampling options.
+pub(crate) fn sampling_errors(sampling: &Sampling) -> Vec<ConfigError> {
+    let mut errors = Vec::new();
+    if !(sampling.temperature >= 0.0 && sampling.temperature.is_finite()) {
+        let message = format!("expected a number of 0 or more, got {}", sampling.temperature);
+        errors.push(ConfigError::at("temperature", message).hint("0 is greedy, 1 the model's own distribution"));
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        let message = format!("expected a probability above 0 and at most 1, got {}", sampling.top_p);
+        errors.push(ConfigError::at("top_p", message).hint("1 switches it off"));
+    }
+    errors
+}
+
+struct Generating(Config);
+
+impl Operator for Generating {
+    fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let Generating(config) = self;
+        let model = inputs.take::<LanguageModel>("model")?.frozen();
+        let data = inputs.take::<Dataset>("data")?;
+        let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
+        let options = Generate {
+            sampling: config.sampling(),
+            max_new_tokens: config.max_new_tokens,
+            seed: config.seed,
+            purpose: purpose::GENERATE,
+            time: step.round as u32,
+            batch: config.batch,
+        };
+        let total = prompts.len() as u64;
+        let generated = generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows"))?;
+        let rows = data.rows.iter().zip(generated).map(|(row, generated)| {
+            self::answered(row, generated, config.cut_off == Some(CutOff::ForcedEnd), data.tokenizer.end)
+        });
+        let rows = rows.collect();
+        Ok(Outputs::new().with("data", Dataset { rows, tokenizer: data.tokenizer.clone() }))
+    }
+}
+
+fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
+    let Generated { mut ids, log_probs, mut end } = generated;
+    if let (End::Length, true, Some(last)) = (end, force_end, ids.last_mut()) {
+        *last = end_token;
+        end = End::Stop;
+    }
+    Row {
+        id: row.id,
+        prompt: row.prompt.clone(),
+        response: ids,
+        end,
+        log_probs: Some(log_probs),
+        references: row.references.clone(),
+    }
+}
