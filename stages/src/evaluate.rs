@@ -208,7 +208,7 @@ struct Evaluating(Config);
 
 impl Operator for Evaluating {
     fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        let Evaluating(config) = self;
+        let Evaluating(config) = &*self;
         let model = inputs.take::<LanguageModel>("model")?.frozen();
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?.map(|teacher| teacher.frozen());
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
@@ -375,14 +375,14 @@ impl<'a> Scores<'a> {
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
         let tokenizer = Arc::new(Text::new(&data.tokenizer)?);
-        let stem = self.config.stem;
+        let stemming = if self.config.stem { score::Stemming::Porter } else { score::Stemming::Off };
         let scored: Vec<(String, f64, f64)> = rows
             .par_iter()
             .zip(generated)
             .map(|(row, generated)| {
                 let text = score::clean(&tokenizer.decode(&generated.ids)?);
-                let rouge_l = score::rouge_l(&text, &row.references, stem);
-                let exact_match = score::exact_match(&text, &row.references);
+                let rouge_l = score::rouge_l_with(&text, &row.references, stemming);
+                let exact_match = f64::from(u8::from(score::exact_match(&text, &row.references)));
                 Ok((text, 100.0 * rouge_l, 100.0 * exact_match))
             })
             .collect::<Result<_>>()?;

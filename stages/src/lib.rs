@@ -1,16 +1,62 @@
-//! (being written)
+//! The stage kinds, one file each, and their [`registry`].
+//!
+//! A stage reads and makes values; it knows neither keys nor the store. What computes with tensors is in `lm`.
+
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, Registry, Result};
+use lm::{LanguageModel, OptimizerState, SoftPrompt};
 
 pub mod corpus;
+pub mod distill;
 pub mod download;
+pub mod evaluate;
 pub mod export;
+pub mod finetune;
 pub mod instruct;
 pub mod jsonl;
 pub mod mmidx;
 pub mod porter;
+pub mod prompt_init;
+pub mod prompt_tune;
 pub mod score;
+pub mod student_generate;
 pub mod template;
 #[cfg(test)]
 mod testing;
 pub mod text;
 pub mod tokenize;
 pub mod train_tokenizer;
+mod training;
+
+/// All kinds, by name.
+pub fn registry() -> Registry {
+    Registry::new(load)
+        .with(distill::Distill)
+        .with(download::Download)
+        .with(evaluate::Evaluate)
+        .with(export::Export)
+        .with(finetune::Finetune)
+        .with(prompt_init::PromptInit)
+        .with(prompt_tune::PromptTune)
+        .with(student_generate::StudentGenerate)
+        .with(tokenize::Tokenize)
+        .with(train_tokenizer::TrainTokenizer)
+}
+
+/// Reads a value back from the folder that its `save` wrote.
+fn load(port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
+    let device = || lm::device(&env.device);
+    Ok(match port_type {
+        PortType::Dataset => Arc::new(Dataset::load(folder)?),
+        PortType::Model => Arc::new(LanguageModel::load(folder, &device()?)?),
+        PortType::SoftPrompt => Arc::new(SoftPrompt::load(folder, &device()?)?),
+        PortType::State => Arc::new(OptimizerState::load(folder, &device()?)?),
+        PortType::Metrics => Arc::new(Metrics::load(folder)?),
+        PortType::Predictions => Arc::new(Predictions::load(folder)?),
+        other => Arc::new(Folder::new(other, folder)),
+    })
+}

@@ -125,7 +125,7 @@ impl Operator for Initialising {
                 embeddings(&model, &ids)?
             }
         };
-        Ok(Outputs::new().with("prompt", SoftPrompt::new(vectors, config.text.clone())?))
+        Ok(Outputs::new().with("prompt", SoftPrompt::new(vectors, &model)?))
     }
 }
 

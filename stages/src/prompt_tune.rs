@@ -227,7 +227,7 @@ impl Operator for Tuning {
         row.insert("tokens".into(), tokens.into());
         self.trainer.update(&parameters, &gradients, step, &mut row)?;
         sink.metrics(row);
-        let tuned = SoftPrompt::new(vectors.as_tensor().detach(), prompt.text.clone())?;
+        let tuned = SoftPrompt::new(vectors.as_tensor().detach(), &teacher)?;
         Ok(Outputs::new().with("prompt", tuned))
     }
 

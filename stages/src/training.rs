@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use contract::{AnyValue, ConfigError, Conventions, Dataset, Result, Row, Sink, Step};
 use lm::{
     AdamW, AdamWOptions, Architecture, Dropout, Gradients, LanguageModel, OptimizerState, Packed, Schedule, Warmup,
@@ -238,22 +238,21 @@ impl Trainer {
         let scale = if self.clip > 0.0 { (self.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
         let Rate { peak, schedule, warmup } = self.rate;
         let learning_rate = lm::learning_rate(peak, schedule, warmup, step.round, step.rounds);
-        let device = parameters.values().next().map_or(Device::Cpu, |tensor| tensor.device().clone());
-        self.optimizer(&device)?.step(parameters, gradients, learning_rate, scale)?;
+        self.optimizer()?.step(parameters, gradients, learning_rate, scale)?;
         row.insert("update".into(), json!(step.round));
         row.insert("learning_rate".into(), json!(learning_rate));
         row.insert("gradient_norm".into(), json!(norm));
         Ok(())
     }
 
-    fn optimizer(&mut self, device: &Device) -> Result<&mut AdamW> {
+    fn optimizer(&mut self) -> Result<&mut AdamW> {
         if self.optimizer.is_none() {
             let optimizer = match self.restored.take() {
                 None => AdamW::new(self.options.clone()),
                 Some(value) => {
                     let state = value.into_any().downcast::<OptimizerState>().ok();
                     let state = state.context("the saved state is not that of an optimiser")?;
-                    AdamW::from_state(self.options.clone(), &state, device)?
+                    AdamW::from_state(self.options.clone(), &state)?
                 }
             };
             self.optimizer = Some(optimizer);
