@@ -2,7 +2,8 @@
 //!
 //!     cargo bench --profile dev -p lm --bench head
 //!
-//! One column for the engine's path, one for candle's autograd on whole logits; the best of several runs in milliseconds.
+//! One column for the engine's path, one for candle's autograd on whole logits; the best of several runs in
+//! milliseconds.
 
 use std::time::Instant;
 

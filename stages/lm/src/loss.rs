@@ -1,8 +1,8 @@
 //! Losses on next-token distributions: cross-entropy and divergences, fused with the output head.
 //!
-//! A language model's logits are `hidden headᵀ`, [N, V] for N tokens, and at real vocabularies the largest thing in training by
-//! far. Here they never exist whole: [`head_loss`] takes hidden states and heads, works on a chunk of rows at a time, and has the
-//! gradients ready when it returns. Memory grows with N and with V, never with N times V.
+//! A language model's logits are `hidden headᵀ`, `[N, V]` for N tokens, and at real vocabularies the largest thing in
+//! training by far. Here they never exist whole: [`head_loss`] takes hidden states and heads, works on a chunk of
+//! rows at a time, and has the gradients ready when it returns. Memory grows with N and with V, never with N times V.
 //!
 //! Which text the rows come from, which rows count and by how much (`weights`), is the caller's: an average over tokens
 //! is weights of 1/N, a policy gradient is a cross-entropy whose weights are advantages.
@@ -17,9 +17,9 @@ use crate::kernels::head::{Input, InputTarget, head_terms};
 
 /// How far the trainee's distribution is from a target's.
 ///
-/// With `s` the trainee's and `t` the target's probabilities of the tokens, and the sum over the vocabulary; beside it the
-/// derivative by the trainee's logits at temperature 1. At temperature τ both distributions are of `logits / τ`, and the derivative
-/// is that of these, divided by τ; no factor τ² is added.
+/// With `s` the trainee's and `t` the target's probabilities of the tokens, and the sum over the vocabulary; beside
+/// it the derivative by the trainee's logits at temperature 1. At temperature τ both distributions are of
+/// `logits / τ`, and the derivative is that of these, divided by τ; no factor τ² is added.
 ///
 /// Logarithms of probabilities are taken as at least -10⁴, so that no token of probability 0 gives an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -48,7 +48,8 @@ pub enum Divergence {
     /// `½ Σ |s - t|`; `h - s Σ h` with `h = ½ s sign(s - t)`.
     TotalVariation,
     /// `-1 / (α β) Σ (t^α s^β - α / (α + β) t^(α + β) - β / (α + β) s^(α + β))`; `h - s Σ h` with
-    /// `h = (s^(α + β) - t^α s^β) / α`. Near forward KL as β goes to 0 at α = 1, near reverse KL as α goes to 0 at β = 1.
+    /// `h = (s^(α + β) - t^α s^β) / α`. Goes to forward KL for α = 1 as β goes to 0, and to reverse KL for β = 1 as α
+    /// goes to 0.
     AlphaBeta {
         /// Exponent of the target, above 0.
         alpha: f64,
@@ -104,9 +105,9 @@ impl Divergence {
 /// A model to come close to. No gradient flows into it.
 #[derive(Clone, Copy)]
 pub struct Target<'a> {
-    /// Its final hidden states for the same N tokens, [N, D].
+    /// Its final hidden states for the same N tokens, `[N, D]`.
     pub hidden: &'a Tensor,
-    /// Its output head over the same vocabulary, [V, D].
+    /// Its output head over the same vocabulary, `[V, D]`.
     pub head: &'a Tensor,
     /// How distance is measured.
     pub divergence: Divergence,
@@ -118,8 +119,8 @@ pub struct Target<'a> {
 
 /// A loss and its parts.
 pub struct HeadLoss {
-    /// Sum over rows of `weight × (coefficient × cross-entropy + Σ coefficient × divergence)`, a scalar. Its backward pass gives
-    /// exact gradients to `hidden` and `head`, to each where it is a variable or was computed from one.
+    /// Sum over rows of `weight × (coefficient × cross-entropy + Σ coefficient × divergence)`, a scalar. Its backward
+    /// pass gives exact gradients to `hidden` and `head`, to each where it is a variable or was computed from one.
     pub loss: Tensor,
     /// Sum over rows of `weight × cross-entropy`, without its coefficient; `None` without labels.
     pub cross_entropy: Option<f64>,
@@ -129,13 +130,14 @@ pub struct HeadLoss {
 
 /// Cross-entropy and divergences of the distributions `softmax(hidden headᵀ)`.
 ///
-/// `hidden` is [N, C], `head` [V, C]; `labels` are N tokens below V with the coefficient of their cross-entropy; `weights` has one
-/// number a row, in which any average is expressed, and rows of weight 0 cost nothing.
+/// `hidden` is `[N, C]`, `head` `[V, C]`; `labels` are N tokens below V with the coefficient of their cross-entropy;
+/// `weights` has one number a row, in which any average is expressed, and rows of weight 0 cost nothing.
 ///
 /// On a CPU in f32 a fused kernel does it; elsewhere plain operations do, chunk by chunk, in f32 at least. Either way
 /// gradients are computed here and only scaled in the backward pass.
 ///
-/// Errors when shapes do not fit, a label is not below V, a parameter is out of range, or there is neither label nor target.
+/// Errors when shapes do not fit, a label is not below V, a parameter is out of range, or there is neither label nor
+/// target.
 pub fn head_loss(
     hidden: &Tensor,
     head: &Tensor,
@@ -150,7 +152,8 @@ pub fn head_loss(
     Ok(HeadLoss { loss, cross_entropy, divergences })
 }
 
-/// The same by candle's autograd on whole [N, V] logits: what [`head_loss`] is tested against. Memory grows with N times V.
+/// The same by candle's autograd on whole `[N, V]` logits: what [`head_loss`] is tested against. Memory grows with N
+/// times V.
 pub fn head_loss_plain(
     hidden: &Tensor,
     head: &Tensor,
@@ -171,14 +174,15 @@ pub fn head_loss_plain(
     Ok(HeadLoss { loss, cross_entropy, divergences })
 }
 
-/// Log-probability of each row's label under `softmax(hidden headᵀ)`, [N]. Chunked; no gradient.
+/// Log-probability of each row's label under `softmax(hidden headᵀ)`, `[N]`. Chunked; no gradient.
 pub fn log_probs(hidden: &Tensor, head: &Tensor, labels: &[u32]) -> Result<Vec<f32>> {
     let weights = vec![1.0; labels.len()];
     let request = Request::new(hidden, head, Some((labels, 1.0)), &[], &weights)?;
     Ok(request.answer(false, false)?.terms.iter().map(|&value| -value as f32).collect())
 }
 
-/// Divergence of every row from each target, without weight and coefficient: one list of N values a target. Chunked; no gradient.
+/// Divergence of every row from each target, without weight and coefficient: one list of N values a target. Chunked;
+/// no gradient.
 pub fn divergence_values(hidden: &Tensor, head: &Tensor, targets: &[Target]) -> Result<Vec<Vec<f64>>> {
     let weights = vec![1.0; hidden.dim(0)?];
     let request = Request::new(hidden, head, None, targets, &weights)?;
@@ -186,8 +190,8 @@ pub fn divergence_values(hidden: &Tensor, head: &Tensor, targets: &[Target]) -> 
     Ok((0..targets.len()).map(|t| terms.iter().skip(t).step_by(targets.len()).copied().collect()).collect())
 }
 
-/// Logits that a chunk of plain operations may have: 256 MiB in f32, of which a handful live at a time. Large, because on an
-/// accelerator a chunk should fill the device.
+/// Logits that a chunk of plain operations may have: 256 MiB in f32, of which a handful live at a time. Large,
+/// because on an accelerator a chunk should fill the device.
 const PLAIN_CHUNK_LOGITS: usize = 1 << 26;
 
 /// Arguments that fit together.
@@ -202,7 +206,7 @@ struct Request<'a> {
 
 /// Terms of every row and gradients of the loss.
 struct Answer {
-    /// [N, terms], as in [`crate::kernels::head::Output::terms`].
+    /// `[N, terms]`, as in [`crate::kernels::head::Output::terms`].
     terms: Vec<f64>,
     hidden_gradient: Option<Tensor>,
     head_gradient: Option<Tensor>,
@@ -365,7 +369,7 @@ impl<'a> Request<'a> {
         Ok(Answer { terms, hidden_gradient, head_gradient })
     }
 
-    /// Gradients of the active rows, put where they belong; the other rows get zeros, [N, C].
+    /// Gradients of the active rows, put where they belong; the other rows get zeros, `[N, C]`.
     fn scatter(&self, mut parts: Vec<Tensor>, active: &[u32]) -> Result<Tensor> {
         // Taking rows is faster on a device than adding them, and always in the same order.
         parts.push(self.hidden.narrow(0, 0, self.hidden.dim(0)?.min(1))?.zeros_like()?);
@@ -377,7 +381,8 @@ impl<'a> Request<'a> {
         Ok(Tensor::cat(&parts, 0)?.index_select(&places, 0)?)
     }
 
-    /// Terms by whole logits and plain operations: the cross-entropy, where there are labels, and the divergences, each [N].
+    /// Terms by whole logits and plain operations: the cross-entropy, where there are labels, and the divergences,
+    /// each `[N]`.
     fn plain_terms(&self) -> Result<Vec<Tensor>> {
         let logits = wide_logits(self.hidden, self.head)?; // [N, V]
         let mut terms = Vec::new();
@@ -487,7 +492,8 @@ impl CustomOp2 for Ready {
     }
 }
 
-/// A divergence of each row by plain operations, from log-probabilities [N, V]; [N]. The formulas stand at [`Divergence`].
+/// A divergence of each row by plain operations, from log-probabilities `[N, V]`; `[N]`. The formulas stand at
+/// [`Divergence`].
 fn plain_divergence(divergence: Divergence, log_s: &Tensor, log_t: &Tensor) -> Result<Tensor> {
     let (s, t) = (log_s.exp()?, log_t.exp()?);
     let kl = |p: &Tensor, log_p: &Tensor, log_q: &Tensor| p * (log_p - log_q)?;
@@ -516,7 +522,7 @@ fn plain_divergence(divergence: Divergence, log_s: &Tensor, log_t: &Tensor) -> R
     Ok(summands.sum(1)?)
 }
 
-/// `hidden headᵀ` in f32 at least, [N, V].
+/// `hidden headᵀ` in f32 at least, `[N, V]`.
 fn wide_logits(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
     let logits = hidden.matmul(&head.t()?)?;
     Ok(logits.to_dtype(wide(logits.dtype()))?)
@@ -740,7 +746,8 @@ mod tests {
     #[test]
     fn the_kernel_agrees_with_its_twin_across_chunks() {
         let vocabulary = 70_001;
-        assert!(rows_per_chunk(vocabulary) < 60);
+        // 113 rows have weight: one more than a chunk.
+        assert_eq!(rows_per_chunk(vocabulary), 112);
         check_against_the_twin(&Case::new(150, vocabulary, 4, 3), Some(0.5), &[(Divergence::ReverseKl, 0.5, 1.0)]);
     }
 
@@ -1019,13 +1026,14 @@ mod tests {
         for vocabulary in [1, 61, 1024, 32_000, 50_257, 151_936, 262_144] {
             let rows = rows_per_chunk(vocabulary);
             assert!((16..=1024).contains(&rows), "{rows} rows at {vocabulary}");
-            assert!(rows == 16 || rows * vocabulary * 4 <= 16 << 20, "{rows} rows at {vocabulary}");
+            assert!(rows == 16 || rows * vocabulary * 4 <= 32 << 20, "{rows} rows at {vocabulary}");
         }
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-        /// Each is zero between equal distributions and positive otherwise; the gradient has no component that softmax ignores.
+        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+        /// Each is zero between equal distributions and positive otherwise; the gradient has no component that
+        /// softmax ignores.
         #[test]
         fn divergences_are_distances(which in 0..EVERY_DIVERGENCE.len(), seed in 0..1000_u64, temperature in 0.5..3.0) {
             let case = Case::new(3, 30, 30, seed);
@@ -1036,12 +1044,12 @@ mod tests {
             let target = |hidden| Target { hidden, head: &identity, divergence, coefficient: 1.0, temperature };
             let twin = tensors.hidden.detach();
             let same = divergence_values(&tensors.hidden, &identity, &[target(&twin)]).unwrap().remove(0);
-            prop_assert!(same.iter().all(|value| value.abs() < 1e-6), "{same:?}");
+            prop_assert!(same.iter().all(|value| value.abs() < 1e-5), "{same:?}");
             let loss = head_loss(&tensors.hidden, &identity, None, &[target(&other)], &[1.0; 3]).unwrap();
             prop_assert!(loss.divergences[0] > 1e-3);
             let store = loss.loss.backward().unwrap();
             for row in numbers(store.get(&tensors.hidden).unwrap()).chunks(30) {
-                prop_assert!(row.iter().sum::<f64>().abs() < 1e-6);
+                prop_assert!(row.iter().sum::<f64>().abs() < 1e-5);
             }
         }
     }

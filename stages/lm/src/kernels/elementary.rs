@@ -13,6 +13,10 @@ const SMALLEST: f32 = -87.0;
 /// Partial sums that a vector loop keeps.
 const LANES: usize = 16;
 
+/// ln 2 in two parts; the first, 355 / 512, has few bits, so that its product with an exponent is exact.
+const LN_2_HIGH: f32 = 355.0 / 512.0;
+const LN_2_LOW: f32 = -2.121_944_4e-4;
+
 /// Euler's number to the power of `x`, for `x` up to 88; 0 below -87. Within 2 units in the last place.
 ///
 /// `x = k ln 2 + r` with an integer `k` and `|r| <= ln 2 / 2`; the series of `e^r` to degree 7 leaves less than half a
@@ -21,9 +25,6 @@ const LANES: usize = 16;
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts; the first has few bits, so that its product with `k` is exact.
-    const LN_2_HIGH: f32 = 0.693_359_375;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
     let clamped = if x < SMALLEST { SMALLEST } else { x };
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let k = shifted - ROUND;
@@ -55,7 +56,7 @@ pub(crate) fn ln(x: f32) -> f32 {
     let tail = (2.0_f32 / 9.0).mul_add(z, 2.0 / 7.0).mul_add(z, 2.0 / 5.0).mul_add(z, 2.0 / 3.0) * z;
     // 2 s = (m - 1) - s (m - 1), and m - 1 is exact: less is lost than in 2 s itself.
     let series = s.mul_add(tail, -(s * (m - 1.0))) + (m - 1.0);
-    let logarithm = k.mul_add(0.693_359_375, k.mul_add(-2.121_944_4e-4, series));
+    let logarithm = k.mul_add(LN_2_HIGH, k.mul_add(LN_2_LOW, series));
     // The bits of a NaN would pass for a number.
     if x.is_nan() { x } else { logarithm }
 }

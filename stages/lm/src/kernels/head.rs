@@ -1,6 +1,6 @@
 //! Losses of an output head and their gradients on a CPU, over chunks of rows.
 //!
-//! A chunk is as many rows as keep its logits within a few megabytes. For each: logits of the trainee, logits of each
+//! A chunk is as many rows as keep its logits within some megabytes. For each: logits of the trainee, logits of each
 //! target, loss and its derivative by the logits row by row, and from that the gradients of hidden states and head.
 //! Matrix products and rows are shared between threads; every number is added up in an order that depends on the shapes
 //! alone, so that the bits are the same for any number of threads.
@@ -16,9 +16,9 @@ use crate::loss::Divergence;
 
 /// What is asked for. Matrices are dense and row-major; their lengths must fit together.
 pub(crate) struct Input<'a> {
-    /// Final hidden states of the trainee, [N, C].
+    /// Final hidden states of the trainee, `[N, C]`.
     pub(crate) hidden: &'a [f32],
-    /// Its output head, [V, C].
+    /// Its output head, `[V, C]`.
     pub(crate) head: &'a [f32],
     /// C.
     pub(crate) width: usize,
@@ -28,15 +28,15 @@ pub(crate) struct Input<'a> {
     pub(crate) labels: Option<(&'a [u32], f64)>,
     /// Distributions to come close to.
     pub(crate) targets: Vec<InputTarget<'a>>,
-    /// [N]; a row of weight 0 costs nothing.
+    /// `[N]`; a row of weight 0 costs nothing.
     pub(crate) weights: &'a [f32],
 }
 
 /// A distribution to come close to.
 pub(crate) struct InputTarget<'a> {
-    /// [N, D].
+    /// `[N, D]`.
     pub(crate) hidden: &'a [f32],
-    /// [V, D].
+    /// `[V, D]`.
     pub(crate) head: &'a [f32],
     /// D.
     pub(crate) width: usize,
@@ -47,17 +47,18 @@ pub(crate) struct InputTarget<'a> {
 
 /// What came out.
 pub(crate) struct Output {
-    /// Per row the cross-entropy, where there are labels, and then the divergence from each target; [N, terms]. Without
-    /// weight and coefficient; 0 for rows of weight 0.
+    /// Per row the cross-entropy, where there are labels, and then the divergence from each target; `[N, terms]`.
+    /// Without weight and coefficient; 0 for rows of weight 0.
     pub(crate) terms: Vec<f64>,
-    /// Gradient of the weighted sum by the hidden states, [N, C], where asked for.
+    /// Gradient of the weighted sum by the hidden states, `[N, C]`, where asked for.
     pub(crate) hidden_gradient: Option<Vec<f32>>,
-    /// Gradient by the head, [V, C], where asked for.
+    /// Gradient by the head, `[V, C]`, where asked for.
     pub(crate) head_gradient: Option<Vec<f32>>,
 }
 
-/// Logits that one buffer may hold, as long as that leaves [`FEWEST_ROWS`]: 16 MiB.
-const CHUNK_LOGITS: usize = 1 << 22;
+/// Logits that one buffer may hold, as long as that leaves [`FEWEST_ROWS`]: 32 MiB. With GPT-2's vocabulary that is
+/// 160 rows; 80 are a tenth slower, and all at once no faster.
+const CHUNK_LOGITS: usize = 1 << 23;
 
 /// A chunk has at least so many rows, since it reads and writes the whole head.
 const FEWEST_ROWS: usize = 16;
@@ -81,7 +82,9 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
         hidden_gradient: hidden_gradient.then(|| vec![0.0; input.hidden.len()]),
         head_gradient: head_gradient.then(|| vec![0.0; input.head.len()]),
     };
-    let rows = rows_per_chunk(vocabulary).min(active.len());
+    // Chunks of equal size: a last one of a single row would be slow, and a long sum for it less accurate.
+    let chunks = active.len().div_ceil(rows_per_chunk(vocabulary));
+    let rows = active.len().div_ceil(chunks.max(1));
     let mut buffers = Buffers::new(rows, vocabulary, input.targets.is_empty(), hidden_gradient || head_gradient);
     for (index, chunk) in active.chunks(rows.max(1)).enumerate() {
         let hidden = select(input.hidden, width, chunk); // [R, C]
@@ -113,7 +116,7 @@ fn select<'a>(matrix: &'a [f32], width: usize, indices: &[usize]) -> Cow<'a, [f3
     Cow::Owned(indices.iter().flat_map(|&row| &matrix[row * width..(row + 1) * width]).copied().collect())
 }
 
-/// All memory that grows with the vocabulary: three times [R, V], reused from chunk to chunk.
+/// All memory that grows with the vocabulary: three times `[R, V]`, reused from chunk to chunk.
 struct Buffers {
     vocabulary: usize,
     logits: Vec<f32>,
@@ -132,8 +135,8 @@ impl Buffers {
         }
     }
 
-    /// Terms of the rows of one chunk, [R, terms], and the derivative of their weighted sum by the logits, [R, V] (empty
-    /// where no gradient is asked for).
+    /// Terms of the rows of one chunk, `[R, terms]`, and the derivative of their weighted sum by the logits, `[R, V]`
+    /// (empty where no gradient is asked for).
     fn terms(&mut self, input: &Input, hidden: &[f32], chunk: &[usize]) -> (Vec<f64>, &[f32]) {
         let vocabulary = self.vocabulary;
         let logits = &mut self.logits[..chunk.len() * vocabulary];
@@ -191,7 +194,8 @@ fn split_rows(mut matrix: &mut [f32], width: usize, count: usize) -> Vec<&mut [f
         .collect()
 }
 
-/// Minus the log-probability of `label`. Adds `factor * (softmax(logits) - onehot(label))` to `slopes`, unless that is empty.
+/// Minus the log-probability of `label`. Adds `factor * (softmax(logits) - onehot(label))` to `slopes`, unless that
+/// is empty.
 fn cross_entropy(logits: &[f32], label: usize, factor: f64, slopes: &mut [f32]) -> f64 {
     let normaliser = Normaliser::of(logits, 1.0);
     if !slopes.is_empty() {
@@ -204,8 +208,8 @@ fn cross_entropy(logits: &[f32], label: usize, factor: f64, slopes: &mut [f32]) 
     -f64::from(normaliser.log_probability(logits[label]))
 }
 
-/// Divergence of `softmax(logits / temperature)` from `softmax(target / temperature)`. Adds `factor` times its derivative by
-/// `logits` to `slopes`, unless that is empty. `target` is used up.
+/// Divergence of `softmax(logits / temperature)` from `softmax(target / temperature)`. Adds `factor` times its
+/// derivative by `logits` to `slopes`, unless that is empty. `target` is used up.
 pub(crate) fn divergence(
     divergence: Divergence,
     logits: &[f32],
@@ -232,7 +236,8 @@ pub(crate) fn divergence(
     }
 }
 
-/// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a token.
+/// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a
+/// token.
 trait Rule {
     /// `f`, and `h = s df/ds`, up to a multiple of `s`, which drops out of the derivative by the logits.
     fn terms(&self, token: Token) -> (f32, f32);
@@ -395,16 +400,16 @@ impl<'a> Matrix<'a> {
 
 /// `out = left right`, or with `add` `out += left right`; `out` is row-major. On all threads of the pool.
 ///
-/// An element is summed over the inner dimension by one thread, in blocks that depend on the shapes alone: the same bits for
-/// any number of threads (there is a test).
+/// An element is summed over the inner dimension by one thread, in blocks that depend on the shapes alone: the same
+/// bits for any number of threads (there is a test).
 #[allow(unsafe_code)]
 fn multiply(out: &mut [f32], left: Matrix, right: Matrix, add: bool) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
     assert_eq!(k, right.rows, "inner dimensions");
     assert_eq!(out.len(), m * n, "size of the product");
     assert!(left.values.len() >= m * k && right.values.len() >= k * n, "sizes of the factors");
-    // SAFETY: `out` is m by n with strides (n, 1) and exclusively ours; `left` and `right` are dense, and their strides are
-    // (columns, 1) or (1, rows), so that every index stays below m * k and k * n, which the slices hold.
+    // SAFETY: `out` is m by n with strides (n, 1) and exclusively ours; `left` and `right` are dense, and their
+    // strides are (columns, 1) or (1, rows), so that every index stays below m * k and k * n, which the slices hold.
     unsafe {
         gemm::gemm(
             m,
