@@ -1,5 +1,40 @@
-//! (being written)
+//! Language models: what they compute, how they are trained, how they write, how they are kept on disk.
+//!
+//! Knows tensors; knows no YAML, no key and no path policy. The way of data:
+//!
+//! - [`LanguageModel`] is a model with its tokenizer, read from and written to a Hugging Face folder;
+//! - [`Packed`] is a batch: sequences laid end to end, without padding;
+//! - [`LanguageModel::hidden`] turns a batch into hidden states, which a loss turns into a number;
+//! - [`gradients`] turns that number into [`Gradients`], and [`AdamW`] into new weights;
+//! - [`generate()`] lets a model write.
+//!
+//! On the CPU the operations are fused by hand (`kernels`), and give the same bits with any number of threads. On other
+//! devices the same model code runs on candle's own operations.
 
+mod checkpoint;
+mod config;
+mod device;
+mod generate;
+mod gpt2;
 mod kernels;
 pub mod loss;
+mod ops;
+mod optim;
+mod packed;
+mod prompt;
 pub mod sample;
+mod schedule;
+
+pub use config::{Activation, Architecture, Config, Family};
+pub use device::device;
+pub use generate::{Generate, Generated, Prompt, generate};
+pub use gpt2::LanguageModel;
+pub use ops::Dropout;
+pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, gradients, norm};
+pub use packed::Packed;
+pub use prompt::SoftPrompt;
+pub use schedule::{Schedule, Warmup, learning_rate};
+
+/// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
+/// give other bits on the same machine.
+pub const NUMERICS: u32 = 1;

@@ -1,6 +1,58 @@
-//! Numeric loops on slices: what the engine spends its time in. Every one has a plain-tensor twin elsewhere.
+//! The inner loops, on slices of `f32`: everything that costs time on a CPU.
 //!
-//! The only place of the crate where `unsafe` is allowed.
+//! Rules all of them keep:
+//!
+//! - **The same bits with any number of threads.** Work is cut into blocks whose size depends on the shapes alone; sums
+//!   over rows are made per block and then added in the order of the blocks.
+//! - **The same bits for a row, whoever shares its batch**, in everything that computes forward.
+//! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
+//!
+//! `unsafe` stands in `matmul` and `head` alone, around the matrix product.
 
+pub(crate) mod adamw;
+pub(crate) mod attention;
 pub(crate) mod elementary;
+pub(crate) mod elementwise;
 pub(crate) mod head;
+pub(crate) mod layer_norm;
+pub(crate) mod masks;
+pub(crate) mod math;
+#[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
+pub(crate) mod matmul;
+pub(crate) mod tile;
+
+/// Rows that one task handles: fixed, because it decides the order of sums.
+pub(crate) const ROW_BLOCK: usize = 32;
+
+/// Elements that one task of an elementwise loop handles.
+pub(crate) const BLOCK: usize = 16 * 1024;
+
+/// Adds the vectors of `parts` in order.
+pub(crate) fn sum_in_order(parts: Vec<Vec<f32>>) -> Vec<f32> {
+    let mut parts = parts.into_iter();
+    let mut total = parts.next().unwrap_or_default();
+    for part in parts {
+        total.iter_mut().zip(&part).for_each(|(t, p)| *t += p);
+    }
+    total
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use contract::random::{normal, philox};
+
+    /// Standard normal numbers that depend on `seed` alone.
+    pub(crate) fn numbers(seed: u64, count: usize) -> Vec<f32> {
+        (0..count)
+            .map(|i| {
+                let [a, b, ..] = philox(seed, [i as u32, 0, 0, 0]);
+                normal(a, b).0
+            })
+            .collect()
+    }
+
+    /// Runs `f` in a pool of that many threads.
+    pub(crate) fn with_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool of threads").install(f)
+    }
+}

@@ -1,0 +1,274 @@
+//! Models as Hugging Face folders.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail, ensure};
+use candle_core::pickle::PthTensors;
+use candle_core::{DType, Device, Tensor};
+use contract::value::write;
+use contract::{Result, TokenizerFile};
+use half::{bf16, f16};
+use indexmap::IndexMap;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value as Json, json};
+
+use crate::config::Config;
+use crate::gpt2::LanguageModel;
+
+/// Writes everything that [`LanguageModel::load`] and `transformers` read.
+pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {
+    write_json(&folder.join("config.json"), &serde_json::to_value(&model.config)?)?;
+    write_tensors(&folder.join("model.safetensors"), model.parameters().iter(), None)?;
+    let generation = json!({
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": model.config.eos_token_id,
+        "pad_token_id": model.config.pad_token_id,
+    });
+    write_json(&folder.join("generation_config.json"), &generation)?;
+    save_tokenizer(&model.tokenizer, folder)
+}
+
+/// The tokenizer of a model folder. Where the folder is not ours, the end token is the configuration's.
+pub(crate) fn tokenizer(folder: &Path, config: &Config) -> Result<TokenizerFile> {
+    let own = folder.join("pipeline_tokenizer.json");
+    let path = folder.join("tokenizer.json");
+    if own.exists() && path.exists() {
+        return TokenizerFile::load(folder);
+    }
+    let json = if path.exists() { read(&path)? } else { Vec::new() };
+    if own.exists() {
+        let facts: Json =
+            serde_json::from_slice(&read(&own)?).with_context(|| format!("`{}` is not JSON", own.display()))?;
+        let number = |key: &str| facts[key].as_u64().and_then(|n| u32::try_from(n).ok());
+        let (end, size) = number("end")
+            .zip(number("size"))
+            .with_context(|| format!("`{}` has no numbers `end` and `size`", own.display()))?;
+        return Ok(TokenizerFile { json: Arc::new(json), end, size });
+    }
+    let end = config.eos_token_id.with_context(|| {
+        format!("`{}` names no end token: set `eos_token_id`", folder.join("config.json").display())
+    })?;
+    let size = if json.is_empty() {
+        config.vocab_size as u32
+    } else {
+        let words: Json = serde_json::from_slice(&json).with_context(|| format!("`{}` is not JSON", path.display()))?;
+        tokens(&words).keys().next_back().map_or(0, |id| id + 1)
+    };
+    Ok(TokenizerFile { json: Arc::new(json), end, size })
+}
+
+/// The parameters of a model folder as f32, in the order of [`Config::parameter_shapes`].
+pub(crate) fn parameters(folder: &Path, config: &Config, device: &Device) -> Result<IndexMap<String, Tensor>> {
+    let shapes = config.parameter_shapes();
+    let wanted: HashMap<&str, &[usize]> =
+        shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
+    let mut found: HashMap<String, Tensor> = HashMap::new();
+    let files = weight_files(folder)?;
+    for file in &files {
+        let mut keep = |stored: &str, shape: &[usize], values: &dyn Fn() -> Result<Vec<f32>>| -> Result<()> {
+            let name = canonical(stored);
+            match wanted.get(name.as_str()) {
+                Some(expected) => {
+                    ensure!(
+                        *expected == shape,
+                        "tensor `{stored}` in `{}` has shape {shape:?}, expected {expected:?} by `config.json`",
+                        file.display()
+                    );
+                    let values = values().with_context(|| format!("in `{}`", file.display()))?;
+                    found.insert(name, Tensor::from_vec(values, shape, device)?);
+                }
+                None if is_ignored(&name) => {}
+                None => {
+                    bail!("tensor `{stored}` in `{}` is none of the model that `config.json` describes", file.display())
+                }
+            }
+            Ok(())
+        };
+        if file.extension().is_some_and(|e| e == "bin") {
+            read_pickle(file, &mut keep)?;
+        } else {
+            read_safetensors(file, &mut keep)?;
+        }
+    }
+    let missing: Vec<&str> =
+        shapes.iter().map(|(name, _)| name.as_str()).filter(|name| !found.contains_key(*name)).collect();
+    if let Some(first) = missing.first() {
+        let files: Vec<String> = files.iter().map(|f| format!("`{}`", f.display())).collect();
+        bail!("tensor `{first}` is missing ({} of {} are) in {}", missing.len(), shapes.len(), files.join(", "));
+    }
+    let in_order = shapes.into_iter().map(|(name, _)| {
+        let tensor = found.remove(&name).expect("checked to be there");
+        (name, tensor)
+    });
+    Ok(in_order.collect())
+}
+
+/// Writes tensors as f32 to a safetensors file, with the metadata that PyTorch's readers ask for.
+pub(crate) fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (&'a String, &'a Tensor)>,
+    metadata: Option<(String, String)>,
+) -> Result<()> {
+    let mut stored = Vec::new();
+    for (name, tensor) in tensors {
+        let values = tensor.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        stored.push((name.as_str(), tensor.dims().to_vec(), bytes));
+    }
+    let views =
+        stored.iter().map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
+    let views = views.collect::<Result<Vec<_>>>()?;
+    // One pair only: the order of a hash map must not reach the bytes.
+    let (key, value) = metadata.unwrap_or(("format".to_owned(), "pt".to_owned()));
+    write(path, &safetensors::serialize(views, Some(HashMap::from([(key, value)])))?)
+}
+
+/// All tensors of a safetensors file as f32, by name, and its metadata.
+pub(crate) fn read_tensors(
+    path: &Path,
+    device: &Device,
+) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
+    let mut tensors = BTreeMap::new();
+    read_safetensors(path, &mut |name, shape, values| {
+        tensors.insert(name.to_owned(), Tensor::from_vec(values()?, shape, device)?);
+        Ok(())
+    })?;
+    let bytes = read(path)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(path, &e))?;
+    Ok((tensors, header.metadata().clone().unwrap_or_default()))
+}
+
+/// Writes JSON for people and programs.
+pub(crate) fn write_json(path: &Path, json: &Json) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(json)?;
+    text.push(b'\n');
+    write(path, &text)
+}
+
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+/// `tokenizer.json`, our facts of it, and what `transformers` needs to know of its end token.
+fn save_tokenizer(tokenizer: &TokenizerFile, folder: &Path) -> Result<()> {
+    if tokenizer.json.is_empty() {
+        let facts = json!({"end": tokenizer.end, "size": tokenizer.size});
+        return write(&folder.join("pipeline_tokenizer.json"), &serde_json::to_vec(&facts)?);
+    }
+    tokenizer.save(folder)?;
+    let words: Json = serde_json::from_slice(&tokenizer.json).context("the model's tokenizer is not JSON")?;
+    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast"});
+    if let Some(end) = tokens(&words).remove(&tokenizer.end) {
+        for role in ["bos_token", "eos_token", "pad_token"] {
+            config[role] = json!(end);
+        }
+    }
+    write_json(&folder.join("tokenizer_config.json"), &config)
+}
+
+/// The tokens of a `tokenizer.json` by id.
+fn tokens(tokenizer: &Json) -> BTreeMap<u32, String> {
+    let id = |json: &Json| json.as_u64().and_then(|id| u32::try_from(id).ok());
+    let mut tokens = BTreeMap::new();
+    if let Some(vocabulary) = tokenizer["model"]["vocab"].as_object() {
+        tokens.extend(vocabulary.iter().filter_map(|(token, json)| Some((id(json)?, token.clone()))));
+    }
+    if let Some(pieces) = tokenizer["model"]["vocab"].as_array() {
+        // Unigram models list [piece, score] in the order of ids.
+        let piece = |(id, json): (usize, &Json)| Some((id as u32, json[0].as_str()?.to_owned()));
+        tokens.extend(pieces.iter().enumerate().filter_map(piece));
+    }
+    if let Some(added) = tokenizer["added_tokens"].as_array() {
+        tokens.extend(added.iter().filter_map(|t| Some((id(&t["id"])?, t["content"].as_str()?.to_owned()))));
+    }
+    tokens
+}
+
+/// The files that hold a folder's weights.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    for (single, index) in
+        [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")]
+    {
+        let path = folder.join(single);
+        if path.exists() {
+            return Ok(vec![path]);
+        }
+        let path = folder.join(index);
+        if path.exists() {
+            let json: Json =
+                serde_json::from_slice(&read(&path)?).with_context(|| format!("`{}` is not JSON", path.display()))?;
+            let map = json["weight_map"]
+                .as_object()
+                .ok_or_else(|| anyhow!("`{}` has no object `weight_map`", path.display()))?;
+            let shards: BTreeSet<&str> = map.values().filter_map(Json::as_str).collect();
+            return Ok(shards.into_iter().map(|shard| folder.join(shard)).collect());
+        }
+    }
+    bail!(
+        "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json` or `pytorch_model.bin`",
+        folder.display()
+    )
+}
+
+/// The name with which a checkpoint of the bare model would have been saved with its head.
+fn canonical(name: &str) -> String {
+    if name.starts_with("transformer.") || name.starts_with("lm_head.") {
+        name.to_owned()
+    } else {
+        format!("transformer.{name}")
+    }
+}
+
+/// Causal masks that old checkpoints hold, and a head that is the embedding anyway.
+fn is_ignored(name: &str) -> bool {
+    name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight"
+}
+
+/// What is done with each tensor of a file: its name, its shape, and how to get its elements.
+type Keep<'a> = dyn FnMut(&str, &[usize], &dyn Fn() -> Result<Vec<f32>>) -> Result<()> + 'a;
+
+fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
+    let bytes = read(path)?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| broken(path, &e))?;
+    for (name, view) in tensors.iter() {
+        keep(name, view.shape(), &|| to_f32(name, &view))?;
+    }
+    Ok(())
+}
+
+fn broken(path: &Path, error: &safetensors::SafeTensorError) -> anyhow::Error {
+    anyhow!("`{}` is not a whole safetensors file ({error}): get it again", path.display())
+}
+
+fn read_pickle(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
+    let advice = "expected what `torch.save` of PyTorch 1.6 or later writes; convert the model to safetensors";
+    let file = PthTensors::new(path, None).with_context(|| format!("cannot read `{}`: {advice}", path.display()))?;
+    let mut names: Vec<&String> = file.tensor_infos().keys().collect();
+    names.sort();
+    ensure!(!names.is_empty(), "no tensors in `{}`: {advice}", path.display());
+    for name in names {
+        let shape = file.tensor_infos()[name].layout.shape().dims().to_vec();
+        keep(name, &shape, &|| {
+            let tensor = file.get(name)?.with_context(|| format!("tensor `{name}` cannot be read"))?;
+            Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        })?;
+    }
+    Ok(())
+}
+
+fn to_f32(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>> {
+    fn words<const N: usize>(bytes: &[u8], parse: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        bytes.chunks_exact(N).map(|word| parse(word.try_into().expect("chunks are of size N"))).collect()
+    }
+    Ok(match view.dtype() {
+        Dtype::F32 => words(view.data(), f32::from_le_bytes),
+        Dtype::F16 => words(view.data(), |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => words(view.data(), |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::F64 => words(view.data(), |b| f64::from_le_bytes(b) as f32),
+        other => bail!("tensor `{name}` has type {other:?}, expected F32, F16, BF16 or F64"),
+    })
+}

@@ -1,0 +1,384 @@
+//! Writing: batched decoding with a cache of keys and values.
+//!
+//! Rows come and go: every pass feeds the new token of each row that is being written and the whole prompt of each row
+//! that has just been admitted; a finished row leaves at once and makes room for the next. A row's tokens do not depend
+//! on that: on the CPU every operation gives a row the same bits whoever shares the pass, and draws are keyed by row and
+//! position.
+
+use anyhow::{Context, ensure};
+use candle_core::{Result as TensorResult, Tensor};
+use contract::random::{philox, uniform};
+use contract::{End, Result};
+use rayon::prelude::*;
+
+use crate::config::Activation;
+use crate::gpt2::LanguageModel;
+use crate::kernels::attention::softmax;
+use crate::kernels::matmul::{Matrix, product_by_row};
+use crate::kernels::tile::{self, Left};
+use crate::kernels::{elementwise, layer_norm};
+use crate::ops::tape::embed;
+use crate::ops::{Attend, Input, Linear, Norm, Ops, elements};
+use crate::packed::Packed;
+use crate::sample::{Choice, Sampling, Scratch, choose};
+
+/// How to write.
+#[derive(Clone, Debug)]
+pub struct Generate {
+    /// How a token is chosen.
+    pub sampling: Sampling,
+    /// Longest response, end token included.
+    pub max_new_tokens: usize,
+    /// The stage's seed.
+    pub seed: u64,
+    /// What the draws are for: [`contract::random::purpose::GENERATE`] or [`contract::random::purpose::EVALUATE`].
+    pub purpose: u32,
+    /// Epoch or round: another one, other draws.
+    pub time: u32,
+    /// Rows decoded together; changes speed and memory, no draw.
+    pub batch: usize,
+}
+
+/// What to continue.
+#[derive(Clone, Copy, Debug)]
+pub struct Prompt<'a> {
+    /// Row id: what the draws are keyed by.
+    pub row: u64,
+    /// Token ids, at least one.
+    pub ids: &'a [u32],
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// Token ids, with the end token if it came.
+    pub ids: Vec<u32>,
+    /// Log-probability of each under the model as it is: temperature 1, nothing filtered.
+    pub log_probs: Vec<f32>,
+    /// Whether the end token came.
+    pub end: End,
+}
+
+/// Continues every prompt until the model's end token, `max_new_tokens`, or the end of the model's positions.
+///
+/// The vectors of `soft_prompt`, `[n, C]`, stand before every prompt. The draw for the `k`th token of a response (from 0)
+/// is keyed by `(seed, [k, row, time, purpose])`. `progress` is told how many rows are finished.
+///
+/// Errors when a prompt is empty, holds an unknown id, or is longer than the model's positions.
+pub fn generate(
+    model: &LanguageModel,
+    soft_prompt: Option<&Tensor>,
+    prompts: &[Prompt<'_>],
+    options: &Generate,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Generated>> {
+    check(model, soft_prompt, prompts, options)?;
+    let prompt_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
+    let end = model.tokenizer.end;
+    let mut waiting: Vec<usize> = (0..prompts.len()).collect();
+    // Rows of one length take turns: those admitted together tend to need caches of one size. The longest come last
+    // here, so that they are taken first.
+    waiting.sort_by_key(|i| prompts[*i].ids.len());
+    let mut finished: Vec<Option<Generated>> = vec![None; prompts.len()];
+    let mut decoder = Decoder::new(model, soft_prompt)?;
+    let mut rows: Vec<Row> = Vec::new();
+    let mut done = 0;
+    loop {
+        while rows.len() < options.batch.max(1) {
+            let Some(index) = waiting.pop() else { break };
+            let prompt = &prompts[index];
+            let room = model.config.n_positions - prompt_length - prompt.ids.len();
+            let row = Row::new(index, prompt, options.max_new_tokens.min(room));
+            rows.push(row);
+        }
+        rows.retain_mut(|row| {
+            let finished_now = row.is_finished(end);
+            if finished_now {
+                finished[row.index] = Some(row.finish(end));
+                done += 1;
+                progress(done);
+            }
+            !finished_now
+        });
+        if rows.is_empty() {
+            if waiting.is_empty() {
+                break;
+            }
+            continue;
+        }
+        let logits = decoder.logits(&mut rows)?;
+        let vocabulary = model.vocab_size();
+        rows.par_iter_mut()
+            .zip(logits.par_chunks_exact(vocabulary))
+            .for_each(|(row, logits)| row.extend(logits, options));
+    }
+    finished.into_iter().map(|row| row.context("a row was never finished")).collect()
+}
+
+fn check(
+    model: &LanguageModel,
+    soft_prompt: Option<&Tensor>,
+    prompts: &[Prompt<'_>],
+    options: &Generate,
+) -> Result<()> {
+    options.sampling.validate()?;
+    let prompt_length = match soft_prompt {
+        Some(prompt) => {
+            let (length, width) = prompt.dims2().context("a soft prompt has shape [length, width]")?;
+            ensure!(width == model.width(), "soft prompt of width {width} for a model of width {}", model.width());
+            length
+        }
+        None => 0,
+    };
+    for prompt in prompts {
+        ensure!(!prompt.ids.is_empty(), "row {} has an empty prompt: nothing to continue", prompt.row);
+        let length = prompt.ids.len() + prompt_length;
+        ensure!(
+            length <= model.config.n_positions,
+            "the prompt of row {} has {length} tokens: the model has {} positions, so shorten it",
+            prompt.row,
+            model.config.n_positions
+        );
+        if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
+            anyhow::bail!(
+                "row {} has token id {id}, not in the model's vocabulary of {}",
+                prompt.row,
+                model.vocab_size()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A row that is being written.
+struct Row {
+    /// Its place among the prompts.
+    index: usize,
+    id: u64,
+    /// Prompt and response so far.
+    ids: Vec<u32>,
+    prompt: usize,
+    log_probs: Vec<f32>,
+    /// Longest response.
+    limit: usize,
+    cache: Cache,
+    scratch: Scratch,
+}
+
+impl Row {
+    fn new(index: usize, prompt: &Prompt<'_>, limit: usize) -> Self {
+        Row {
+            index,
+            id: prompt.row,
+            ids: prompt.ids.to_vec(),
+            prompt: prompt.ids.len(),
+            log_probs: Vec::new(),
+            limit,
+            cache: Cache::default(),
+            scratch: Scratch::default(),
+        }
+    }
+
+    fn extend(&mut self, logits: &[f32], options: &Generate) {
+        let position = self.log_probs.len() as u32;
+        let row = (self.id ^ self.id >> 32) as u32;
+        let [word, ..] = philox(options.seed, [position, row, options.time, options.purpose]);
+        let choice = choose(logits, &self.ids, &options.sampling, uniform(word), &mut self.scratch);
+        let Choice { token, log_prob } = choice;
+        self.ids.push(token);
+        self.log_probs.push(log_prob);
+    }
+
+    fn is_finished(&self, end: u32) -> bool {
+        self.log_probs.len() >= self.limit || (!self.log_probs.is_empty() && self.ids.last() == Some(&end))
+    }
+
+    fn finish(&mut self, end: u32) -> Generated {
+        let ids = self.ids.split_off(self.prompt);
+        let end = if ids.last() == Some(&end) { End::Stop } else { End::Length };
+        Generated { ids, log_probs: std::mem::take(&mut self.log_probs), end }
+    }
+}
+
+/// What computes the logits of the next token.
+struct Decoder<'a> {
+    model: &'a LanguageModel,
+    soft_prompt: Option<Tensor>,
+    soft_length: usize,
+}
+
+impl<'a> Decoder<'a> {
+    fn new(model: &'a LanguageModel, soft_prompt: Option<&Tensor>) -> Result<Self> {
+        let soft_prompt = soft_prompt.map(|prompt| prompt.detach().contiguous()).transpose()?;
+        let soft_length = soft_prompt.as_ref().map_or(0, |prompt| prompt.dims()[0]);
+        Ok(Decoder { model, soft_prompt, soft_length })
+    }
+
+    /// Logits of the next token of every row, `[rows, V]`.
+    fn logits(&mut self, rows: &mut [Row]) -> Result<Vec<f32>> {
+        if !self.model.device().is_cpu() {
+            return self.logits_plain(rows);
+        }
+        let capacity = |row: &Row| self.soft_length + row.prompt + row.limit;
+        let mut pass = Cached { inputs: Vec::new(), positions: Vec::new(), counts: Vec::new(), caches: Vec::new() };
+        for row in rows.iter_mut() {
+            let capacity = capacity(row);
+            let seen = row.cache.length;
+            if seen == 0 {
+                row.cache = Cache::new(self.model.config.n_layer, self.model.width(), capacity);
+                pass.inputs.extend((0..self.soft_length as u32).map(Input::Prompt));
+            }
+            let new = seen.saturating_sub(self.soft_length);
+            pass.inputs.extend(row.ids[new..].iter().map(|id| Input::Token(*id)));
+            let count = row.ids.len() + self.soft_length - seen;
+            pass.positions.extend((seen..seen + count).map(|p| p as u32));
+            pass.counts.push(count);
+            pass.caches.push(&mut row.cache);
+        }
+        let hidden = self.model.gpt2().forward(&mut pass, self.soft_prompt.as_ref())?;
+        for (cache, count) in pass.caches.iter_mut().zip(&pass.counts) {
+            cache.length += count;
+        }
+        let (head, width) = (elements(self.model.head())?, self.model.width());
+        Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&head, width).transposed()))
+    }
+
+    /// The same by a whole forward pass over each row, without a cache: on devices without a kernel, and for tests.
+    fn logits_plain(&self, rows: &[Row]) -> Result<Vec<f32>> {
+        let mut batch = Packed::new();
+        rows.iter().for_each(|row| batch.push(row.id, &row.ids));
+        let model = self.model.frozen();
+        let hidden = model.hidden(&batch, self.soft_prompt.as_ref(), None)?;
+        let last: Vec<u32> = batch.segments.iter().map(|segment| segment.end as u32 - 1).collect();
+        let last = Tensor::from_slice(&last, last.len(), model.device())?;
+        Ok(hidden.index_select(&last, 0)?.matmul(&model.head().t()?)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// Keys and values of what a row has seen.
+#[derive(Default)]
+struct Cache {
+    length: usize,
+    /// Room for so many positions.
+    capacity: usize,
+    layers: Vec<LayerCache>,
+}
+
+struct LayerCache {
+    /// `[C, capacity]`: scores of a query are then sums of rows.
+    keys: Vec<f32>,
+    /// `[capacity, C]`.
+    values: Vec<f32>,
+}
+
+impl Cache {
+    fn new(layers: usize, width: usize, capacity: usize) -> Self {
+        let capacity = capacity.next_multiple_of(ALIGN);
+        let layer = || LayerCache { keys: vec![0.0; width * capacity], values: vec![0.0; width * capacity] };
+        Cache { length: 0, capacity, layers: (0..layers).map(|_| layer()).collect() }
+    }
+}
+
+/// Columns of scores are computed in such steps.
+const ALIGN: usize = 16;
+
+/// [`Ops`] over the new tokens of each row, with the keys and values of those before.
+struct Cached<'a> {
+    inputs: Vec<Input>,
+    positions: Vec<u32>,
+    /// New tokens of each row.
+    counts: Vec<usize>,
+    caches: Vec<&'a mut Cache>,
+}
+
+impl Ops for Cached<'_> {
+    type Array = Vec<f32>;
+
+    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> TensorResult<Vec<f32>> {
+        embed(&self.inputs, &self.positions, tokens, positions, prompt)
+    }
+
+    fn layer_norm(&mut self, x: &Vec<f32>, norm: Norm<'_>, eps: f32) -> TensorResult<Vec<f32>> {
+        Ok(layer_norm::forward(x, &elements(norm.weight)?, &elements(norm.bias)?, eps).0)
+    }
+
+    fn linear(&mut self, x: &Vec<f32>, linear: Linear<'_>) -> TensorResult<Vec<f32>> {
+        let (depth, width) = linear.weight.dims2()?;
+        let mut out = product_by_row(Matrix::new(x, depth), Matrix::new(&elements(linear.weight)?, width));
+        elementwise::add_to_rows(&mut out, &elements(linear.bias)?);
+        Ok(out)
+    }
+
+    fn attention(&mut self, qkv: Vec<f32>, attend: Attend) -> TensorResult<Vec<f32>> {
+        let rows = self.counts.iter().sum::<usize>();
+        let width = qkv.len() / rows / 3;
+        let mut out = vec![0.0; rows * width];
+        let (mut qkv, mut rest) = (qkv.as_slice(), out.as_mut_slice());
+        let mut tasks = Vec::with_capacity(self.counts.len());
+        for (cache, count) in self.caches.iter_mut().zip(&self.counts) {
+            let (own, behind) = qkv.split_at(count * 3 * width);
+            let (place, free) = rest.split_at_mut(count * width);
+            tasks.push((&mut **cache, own, place));
+            (qkv, rest) = (behind, free);
+        }
+        tasks.into_par_iter().for_each(|(cache, qkv, out)| attend_row(cache, qkv, out, width, attend));
+        Ok(out)
+    }
+
+    fn activation(&mut self, x: Vec<f32>, activation: Activation) -> TensorResult<Vec<f32>> {
+        Ok(elementwise::activation(&x, activation))
+    }
+
+    fn add(&mut self, mut x: Vec<f32>, y: Vec<f32>) -> TensorResult<Vec<f32>> {
+        elementwise::add(&mut x, &y);
+        Ok(x)
+    }
+
+    fn dropout(&mut self, x: Vec<f32>, _rate: f32, _site: u32) -> TensorResult<Vec<f32>> {
+        Ok(x)
+    }
+
+    /// The last token of each row: the only one whose logits are wanted.
+    fn text(&mut self, x: Vec<f32>) -> TensorResult<Vec<f32>> {
+        let width = x.len() / self.counts.iter().sum::<usize>();
+        let mut out = Vec::with_capacity(self.counts.len() * width);
+        let mut end = 0;
+        for count in &self.counts {
+            end += count * width;
+            out.extend_from_slice(&x[end - width..end]);
+        }
+        Ok(out)
+    }
+}
+
+/// Attention of a row's new tokens over all it has seen.
+fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], width: usize, attend: Attend) {
+    const QUERIES: usize = 32;
+    let (length, capacity) = (cache.length, cache.capacity);
+    let LayerCache { keys, values } = &mut cache.layers[attend.layer];
+    let count = out.len() / width;
+    for (t, row) in qkv.chunks_exact(3 * width).enumerate() {
+        for (c, key) in row[width..2 * width].iter().enumerate() {
+            keys[c * capacity + length + t] = *key;
+        }
+        values[(length + t) * width..][..width].copy_from_slice(&row[2 * width..]);
+    }
+    let d = width / attend.heads;
+    let mut scores = vec![0.0; QUERIES.min(count) * capacity];
+    for head in 0..attend.heads {
+        let keys = &keys[head * d * capacity..];
+        let values = &values[head * d..];
+        for start in (0..count).step_by(QUERIES) {
+            let block = QUERIES.min(count - start);
+            let seen = length + start + block;
+            let columns = seen.next_multiple_of(ALIGN);
+            let queries = Left { data: &qkv[start * 3 * width + head * d..], row: 3 * width, depth: 1 };
+            tile::product(&mut scores, capacity, queries, keys, capacity, block, columns, d, false);
+            for i in 0..block {
+                softmax(&mut scores[i * capacity..][..columns], length + start + i + 1, attend.scale);
+            }
+            let left = Left { data: &scores, row: capacity, depth: 1 };
+            tile::product(&mut out[start * width + head * d..], width, left, values, width, block, d, seen, false);
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! GPT-2: Radford et al., "Language models are unsupervised multitask learners", 2019.
+//!
+//! Differences from the paper: sequences are packed end to end instead of padded, and a soft prompt (Lester et al., "The
+//! power of scale for parameter-efficient prompt tuning", 2021) may stand before each. Dimensions: `N` tokens of the batch,
+//! `C` channels, `V` vocabulary. Weights are `[in, out]` and named as in Hugging Face checkpoints.
+
+use std::any::Any;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use contract::random::{normal, philox, purpose};
+use contract::{PortType, Result, TokenizerFile, Value};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+
+use crate::checkpoint;
+use crate::config::{Architecture, Config};
+use crate::ops::plain::Plain;
+use crate::ops::tape::Tape;
+use crate::ops::{Attend, Dropout, Linear, Norm, Ops, Rows};
+use crate::packed::Packed;
+
+/// A model with its tokenizer.
+///
+/// Its parameters are either all variables, which training changes in place, or all frozen.
+pub struct LanguageModel {
+    /// Sizes and options.
+    pub config: Config,
+    /// What gives ids their meaning. Its `json` is empty where the checkpoint had no `tokenizer.json`.
+    pub tokenizer: TokenizerFile,
+    parameters: IndexMap<String, Tensor>,
+    device: Device,
+}
+
+impl LanguageModel {
+    /// A model with random weights over the vocabulary of `tokenizer`, frozen.
+    ///
+    /// Matrices are normal with standard deviation 0.02, those that end a residual branch divided by `sqrt(2 layers)`;
+    /// norm weights are 1, biases 0. Each number depends on the seed, its parameter's index and its place alone.
+    pub fn init(architecture: &Architecture, tokenizer: TokenizerFile, seed: u64, device: &Device) -> Result<Self> {
+        let config = architecture.config(tokenizer.size as usize, tokenizer.end)?;
+        let residual = 1.0 / (2.0 * config.n_layer as f64).sqrt();
+        let mut parameters = IndexMap::new();
+        for (index, (name, shape)) in config.parameter_shapes().into_iter().enumerate() {
+            let count = shape.iter().product();
+            let values = if name.ends_with("bias") {
+                vec![0.0; count]
+            } else if shape.len() == 1 {
+                vec![1.0; count]
+            } else {
+                let scale = if name.ends_with("c_proj.weight") { residual } else { 1.0 };
+                random_values(seed, index as u32, count, (config.initializer_range * scale) as f32)
+            };
+            parameters.insert(name, Tensor::from_vec(values, shape, device)?);
+        }
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+    }
+
+    /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
+    /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one. Names may lack
+    /// the prefix `transformer.`. Weights of any float type become f32. The model is frozen.
+    ///
+    /// Errors name the file, and the tensor with expected and found shape.
+    pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        let config = Config::load(folder)?;
+        let tokenizer = checkpoint::tokenizer(folder, &config)?;
+        ensure!(
+            tokenizer.size as usize <= config.vocab_size,
+            "`{}` has a tokenizer of {} ids and a model of {}: expected at least as many",
+            folder.display(),
+            tokenizer.size,
+            config.vocab_size
+        );
+        let parameters = checkpoint::parameters(folder, &config, device)?;
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+    }
+
+    /// An independent, frozen copy with storage of its own.
+    pub fn deep_clone(&self) -> Result<Self> {
+        self.map(|parameter| parameter.detach().copy())
+    }
+
+    /// The model with variables as parameters. Those that are variables already are taken as they are.
+    pub fn trainable(self) -> Result<Self> {
+        self.map(|parameter| Ok(Var::from_tensor(parameter)?.into_inner()))
+    }
+
+    /// A view of the same weights through which no gradient flows. It sees later updates of the model.
+    pub fn frozen(&self) -> Self {
+        self.map(|parameter| Ok(parameter.detach())).expect("detaching a tensor cannot fail")
+    }
+
+    /// All parameters, by their names in Hugging Face checkpoints, in a fixed order.
+    pub fn parameters(&self) -> &IndexMap<String, Tensor> {
+        &self.parameters
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Channels `C` of the hidden state.
+    pub fn width(&self) -> usize {
+        self.config.n_embd
+    }
+
+    /// Rows `V` of the embedding and of the head.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// The input embedding `[V, C]`.
+    pub fn embedding(&self) -> &Tensor {
+        &self.parameters["transformer.wte.weight"]
+    }
+
+    /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
+    pub fn head(&self) -> &Tensor {
+        self.parameters.get("lm_head.weight").unwrap_or_else(|| self.embedding())
+    }
+
+    /// Final hidden states `[N, C]` of all tokens of a batch, after the last norm.
+    ///
+    /// The `n` vectors of `prompt`, `[n, C]`, stand before every sequence at positions `0..n`; text follows from position
+    /// `n`, and only its rows are returned. Gradients flow to parameters and prompt where they are variables; on the CPU,
+    /// those of parameters are given by [`crate::gradients`].
+    ///
+    /// Errors when a sequence is longer than the model's positions, or an id is not in its vocabulary.
+    pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
+        let prompt_length = self.check(batch, prompt)?;
+        let rows = Rows::new(batch, prompt_length);
+        if rows.inputs.is_empty() {
+            return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
+        }
+        let dropout = dropout.copied();
+        let gpt2 = self.gpt2();
+        if self.device.is_cpu() {
+            let prompt = prompt.map(Tensor::contiguous).transpose()?;
+            let mut tape = Tape::new(rows, dropout);
+            let hidden = gpt2.forward(&mut tape, prompt.as_ref())?;
+            let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
+            return Ok(tape.finish(hidden, anchor, prompt.as_ref())?);
+        }
+        self.hidden_plain(&rows, prompt, dropout)
+    }
+
+    /// [`LanguageModel::hidden`] by candle's own operations.
+    pub(crate) fn hidden_plain(
+        &self,
+        rows: &Rows,
+        prompt: Option<&Tensor>,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        Ok(self.gpt2().forward(&mut Plain { rows, dropout }, prompt)?)
+    }
+
+    /// The parameters by their roles.
+    pub(crate) fn gpt2(&self) -> Gpt2<'_> {
+        let get = |name: &str| &self.parameters[name];
+        let norm = |name: &str| Norm { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
+        let linear = |name: &str| Linear { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
+        let block = |layer: usize| {
+            let name = |part: &str| format!("transformer.h.{layer}.{part}");
+            Block {
+                ln_1: norm(&name("ln_1")),
+                c_attn: linear(&name("attn.c_attn")),
+                attn_c_proj: linear(&name("attn.c_proj")),
+                ln_2: norm(&name("ln_2")),
+                c_fc: linear(&name("mlp.c_fc")),
+                mlp_c_proj: linear(&name("mlp.c_proj")),
+            }
+        };
+        Gpt2 {
+            config: &self.config,
+            wte: get("transformer.wte.weight"),
+            wpe: get("transformer.wpe.weight"),
+            blocks: (0..self.config.n_layer).map(block).collect(),
+            ln_f: norm("transformer.ln_f"),
+        }
+    }
+
+    fn check(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<usize> {
+        let prompt_length = match prompt {
+            Some(prompt) => {
+                let (length, width) = prompt.dims2().context("a soft prompt has shape [length, width]")?;
+                ensure!(width == self.width(), "soft prompt of width {width} for a model of width {}", self.width());
+                length
+            }
+            None => 0,
+        };
+        for (segment, row) in batch.segments.iter().zip(&batch.rows) {
+            ensure!(
+                segment.len() + prompt_length <= self.config.n_positions,
+                "row {row} has {} tokens with the soft prompt: the model has {} positions, so shorten the text",
+                segment.len() + prompt_length,
+                self.config.n_positions
+            );
+        }
+        if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
+            anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
+        }
+        Ok(prompt_length)
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> TensorResult<Tensor>) -> Result<Self> {
+        let parameters = self.parameters.iter().map(|(name, parameter)| Ok((name.clone(), f(parameter)?)));
+        Ok(LanguageModel {
+            config: self.config.clone(),
+            tokenizer: self.tokenizer.clone(),
+            parameters: parameters.collect::<Result<_>>()?,
+            device: self.device.clone(),
+        })
+    }
+}
+
+impl Value for LanguageModel {
+    fn port_type(&self) -> PortType {
+        PortType::Model
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        checkpoint::save(self, folder)
+    }
+
+    fn fact(&self, name: &str) -> Option<String> {
+        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+/// The parameters of a model by their roles.
+pub(crate) struct Gpt2<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) wte: &'a Tensor,
+    pub(crate) wpe: &'a Tensor,
+    pub(crate) blocks: Vec<Block<'a>>,
+    pub(crate) ln_f: Norm<'a>,
+}
+
+/// The parameters of one transformer block.
+pub(crate) struct Block<'a> {
+    ln_1: Norm<'a>,
+    c_attn: Linear<'a>,
+    attn_c_proj: Linear<'a>,
+    ln_2: Norm<'a>,
+    c_fc: Linear<'a>,
+    mlp_c_proj: Linear<'a>,
+}
+
+impl Gpt2<'_> {
+    /// Token ids to final hidden states, by the operations of `ops`.
+    pub(crate) fn forward<O: Ops>(&self, ops: &mut O, prompt: Option<&Tensor>) -> TensorResult<O::Array> {
+        let config = self.config;
+        let eps = config.layer_norm_epsilon as f32;
+        let x = ops.embed(self.wte, self.wpe, prompt)?; // [N, C]
+        let mut x = ops.dropout(x, config.embd_pdrop, 0)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
+            let site = (1 + layer * (config.n_head + 2)) as u32;
+            let [attention_site, mlp_site] = [0, 1].map(|i| site + (config.n_head + i) as u32);
+
+            let h = ops.layer_norm(&x, block.ln_1, eps)?; // [N, C]
+            let qkv = ops.linear(&h, block.c_attn)?; // [N, 3C]
+            let a = ops.attention(qkv, self.attend(layer, site))?; // [N, C]
+            let a = ops.linear(&a, block.attn_c_proj)?; // [N, C]
+            let a = ops.dropout(a, config.resid_pdrop, attention_site)?;
+            x = ops.add(x, a)?;
+
+            let h = ops.layer_norm(&x, block.ln_2, eps)?; // [N, C]
+            let m = ops.linear(&h, block.c_fc)?; // [N, 4C]
+            let m = ops.activation(m, config.activation_function)?;
+            let m = ops.linear(&m, block.mlp_c_proj)?; // [N, C]
+            let m = ops.dropout(m, config.resid_pdrop, mlp_site)?;
+            x = ops.add(x, m)?;
+        }
+        let x = ops.text(x)?; // [N, C] without the prompt's rows
+        ops.layer_norm(&x, self.ln_f, eps)
+    }
+
+    fn attend(&self, layer: usize, site: u32) -> Attend {
+        let config = self.config;
+        let scale = config.attention_scale(layer);
+        Attend { layer, heads: config.n_head, scale, dropout: config.attn_pdrop, site }
+    }
+}
+
+/// Normal numbers with standard deviation `scale`, four from each counter.
+fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32> {
+    let mut values = vec![0.0; count];
+    values.par_chunks_mut(4).enumerate().for_each(|(i, out)| {
+        let [a, b, c, d] = philox(seed, [i as u32, 0, parameter, purpose::INIT]);
+        let ((w, x), (y, z)) = (normal(a, b), normal(c, d));
+        out.iter_mut().zip([w, x, y, z]).for_each(|(out, value)| *out = value * scale);
+    });
+    values
+}

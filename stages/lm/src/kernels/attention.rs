@@ -1,0 +1,219 @@
+//! Causal self-attention over packed sequences: softmax(Q K^T scale) V for each sequence and head, straight from the
+//! packed `[N, 3C]` of queries, keys and values.
+//!
+//! Forward keeps nothing: backward computes the probabilities again, a block of queries at a time, so that memory grows
+//! with the length of a sequence and not with its square.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::masks;
+use super::math::{exp, max, sum};
+use super::tile::{self, Left};
+use crate::ops::Dropout;
+
+/// Queries handled together.
+const QUERIES: usize = 32;
+
+/// Columns of scratch matrices are a multiple of this, so that products have no ragged edge.
+const ALIGN: usize = 16;
+
+/// What attention needs to know beside its input.
+pub(crate) struct Attention<'a> {
+    /// Where each sequence lies; together they cover all rows, in order.
+    pub(crate) segments: &'a [Range<usize>],
+    /// Row id of each sequence.
+    pub(crate) rows: &'a [u64],
+    /// Heads `H`, a divisor of `C`.
+    pub(crate) heads: usize,
+    /// What scores are multiplied by.
+    pub(crate) scale: f32,
+    /// Dropout of probabilities: rate, and the site of head 0; the others follow.
+    pub(crate) dropout: Option<(Dropout, f32, u32)>,
+}
+
+/// `[N, C]` from `[N, 3C]`.
+pub(crate) fn forward(qkv: &[f32], width: usize, attention: &Attention<'_>) -> Vec<f32> {
+    let parts = heads(attention, |task| task.forward(qkv, width, attention));
+    join(&parts, qkv.len() / 3, width, attention, 1)
+}
+
+/// The gradient `[N, 3C]` of `qkv` from that of the result, `[N, C]`.
+pub(crate) fn backward(qkv: &[f32], dy: &[f32], width: usize, attention: &Attention<'_>) -> Vec<f32> {
+    let parts = heads(attention, |task| task.backward(qkv, dy, width, attention));
+    join(&parts, qkv.len(), width, attention, 3)
+}
+
+/// Scores of one query against `count` keys become probabilities; what lies behind them becomes 0.
+#[inline]
+pub(crate) fn softmax(scores: &mut [f32], count: usize, scale: f32) {
+    let (scores, hidden) = scores.split_at_mut(count);
+    let largest = max(scores);
+    for score in scores.iter_mut() {
+        *score = exp((*score - largest) * scale);
+    }
+    let inverse = 1.0 / sum(count, |i| scores[i]);
+    scores.iter_mut().for_each(|score| *score *= inverse);
+    hidden.fill(0.0);
+}
+
+/// One head of one sequence.
+struct Task {
+    rows: Range<usize>,
+    row_id: u64,
+    head: usize,
+}
+
+fn heads<T: Send>(attention: &Attention<'_>, work: impl Fn(Task) -> T + Sync) -> Vec<T> {
+    let count = attention.segments.len() * attention.heads;
+    let task = |i: usize| {
+        let (segment, head) = (i / attention.heads, i % attention.heads);
+        work(Task { rows: attention.segments[segment].clone(), row_id: attention.rows[segment], head })
+    };
+    (0..count).into_par_iter().map(task).collect()
+}
+
+/// Lays the results of heads side by side: each holds `parts` matrices `[T, C / H]`.
+fn join(results: &[Vec<f32>], length: usize, width: usize, attention: &Attention<'_>, parts: usize) -> Vec<f32> {
+    let (heads, head_width) = (attention.heads, width / attention.heads);
+    let mut out = vec![0.0; length];
+    let mut rest = out.as_mut_slice();
+    let mut places = Vec::with_capacity(attention.segments.len());
+    for segment in attention.segments {
+        let (place, behind) = rest.split_at_mut(segment.len() * width * parts);
+        places.push(place);
+        rest = behind;
+    }
+    places.into_par_iter().enumerate().for_each(|(segment, place)| {
+        let count = attention.segments[segment].len();
+        for (t, row) in place.chunks_exact_mut(width * parts).enumerate() {
+            for (i, piece) in row.chunks_exact_mut(head_width).enumerate() {
+                let (part, head) = (i / heads, i % heads);
+                let from = (part * count + t) * head_width;
+                piece.copy_from_slice(&results[segment * heads + head][from..from + head_width]);
+            }
+        }
+    });
+    out
+}
+
+impl Task {
+    fn forward(&self, qkv: &[f32], width: usize, attention: &Attention<'_>) -> Vec<f32> {
+        let d = width / attention.heads;
+        let count = self.rows.len();
+        let stride = count.next_multiple_of(ALIGN);
+        let [queries, keys, values] = self.parts(qkv, width, d);
+        let keys = transpose(keys, 3 * width, count, d, stride);
+        let mut out = vec![0.0; count * d];
+        let mut probabilities = vec![0.0; QUERIES.min(count) * stride];
+        let mut mask = vec![0.0; if attention.dropout.is_some() { stride } else { 0 }];
+        for start in (0..count).step_by(QUERIES) {
+            let block = QUERIES.min(count - start);
+            let seen = start + block;
+            let queries = Left { data: &queries[start * 3 * width..], row: 3 * width, depth: 1 };
+            self.probabilities(&mut probabilities, queries, &keys, start, block, d, stride, attention.scale);
+            if attention.dropout.is_some() {
+                for i in 0..block {
+                    let row = &mut probabilities[i * stride..][..start + i + 1];
+                    self.mask(&mut mask[..row.len()], start + i, attention);
+                    row.iter_mut().zip(&mask).for_each(|(p, m)| *p *= m);
+                }
+            }
+            let left = Left { data: &probabilities, row: stride, depth: 1 };
+            tile::product(&mut out[start * d..], d, left, values, 3 * width, block, d, seen, false);
+        }
+        out
+    }
+
+    fn backward(&self, qkv: &[f32], dy: &[f32], width: usize, attention: &Attention<'_>) -> Vec<f32> {
+        let d = width / attention.heads;
+        let count = self.rows.len();
+        let stride = count.next_multiple_of(ALIGN);
+        let [queries, keys, values] = self.parts(qkv, width, d);
+        let transposed_keys = transpose(keys, 3 * width, count, d, stride);
+        let transposed_values = transpose(values, 3 * width, count, d, stride);
+        let dy = &dy[(self.rows.start * width + self.head * d).min(dy.len())..];
+
+        let mut out = vec![0.0; 3 * count * d];
+        let (dq, rest) = out.split_at_mut(count * d);
+        let (dk, dv) = rest.split_at_mut(count * d);
+        let mut p = vec![0.0; QUERIES.min(count) * stride];
+        let mut dp = p.clone();
+        let mut mask = vec![0.0; if attention.dropout.is_some() { stride } else { 0 }];
+        for start in (0..count).step_by(QUERIES) {
+            let block = QUERIES.min(count - start);
+            let seen = start + block;
+            let columns = seen.next_multiple_of(ALIGN);
+            let left = Left { data: &queries[start * 3 * width..], row: 3 * width, depth: 1 };
+            self.probabilities(&mut p, left, &transposed_keys, start, block, d, stride, attention.scale);
+            let dy = &dy[start * width..];
+            let left = Left { data: dy, row: width, depth: 1 };
+            tile::product(&mut dp, stride, left, &transposed_values, stride, block, columns, d, false);
+            for i in 0..block {
+                let (p, hidden) = p[i * stride..][..columns].split_at_mut(start + i + 1);
+                let (dp, dhidden) = dp[i * stride..][..columns].split_at_mut(start + i + 1);
+                if attention.dropout.is_some() {
+                    self.mask(&mut mask[..p.len()], start + i, attention);
+                    dp.iter_mut().zip(&mask).for_each(|(dp, m)| *dp *= m);
+                }
+                // Softmax: ds = p (dp - sum(p dp)).
+                let mean = sum(p.len(), |j| p[j] * dp[j]);
+                dp.iter_mut().zip(p.iter()).for_each(|(dp, p)| *dp = p * (*dp - mean) * attention.scale);
+                if attention.dropout.is_some() {
+                    p.iter_mut().zip(&mask).for_each(|(p, m)| *p *= m);
+                }
+                hidden.fill(0.0);
+                dhidden.fill(0.0);
+            }
+            let left = Left { data: &dp, row: stride, depth: 1 };
+            tile::product(&mut dq[start * d..], d, left, keys, 3 * width, block, d, seen, false);
+            let left = Left { data: &dp, row: 1, depth: stride };
+            tile::product(dk, d, left, &queries[start * 3 * width..], 3 * width, seen, d, block, true);
+            let left = Left { data: &p, row: 1, depth: stride };
+            tile::product(dv, d, left, dy, width, seen, d, block, true);
+        }
+        out
+    }
+
+    /// Where this head's queries, keys and values begin; their rows lie `3 C` apart.
+    fn parts<'a>(&self, qkv: &'a [f32], width: usize, d: usize) -> [&'a [f32]; 3] {
+        let first = self.rows.start * 3 * width + self.head * d;
+        [0, 1, 2].map(|part| &qkv[(first + part * width).min(qkv.len())..])
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "sizes of one block")]
+    fn probabilities(
+        &self,
+        out: &mut [f32],
+        queries: Left<'_>,
+        keys: &[f32],
+        start: usize,
+        block: usize,
+        d: usize,
+        stride: usize,
+        scale: f32,
+    ) {
+        let columns = (start + block).next_multiple_of(ALIGN);
+        tile::product(out, stride, queries, keys, stride, block, columns, d, false);
+        for i in 0..block {
+            softmax(&mut out[i * stride..][..columns], start + i + 1, scale);
+        }
+    }
+
+    fn mask(&self, out: &mut [f32], query: usize, attention: &Attention<'_>) {
+        let (dropout, rate, site) = attention.dropout.as_ref().expect("asked for with dropout only");
+        masks::fill(out, dropout, *rate, site + self.head as u32, self.row_id, query as u32);
+    }
+}
+
+/// `[T, d]`, rows `stride_in` apart, as `[d, stride]` with zeros behind the `T`th column.
+fn transpose(x: &[f32], stride_in: usize, count: usize, d: usize, stride: usize) -> Vec<f32> {
+    let mut out = vec![0.0; d * stride];
+    for t in 0..count {
+        for (c, value) in x[t * stride_in..][..d].iter().enumerate() {
+            out[c * stride + t] = *value;
+        }
+    }
+    out
+}

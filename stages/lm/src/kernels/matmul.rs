@@ -1,0 +1,200 @@
+//! The matrix product, by the `gemm` crate, behind bounds checks.
+//!
+//! `gemm` gives each element of the result to one thread, which adds its products in an order that depends on the depth
+//! alone; with the depth cut at [`DEPTH`] here, on nothing at all. So neither threads nor the number of rows change a bit,
+//! but for two special paths for tiny results, which [`product_by_row`] keeps away from.
+
+use gemm::Parallelism;
+
+/// Depth of one call: `gemm` itself never cuts shorter sums.
+const DEPTH: usize = 512;
+
+/// Multiplications below which a product runs on one thread.
+const ONE_THREAD: usize = 48 * 48 * 64;
+
+/// A matrix in a slice.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix of `columns` columns, row after row.
+    pub(crate) fn new(data: &'a [f32], columns: usize) -> Self {
+        assert!(columns > 0 && data.len().is_multiple_of(columns), "{} elements in rows of {columns}", data.len());
+        Matrix { data, rows: data.len() / columns, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// The elements as they lie.
+    pub(crate) fn elements(self) -> &'a [f32] {
+        self.data
+    }
+
+    /// The same elements with rows and columns exchanged.
+    pub(crate) fn transposed(self) -> Self {
+        Matrix {
+            data: self.data,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+        }
+    }
+}
+
+/// `a b`, row after row.
+pub(crate) fn product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    if a.columns == 0 {
+        return vec![0.0; a.rows * b.columns];
+    }
+    let length = a.rows * b.columns;
+    let mut out = Vec::with_capacity(length);
+    // SAFETY: the capacity is `rows * columns` of the result, and without `accumulate` every element is written, none read.
+    unsafe {
+        multiply(out.as_mut_ptr(), a, b, false);
+        out.set_len(length);
+    }
+    out
+}
+
+/// `a b`, where each row has the same bits with any number of rows: for generation, where the number of rows changes
+/// as they finish.
+pub(crate) fn product_by_row(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    // `gemm` has other code for one row, and for results of at most 16 x 16.
+    let enough = 2.max(16 * 16 / b.columns + 1);
+    if a.rows >= enough {
+        return product(a, b);
+    }
+    let mut padded = vec![0.0; enough * a.columns];
+    padded[..a.data.len()].copy_from_slice(a.data);
+    let mut out = product(Matrix::new(&padded, a.columns), b);
+    out.truncate(a.rows * b.columns);
+    out
+}
+
+/// `out = a b`, or `out += a b`.
+pub(crate) fn product_into(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+    assert_eq!(out.len(), a.rows * b.columns, "size of a product");
+    if a.columns == 0 {
+        if !accumulate {
+            out.fill(0.0);
+        }
+        return;
+    }
+    // SAFETY: `out` has `rows * columns` elements, all initialised.
+    unsafe { multiply(out.as_mut_ptr(), a, b, accumulate) }
+}
+
+/// # Safety
+///
+/// `out` must be valid for writes of `a.rows * b.columns` elements, and initialised if `accumulate`.
+unsafe fn multiply(out: *mut f32, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+    assert_eq!(a.columns, b.rows, "depth of a product");
+    if a.rows == 0 || b.columns == 0 {
+        return;
+    }
+    let work = a.rows * b.columns * a.columns;
+    let threads = if work < ONE_THREAD { 1 } else { rayon::current_num_threads() };
+    for start in (0..a.columns).step_by(DEPTH) {
+        let depth = DEPTH.min(a.columns - start);
+        // SAFETY: a `Matrix` holds all elements its strides reach, `start + depth` stays within the depth of both, and
+        // `out` is the caller's promise; after the first part all of it is initialised.
+        unsafe {
+            gemm::gemm(
+                a.rows,
+                b.columns,
+                depth,
+                out,
+                1,
+                b.columns as isize,
+                accumulate || start > 0,
+                a.data.as_ptr().add(start * a.column_stride),
+                a.column_stride as isize,
+                a.row_stride as isize,
+                b.data.as_ptr().add(start * b.row_stride),
+                b.column_stride as isize,
+                b.row_stride as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                Parallelism::Rayon(threads),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{numbers, with_threads};
+
+    fn plain(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f64> {
+        let at = |m: Matrix<'_>, i: usize, j: usize| f64::from(m.data[i * m.row_stride + j * m.column_stride]);
+        let mut out = Vec::new();
+        for i in 0..a.rows {
+            out.extend((0..b.columns).map(|j| (0..a.columns).map(|k| at(a, i, k) * at(b, k, j)).sum::<f64>()));
+        }
+        out
+    }
+
+    #[test]
+    fn products_are_right_for_every_orientation_and_depth() {
+        for (m, k, n) in [(1, 1, 1), (3, 2, 5), (7, 13, 17), (33, 600, 29), (64, 192, 96), (1, 192, 70), (5, 0, 3)] {
+            let (a, b) = (numbers(1, m * k), numbers(2, k * n));
+            let (at, bt) = (numbers(3, m * k), numbers(4, k * n));
+            let a = [Matrix { data: &a, rows: m, columns: k, row_stride: k, column_stride: 1 }, {
+                Matrix { data: &at, rows: m, columns: k, row_stride: 1, column_stride: m }
+            }];
+            let b = [Matrix { data: &b, rows: k, columns: n, row_stride: n, column_stride: 1 }, {
+                Matrix { data: &bt, rows: k, columns: n, row_stride: 1, column_stride: k }
+            }];
+            for (a, b) in [(a[0], b[0]), (a[0], b[1]), (a[1], b[0]), (a[1], b[1])] {
+                let expected = plain(a, b);
+                let mut added = vec![1.0; m * n];
+                product_into(&mut added, a, b, true);
+                for ((found, expected), added) in product(a, b).iter().zip(&expected).zip(&added) {
+                    let room = 1e-6 * (10 + k) as f64;
+                    assert!((f64::from(*found) - expected).abs() < room, "{m} {k} {n}: {found} {expected}");
+                    assert!((f64::from(*added) - expected - 1.0).abs() < room, "{m} {k} {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        for (m, k, n) in [(576, 192, 576), (192, 576, 768), (576, 768, 192), (576, 192, 1024), (40, 1300, 33)] {
+            let (a, b) = (numbers(1, m * k), numbers(2, k * n));
+            let run = || {
+                let dx = product(Matrix::new(&a, k), Matrix::new(&b, n));
+                let dw = product(Matrix::new(&a, m).transposed(), Matrix::new(&a, m));
+                (dx, dw)
+            };
+            let one = with_threads(1, run);
+            for threads in [2, 3, 5] {
+                assert!(one == with_threads(threads, run), "{m} {k} {n} with {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn other_rows_do_not_change_a_row() {
+        for (k, n) in [(32, 96), (32, 61), (192, 576), (768, 192), (1600, 70), (8, 24), (2, 6), (32, 3)] {
+            for transposed in [false, true] {
+                let (a, b) = (numbers(1, 40 * k), numbers(2, k * n));
+                let b = if transposed { Matrix::new(&b, k).transposed() } else { Matrix::new(&b, n) };
+                let all = product_by_row(Matrix::new(&a, k), b);
+                for rows in 1..40 {
+                    let some = product_by_row(Matrix::new(&a[..rows * k], k), b);
+                    assert!(some == all[..rows * n], "depth {k}, columns {n}, rows {rows}, transposed {transposed}");
+                }
+            }
+        }
+    }
+}

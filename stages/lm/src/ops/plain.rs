@@ -1,0 +1,130 @@
+//! [`Ops`] as candle tensor operations: the meaning of each, and the way on devices without kernels of our own.
+//!
+//! Uses only operations whose gradients candle computes; its fused softmax and norms lose gradients silently.
+
+use candle_core::{D, Result, Tensor, bail};
+
+use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows};
+use crate::config::Activation;
+use crate::kernels::masks;
+
+/// Runs a forward pass over `rows`.
+pub(crate) struct Plain<'a> {
+    pub(crate) rows: &'a Rows,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl Ops for Plain<'_> {
+    type Array = Tensor;
+
+    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Tensor> {
+        let device = tokens.device();
+        let mut ids = Vec::new();
+        // Where each row's vector is found in tokens ++ prompt.
+        let mut places = Vec::with_capacity(self.rows.inputs.len());
+        let texts = self.rows.inputs.iter().filter(|input| matches!(input, Input::Token(_))).count();
+        for input in &self.rows.inputs {
+            match input {
+                Input::Token(id) => {
+                    places.push(ids.len() as u32);
+                    ids.push(*id);
+                }
+                Input::Prompt(i) => places.push(texts as u32 + i),
+            }
+        }
+        let count = ids.len();
+        let mut vectors = tokens.index_select(&Tensor::from_vec(ids, count, device)?, 0)?; // [N, C]
+        if let Some(prompt) = prompt {
+            let count = places.len();
+            let places = Tensor::from_vec(places, count, device)?;
+            vectors = Tensor::cat(&[&vectors, prompt], 0)?.index_select(&places, 0)?;
+        }
+        let at = Tensor::from_slice(&self.rows.positions, self.rows.positions.len(), device)?;
+        vectors + positions.index_select(&at, 0)?
+    }
+
+    fn layer_norm(&mut self, x: &Tensor, norm: Norm<'_>, eps: f32) -> Result<Tensor> {
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normal = centred.broadcast_div(&(variance + f64::from(eps))?.sqrt()?)?;
+        normal.broadcast_mul(norm.weight)?.broadcast_add(norm.bias)
+    }
+
+    fn linear(&mut self, x: &Tensor, linear: Linear<'_>) -> Result<Tensor> {
+        x.matmul(linear.weight)?.broadcast_add(linear.bias)
+    }
+
+    fn attention(&mut self, qkv: Tensor, attend: Attend) -> Result<Tensor> {
+        let (count, width) = (qkv.dim(0)?, qkv.dim(1)? / 3);
+        let (heads, d) = (attend.heads, width / attend.heads);
+        let device = qkv.device();
+        // Sequences side by side, [B, T]. What stands behind a short one is never read: it comes later than all its
+        // queries, and its own results are left out below.
+        let batch = self.rows.segments.len();
+        let longest = self.rows.segments.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        if longest == 0 {
+            return Tensor::zeros((count, width), qkv.dtype(), device);
+        }
+        let mut padded = vec![0u32; batch * longest];
+        let mut back = Vec::with_capacity(count);
+        for (b, segment) in self.rows.segments.iter().enumerate() {
+            for (t, row) in segment.clone().enumerate() {
+                padded[b * longest + t] = row as u32;
+                back.push((b * longest + t) as u32);
+            }
+        }
+        let padded = Tensor::from_vec(padded, batch * longest, device)?;
+        let qkv = qkv.index_select(&padded, 0)?.reshape((batch, longest, 3, heads, d))?;
+        let part = |i| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous(); // [B, H, T, D]
+        let (queries, keys, values) = (part(0)?, part(1)?, part(2)?);
+        let scores = (queries.matmul(&keys.t()?)? * f64::from(attend.scale))?; // [B, H, T, T]
+        let hidden = (0..longest).flat_map(|i| (0..longest).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 }));
+        let hidden = Tensor::from_iter(hidden, device)?.reshape((longest, longest))?;
+        let scores = scores.broadcast_add(&hidden)?;
+        let mut probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
+        if let Some(dropout) = self.dropout.filter(|_| attend.dropout > 0.0) {
+            let mut mask = vec![1.0; batch * heads * longest * longest];
+            for (line, out) in mask.chunks_exact_mut(longest).enumerate() {
+                let (b, head, query) = (line / longest / heads, line / longest % heads, line % longest);
+                let site = attend.site + head as u32;
+                masks::fill(out, &dropout, attend.dropout, site, self.rows.ids[b], query as u32);
+            }
+            probabilities = (probabilities * Tensor::from_vec(mask, (batch, heads, longest, longest), device)?)?;
+        }
+        let out = probabilities.matmul(&values)?.transpose(1, 2)?.reshape((batch * longest, width))?;
+        out.index_select(&Tensor::from_vec(back, count, device)?, 0)
+    }
+
+    fn activation(&mut self, x: Tensor, activation: Activation) -> Result<Tensor> {
+        match activation {
+            Activation::GeluNew => x.gelu(),
+            Activation::Gelu => x.gelu_erf(),
+            Activation::Relu => x.relu(),
+        }
+    }
+
+    fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+        x + y
+    }
+
+    fn dropout(&mut self, x: Tensor, rate: f32, site: u32) -> Result<Tensor> {
+        let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
+        let (rows, width) = x.dims2()?;
+        if rows != self.rows.inputs.len() {
+            bail!("dropout of {rows} rows, expected {}", self.rows.inputs.len());
+        }
+        let mut mask = vec![0.0; rows * width];
+        for (segment, id) in self.rows.segments.iter().zip(&self.rows.ids) {
+            for (line, row) in segment.clone().enumerate() {
+                masks::fill(&mut mask[row * width..][..width], &dropout, rate, site, *id, line as u32);
+            }
+        }
+        let mask = Tensor::from_vec(mask, (rows, width), x.device())?;
+        x * mask
+    }
+
+    fn text(&mut self, x: Tensor) -> Result<Tensor> {
+        let Some(text) = &self.rows.text else { return Ok(x) };
+        x.index_select(&Tensor::from_slice(text, text.len(), x.device())?, 0)
+    }
+}

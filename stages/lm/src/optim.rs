@@ -1,0 +1,288 @@
+//! From a loss to new weights: gradients, their norm, AdamW.
+
+use std::any::Any;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail, ensure};
+use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use contract::{PortType, Result, Value};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+
+use crate::checkpoint::{read_tensors, write_tensors};
+use crate::kernels::adamw::{self, Update};
+use crate::kernels::{BLOCK, elementwise};
+use crate::ops::{change, elements, tape};
+
+/// Gradients by parameter name, in the order of the parameters. Each has storage of its own.
+pub type Gradients = IndexMap<String, Tensor>;
+
+/// The gradients of a scalar `loss` with respect to all of `parameters` that are variables.
+///
+/// Errors when one of them gets no gradient, and names all such: a parameter that training would silently leave alone.
+pub fn gradients(loss: &Tensor, parameters: &IndexMap<String, Tensor>) -> Result<Gradients> {
+    ensure!(loss.elem_count() == 1, "a loss is one number, got shape {:?}", loss.dims());
+    let (mut store, mut collected) = tape::collect(|| loss.backward())?;
+    let mut gradients = Gradients::new();
+    let mut without = Vec::new();
+    for (name, parameter) in parameters.iter().filter(|(_, parameter)| parameter.is_variable()) {
+        let direct = store.remove(parameter).map(|gradient| gradient.contiguous()).transpose()?;
+        let contributions = collected.remove(&parameter.id()).unwrap_or_default();
+        match tape::merge(direct, contributions, parameter)? {
+            Some(gradient) => drop(gradients.insert(name.clone(), gradient)),
+            None => without.push(format!("`{name}`")),
+        }
+    }
+    ensure!(without.is_empty(), "the loss does not depend on {}: it would not be trained", without.join(", "));
+    Ok(gradients)
+}
+
+/// Adds `other` to `total` in place: the gradients of the next part of a batch. An empty total takes them as they are.
+///
+/// Errors when the two do not hold the same parameters.
+pub fn accumulate(total: &mut Gradients, other: Gradients) -> Result<()> {
+    if total.is_empty() {
+        *total = other;
+        return Ok(());
+    }
+    ensure!(total.len() == other.len(), "gradients of {} parameters added to those of {}", other.len(), total.len());
+    for (name, gradient) in other {
+        let Some(so_far) = total.get_mut(&name) else { bail!("a gradient of `{name}` is added to none") };
+        if so_far.device().is_cpu() {
+            let gradient = elements(&gradient)?;
+            change(so_far, |so_far| {
+                elementwise::add(so_far, &gradient);
+                Ok(())
+            })?;
+        } else {
+            *so_far = (&*so_far + gradient)?;
+        }
+    }
+    Ok(())
+}
+
+/// The 2-norm of all gradients together. The same bits with any number of threads.
+pub fn norm(gradients: &Gradients) -> Result<f64> {
+    let mut squares = 0.0;
+    for gradient in gradients.values() {
+        squares += if gradient.device().is_cpu() {
+            let gradient = elements(gradient)?;
+            let parts: Vec<f64> = gradient.par_chunks(BLOCK).map(sum_of_squares).collect();
+            parts.iter().sum::<f64>()
+        } else {
+            f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
+        };
+    }
+    Ok(squares.sqrt())
+}
+
+fn sum_of_squares(block: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    for chunk in block.chunks(8) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += f64::from(*x) * f64::from(*x));
+    }
+    lanes.iter().sum()
+}
+
+/// What AdamW is set to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWOptions {
+    /// Decay of the first and of the second moment, per update.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Each update takes `learning_rate * weight_decay` of a weight away. Which weights: see [`AdamWOptions::decays`].
+    pub weight_decay: f64,
+    /// Whether weights of norms decay too, where they are not named as in GPT-2: what the published programs do to
+    /// OPT and Llama.
+    pub decay_norms: bool,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        AdamWOptions { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, decay_norms: false }
+    }
+}
+
+impl AdamWOptions {
+    /// Whether a parameter of that name decays: all but biases and weights of norms. GPT-2's norms (`ln_1`, `ln_2`, `ln_f`)
+    /// never do; others (`layer_norm`, `norm`, `layernorm`) only with `decay_norms`.
+    pub fn decays(&self, name: &str) -> bool {
+        let gpt2_norm = name.split('.').any(|part| part.starts_with("ln_"));
+        !name.ends_with("bias") && !gpt2_norm && (self.decay_norms || !name.contains("norm"))
+    }
+}
+
+/// AdamW (Loshchilov and Hutter, 2019) with moments in f32, as PyTorch computes it.
+pub struct AdamW {
+    options: AdamWOptions,
+    state: OptimizerState,
+}
+
+impl AdamW {
+    /// Without moments yet.
+    pub fn new(options: AdamWOptions) -> Self {
+        AdamW { options, state: OptimizerState { updates: 0, moments: IndexMap::new() } }
+    }
+
+    /// Continues from `state`.
+    pub fn from_state(options: AdamWOptions, state: &OptimizerState) -> Result<Self> {
+        Ok(AdamW { options, state: state.copy()? })
+    }
+
+    /// A copy of the moments, for a checkpoint.
+    pub fn to_state(&self) -> Result<OptimizerState> {
+        self.state.copy()
+    }
+
+    /// How many updates were made.
+    pub fn updates(&self) -> u64 {
+        self.state.updates
+    }
+
+    /// Updates variables in place. Gradients are multiplied by `scale` first: 1, or what clips their norm.
+    ///
+    /// Errors when there is a gradient for a parameter that is not there, is frozen or has another shape. Parameters
+    /// without a gradient stay as they are.
+    pub fn step(
+        &mut self,
+        parameters: &IndexMap<String, Tensor>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        scale: f64,
+    ) -> Result<()> {
+        for (name, gradient) in gradients {
+            let Some(parameter) = parameters.get(name) else { bail!("a gradient of `{name}`, which is no parameter") };
+            ensure!(parameter.is_variable(), "a gradient of `{name}`, which is frozen");
+            let shapes = (parameter.dims(), gradient.dims());
+            ensure!(shapes.0 == shapes.1, "gradient of `{name}` has shape {:?}, expected {:?}", shapes.1, shapes.0);
+            match self.state.moments.get(name) {
+                Some((first, _)) => ensure!(
+                    first.dims() == shapes.0,
+                    "the optimiser's state for `{name}` has shape {:?}, expected {:?}",
+                    first.dims(),
+                    shapes.0
+                ),
+                None => {
+                    let zeros = || parameter.detach().zeros_like();
+                    self.state.moments.insert(name.clone(), (zeros()?, zeros()?));
+                }
+            }
+        }
+        self.state.updates += 1;
+        let AdamWOptions { betas: (beta1, beta2), eps, weight_decay, .. } = self.options;
+        let exponent = i32::try_from(self.state.updates).unwrap_or(i32::MAX);
+        let update = |name: &str| {
+            let decay = if self.options.decays(name) { weight_decay } else { 0.0 };
+            Update {
+                scale: scale as f32,
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                rest1: (1.0 - beta1) as f32,
+                rest2: (1.0 - beta2) as f32,
+                eps: eps as f32,
+                keep: (1.0 - learning_rate * decay) as f32,
+                step: (learning_rate / (1.0 - beta1.powi(exponent))) as f32,
+                correction: (1.0 / (1.0 - beta2.powi(exponent)).sqrt()) as f32,
+            }
+        };
+        let apply = |(name, gradient): (&String, &Tensor)| {
+            let (first, second) = &self.state.moments[name];
+            apply(&parameters[name], first, second, gradient, update(name))
+                .with_context(|| format!("updating `{name}`"))
+        };
+        if gradients.values().all(|gradient| gradient.device().is_cpu()) {
+            // All parameters at once: most are too small to be worth several threads of their own.
+            gradients.iter().collect::<Vec<_>>().into_par_iter().try_for_each(apply)
+        } else {
+            gradients.iter().try_for_each(apply)
+        }
+    }
+}
+
+fn apply(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor, u: Update) -> TensorResult<()> {
+    if !parameter.device().is_cpu() {
+        return apply_plain(parameter, first, second, gradient, u);
+    }
+    let gradient = elements(gradient)?;
+    change(parameter, |weights| {
+        change(first, |first| {
+            change(second, |second| {
+                adamw::update(weights, first, second, &gradient, u);
+                Ok(())
+            })
+        })
+    })
+}
+
+/// The update by tensor operations, for devices without a kernel.
+fn apply_plain(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor, u: Update) -> TensorResult<()> {
+    let [scale, beta1, beta2, rest1, rest2, eps, keep, step, correction] =
+        [u.scale, u.beta1, u.beta2, u.rest1, u.rest2, u.eps, u.keep, u.step, u.correction].map(f64::from);
+    let g = (gradient * scale)?;
+    let new_first = ((first * beta1)? + (&g * rest1)?)?;
+    let new_second = ((second * beta2)? + (g.sqr()? * rest2)?)?;
+    let direction = new_first.div(&((new_second.sqrt()? * correction)? + eps)?)?;
+    let weights = parameter.detach();
+    let new_weights = ((weights * keep)? - (direction * step)?)?;
+    Var::from_tensor(parameter)?.set(&new_weights)?;
+    for (old, new) in [(first, new_first), (second, new_second)] {
+        old.slice_set(&new, 0, 0)?;
+    }
+    Ok(())
+}
+
+/// Moments of AdamW by parameter name: a `state`.
+pub struct OptimizerState {
+    updates: u64,
+    moments: IndexMap<String, (Tensor, Tensor)>,
+}
+
+const FILE: &str = "optimizer.safetensors";
+
+impl OptimizerState {
+    /// Reads what [`Value::save`] wrote.
+    pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        let path = folder.join(FILE);
+        let (mut tensors, metadata) = read_tensors(&path, device)?;
+        let updates = metadata.get("updates").and_then(|n| n.parse().ok());
+        let updates = updates.with_context(|| format!("`{}` does not say how many updates it saw", path.display()))?;
+        let names: Vec<String> = tensors.keys().filter_map(|n| n.strip_suffix(".first").map(str::to_owned)).collect();
+        let mut moments = IndexMap::new();
+        for name in names {
+            let mut moment = |which: &str| {
+                let tensor = tensors.remove(&format!("{name}.{which}"));
+                tensor.with_context(|| format!("tensor `{name}.{which}` is missing in `{}`", path.display()))
+            };
+            let pair = (moment("first")?, moment("second")?);
+            moments.insert(name, pair);
+        }
+        Ok(OptimizerState { updates, moments })
+    }
+
+    fn copy(&self) -> Result<Self> {
+        let copy =
+            |(name, (first, second)): (&String, &(Tensor, Tensor))| Ok((name.clone(), (first.copy()?, second.copy()?)));
+        Ok(OptimizerState { updates: self.updates, moments: self.moments.iter().map(copy).collect::<Result<_>>()? })
+    }
+}
+
+impl Value for OptimizerState {
+    fn port_type(&self) -> PortType {
+        PortType::State
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        let mut tensors = IndexMap::new();
+        for (name, (first, second)) in &self.moments {
+            tensors.insert(format!("{name}.first"), first.clone());
+            tensors.insert(format!("{name}.second"), second.clone());
+        }
+        write_tensors(&folder.join(FILE), tensors.iter(), Some(("updates".to_owned(), self.updates.to_string())))
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
