@@ -17,6 +17,8 @@ pub mod purpose {
     pub const PROMPT_INIT: u32 = 5;
     /// The built-in corpus.
     pub const CORPUS: u32 = 6;
+    /// Persona lines of a dataset.
+    pub const PERSONA: u32 = 0x40;
     /// Dropout of a student.
     pub const DROPOUT: u32 = 0x100;
     /// Dropout of a teacher.

@@ -1,0 +1,816 @@
+//! `download`: where text, tokenizers, token files and models come into a pipeline.
+//!
+//! ```yaml
+//! corpus:    {kind: download, with: {source: builtin:instruct, rows: 8000}}
+//! dolly:     {kind: download, with: {source: dolly.jsonl.gz, split: {valid: 1000, test: 500}}}
+//! sets:      {kind: download, with: {source: {train: a.jsonl, test: b.json}, limit: {train: 2000}}}
+//! gpt2:      {kind: download, with: {tokenizer: checkpoints/gpt2}}
+//! processed: {kind: download, with: {bin: processed/dolly, tokenizer: checkpoints/gpt2}}
+//! teacher:   {kind: download, with: {model: checkpoints/gpt2-xl}}
+//! ```
+//!
+//! No inputs. The configuration decides the outputs: `source` gives `corpus`; `tokenizer` alone gives `tokenizer`; `bin`
+//! gives datasets `train`, `valid`, `test`; `model` gives `model`. Cost: reading the files; the built-in corpus takes a
+//! fraction of a second. Files are local; their content, not their path, is part of the result's key.
+//!
+//! Rows of a corpus are told by their field names: Alpaca's and MiniLLM's `instruction`, `input`, `output` (a text, or a
+//! list of right answers), `prompt`; Dolly's `instruction`, `context`, `response`; GSM8K's `question`, `answer`. `fields`
+//! names others.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use contract::{
+    About, AnyValue, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Source,
+    Stage, Step, TokenizerFile,
+};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value as Json};
+
+use crate::corpus::{self, CorpusRow, Split};
+use crate::instruct::{self, Sizes};
+use crate::jsonl::{self, Record};
+use crate::text::{Text, open_tokenizer};
+use crate::{mmidx, train_tokenizer};
+
+/// Name of the built-in corpus.
+const BUILTIN: &str = "builtin:instruct";
+
+/// The stage kind.
+pub struct Download;
+
+/// Its `with`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// A corpus: `builtin:instruct`; a file of rows (`.jsonl`, `.json`, either with `.gz`); a folder with such files named
+    /// `train`, `valid` and `test`; or such files by split.
+    #[serde(default)]
+    pub source: Option<Place>,
+    /// Training rows of the built-in corpus. 8000 unless given: enough for a small teacher to learn its tasks.
+    #[serde(default)]
+    pub rows: Option<usize>,
+    /// Seed of the built-in corpus, 0 unless given.
+    #[serde(default)]
+    pub seed: Option<u64>,
+    /// How the rows of a file are divided; all of them train unless given.
+    #[serde(default)]
+    pub split: Option<Division>,
+    /// Names of the fields of a row, where they are not found by themselves.
+    #[serde(default)]
+    pub fields: Fields,
+    /// Most rows of each split; all unless given.
+    #[serde(default)]
+    pub limit: Limit,
+    /// A tokenizer: a `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`.
+    #[serde(default)]
+    pub tokenizer: Option<String>,
+    /// Text of the token that ends a text, where the tokenizer's files do not name it.
+    #[serde(default)]
+    pub end_token: Option<String>,
+    /// A folder of token files as the reference programs write them: `train_0.bin`, `train_0.idx` and so on, with
+    /// `train.jsonl` (the texts) beside where it is there. Needs `tokenizer`.
+    #[serde(default)]
+    pub bin: Option<String>,
+    /// A Hugging Face model folder: `config.json`, `*.safetensors` and a tokenizer.
+    #[serde(default)]
+    pub model: Option<String>,
+}
+
+/// Where a corpus is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Place {
+    /// `builtin:instruct`, a file or a folder.
+    One(String),
+    /// A file for each split.
+    Files(Files),
+}
+
+/// Files by split; a split that is left out is empty.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Files {
+    /// Rows to train on.
+    #[serde(default)]
+    pub train: Option<String>,
+    /// Rows to choose by.
+    #[serde(default)]
+    pub valid: Option<String>,
+    /// Rows to report on.
+    #[serde(default)]
+    pub test: Option<String>,
+}
+
+impl Files {
+    fn of(&self, split: Split) -> Option<&String> {
+        match split {
+            Split::Train => self.train.as_ref(),
+            Split::Valid => self.valid.as_ref(),
+            Split::Test => self.test.as_ref(),
+        }
+    }
+}
+
+/// How one file is divided: the first rows validate, the next test, the rest train.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Division {
+    /// Rows at the beginning to validate on. The distillation papers take 1000 of Dolly.
+    #[serde(default)]
+    pub valid: usize,
+    /// Rows after those to test on.
+    #[serde(default)]
+    pub test: usize,
+}
+
+/// Most rows of each split, from its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// Of the training rows.
+    #[serde(default)]
+    pub train: Option<usize>,
+    /// Of the validation rows.
+    #[serde(default)]
+    pub valid: Option<usize>,
+    /// Of the test rows.
+    #[serde(default)]
+    pub test: Option<usize>,
+}
+
+impl Limit {
+    fn of(&self, split: Split) -> usize {
+        let limit = match split {
+            Split::Train => self.train,
+            Split::Valid => self.valid,
+            Split::Test => self.test,
+        };
+        limit.unwrap_or(usize::MAX)
+    }
+}
+
+/// Names of a row's fields.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Fields {
+    /// What is asked: `instruction` or `question` unless given.
+    #[serde(default)]
+    pub instruction: Option<String>,
+    /// Its context: `input` or `context` unless given.
+    #[serde(default)]
+    pub input: Option<String>,
+    /// The answer, a text or a list of right ones: `output`, `response`, `answer` or `completion` unless given.
+    #[serde(default)]
+    pub output: Option<String>,
+    /// A ready prompt: `prompt` unless given.
+    #[serde(default)]
+    pub prompt: Option<String>,
+    /// The kind of task: `family` or `category` unless given.
+    #[serde(default)]
+    pub family: Option<String>,
+}
+
+impl Stage for Download {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "download",
+            version: 1,
+            numerics: None,
+            summary: "brings a corpus, a tokenizer, token files or a model into the pipeline",
+            example: "corpus:\n  kind: download\n  with: {source: builtin:instruct, rows: 8000}\n",
+            reads_clock: false,
+        }
+    }
+
+    fn fill(&self, config: &mut Config, _conventions: contract::Conventions) {
+        if config.is_builtin() {
+            config.rows.get_or_insert(8000);
+            config.seed.get_or_insert(0);
+        }
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = Vec::new();
+        let Config { source, rows, seed, split, fields, limit, tokenizer, end_token, bin, model } = config;
+        let what = [source.is_some(), bin.is_some(), model.is_some()];
+        match what.iter().filter(|given| **given).count() {
+            0 if tokenizer.is_some() => {}
+            1 => {}
+            0 => errors.push(
+                ConfigError::at("", "nothing to bring in")
+                    .hint(format!("give `source`, `tokenizer`, `bin` or `model`; for example `source: {BUILTIN}`")),
+            ),
+            _ => errors.push(ConfigError::at("", "expected one of `source`, `bin` and `model`, got several")),
+        }
+        let mut unread = |field: &str, given: bool, by: &str| {
+            if given {
+                errors.push(
+                    ConfigError::at(field, format!("nothing reads `{field}` here")).hint(format!("it belongs to {by}")),
+                );
+            }
+        };
+        let builtin = config.is_builtin();
+        let one_file = matches!(source, Some(Place::One(_))) && !builtin;
+        unread("rows", rows.is_some() && !builtin, &format!("`source: {BUILTIN}`; files have `limit`"));
+        unread("seed", seed.is_some() && !builtin, &format!("`source: {BUILTIN}`"));
+        unread("split", split.is_some() && !one_file, "a `source` that is one file");
+        unread("fields", *fields != Fields::default() && (source.is_none() || builtin), "a `source` of files");
+        unread("limit", *limit != Limit::default() && source.is_none(), "`source`");
+        unread("tokenizer", tokenizer.is_some() && source.is_some(), "a `download` of its own, or to `bin`");
+        unread("end_token", end_token.is_some() && tokenizer.is_none() && model.is_none(), "`tokenizer` and `model`");
+        if bin.is_some() && tokenizer.is_none() {
+            errors.push(ConfigError::at("tokenizer", "`bin` needs the tokenizer that its ids come from"));
+        }
+        match source {
+            Some(Place::One(name)) if name.starts_with("builtin:") && !builtin => errors.push(
+                ConfigError::at("source", format!("there is no built-in corpus `{name}`"))
+                    .hint(format!("there is `{BUILTIN}`")),
+            ),
+            Some(Place::Files(files)) if *files == Files::default() => {
+                errors.push(ConfigError::at("source", "expected a file for `train`, `valid` or `test`"));
+            }
+            _ => {}
+        }
+        errors
+    }
+
+    fn ports(&self, config: &Config) -> Ports {
+        let ports = Ports::new();
+        if config.source.is_some() {
+            ports.output("corpus", PortType::Corpus, "text by split")
+        } else if config.bin.is_some() {
+            ports
+                .output("train", PortType::Dataset, "rows to train on")
+                .output("valid", PortType::Dataset, "rows to choose by")
+                .output("test", PortType::Dataset, "rows to report on")
+        } else if config.model.is_some() {
+            ports.output("model", PortType::Model, "the model with its tokenizer")
+        } else {
+            ports.output("tokenizer", PortType::Tokenizer, "the tokenizer")
+        }
+    }
+
+    fn sources(&self, config: &Config) -> Vec<Source> {
+        let source = |field: &[&str], path: &String| Source {
+            field: field.iter().map(|part| part.to_string()).collect(),
+            path: PathBuf::from(path),
+        };
+        let corpus = match &config.source {
+            Some(Place::One(path)) if !config.is_builtin() => vec![source(&["source"], path)],
+            Some(Place::Files(files)) => Split::ALL
+                .into_iter()
+                .filter_map(|split| files.of(split).map(|path| source(&["source", split.name()], path)))
+                .collect(),
+            _ => Vec::new(),
+        };
+        let others = [("tokenizer", &config.tokenizer), ("bin", &config.bin), ("model", &config.model)];
+        let others = others.into_iter().filter_map(|(field, path)| path.as_ref().map(|path| source(&[field], path)));
+        corpus.into_iter().chain(others).collect()
+    }
+
+    fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Ok(Box::new(Run { config, scratch: env.scratch.clone() }))
+    }
+}
+
+impl Config {
+    fn is_builtin(&self) -> bool {
+        self.source == Some(Place::One(BUILTIN.to_owned()))
+    }
+}
+
+struct Run {
+    config: Config,
+    scratch: PathBuf,
+}
+
+impl Operator for Run {
+    fn run(&mut self, _inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let Config { source, tokenizer, bin, model, end_token, .. } = &self.config;
+        let end_token = end_token.as_deref();
+        if let Some(source) = source {
+            let folder = self.folder("corpus")?;
+            for (split, rows) in Split::ALL.into_iter().zip(read_corpus(source, &self.config, sink)?) {
+                corpus::write(&folder, split, &rows)?;
+            }
+            return Ok(Outputs::new().with("corpus", Folder::new(PortType::Corpus, folder)));
+        }
+        if let Some(model) = model {
+            let folder = self.folder("model")?;
+            copy_model(Path::new(model), end_token, &folder)?;
+            return Ok(Outputs::new().with("model", Folder::new(PortType::Model, folder)));
+        }
+        let path = tokenizer.as_ref().context("`download` has nothing to bring in")?;
+        let tokenizer = open_tokenizer(Path::new(path), end_token)?;
+        if let Some(bin) = bin {
+            return read_token_files(Path::new(bin), &tokenizer, sink);
+        }
+        let folder = self.folder("tokenizer")?;
+        save_tokenizer(&tokenizer, Path::new(path), &folder)?;
+        Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, folder)))
+    }
+}
+
+impl Run {
+    fn folder(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.scratch.join(name);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
+        Ok(folder)
+    }
+}
+
+/// The splits of a corpus, limited, with their ids.
+fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[Vec<CorpusRow>; 3]> {
+    let fields = &config.fields;
+    let mut splits = match source {
+        Place::One(name) if name == BUILTIN => {
+            let sizes = Sizes { train: config.rows.unwrap_or(8000), valid: 200, test: 400 };
+            return Ok(limited(instruct::generate(config.seed.unwrap_or(0), &sizes), &config.limit));
+        }
+        Place::One(path) if Path::new(path).is_dir() => {
+            ensure!(
+                config.split.is_none(),
+                "`{path}` is a folder with a file for each split; `split` is for a single file"
+            );
+            read_files(|split| find(Path::new(path), split), fields)?
+        }
+        Place::One(path) => divide(read_rows(Path::new(path), fields)?, config.split.unwrap_or_default(), path)?,
+        Place::Files(files) => read_files(|split| Ok(files.of(split).map(PathBuf::from)), fields)?,
+    };
+    ensure!(splits.iter().any(|rows| !rows.is_empty()), "the corpus has no rows");
+    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
+        if rows.is_empty() {
+            sink.warn(&format!("the corpus has no `{}` rows", split.name()));
+        }
+        rows.iter_mut().enumerate().for_each(|(index, row)| row.id = split.row_id(index));
+    }
+    Ok(limited(splits, &config.limit))
+}
+
+fn limited(mut splits: [Vec<CorpusRow>; 3], limit: &Limit) -> [Vec<CorpusRow>; 3] {
+    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
+        rows.truncate(limit.of(split));
+    }
+    splits
+}
+
+fn read_files(path: impl Fn(Split) -> Result<Option<PathBuf>>, fields: &Fields) -> Result<[Vec<CorpusRow>; 3]> {
+    let mut splits = [Vec::new(), Vec::new(), Vec::new()];
+    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
+        if let Some(path) = path(split)? {
+            *rows = read_rows(&path, fields)?;
+        }
+    }
+    Ok(splits)
+}
+
+/// The one file of a split in a folder.
+fn find(folder: &Path, split: Split) -> Result<Option<PathBuf>> {
+    let names = ["jsonl", "jsonl.gz", "json", "json.gz"].map(|ending| format!("{}.{ending}", split.name()));
+    let mut found = names.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
+    let first = found.next();
+    if let (Some(first), Some(second)) = (&first, found.next()) {
+        bail!("both `{}` and `{}` are there; name the files in `source`", first.display(), second.display());
+    }
+    Ok(first)
+}
+
+fn divide(mut rows: Vec<CorpusRow>, division: Division, path: &str) -> Result<[Vec<CorpusRow>; 3]> {
+    let Division { valid, test } = division;
+    let held_out = valid.saturating_add(test);
+    ensure!(
+        held_out <= rows.len(),
+        "`split` asks for {valid} rows to validate and {test} to test, but `{path}` has {}",
+        rows.len()
+    );
+    let train = rows.split_off(held_out);
+    let test = rows.split_off(valid);
+    Ok([train, rows, test])
+}
+
+/// Reads the rows of one file, numbered from 0.
+pub(crate) fn read_rows(path: &Path, fields: &Fields) -> Result<Vec<CorpusRow>> {
+    jsonl::read(path)?.iter().enumerate().map(|(index, record)| parse(index as u64, record, fields)).collect()
+}
+
+fn parse(id: u64, record: &Record, fields: &Fields) -> Result<CorpusRow> {
+    let Record { json, place } = record;
+    let object = json.as_object().with_context(|| format!("`{place}` is not a JSON object"))?;
+    let optional = |name: &Option<String>, usual: &[&str]| -> Result<Option<String>> {
+        let Some((name, value)) = field(object, name, usual) else { return Ok(None) };
+        match value {
+            Json::String(text) => Ok(Some(text.clone())),
+            Json::Null => Ok(None),
+            _ => bail!("`{place}`: expected text in `{name}`, got {value}"),
+        }
+    };
+    let unknown = |wanted: &str, option: &str| {
+        let names = object.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
+        format!("`{place}` has no {wanted}, only {names}; name it with `fields: {{{option}: ...}}`")
+    };
+    let instruction = optional(&fields.instruction, &["instruction", "question"])?;
+    let prompt = optional(&fields.prompt, &["prompt"])?;
+    ensure!(instruction.is_some() || prompt.is_some(), unknown("`instruction`, `question` or `prompt`", "instruction"));
+    let (name, output) = field(object, &fields.output, &["output", "response", "answer", "completion"])
+        .with_context(|| unknown("`output`, `response`, `answer` or `completion`", "output"))?;
+    let answers = match output {
+        Json::String(text) => Some(vec![text.clone()]),
+        Json::Array(list) => texts(list).filter(|list| !list.is_empty()),
+        _ => None,
+    };
+    let answers = answers.with_context(|| format!("`{place}`: expected text or a list of texts in `{name}`"))?;
+    let references = object.get("references").and_then(Json::as_array).and_then(|list| texts(list));
+    Ok(CorpusRow {
+        id,
+        instruction: instruction.unwrap_or_default(),
+        input: optional(&fields.input, &["input", "context"])?.unwrap_or_default(),
+        prompt,
+        output: answers[0].clone(),
+        references: references.filter(|list| list.contains(&answers[0])).unwrap_or(answers),
+        family: optional(&fields.family, &["family", "category"])?,
+    })
+}
+
+/// The field of the given name, else the first of the usual ones that is there.
+fn field<'a>(
+    object: &'a Map<String, Json>,
+    name: &'a Option<String>,
+    usual: &[&'a str],
+) -> Option<(&'a str, &'a Json)> {
+    match name {
+        Some(name) => object.get(name).map(|value| (name.as_str(), value)),
+        None => usual.iter().find_map(|name| object.get(*name).map(|value| (*name, value))),
+    }
+}
+
+fn texts(list: &[Json]) -> Option<Vec<String>> {
+    list.iter().map(|text| text.as_str().map(str::to_owned)).collect()
+}
+
+/// Datasets from the reference programs' token files. References come from the texts beside, else from the ids.
+fn read_token_files(folder: &Path, tokenizer: &TokenizerFile, sink: &mut dyn Sink) -> Result<Outputs> {
+    let text = Text::new(tokenizer)?;
+    let mut outputs = Outputs::new();
+    let mut found = 0;
+    for split in Split::ALL {
+        let prefix = folder.join(split.name());
+        let records = if mmidx::exists(&prefix) { mmidx::read(&prefix)? } else { Vec::new() };
+        if records.is_empty() {
+            sink.warn(&format!("`{}` has no `{}` rows", folder.display(), split.name()));
+        }
+        found += records.len();
+        let outside = records.iter().flat_map(|(prompt, response)| prompt.iter().chain(response)).max();
+        if let Some(id) = outside.filter(|id| **id >= tokenizer.size) {
+            bail!("`{}` holds the id {id}, but the tokenizer has {} tokens", prefix.display(), tokenizer.size);
+        }
+        let mut references = references_beside(folder, split, records.len())?;
+        let mut rows = Vec::with_capacity(records.len());
+        for (index, record) in records.into_iter().enumerate() {
+            let references = match &mut references {
+                Some(lists) => std::mem::take(&mut lists[index]),
+                None if record.1.is_empty() => Vec::new(),
+                None => vec![text.decode(&record.1)?],
+            };
+            rows.push(mmidx::row(split.row_id(index), record, tokenizer.end, references));
+        }
+        outputs = outputs.with(split.name(), Dataset { rows, tokenizer: tokenizer.clone() });
+    }
+    ensure!(found > 0, "`{}` holds no token files: expected `train_0.bin` with `train_0.idx`", folder.display());
+    Ok(outputs)
+}
+
+fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<Vec<Vec<String>>>> {
+    let Some(path) = find(folder, split)? else { return Ok(None) };
+    let texts = read_rows(&path, &Fields::default())?;
+    ensure!(
+        texts.len() == rows,
+        "`{}` has {} rows, but the token files beside it have {rows}",
+        path.display(),
+        texts.len()
+    );
+    Ok(Some(texts.into_iter().map(|row| row.references).collect()))
+}
+
+/// Copies what makes a model: configuration, weights, tokenizer.
+fn copy_model(from: &Path, end_token: Option<&str>, to: &Path) -> Result<()> {
+    let entries = fs::read_dir(from).with_context(|| format!("cannot read folder `{}`", from.display()))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.with_context(|| format!("cannot read folder `{}`", from.display()))?.file_name();
+        names.push(name.into_string().ok().with_context(|| format!("a name in `{}` is not UTF-8", from.display()))?);
+    }
+    ensure!(names.iter().any(|name| name == "config.json"), "`{}` holds no `config.json`", from.display());
+    ensure!(
+        names.iter().any(|name| name.ends_with(".safetensors")),
+        "`{}` holds no `.safetensors` file; save the model with safe serialization first",
+        from.display()
+    );
+    let wanted = |name: &&String| {
+        name.ends_with(".safetensors")
+            || ["config.json", "generation_config.json", "model.safetensors.index.json"].contains(&name.as_str())
+    };
+    for name in names.iter().filter(wanted) {
+        let source = from.join(name);
+        fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
+    }
+    save_tokenizer(&open_tokenizer(from, end_token)?, from, to)
+}
+
+/// Writes a tokenizer, with the files that describe it to `transformers` as they were beside it.
+fn save_tokenizer(tokenizer: &TokenizerFile, from: &Path, to: &Path) -> Result<()> {
+    train_tokenizer::save(tokenizer, to)?;
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let source = from.join(name);
+        if source.is_file() {
+            fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
+        }
+    }
+    Ok(())
+}
+
+impl Serialize for Place {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Place::One(path) => serializer.serialize_str(path),
+            Place::Files(files) => files.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Place {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PlaceVisitor;
+        impl<'de> Visitor<'de> for PlaceVisitor {
+            type Value = Place;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "`{BUILTIN}`, a path, or paths by split")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, path: &str) -> Result<Place, E> {
+                Ok(Place::One(path.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Place, A::Error> {
+                Files::deserialize(MapAccessDeserializer::new(map)).map(Place::Files)
+            }
+        }
+        deserializer.deserialize_any(PlaceVisitor)
+    }
+}
+
+impl JsonSchema for Place {
+    fn schema_name() -> Cow<'static, str> {
+        "Place".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let files = generator.subschema_for::<Files>();
+        json_schema!({"anyOf": [{"type": "string"}, files]})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::{Conventions, End, Kind};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{Scratch, folder, output, shared_data};
+
+    fn download(with: Json) -> Result<([Vec<CorpusRow>; 3], Vec<String>)> {
+        let scratch = Scratch::new();
+        let (outputs, log) = scratch.run(&Download, with, vec![])?;
+        let folder = folder(&outputs, "corpus");
+        Ok((Split::ALL.map(|split| corpus::read(&folder, split).unwrap()), log.warnings))
+    }
+
+    fn error(with: Json) -> String {
+        format!("{:#}", download(with).err().unwrap())
+    }
+
+    #[test]
+    fn the_built_in_corpus_comes_in_the_sizes_asked() {
+        let ([train, valid, test], warnings) = download(json!({"source": "builtin:instruct", "rows": 900})).unwrap();
+        assert_eq!([train.len(), valid.len(), test.len()], [900, 200, 400]);
+        assert_eq!(warnings, Vec::<String>::new());
+        let limit = json!({"source": "builtin:instruct", "rows": 900, "limit": {"train": 10, "test": 3}});
+        let ([few, valid, test], _) = download(limit).unwrap();
+        assert_eq!((few[..] == train[..10], valid.len(), test.len()), (true, 200, 3));
+    }
+
+    #[test]
+    fn rows_of_every_known_layout_become_one_form() {
+        let scratch = Scratch::new();
+        let rows = [
+            json!({"instruction": "i", "context": "c", "response": "r", "category": "open_qa"}),
+            json!({"instruction": "i", "input": "", "output": "r"}),
+            json!({"instruction": "i", "prompt": "### i", "input": "c", "output": ["r", "s"]}),
+            json!({"prompt": "p", "completion": "r"}),
+            json!({"question": "i", "answer": "r"}),
+        ];
+        let text = rows.iter().map(|row| format!("{row}\n")).collect::<String>();
+        let ([train, ..], _) = download(json!({"source": scratch.file("a.jsonl", text)})).unwrap();
+        let row = |id, input: &str, prompt: Option<&str>, references: &[&str]| CorpusRow {
+            id,
+            instruction: "i".into(),
+            input: input.into(),
+            prompt: prompt.map(str::to_owned),
+            output: "r".into(),
+            references: references.iter().map(|r| r.to_string()).collect(),
+            family: None,
+        };
+        let expected = [
+            CorpusRow { family: Some("open_qa".into()), ..row(0, "c", None, &["r"]) },
+            row(1, "", None, &["r"]),
+            row(2, "c", Some("### i"), &["r", "s"]),
+            CorpusRow { instruction: String::new(), ..row(3, "", Some("p"), &["r"]) },
+            row(4, "", None, &["r"]),
+        ];
+        assert_eq!(train, expected);
+    }
+
+    #[test]
+    fn other_field_names_are_mapped_and_unknown_ones_are_listed() {
+        let scratch = Scratch::new();
+        let path = scratch.file("a.jsonl", "{\"q\": \"i\", \"a\": \"r\"}\n");
+        let ([train, ..], _) =
+            download(json!({"source": path, "fields": {"instruction": "q", "output": "a"}})).unwrap();
+        assert_eq!((train[0].instruction.as_str(), train[0].output.as_str()), ("i", "r"));
+        let message = error(json!({"source": path}));
+        assert!(message.contains("a.jsonl:1` has no `instruction`") && message.contains("only `q`, `a`"), "{message}");
+        let message = error(json!({"source": path, "fields": {"instruction": "q"}}));
+        assert!(message.contains("fields: {output: ...}"), "{message}");
+        let number = scratch.file("b.jsonl", "{\"question\": \"i\", \"answer\": 3}\n");
+        assert!(error(json!({"source": number})).contains("b.jsonl:1`: expected text or a list of texts in `answer`"));
+    }
+
+    #[test]
+    fn one_file_is_divided_and_files_and_folders_are_not() {
+        let scratch = Scratch::new();
+        let rows = |count: usize| {
+            (0..count).map(|i| format!("{{\"question\":\"{i}\",\"answer\":\"a\"}}\n")).collect::<String>()
+        };
+        let one = scratch.file("one.jsonl", rows(10));
+        let (splits, _) = download(json!({"source": one, "split": {"valid": 3, "test": 2}})).unwrap();
+        let first = splits.each_ref().map(|rows| (rows.len(), rows[0].instruction.clone(), rows[0].id));
+        assert_eq!(first, [(5, "5".into(), 0), (3, "0".into(), 1 << 30), (2, "3".into(), 2 << 30)]);
+        let message = error(json!({"source": one, "split": {"valid": 11}}));
+        assert!(
+            message.contains("asks for 11 rows to validate and 0 to test") && message.contains("has 10"),
+            "{message}"
+        );
+
+        scratch.file("set/train.jsonl", rows(4));
+        scratch.file("set/test.json", "[{\"question\":\"x\",\"answer\":\"y\"}]");
+        let folder = scratch.path().join("set");
+        let (splits, warnings) = download(json!({"source": folder})).unwrap();
+        assert_eq!(splits.each_ref().map(Vec::len), [4, 0, 1]);
+        assert_eq!(warnings, ["the corpus has no `valid` rows"]);
+        assert!(error(json!({"source": folder, "split": {}})).contains("is a folder"));
+        scratch.file("set/test.jsonl", rows(1));
+        assert!(error(json!({"source": folder})).contains("test.json` are there"));
+
+        let files = json!({"source": {"valid": one, "test": scratch.path().join("set/train.jsonl")}});
+        let (splits, _) = download(files).unwrap();
+        assert_eq!(splits.each_ref().map(Vec::len), [0, 10, 4]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let scratch = Scratch::new();
+        assert!(error(json!({"source": "nowhere.jsonl"})).contains("nowhere.jsonl"));
+        let bad = scratch.file("bad.jsonl", "{\"question\":\"a\",\"answer\":\"b\"}\n{\"question\":");
+        assert!(error(json!({"source": bad})).contains("bad.jsonl:2` is not JSON"));
+        assert!(error(json!({"source": scratch.file("empty.jsonl", "")})).contains("no rows"));
+    }
+
+    #[test]
+    fn options_that_nothing_reads_are_errors_with_a_way_out() {
+        let errors = |with: Json| {
+            let errors = Download.resolve(&with, Conventions::Sound).unwrap_err();
+            errors.into_iter().map(|e| format!("{} {}", e.path.join("."), e.message)).collect::<Vec<_>>().join("; ")
+        };
+        assert!(errors(json!({})).contains("nothing to bring in"));
+        assert!(errors(json!({"source": "a", "model": "b"})).contains("got several"));
+        assert!(errors(json!({"source": "a", "rows": 3, "seed": 1})).contains("seed nothing reads `seed` here"));
+        assert!(errors(json!({"source": "builtin:instruct", "split": {}})).contains("split nothing reads"));
+        assert!(errors(json!({"source": "builtin:other"})).contains("no built-in corpus `builtin:other`"));
+        assert!(errors(json!({"source": {}})).contains("expected a file"));
+        assert!(errors(json!({"bin": "a"})).contains("`bin` needs the tokenizer"));
+        assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, or paths by split"));
+        assert!(errors(json!({"source": {"trian": "a"}})).contains("trian"));
+    }
+
+    #[test]
+    fn the_configuration_decides_the_ports_and_the_sources() {
+        let seen = |with: Json| {
+            let config = Download.resolve(&with, Conventions::Sound).unwrap();
+            let ports = Kind::ports(&Download, &config).outputs.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+            let sources = Kind::sources(&Download, &config).iter().map(|s| s.field.join(".")).collect::<Vec<_>>();
+            format!("{} < {}", ports.join(" "), sources.join(" "))
+        };
+        assert_eq!(seen(json!({"source": "builtin:instruct"})), "corpus < ");
+        assert_eq!(seen(json!({"source": "a.jsonl"})), "corpus < source");
+        assert_eq!(seen(json!({"source": {"train": "a", "test": "b"}})), "corpus < source.train source.test");
+        assert_eq!(seen(json!({"tokenizer": "a"})), "tokenizer < tokenizer");
+        assert_eq!(seen(json!({"tokenizer": "a", "bin": "b"})), "train valid test < tokenizer bin");
+        assert_eq!(seen(json!({"model": "a"})), "model < model");
+    }
+
+    #[test]
+    fn the_published_sets_are_read_as_they_are() {
+        let Some(data) = shared_data("README.md") else { return };
+        let rows = |name: &str| read_rows(&data.with_file_name(name), &Fields::default());
+        let sets = [
+            ("dolly/dolly-train.jsonl.gz", 13427),
+            ("dolly/dolly-dev.jsonl.gz", 1000),
+            ("dolly/dolly-eval-1of2.jsonl", 250),
+            ("self-instruct/selfinst-minillm-242.jsonl", 242),
+            ("vicuna/vicuna-minillm-80.jsonl", 80),
+            ("sni/sni-11plus-1of2.jsonl.gz", 1145),
+            ("unnatural/uinst-short-1of2.jsonl", 525),
+            ("gsm8k/train.jsonl.gz", 7473),
+            ("alpaca/alpaca-subset-1of2.json.gz", 1000),
+        ];
+        for (name, count) in sets {
+            let rows = rows(name).unwrap();
+            assert_eq!(rows.len(), count, "{name}");
+            assert!(rows.iter().all(|row| !row.references.is_empty()), "{name}");
+        }
+        assert!(rows("sni/sni-11plus-1of2.jsonl.gz").unwrap().iter().any(|row| row.references.len() > 1));
+        let error = rows("self-instruct/seed_tasks.jsonl").unwrap_err().to_string();
+        assert!(error.contains("seed_tasks.jsonl:1` has no `output`") && error.contains("`instances`"), "{error}");
+    }
+
+    #[test]
+    fn token_files_of_the_reference_become_datasets() {
+        let (Some(golden), Some(gpt2)) = (shared_data("golden"), shared_data("tokenizers/gpt2")) else { return };
+        let scratch = Scratch::new();
+        for extension in ["bin", "idx"] {
+            let bytes = fs::read(golden.join(format!("gpt2-valid_0.{extension}"))).unwrap();
+            scratch.file(&format!("data/valid_0.{extension}"), bytes);
+        }
+        let with = json!({"bin": scratch.path().join("data"), "tokenizer": gpt2});
+        let read = || {
+            let (outputs, log) = scratch.run(&Download, with.clone(), vec![]).unwrap();
+            assert_eq!(log.warnings.len(), 2);
+            output::<Dataset>(&outputs, "valid")
+        };
+        let texts = read_rows(&golden.join("dolly-dev-order.jsonl.gz"), &Fields::default()).unwrap();
+        let from_ids = read();
+        scratch.file("data/valid.jsonl.gz", fs::read(golden.join("dolly-dev-order.jsonl.gz")).unwrap());
+        let from_texts = read();
+        for dataset in [&from_ids, &from_texts] {
+            assert_eq!(dataset.rows.len(), 1000);
+            assert!(dataset.rows.iter().all(|row| row.end == End::Stop));
+            for (row, text) in dataset.rows.iter().zip(&texts) {
+                assert_eq!(row.references, text.references);
+            }
+        }
+        assert_eq!(from_ids, from_texts);
+    }
+
+    #[test]
+    fn a_tokenizer_comes_as_a_folder_whatever_it_was() {
+        let Some(gpt2) = shared_data("tokenizers/gpt2") else { return };
+        let scratch = Scratch::new();
+        let bare = scratch.file("bare/tokenizer.json", fs::read(gpt2.join("tokenizer.json")).unwrap());
+        for path in [gpt2.clone(), bare] {
+            let (outputs, _) = scratch.run(&Download, json!({"tokenizer": path}), vec![]).unwrap();
+            let folder = folder(&outputs, "tokenizer");
+            let file = TokenizerFile::load(&folder).unwrap();
+            assert_eq!((file.end, file.size), (50256, 50257));
+            let text = fs::read(folder.join("tokenizer_config.json")).unwrap();
+            let facts: Json = serde_json::from_slice(&text).unwrap();
+            assert_eq!(facts["eos_token"], "<|endoftext|>");
+            assert_eq!(facts["tokenizer_class"] == "GPT2Tokenizer", path == gpt2);
+        }
+        let with = json!({"tokenizer": gpt2, "end_token": "<eot>"});
+        let error = scratch.run(&Download, with, vec![]).err().unwrap().to_string();
+        assert!(error.contains("end token `<eot>`"), "{error}");
+    }
+
+    #[test]
+    fn a_model_comes_with_its_tokenizer() {
+        let Some(model) = shared_data("weights/tinystories-656k-llama") else { return };
+        let scratch = Scratch::new();
+        let (outputs, _) = scratch.run(&Download, json!({"model": model}), vec![]).unwrap();
+        let copied = folder(&outputs, "model");
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            assert_eq!(fs::read(copied.join(name)).unwrap(), fs::read(model.join(name)).unwrap(), "{name}");
+        }
+        assert_eq!(TokenizerFile::load(&copied).unwrap().end, 2);
+        let empty = Scratch::new();
+        let error = scratch.run(&Download, json!({"model": empty.path()}), vec![]).err().unwrap().to_string();
+        assert!(error.contains("holds no `config.json`"), "{error}");
+    }
+}

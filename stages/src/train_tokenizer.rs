@@ -1,0 +1,304 @@
+//! `train-tokenizer`: byte-level BPE over the training split of a corpus.
+//!
+//! ```yaml
+//! tokenizer:
+//!   kind: train-tokenizer
+//!   in: {corpus: corpus}
+//!   with: {vocab_size: 1024, template: task}
+//! ```
+//!
+//! Input: `corpus`. Output: `tokenizer`, a folder that this program and `transformers` open. Cost: a few seconds
+//! for ten megabytes of text.
+//!
+//! Text is learned as `tokenize` will write it, template and persona lines included, so that their words become tokens.
+//! The vocabulary holds the end token `<|endoftext|>` (id 0), the 256 bytes, then merges; any text can be encoded.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use contract::{
+    About, AnyValue, ConfigError, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Stage, Step,
+    TokenizerFile,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer};
+
+use crate::corpus::{self, CorpusRow, Split};
+use crate::template::{Personas, Template};
+use crate::text::byte_level;
+
+/// The token that ends a text, and pads.
+pub const END_TOKEN: &str = "<|endoftext|>";
+
+/// Tokens that every vocabulary holds: the end token and the 256 bytes.
+const BASE: usize = 257;
+
+/// The stage kind.
+pub struct TrainTokenizer;
+
+/// Its `with`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Number of tokens, the end token and the 256 bytes included. Fewer come out where the text has no more to merge.
+    #[schemars(range(min = 257))]
+    pub vocab_size: usize,
+    /// Text around the instruction: what `tokenize` will use.
+    #[serde(default)]
+    pub template: Template,
+    /// Persona lines before some prompts, where some dataset will have them; none by default.
+    #[serde(default)]
+    pub personas: Option<Personas>,
+    /// A pair seen less often is not merged. 2: what is seen once is no pattern.
+    #[serde(default = "min_frequency")]
+    #[schemars(range(min = 1))]
+    pub min_frequency: u64,
+}
+
+fn min_frequency() -> u64 {
+    2
+}
+
+impl Stage for TrainTokenizer {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "train-tokenizer",
+            version: 1,
+            numerics: None,
+            summary: "trains a byte-level BPE tokenizer on the training split of a corpus",
+            example: "tokenizer:\n  kind: train-tokenizer\n  in: {corpus: corpus}\n  with: {vocab_size: 1024}\n",
+            reads_clock: false,
+        }
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = Personas::errors(config.personas.as_ref());
+        if config.vocab_size < BASE {
+            errors.push(
+                ConfigError::at("vocab_size", format!("expected {BASE} or more, got {}", config.vocab_size))
+                    .hint("the end token and the 256 bytes are always there"),
+            );
+        }
+        if config.min_frequency < 1 {
+            errors.push(ConfigError::at("min_frequency", "expected 1 or more, got 0"));
+        }
+        errors
+    }
+
+    fn ports(&self, _config: &Config) -> Ports {
+        Ports::new().input("corpus", PortType::Corpus, "text by split; `train` is read").output(
+            "tokenizer",
+            PortType::Tokenizer,
+            "the trained tokenizer",
+        )
+    }
+
+    fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Ok(Box::new(Run { config, folder: env.scratch.join("tokenizer") }))
+    }
+}
+
+struct Run {
+    config: Config,
+    folder: PathBuf,
+}
+
+impl Operator for Run {
+    fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let corpus = inputs.take::<Folder>("corpus")?;
+        let rows = corpus::read(corpus.path(), Split::Train)?;
+        ensure!(!rows.is_empty(), "the corpus has no training rows to learn a tokenizer from");
+        let tokenizer = train(&rows, &self.config)?;
+        if (tokenizer.size as usize) < self.config.vocab_size {
+            sink.warn(&format!(
+                "the text has no more to merge after {} tokens; `vocab_size` asked for {}",
+                tokenizer.size, self.config.vocab_size
+            ));
+        }
+        fs::create_dir_all(&self.folder)?;
+        save(&tokenizer, &self.folder)?;
+        Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, &self.folder)))
+    }
+}
+
+/// Trains on the text of `rows`. Ties go to the pair of smaller ids, so the result depends on the text alone.
+fn train(rows: &[CorpusRow], config: &Config) -> Result<TokenizerFile> {
+    let texts = rows.iter().map(|row| {
+        let mut text = config.personas.as_ref().and_then(|personas| personas.line(row.id)).unwrap_or_default();
+        text.push_str(&config.template.prompt(row)?);
+        text.push_str(&config.template.response(&row.output));
+        Ok(text)
+    });
+    let texts = texts.collect::<Result<Vec<String>>>()?;
+    let trainer = BpeTrainer::builder()
+        .vocab_size(config.vocab_size)
+        .min_frequency(config.min_frequency)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .special_tokens(vec![AddedToken::from(END_TOKEN, true)])
+        .show_progress(false)
+        .build();
+    let mut tokenizer = byte_level(BPE::default());
+    tokenizer
+        .train(&mut TrainerWrapper::from(trainer), texts.iter())
+        .map_err(|e| anyhow!("cannot train a tokenizer: {e}"))?;
+    finish(&tokenizer)
+}
+
+fn finish(tokenizer: &Tokenizer) -> Result<TokenizerFile> {
+    let json = tokenizer.to_string(false).map_err(|e| anyhow!("cannot write a tokenizer: {e}"))?;
+    let end = tokenizer.token_to_id(END_TOKEN).context("the trained tokenizer has no end token")?;
+    let size = tokenizer.get_vocab_size(true) as u32;
+    Ok(TokenizerFile { json: Arc::new(json.into_bytes()), end, size })
+}
+
+/// Writes the folder of a tokenizer: its own files, and the one by which `transformers` opens it.
+pub(crate) fn save(tokenizer: &TokenizerFile, folder: &Path) -> Result<()> {
+    tokenizer.save(folder)?;
+    let end = crate::text::Text::new(tokenizer)?.token(tokenizer.end)?;
+    let facts = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": false,
+    });
+    contract::value::write(&folder.join("tokenizer_config.json"), format!("{facts:#}\n").as_bytes())
+}
+
+/// A tokenizer of the end token, the bytes and some merges, each `LEFT RIGHT`.
+#[cfg(test)]
+pub(crate) fn from_merges(merges: &[&str]) -> TokenizerFile {
+    use std::collections::BTreeSet;
+    let merges: Vec<(String, String)> =
+        merges.iter().map(|m| m.split_once(' ').unwrap()).map(|(left, right)| (left.into(), right.into())).collect();
+    let bytes: BTreeSet<char> = ByteLevel::alphabet().into_iter().collect();
+    let tokens = [END_TOKEN.to_owned()].into_iter().chain(bytes.into_iter().map(String::from));
+    let tokens = tokens.chain(merges.iter().map(|(left, right)| format!("{left}{right}")));
+    let vocabulary: tokenizers::models::bpe::Vocab = tokens.zip(0..).collect();
+    let mut tokenizer = byte_level(BPE::builder().vocab_and_merges(vocabulary, merges).build().unwrap());
+    tokenizer.add_special_tokens([AddedToken::from(END_TOKEN, true)]).unwrap();
+    finish(&tokenizer).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instruct::{Sizes, generate};
+    use crate::template::persona_line;
+    use crate::testing::{Scratch, folder, input};
+    use crate::text::Text;
+
+    fn builtin() -> Vec<CorpusRow> {
+        let [train, ..] = generate(0, &Sizes { train: 8000, valid: 0, test: 0 });
+        train
+    }
+
+    fn config(json: serde_json::Value) -> Config {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn the_persona_line_is_seven_tokens_and_answers_are_short() {
+        let rows = builtin();
+        for template in ["task", "alpaca"] {
+            let config = config(json!({"vocab_size": 1024, "template": template, "personas": {}}));
+            let tokenizer = train(&rows, &config).unwrap();
+            let text = Text::new(&tokenizer).unwrap();
+            assert_eq!((tokenizer.size, tokenizer.end), (1024, 0));
+            let line = persona_line("student");
+            assert_eq!(line, "Suppose you are a student.\n");
+            assert_eq!(text.count(&line).unwrap(), 7);
+            // At the seam too: the line's ids stand unchanged before a prompt.
+            let prompt = config.template.prompt(&rows[0]).unwrap();
+            let whole = text.encode(&format!("{line}{prompt}")).unwrap();
+            assert_eq!(whole, [text.encode(&line).unwrap(), text.encode(&prompt).unwrap()].concat());
+            let tokens = |part: &dyn Fn(&CorpusRow) -> String| -> Vec<usize> {
+                rows.iter().map(|row| text.count(&part(row)).unwrap()).collect()
+            };
+            let responses = tokens(&|row| config.template.response(&row.output));
+            let mean = responses.iter().sum::<usize>() as f64 / responses.len() as f64;
+            assert!((11.0..18.0).contains(&mean), "{mean}");
+            assert!(*responses.iter().max().unwrap() <= 45);
+            let prompts = tokens(&|row| config.template.prompt(row).unwrap());
+            assert!(prompts.iter().zip(&responses).all(|(p, r)| p + r < 96));
+        }
+    }
+
+    /// Whoever changes what is learned gives `train-tokenizer` a new version.
+    #[test]
+    fn the_tokenizer_is_the_one_that_this_version_trains() {
+        let tokenizer = train(&builtin(), &config(json!({"vocab_size": 1024, "template": "task"}))).unwrap();
+        assert_eq!(tokenizer.vocabulary(), "1024 tokens (cb234ff6e321e7a8)");
+    }
+
+    #[test]
+    fn the_same_text_gives_the_same_bytes_on_any_number_of_threads() {
+        let rows = builtin();
+        let config = config(json!({"vocab_size": 700, "template": "task"}));
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| train(&rows, &config).unwrap())
+        };
+        let first = on(1);
+        // Maps inside of the library are seeded anew each time.
+        assert!([1, 2, 2, 4].into_iter().all(|threads| on(threads) == first));
+    }
+
+    #[test]
+    fn ties_go_to_the_smaller_ids_and_rare_pairs_are_left() {
+        let learned = |text: &str, frequency: u64| {
+            let row = CorpusRow { instruction: text.into(), output: String::new(), ..builtin().remove(0) };
+            let config = config(json!({"vocab_size": 300, "template": "none", "min_frequency": frequency}));
+            let json: serde_json::Value = serde_json::from_slice(&train(&[row], &config).unwrap().json).unwrap();
+            serde_json::from_value::<Vec<(String, String)>>(json["model"]["merges"].clone()).unwrap()
+        };
+        let pair = |left: &str, right: &str| (left.to_owned(), right.to_owned());
+        assert_eq!(learned("cd", 1), [pair("c", "d")]);
+        assert_eq!(learned("cd", 2), []);
+        assert_eq!(learned("abcab", 1), [pair("a", "b"), pair("c", "ab"), pair("ab", "cab")]);
+        assert_eq!(learned("aaaa", 1), [pair("a", "a"), pair("aa", "aa")]);
+    }
+
+    #[test]
+    fn any_text_can_be_encoded_and_comes_back() {
+        let text = Text::new(&from_merges(&["a b"])).unwrap();
+        for sample in ["", "ab abc", " ü\u{2028}日本\u{0} \t\r\n😀 ", "Ġ"] {
+            assert_eq!(text.decode(&text.encode(sample).unwrap()).unwrap(), sample);
+        }
+        assert_eq!(text.count("ab").unwrap(), 1);
+        assert_eq!(text.encode("a<|endoftext|>").unwrap().last(), Some(&0));
+    }
+
+    #[test]
+    fn the_folder_opens_here_and_a_small_text_is_said_to_be_small() {
+        let scratch = Scratch::new();
+        let corpus_folder = scratch.path().join("corpus");
+        fs::create_dir(&corpus_folder).unwrap();
+        let [train, ..] = generate(0, &Sizes { train: 3, valid: 0, test: 0 });
+        corpus::write(&corpus_folder, Split::Train, &train).unwrap();
+        let run = |with| scratch.run(&TrainTokenizer, with, vec![("corpus", input(PortType::Corpus, &corpus_folder))]);
+        let (outputs, log) = run(json!({"vocab_size": 5000})).unwrap();
+        assert!(log.warnings[0].contains("no more to merge"), "{:?}", log.warnings);
+        let folder = folder(&outputs, "tokenizer");
+        let saved = TokenizerFile::load(&folder).unwrap();
+        let opened = crate::text::open_tokenizer(&folder.join("tokenizer.json"), None).unwrap();
+        assert_eq!(saved, opened);
+        let facts: serde_json::Value =
+            serde_json::from_slice(&fs::read(folder.join("tokenizer_config.json")).unwrap()).unwrap();
+        assert_eq!(facts["eos_token"], END_TOKEN);
+        let error = run(json!({"vocab_size": 100})).err().unwrap().to_string();
+        assert!(error.contains("expected 257 or more, got 100"), "{error}");
+        corpus::write(&corpus_folder, Split::Train, &[]).unwrap();
+        let error = run(json!({"vocab_size": 300})).err().unwrap().to_string();
+        assert!(error.contains("no training rows"), "{error}");
+    }
+}
