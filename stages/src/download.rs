@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use contract::{
-    About, AnyValue, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Source, Stage,
-    Step, TokenizerFile,
+    About, AnyValue, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Source,
+    Stage, Step, TokenizerFile,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
@@ -314,7 +314,7 @@ impl Operator for Run {
             return read_token_files(Path::new(bin), &tokenizer, sink);
         }
         let folder = self.folder("tokenizer")?;
-        train_tokenizer::save(&tokenizer, &folder)?;
+        save_tokenizer(&tokenizer, Path::new(path), &folder)?;
         Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, folder)))
     }
 }
@@ -348,7 +348,7 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
     ensure!(splits.iter().any(|rows| !rows.is_empty()), "the corpus has no rows");
     for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
         if rows.is_empty() {
-            sink.warn(&format!("the corpus has no rows to {}", split.name()));
+            sink.warn(&format!("the corpus has no `{}` rows", split.name()));
         }
         rows.iter_mut().enumerate().for_each(|(index, row)| row.id = split.row_id(index));
     }
@@ -418,10 +418,7 @@ fn parse(id: u64, record: &Record, fields: &Fields) -> Result<CorpusRow> {
     };
     let instruction = optional(&fields.instruction, &["instruction", "question"])?;
     let prompt = optional(&fields.prompt, &["prompt"])?;
-    ensure!(
-        instruction.is_some() || prompt.is_some(),
-        unknown("`instruction`, `question` or `prompt`", "instruction")
-    );
+    ensure!(instruction.is_some() || prompt.is_some(), unknown("`instruction`, `question` or `prompt`", "instruction"));
     let (name, output) = field(object, &fields.output, &["output", "response", "answer", "completion"])
         .with_context(|| unknown("`output`, `response`, `answer` or `completion`", "output"))?;
     let answers = match output {
@@ -443,7 +440,11 @@ fn parse(id: u64, record: &Record, fields: &Fields) -> Result<CorpusRow> {
 }
 
 /// The field of the given name, else the first of the usual ones that is there.
-fn field<'a>(object: &'a Map<String, Json>, name: &'a Option<String>, usual: &[&'a str]) -> Option<(&'a str, &'a Json)> {
+fn field<'a>(
+    object: &'a Map<String, Json>,
+    name: &'a Option<String>,
+    usual: &[&'a str],
+) -> Option<(&'a str, &'a Json)> {
     match name {
         Some(name) => object.get(name).map(|value| (name.as_str(), value)),
         None => usual.iter().find_map(|name| object.get(*name).map(|value| (*name, value))),
@@ -463,7 +464,7 @@ fn read_token_files(folder: &Path, tokenizer: &TokenizerFile, sink: &mut dyn Sin
         let prefix = folder.join(split.name());
         let records = if mmidx::exists(&prefix) { mmidx::read(&prefix)? } else { Vec::new() };
         if records.is_empty() {
-            sink.warn(&format!("`{}` has no rows to {}", folder.display(), split.name()));
+            sink.warn(&format!("`{}` has no `{}` rows", folder.display(), split.name()));
         }
         found += records.len();
         let outside = records.iter().flat_map(|(prompt, response)| prompt.iter().chain(response)).max();
@@ -520,7 +521,19 @@ fn copy_model(from: &Path, end_token: Option<&str>, to: &Path) -> Result<()> {
         let source = from.join(name);
         fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
     }
-    train_tokenizer::save(&open_tokenizer(from, end_token)?, to)
+    save_tokenizer(&open_tokenizer(from, end_token)?, from, to)
+}
+
+/// Writes a tokenizer, with the files that describe it to `transformers` as they were beside it.
+fn save_tokenizer(tokenizer: &TokenizerFile, from: &Path, to: &Path) -> Result<()> {
+    train_tokenizer::save(tokenizer, to)?;
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let source = from.join(name);
+        if source.is_file() {
+            fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
+        }
+    }
+    Ok(())
 }
 
 impl Serialize for Place {
@@ -643,20 +656,25 @@ mod tests {
     #[test]
     fn one_file_is_divided_and_files_and_folders_are_not() {
         let scratch = Scratch::new();
-        let rows = |count: usize| (0..count).map(|i| format!("{{\"question\":\"{i}\",\"answer\":\"a\"}}\n")).collect::<String>();
+        let rows = |count: usize| {
+            (0..count).map(|i| format!("{{\"question\":\"{i}\",\"answer\":\"a\"}}\n")).collect::<String>()
+        };
         let one = scratch.file("one.jsonl", rows(10));
         let (splits, _) = download(json!({"source": one, "split": {"valid": 3, "test": 2}})).unwrap();
         let first = splits.each_ref().map(|rows| (rows.len(), rows[0].instruction.clone(), rows[0].id));
         assert_eq!(first, [(5, "5".into(), 0), (3, "0".into(), 1 << 30), (2, "3".into(), 2 << 30)]);
         let message = error(json!({"source": one, "split": {"valid": 11}}));
-        assert!(message.contains("asks for 11 rows to validate and 0 to test") && message.contains("has 10"), "{message}");
+        assert!(
+            message.contains("asks for 11 rows to validate and 0 to test") && message.contains("has 10"),
+            "{message}"
+        );
 
         scratch.file("set/train.jsonl", rows(4));
         scratch.file("set/test.json", "[{\"question\":\"x\",\"answer\":\"y\"}]");
         let folder = scratch.path().join("set");
         let (splits, warnings) = download(json!({"source": folder})).unwrap();
         assert_eq!(splits.each_ref().map(Vec::len), [4, 0, 1]);
-        assert_eq!(warnings, ["the corpus has no rows to valid"]);
+        assert_eq!(warnings, ["the corpus has no `valid` rows"]);
         assert!(error(json!({"source": folder, "split": {}})).contains("is a folder"));
         scratch.file("set/test.jsonl", rows(1));
         assert!(error(json!({"source": folder})).contains("test.json` are there"));
@@ -709,6 +727,31 @@ mod tests {
     }
 
     #[test]
+    fn the_published_sets_are_read_as_they_are() {
+        let Some(data) = shared_data("README.md") else { return };
+        let rows = |name: &str| read_rows(&data.with_file_name(name), &Fields::default());
+        let sets = [
+            ("dolly/dolly-train.jsonl.gz", 13427),
+            ("dolly/dolly-dev.jsonl.gz", 1000),
+            ("dolly/dolly-eval-1of2.jsonl", 250),
+            ("self-instruct/selfinst-minillm-242.jsonl", 242),
+            ("vicuna/vicuna-minillm-80.jsonl", 80),
+            ("sni/sni-11plus-1of2.jsonl.gz", 1145),
+            ("unnatural/uinst-short-1of2.jsonl", 525),
+            ("gsm8k/train.jsonl.gz", 7473),
+            ("alpaca/alpaca-subset-1of2.json.gz", 1000),
+        ];
+        for (name, count) in sets {
+            let rows = rows(name).unwrap();
+            assert_eq!(rows.len(), count, "{name}");
+            assert!(rows.iter().all(|row| !row.references.is_empty()), "{name}");
+        }
+        assert!(rows("sni/sni-11plus-1of2.jsonl.gz").unwrap().iter().any(|row| row.references.len() > 1));
+        let error = rows("self-instruct/seed_tasks.jsonl").unwrap_err().to_string();
+        assert!(error.contains("seed_tasks.jsonl:1` has no `output`") && error.contains("`instances`"), "{error}");
+    }
+
+    #[test]
     fn token_files_of_the_reference_become_datasets() {
         let (Some(golden), Some(gpt2)) = (shared_data("golden"), shared_data("tokenizers/gpt2")) else { return };
         let scratch = Scratch::new();
@@ -737,12 +780,32 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_comes_as_a_folder_whatever_it_was() {
+        let Some(gpt2) = shared_data("tokenizers/gpt2") else { return };
+        let scratch = Scratch::new();
+        let bare = scratch.file("bare/tokenizer.json", fs::read(gpt2.join("tokenizer.json")).unwrap());
+        for path in [gpt2.clone(), bare] {
+            let (outputs, _) = scratch.run(&Download, json!({"tokenizer": path}), vec![]).unwrap();
+            let folder = folder(&outputs, "tokenizer");
+            let file = TokenizerFile::load(&folder).unwrap();
+            assert_eq!((file.end, file.size), (50256, 50257));
+            let text = fs::read(folder.join("tokenizer_config.json")).unwrap();
+            let facts: Json = serde_json::from_slice(&text).unwrap();
+            assert_eq!(facts["eos_token"], "<|endoftext|>");
+            assert_eq!(facts["tokenizer_class"] == "GPT2Tokenizer", path == gpt2);
+        }
+        let with = json!({"tokenizer": gpt2, "end_token": "<eot>"});
+        let error = scratch.run(&Download, with, vec![]).err().unwrap().to_string();
+        assert!(error.contains("end token `<eot>`"), "{error}");
+    }
+
+    #[test]
     fn a_model_comes_with_its_tokenizer() {
         let Some(model) = shared_data("weights/tinystories-656k-llama") else { return };
         let scratch = Scratch::new();
         let (outputs, _) = scratch.run(&Download, json!({"model": model}), vec![]).unwrap();
         let copied = folder(&outputs, "model");
-        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
             assert_eq!(fs::read(copied.join(name)).unwrap(), fs::read(model.join(name)).unwrap(), "{name}");
         }
         assert_eq!(TokenizerFile::load(&copied).unwrap().end, 2);

@@ -13,15 +13,14 @@
 //! `test.jsonl`, and the tokenizer. Cost: copying; a model is once in memory.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use contract::{
-    About, AnyValue, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Stage, Step,
-};
+use contract::{About, AnyValue, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Stage, Step};
 use half::{bf16, f16};
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -97,9 +96,8 @@ impl Stage for Export {
     }
 
     fn ports(&self, _config: &Config) -> Ports {
-        let ports = FOLDERS.iter().fold(Ports::new(), |ports, (name, port_type, doc)| {
-            ports.optional(name, *port_type, doc)
-        });
+        let ports =
+            FOLDERS.iter().fold(Ports::new(), |ports, (name, port_type, doc)| ports.optional(name, *port_type, doc));
         let ports = DATASETS.iter().fold(ports, |ports, name| {
             ports.optional(name, PortType::Dataset, "becomes token files with their texts, in `data`")
         });
@@ -178,7 +176,8 @@ fn convert_model(folder: &Path, precision: Precision) -> Result<()> {
     }
     let path = folder.join("config.json");
     let text = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let mut config: Json = serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+    let mut config: Json =
+        serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
     let config_object = config.as_object_mut().with_context(|| format!("`{}` is not a JSON object", path.display()))?;
     // Newer releases of `transformers` write `dtype`, and read either.
     let key = if config_object.contains_key("dtype") { "dtype" } else { "torch_dtype" };
@@ -186,26 +185,46 @@ fn convert_model(folder: &Path, precision: Precision) -> Result<()> {
     contract::value::write(&path, format!("{config:#}\n").as_bytes())
 }
 
+/// A tensor as it will be written.
+struct Converted<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Cow<'a, [u8]>,
+}
+
+impl View for Converted<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.data)
+    }
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
 /// The same tensors with every floating-point one in `precision`, rounded to nearest, ties to even.
 fn convert(bytes: &[u8], precision: Precision) -> Result<Vec<u8>> {
     let tensors = SafeTensors::deserialize(bytes)?;
-    let (_, header) = SafeTensors::read_metadata(bytes)?;
-    let mut converted: Vec<(String, Dtype, Vec<usize>, Cow<'_, [u8]>)> = Vec::new();
+    let mut converted = Vec::new();
     for (name, tensor) in tensors.iter() {
         let shape = tensor.shape().to_vec();
-        match floats(&tensor) {
+        let tensor = match floats(&tensor) {
             Some(values) if tensor.dtype() != precision.dtype() => {
                 let data = narrow(&values, precision).with_context(|| format!("tensor `{name}`"))?;
-                converted.push((name.to_owned(), precision.dtype(), shape, Cow::Owned(data)));
+                Converted { dtype: precision.dtype(), shape, data: Cow::Owned(data) }
             }
-            _ => converted.push((name.to_owned(), tensor.dtype(), shape, Cow::Borrowed(tensor.data()))),
-        }
+            _ => Converted { dtype: tensor.dtype(), shape, data: Cow::Borrowed(tensor.data()) },
+        };
+        converted.push((name, tensor));
     }
-    let views = converted
-        .iter()
-        .map(|(name, dtype, shape, data)| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), data)?)))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(safetensors::serialize(views, header.metadata().clone())?)
+    // The one entry that loaders ask for; more would be written in the order of a hash map.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    Ok(safetensors::serialize(converted, Some(metadata))?)
 }
 
 /// The values of a floating-point tensor; `None` for others.
@@ -234,8 +253,6 @@ fn narrow(values: &[f32], precision: Precision) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use contract::{End, Row};
 
     use super::*;

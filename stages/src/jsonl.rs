@@ -74,10 +74,10 @@ mod tests {
         ];
         for file in files {
             let records = read(&file).unwrap();
-            assert_eq!(records.iter().map(|r| &r.json).collect::<Vec<_>>(), [
-                &serde_json::json!({"a": 1}),
-                &serde_json::json!({"a": "\u{2028}"})
-            ]);
+            assert_eq!(
+                records.iter().map(|r| &r.json).collect::<Vec<_>>(),
+                [&serde_json::json!({"a": 1}), &serde_json::json!({"a": "\u{2028}"})]
+            );
             let place = &records[1].place;
             assert!(place.ends_with(":3") || place.ends_with(", record 2"), "{place}");
         }

@@ -230,8 +230,11 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/parity/rouge/stems.json");
         let expected: BTreeMap<String, String> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         assert!(expected.len() > 500);
-        let wrong: Vec<_> =
-            expected.iter().map(|(word, want)| (word, want, stem(word))).filter(|(_, want, got)| *want != got).collect();
+        let wrong: Vec<_> = expected
+            .iter()
+            .map(|(word, want)| (word, want, stem(word)))
+            .filter(|(_, want, got)| *want != got)
+            .collect();
         assert!(wrong.is_empty(), "(word, expected, got): {wrong:?}");
     }
 

@@ -151,9 +151,9 @@ fn answers(row: &Json) -> Option<Vec<String>> {
 
 fn read<T>(path: &Path, parse: impl Fn(&Json) -> Option<T>, expected: &str) -> Result<Vec<T>> {
     let records = jsonl::read(path)?;
-    let parsed = records.iter().map(|record| {
-        parse(&record.json).with_context(|| format!("`{}` has no {expected}", record.place))
-    });
+    let parsed = records
+        .iter()
+        .map(|record| parse(&record.json).with_context(|| format!("`{}` has no {expected}", record.place)));
     parsed.collect()
 }
 
@@ -216,13 +216,13 @@ mod tests {
     fn lines_are_paired_and_what_does_not_fit_is_an_error() {
         let scratch = Scratch::new();
         let predictions = scratch.file("p.jsonl", "{\"text\": \"A cat.\"}\n{\"text\": \"no\"}\n");
-        let references = scratch.file("r.jsonl", "{\"output\": [\"x\", \"a cat\"]}\n{\"output\": \"yes\"}\n{\"output\": \"z\"}\n");
+        let references =
+            scratch.file("r.jsonl", "{\"output\": [\"x\", \"a cat\"]}\n{\"output\": \"yes\"}\n{\"output\": \"z\"}\n");
         let scores = score(&predictions, &references).unwrap();
         let expected = json!({"rouge_l": 50.0, "exact_match": 50.0, "rows": 2, "unscored_references": 1});
         assert_eq!(scores, expected);
-        let error = |predictions: &str| {
-            format!("{:#}", score(&scratch.file("p.jsonl", predictions), &references).unwrap_err())
-        };
+        let error =
+            |predictions: &str| format!("{:#}", score(&scratch.file("p.jsonl", predictions), &references).unwrap_err());
         assert!(error(&"{\"text\": \"\"}\n".repeat(4)).contains("4 predictions"));
         assert!(error("").contains("no predictions"));
         assert!(error("{\"text\": 1}\n").contains("p.jsonl:1` has no `text`"));

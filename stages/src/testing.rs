@@ -80,10 +80,8 @@ pub(crate) fn input(port_type: PortType, path: &Path) -> AnyValue {
 /// A file or folder of the real data, which is not part of the repository: `PIPELINE_TEST_DATA`, else `shared/data`
 /// beside the repository. `None`, with a line that says so, where it is absent.
 pub(crate) fn shared_data(name: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("PIPELINE_TEST_DATA").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"),
-        PathBuf::from,
-    );
+    let root = std::env::var_os("PIPELINE_TEST_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
     let path = root.join(name);
     if !path.exists() {
         println!("skipped: `{}` is not there; set PIPELINE_TEST_DATA", path.display());

@@ -116,8 +116,7 @@ fn declared_end(folder: &Path) -> Result<Option<String>> {
             continue;
         }
         let text = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let json: Json =
-            serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+        let json: Json = serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
         // A token is written as its text, or as an object with its text under `content`.
         let token = &json["eos_token"];
         if let Some(token) = token.as_str().or_else(|| token["content"].as_str()) {

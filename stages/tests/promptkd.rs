@@ -132,9 +132,11 @@ fn six_rounds(conventions: Conventions, name: &str) {
 
         let mut inputs = Inputs::new();
         inputs.insert("teacher", teacher.clone());
-        inputs.insert("student", std::mem::replace(&mut student, teacher.clone()));
+        let only_reference = std::mem::replace(&mut student, teacher.clone());
+        inputs.insert("student", only_reference);
         inputs.insert("prompt", tuned.clone());
-        inputs.insert("prompt_before", std::mem::replace(&mut prompt, tuned));
+        let before = std::mem::replace(&mut prompt, tuned);
+        inputs.insert("prompt_before", before);
         inputs.insert("data", responses);
         let learnt = learn.run(inputs, &step, &mut sink).unwrap().0.remove("model").unwrap();
         student = learnt.into_any().downcast::<LanguageModel>().unwrap();

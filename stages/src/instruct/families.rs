@@ -239,7 +239,8 @@ fn describe(draw: &mut Draw) -> Task {
             )
         }
     };
-    let wordings = [format!("Describe {}.", a(name)), format!("What is {}?", a(name)), format!("Tell me about the {name}.")];
+    let wordings =
+        [format!("Describe {}.", a(name)), format!("What is {}?", a(name)), format!("Tell me about the {name}.")];
     task(name.to_owned(), wordings, answers)
 }
 
@@ -253,10 +254,10 @@ fn compose(draw: &mut Draw) -> Task {
             format!("Make a sentence from these words: {animal}, {object}, {place}."),
         ],
         [
-            format!("The {animal} found {} near the {place}.", a(object)),
-            format!("I saw {} with {} at the {place}.", a(animal), a(object)),
-            format!("There is {} and {} in front of the {place}.", a(animal), a(object)),
-            format!("The {animal} took the {object} to the {place}."),
+            format!("The {animal} found {} near the {place} and took it home.", a(object)),
+            format!("Yesterday I saw {} with {} at the {place}.", a(animal), a(object)),
+            format!("There is {} and {} in front of the old {place}.", a(animal), a(object)),
+            format!("The {animal} took the {object} to the {place} and left it there."),
         ],
     )
 }
@@ -271,9 +272,9 @@ fn note(draw: &mut Draw) -> Task {
             format!("Thank {to} for the {thing} in a note from {from}."),
         ],
         [
-            format!("Dear {to},\nthank you for the {thing}.\nYours, {from}"),
-            format!("Hello {to},\nI love the {thing} you gave me.\nBest wishes, {from}"),
-            format!("Dear {to},\nmany thanks for the lovely {thing}.\nLove, {from}"),
+            format!("Dear {to},\nthank you very much for the {thing}. I use it every day.\nYours, {from}"),
+            format!("Hello {to},\nI love the {thing} you gave me. It was very kind of you.\nBest wishes, {from}"),
+            format!("Dear {to},\nmany thanks for the lovely {thing}. Please visit me soon.\nLove, {from}"),
         ],
     )
 }
@@ -384,8 +385,8 @@ fn gift(draw: &mut Draw) -> Task {
         ],
         [
             format!("A good gift for {name} is {gift}."),
-            format!("{name} would love {gift}."),
-            format!("Give {name} {gift}, since {name} likes {hobby}."),
+            format!("I think that {name} would love {gift}."),
+            format!("Give {name} {gift}, since {name} likes {hobby} so much."),
         ],
     )
 }
@@ -402,14 +403,14 @@ fn story(draw: &mut Draw) -> Task {
         ],
         [
             format!(
-                "{name} the {animal} lived in the {home}. One day {name} lost the {thing}. {name} found it at the {place}."
+                "{name} the {animal} lived in the {home}. One day {name} lost the {thing} and was sad. At last {name} found it at the {place}."
             ),
             format!(
-                "There was {} named {name} in the {home}. The {thing} was lost. It was at the {place} and {name} was happy.",
+                "There was {} named {name} in the {home}. One day the {thing} was lost. It was at the {place}, and {name} was happy again.",
                 a(animal)
             ),
             format!(
-                "In the {home} lived {name} the {animal}. {name} could not find the {thing}. A friend saw it at the {place}."
+                "In the {home} lived {name} the {animal}. One morning {name} could not find the {thing}. A friend saw it at the {place} and brought it back."
             ),
         ],
     )
@@ -425,9 +426,13 @@ fn plan(draw: &mut Draw) -> Task {
             format!("Plan a trip to {city}: first the {first}, then the {second}."),
         ],
         [
-            format!("In the morning, visit the {first} of {city}. In the afternoon, go to the {second}."),
-            format!("Start your day in {city} at the {first}. After lunch, see the {second}."),
-            format!("First walk to the {first}. Then end the day in {city} at the {second}."),
+            format!(
+                "In the morning, visit the {first} of {city}. In the afternoon, go to the {second} and stay until the evening."
+            ),
+            format!(
+                "Start your day in {city} with a walk to the {first}. After lunch, see the {second} and rest a little."
+            ),
+            format!("First take your time at the {first}. Then have lunch, and end the day in {city} at the {second}."),
         ],
     )
 }
@@ -439,8 +444,7 @@ fn listing(draw: &mut Draw) -> Task {
     let (wrong, also_wrong) = draw.two(&other.1);
     // All ways to mix the two pairs that keep the order within each.
     let words = [wrong, also_wrong, one, two];
-    let places: [[usize; 4]; 6] =
-        [[2, 3, 0, 1], [2, 0, 3, 1], [2, 0, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 1, 2, 3]];
+    let places: [[usize; 4]; 6] = [[2, 3, 0, 1], [2, 0, 3, 1], [2, 0, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3], [0, 1, 2, 3]];
     let [w0, w1, w2, w3] = draw.pick(&places).map(|i| words[i]);
     let mut sorted = [one, two, wrong, also_wrong];
     sorted[..2].sort_unstable();
@@ -463,9 +467,8 @@ fn listing(draw: &mut Draw) -> Task {
 
 /// Groups of words that a listing asks for; no word is in two.
 fn categories() -> Vec<(String, Vec<&'static str>)> {
-    let animals = ["mammal", "bird", "fish", "reptile", "insect"].map(|class| {
-        (plural(class), ANIMALS.iter().filter(|a| a.class == class).map(|a| a.name).collect::<Vec<_>>())
-    });
+    let animals = ["mammal", "bird", "fish", "reptile", "insect"]
+        .map(|class| (plural(class), ANIMALS.iter().filter(|a| a.class == class).map(|a| a.name).collect::<Vec<_>>()));
     let foods = ["fruit", "vegetable", "dessert", "spice"].map(|category| {
         (plural(category), FOODS.iter().filter(|f| f.category == category).map(|f| f.name).collect::<Vec<_>>())
     });

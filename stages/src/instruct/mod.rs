@@ -76,16 +76,19 @@ pub fn generate(seed: u64, sizes: &Sizes) -> [Vec<CorpusRow>; 3] {
     splits
 }
 
-/// The split of a task, from a hash (FNV-1a, then mixed) of what it is about.
+/// The split of a task, from a hash of what it is about.
 fn split_of(family: &str, key: &str) -> Split {
-    let hash = family.bytes().chain([0]).chain(key.bytes()).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = hash(family.bytes().chain([0]).chain(key.bytes()));
     match uniform(philox(hash, [0, 0, 0, purpose::CORPUS])[0]) {
         share if share < 0.15 => Split::Test,
         share if share < 0.22 => Split::Valid,
         _ => Split::Train,
     }
+}
+
+/// FNV-1a, 64 bits.
+fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -109,6 +112,13 @@ mod tests {
             }
             assert_eq!(families.len(), 13, "{split:?}: {families:?}");
         }
+    }
+
+    /// Whoever changes the corpus gives `download` a new version: cached corpora are then made again.
+    #[test]
+    fn the_corpus_is_the_one_that_this_version_of_download_makes() {
+        let text = serde_json::to_string(&generate(0, &SIZES)).unwrap();
+        assert_eq!(format!("{:016x}", hash(text.bytes())), "266d7cbbe64cbacf");
     }
 
     #[test]

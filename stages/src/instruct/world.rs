@@ -1,7 +1,7 @@
 //! The small world that the built-in corpus speaks of: tables of facts and words, all written for it.
 
 /// An animal. The table is in order of size, the smallest first.
-pub struct Animal {
+pub(super) struct Animal {
     /// Singular.
     pub name: &'static str,
     /// Kind of animal, singular.
@@ -13,7 +13,7 @@ pub struct Animal {
 }
 
 /// A food.
-pub struct Food {
+pub(super) struct Food {
     /// Singular.
     pub name: &'static str,
     /// Kind of food, singular.
@@ -25,7 +25,7 @@ pub struct Food {
 }
 
 /// A tool.
-pub struct Tool {
+pub(super) struct Tool {
     /// Singular.
     pub name: &'static str,
     /// What it does, after "to".
@@ -45,7 +45,7 @@ pub struct Job {
 }
 
 /// A verb with an object.
-pub struct Verb {
+pub(super) struct Verb {
     /// Third person, present.
     pub present: &'static str,
     /// Past.
@@ -53,7 +53,7 @@ pub struct Verb {
 }
 
 /// A hobby and the present that fits it.
-pub struct Hobby {
+pub(super) struct Hobby {
     /// After "likes".
     pub name: &'static str,
     /// With its article.
@@ -85,7 +85,7 @@ const fn hobby(name: &'static str, gift: &'static str) -> Hobby {
 }
 
 /// Animals, the smallest first.
-pub const ANIMALS: [Animal; 35] = [
+pub(super) const ANIMALS: [Animal; 35] = [
     animal("flea", "insect", "fur", "blood"),
     animal("ant", "insect", "soil", "seeds"),
     animal("fly", "insect", "house", "sugar"),
@@ -124,7 +124,7 @@ pub const ANIMALS: [Animal; 35] = [
 ];
 
 /// Foods.
-pub const FOODS: [Food; 20] = [
+pub(super) const FOODS: [Food; 20] = [
     food("apple", "fruit", "red", "sweet"),
     food("lemon", "fruit", "yellow", "sour"),
     food("banana", "fruit", "yellow", "sweet"),
@@ -148,7 +148,7 @@ pub const FOODS: [Food; 20] = [
 ];
 
 /// Tools.
-pub const TOOLS: [Tool; 20] = [
+pub(super) const TOOLS: [Tool; 20] = [
     tool("hammer", "drive nails", "workshop"),
     tool("saw", "cut wood", "workshop"),
     tool("drill", "make holes", "workshop"),
@@ -196,20 +196,20 @@ pub const JOBS: [Job; 20] = [
 ];
 
 /// First names.
-pub const NAMES: [&str; 40] = [
+pub(super) const NAMES: [&str; 40] = [
     "Adam", "Alice", "Anna", "Ben", "Bella", "Carl", "Clara", "Dan", "Diana", "Emma", "Eric", "Eva", "Felix", "Fiona",
-    "Frank", "Grace", "Hanna", "Henry", "Ivan", "Jack", "Jane", "Karl", "Kate", "Laura", "Leo", "Lucy", "Maria", "Mark",
-    "Nina", "Nora", "Oscar", "Paul", "Peter", "Rosa", "Sam", "Sara", "Tom", "Vera", "Will", "Zoe",
+    "Frank", "Grace", "Hanna", "Henry", "Ivan", "Jack", "Jane", "Karl", "Kate", "Laura", "Leo", "Lucy", "Maria",
+    "Mark", "Nina", "Nora", "Oscar", "Paul", "Peter", "Rosa", "Sam", "Sara", "Tom", "Vera", "Will", "Zoe",
 ];
 
 /// Cities.
-pub const CITIES: [&str; 20] = [
+pub(super) const CITIES: [&str; 20] = [
     "Athens", "Berlin", "Boston", "Cairo", "Delhi", "Dublin", "Geneva", "Lima", "Lisbon", "London", "Madrid", "Milan",
     "Moscow", "Oslo", "Paris", "Prague", "Rome", "Sydney", "Tokyo", "Vienna",
 ];
 
 /// Hobbies and the present that fits each.
-pub const HOBBIES: [Hobby; 12] = [
+pub(super) const HOBBIES: [Hobby; 12] = [
     hobby("chess", "a chess board"),
     hobby("reading", "a novel"),
     hobby("painting", "a set of colours"),
@@ -225,24 +225,24 @@ pub const HOBBIES: [Hobby; 12] = [
 ];
 
 /// Things that one owns, loses or gives away.
-pub const OBJECTS: [&str; 18] = [
+pub(super) const OBJECTS: [&str; 18] = [
     "ball", "basket", "book", "bottle", "box", "coat", "cup", "hat", "key", "kite", "lamp", "map", "mirror", "ring",
     "scarf", "umbrella", "vase", "watch",
 ];
 
 /// Places in a city.
-pub const PLACES: [&str; 10] =
+pub(super) const PLACES: [&str; 10] =
     ["bridge", "castle", "church", "library", "lake", "market", "museum", "park", "station", "tower"];
 
 /// Colours.
-pub const COLOURS: [&str; 8] = ["red", "blue", "green", "yellow", "black", "white", "brown", "orange"];
+pub(super) const COLOURS: [&str; 8] = ["red", "blue", "green", "yellow", "black", "white", "brown", "orange"];
 
 /// Qualities of a person.
-pub const QUALITIES: [&str; 10] =
+pub(super) const QUALITIES: [&str; 10] =
     ["brave", "calm", "clever", "friendly", "funny", "honest", "kind", "patient", "polite", "quiet"];
 
 /// Words with their opposites; each stands for the other.
-pub const OPPOSITES: [(&str, &str); 16] = [
+pub(super) const OPPOSITES: [(&str, &str); 16] = [
     ("big", "small"),
     ("old", "new"),
     ("hot", "cold"),
@@ -262,7 +262,7 @@ pub const OPPOSITES: [(&str, &str); 16] = [
 ];
 
 /// Verbs.
-pub const VERBS: [Verb; 10] = [
+pub(super) const VERBS: [Verb; 10] = [
     verb("breaks", "broke"),
     verb("brings", "brought"),
     verb("buys", "bought"),
@@ -276,7 +276,7 @@ pub const VERBS: [Verb; 10] = [
 ];
 
 /// Times at which something happens.
-pub const TIMES: [&str; 8] = [
+pub(super) const TIMES: [&str; 8] = [
     "in the morning",
     "in the evening",
     "at noon",
@@ -288,7 +288,7 @@ pub const TIMES: [&str; 8] = [
 ];
 
 /// Plural of a noun of these tables.
-pub fn plural(noun: &str) -> String {
+pub(super) fn plural(noun: &str) -> String {
     match noun {
         "fish" | "goldfish" | "trout" | "salmon" | "sheep" => noun.to_owned(),
         "mouse" => "mice".to_owned(),
