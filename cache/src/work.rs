@@ -126,7 +126,9 @@ impl Drop for Scratch {
 pub(crate) fn sweep(place: &Workplace) -> Result<usize> {
     let orphans = orphans(place)?;
     for (path, _owner) in &orphans {
-        place.disk.remove_folder(path)?;
+        if let Err(error) = place.disk.remove_folder(path) {
+            tracing::warn!(%error, "an abandoned work folder cannot be removed");
+        }
     }
     Ok(orphans.len())
 }
@@ -140,11 +142,11 @@ fn orphans(place: &Workplace) -> Result<Vec<(PathBuf, Option<File>)>> {
         let path = entry.map_err(StoreError::io("list", &place.folder))?.path();
         let owner = path.join("owner");
         if !owner.exists() {
-            // Killed before the file was made, or while the folder was removed.
+            // Its process died before it made the file, or after it removed it.
             orphans.push((path, None));
             continue;
         }
-        let Ok(file) = lock::open(&owner) else { continue }; // its owner has just removed it
+        let Ok(file) = lock::open(&owner) else { continue }; // its process is just removing it
         if lock::try_lock(&file, &owner)? {
             orphans.push((path, Some(file)));
         }
