@@ -142,7 +142,6 @@ impl Disk {
     }
 
     #[cfg(not(test))]
-    #[allow(clippy::unused_self)]
     fn step(&self, _operation: &'static str, _path: &Path) -> Result<()> {
         Ok(())
     }

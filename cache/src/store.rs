@@ -2,6 +2,7 @@
 //!
 //! Publishing is in `publish`, reading artifacts in `artifact`, files of the outside in `source`, checkpoints in `cut`.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -292,6 +293,12 @@ impl Store {
             }
             Some(found) => Err(StoreError::Format { path: self.root.clone(), found: found.into(), expected: FORMAT }),
         }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("root", &self.root).finish_non_exhaustive()
     }
 }
 

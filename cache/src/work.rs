@@ -3,6 +3,7 @@
 //! A folder belongs to the process that holds the kernel's lock on the file `owner` in it. When that process is gone, however
 //! it ended, so is the lock, and [`sweep`] removes the folder.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -57,6 +58,12 @@ impl Work {
             return Err(StoreError::Port { port: port.into() });
         }
         Ok(self.scratch.path.join("outputs").join(port))
+    }
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Work").field("path", &self.scratch.path).finish_non_exhaustive()
     }
 }
 

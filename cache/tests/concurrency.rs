@@ -26,10 +26,20 @@ fn publish(store: &Store, key: &Key, writer: usize) -> Record {
     store.publish(work, &[("data".into(), "dir".into())], json!({"writer": writer})).unwrap()
 }
 
+/// A process that dies with the test, also when the test fails.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Runs a test of this file again in another process.
-fn spawn(test: &str, root: &Path) -> Child {
+fn spawn(test: &str, root: &Path) -> Process {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test]).env(ROOT, root).stdout(Stdio::null()).spawn().unwrap()
+    Process(command.args(["--exact", test]).env(ROOT, root).stdout(Stdio::null()).spawn().unwrap())
 }
 
 #[test]
@@ -114,7 +124,7 @@ fn one_process_at_a_time_computes_a_key() {
     let folder = tempfile::tempdir().unwrap();
     let children: Vec<_> = (0..4).map(|_| spawn(TEST, folder.path())).collect();
     for mut child in children {
-        assert!(child.wait().unwrap().success());
+        assert!(child.0.wait().unwrap().success());
     }
     assert_eq!(fs::read_to_string(folder.path().join("times")).unwrap(), "computed\n");
 }
@@ -131,7 +141,7 @@ fn processes_publish_one_key_without_a_lock() {
     let folder = tempfile::tempdir().unwrap();
     let children: Vec<_> = (0..4).map(|_| spawn(TEST, folder.path())).collect();
     for mut child in children {
-        assert!(child.wait().unwrap().success());
+        assert!(child.0.wait().unwrap().success());
     }
     let store = Store::open(folder.path()).unwrap();
     assert!(store.lookup(&key("one")).unwrap().hit().is_some());
@@ -164,8 +174,8 @@ fn a_sweep_removes_the_folders_of_killed_processes_only() {
     }
     assert!(store.try_lock(&key("one")).unwrap().is_none(), "the other process holds the lock");
     assert_eq!(store.sweep().unwrap(), 0, "everybody is alive");
-    child.kill().unwrap();
-    child.wait().unwrap();
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
     assert_eq!(store.sweep().unwrap(), 1);
     assert!(mine.path().exists());
     assert!(store.try_lock(&key("one")).unwrap().is_some());
