@@ -5,3 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod graph;
+pub mod key;
+mod protocol;
+pub mod rounds;
+mod worker;
