@@ -1,0 +1,314 @@
+//! The store: where things lie, and the short operations on preimages, records, locks and work folders.
+//!
+//! Publishing is in `publish`, reading artifacts in `artifact`, files of the outside in `source`, checkpoints in `cut`.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value as Json;
+
+use crate::digest::{self, Digest, FileEntry};
+use crate::disk::Disk;
+use crate::error::{Result, StoreError};
+use crate::key::{Key, canonical};
+use crate::lock::{self, Guard};
+use crate::record::{self, Lookup, Record, Why};
+use crate::stamp::{Identity, Stamps};
+use crate::work::{self, Scratch, Work, Workplace};
+
+/// Folders below the root.
+const FOLDERS: [&str; 9] = ["cas", "trees", "ac", "pre", "cut", "runs", "work", "locks", "stamps"];
+
+/// Names the layout of the folders and the forms of the files; another one is refused rather than misread.
+const FORMAT: &str = "pipeline-store-v1";
+
+/// The form of action records.
+pub(crate) const RECORD_FORM: &str = "pipeline-record-v1";
+
+/// A content-addressed store in a folder, which any number of threads, processes and pipelines may use at once.
+pub struct Store {
+    root: PathBuf,
+    pub(crate) disk: Disk,
+    pub(crate) stamps: Stamps,
+    place: Workplace,
+}
+
+/// How much a file of the store must be looked at before it is believed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Care {
+    /// It has the right length and nobody wrote to it since it was sealed.
+    Sealed,
+    /// And its bytes were hashed since the machine booted.
+    HashedThisBoot,
+    /// And they are hashed now.
+    HashedNow,
+}
+
+/// What a file of the store turned out to be.
+pub(crate) enum Condition {
+    Whole,
+    Missing,
+    Damaged(String),
+}
+
+impl Store {
+    /// Opens the store in the folder `root`, making it where needed.
+    ///
+    /// Errors when the folder cannot be made or written, or holds a store of another format.
+    pub fn open(root: &Path) -> Result<Store> {
+        Self::open_on(root, Disk::default())
+    }
+
+    pub(crate) fn open_on(root: &Path, disk: Disk) -> Result<Store> {
+        let root = std::path::absolute(root).map_err(StoreError::io("find", root))?;
+        for folder in FOLDERS {
+            disk.make_folder(&root.join(folder))?;
+        }
+        let place = Workplace { folder: root.join("work"), gate: root.join("locks/work"), disk: disk.clone() };
+        let stamps = Stamps::open(&root.join("stamps"), disk.clone());
+        let store = Store { root, disk, stamps, place };
+        store.agree_on_format()?;
+        Ok(store)
+    }
+
+    /// The store's own folder, absolute.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where runs keep their plan, events and logs.
+    pub fn runs(&self) -> PathBuf {
+        self.root.join("runs")
+    }
+
+    /// Keeps what a key was made of, and returns the key.
+    pub fn keep_preimage(&self, preimage: &Json) -> Result<Key> {
+        let key = Key::of(preimage);
+        if self.preimage(&key)?.is_none() {
+            let scratch = self.begin_scratch()?;
+            let path = scratch.path.join("preimage");
+            let home = self.preimage_path(&key);
+            self.disk.write(&path, canonical(preimage).as_bytes())?;
+            self.make_parent(&home)?;
+            self.disk.rename(&path, &home)?;
+        }
+        Ok(key)
+    }
+
+    /// What a key was made of, with numbers and order of fields in canonical form; none if it was not kept or is damaged.
+    pub fn preimage(&self, key: &Key) -> Result<Option<Json>> {
+        let Some(text) = read_if_there(&self.preimage_path(key))? else { return Ok(None) };
+        let preimage = serde_json::from_slice(&text).ok().filter(|preimage| Key::of(preimage) == *key);
+        if preimage.is_none() {
+            tracing::warn!(%key, "the kept preimage is damaged and is not used");
+        }
+        Ok(preimage)
+    }
+
+    /// Looks a key up. Damage is a miss, and the next [`publish`](Store::publish) of the key mends it.
+    ///
+    /// Files are looked at, not read, unless somebody wrote to them: [`open_artifact`](Store::open_artifact) reads them.
+    /// Errors only when the file system refuses to answer.
+    pub fn lookup(&self, key: &Key) -> Result<Lookup> {
+        let record = match self.read_record(key)? {
+            Ok(record) => record,
+            Err(why) => return Ok(Lookup::Miss(why)),
+        };
+        for (port, artifact) in &record.outputs {
+            for file in &artifact.files {
+                let (port, path) = (port.clone(), file.path.clone());
+                match self.inspect(&self.blob_path(&file.digest), file, Care::Sealed)? {
+                    Condition::Whole => {}
+                    Condition::Missing => return Ok(Lookup::Miss(Why::ArtifactMissing { port, file: path })),
+                    Condition::Damaged(reason) => {
+                        return Ok(Lookup::Miss(Why::ArtifactCorrupt { port, file: path, reason }));
+                    }
+                }
+            }
+        }
+        Ok(Lookup::Hit(record))
+    }
+
+    /// The keys that have a record, in order, whole or not.
+    pub fn keys(&self) -> Result<Vec<Key>> {
+        let mut keys = Vec::new();
+        for (_, folder) in list(&self.root.join("ac"))? {
+            keys.extend(list(&folder)?.iter().filter_map(|(name, _)| name.parse::<Key>().ok()));
+        }
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// Drops the record of a key, so that it is a miss. Its files stay, for other records may share them.
+    pub fn forget(&self, key: &Key) -> Result<()> {
+        self.disk.remove_file(&self.record_path(key))
+    }
+
+    /// Waits for the lock of a key: who holds it is the only one on this machine to compute it.
+    pub fn lock(&self, key: &Key) -> Result<Guard> {
+        lock::take(&self.lock_path(key))
+    }
+
+    /// Takes the lock of a key, unless somebody else has it.
+    pub fn try_lock(&self, key: &Key) -> Result<Option<Guard>> {
+        lock::try_take(&self.lock_path(key))
+    }
+
+    /// Makes a work folder for a key. It is removed when dropped, or by [`sweep`](Store::sweep) if the process dies.
+    pub fn begin(&self, key: &Key) -> Result<Work> {
+        Work::begin(&self.place, key)
+    }
+
+    /// Removes the work folders of processes that are gone, and returns how many there were. Safe at any time.
+    pub fn sweep(&self) -> Result<usize> {
+        work::sweep(&self.place)
+    }
+
+    /// A folder of the store's own in which to build what is then renamed.
+    pub(crate) fn begin_scratch(&self) -> Result<Scratch> {
+        Scratch::begin(&self.place, "store")
+    }
+
+    /// The record of a key, if it is there and whole; its files are not looked at.
+    pub(crate) fn read_record(&self, key: &Key) -> Result<Result<Record, Why>> {
+        let Some(text) = read_if_there(&self.record_path(key))? else { return Ok(Err(Why::NoRecord)) };
+        let checked = record::unseal_text::<Record>(RECORD_FORM, &text).and_then(|record| match record.fault() {
+            None if record.key == *key => Ok(record),
+            None => Err(format!("it is the record of {}", record.key.short())),
+            Some(fault) => Err(fault),
+        });
+        Ok(checked.map_err(|reason| Why::RecordCorrupt { reason }))
+    }
+
+    /// Looks at a file of the store, which should hold the bytes of `expected`.
+    pub(crate) fn inspect(&self, path: &Path, expected: &FileEntry, care: Care) -> Result<Condition> {
+        let metadata = match fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if is_absence(&error) => return Ok(Condition::Missing),
+            Err(error) => return Err(StoreError::io("look at", path)(error)),
+        };
+        if !metadata.is_file() {
+            return Ok(Condition::Damaged("expected a plain file".into()));
+        }
+        if metadata.len() != expected.bytes {
+            return Ok(Condition::Damaged(format!("expected {} bytes, got {}", expected.bytes, metadata.len())));
+        }
+        let identity = Identity::of_sealed(&metadata);
+        let believed = match (care, &identity) {
+            (Care::Sealed, Some(_)) => true,
+            (Care::HashedThisBoot, Some(identity)) => self.stamps.get(identity) == Some(expected.digest),
+            _ => false,
+        };
+        if believed {
+            return Ok(Condition::Whole);
+        }
+        let digest = match File::open(path).and_then(|file| digest::of_file(&file)) {
+            Ok((digest, _)) => digest,
+            Err(error) if is_media_error(&error) => return Ok(Condition::Damaged(error.to_string())),
+            Err(error) => return Err(StoreError::io("read", path)(error)),
+        };
+        if digest != expected.digest {
+            return Ok(Condition::Damaged(format!("expected {}, got {}", expected.digest.short(), digest.short())));
+        }
+        // Not sealed, yet with the right bytes: a copy of the store, for example. Where sealing is refused it is hashed
+        // each time.
+        if identity.is_some() || self.disk.seal(path).is_ok() {
+            self.stamp(path, digest)?;
+        }
+        Ok(Condition::Whole)
+    }
+
+    /// Remembers that a sealed file was hashed.
+    pub(crate) fn stamp(&self, path: &Path, digest: Digest) -> Result<()> {
+        let metadata = fs::symlink_metadata(path).map_err(StoreError::io("look at", path))?;
+        if let Some(identity) = Identity::of_sealed(&metadata) {
+            self.stamps.put(identity, digest);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        let digits = digest.to_string();
+        self.root.join("cas").join(&digits[..2]).join(&digits[2..])
+    }
+
+    pub(crate) fn tree_path(&self, digest: &Digest) -> PathBuf {
+        let digits = digest.to_string();
+        self.root.join("trees").join(&digits[..2]).join(&digits[2..])
+    }
+
+    pub(crate) fn record_path(&self, key: &Key) -> PathBuf {
+        let digits = key.to_string();
+        self.root.join("ac").join(&digits[..2]).join(digits)
+    }
+
+    pub(crate) fn preimage_path(&self, key: &Key) -> PathBuf {
+        let digits = key.to_string();
+        self.root.join("pre").join(&digits[..2]).join(digits)
+    }
+
+    pub(crate) fn cuts_path(&self, key: &Key) -> PathBuf {
+        self.root.join("cut").join(key.to_string())
+    }
+
+    /// Makes the folder in which `path` is to lie.
+    pub(crate) fn make_parent(&self, path: &Path) -> Result<()> {
+        self.disk.make_folder(path.parent().expect("paths in the store lie below its root"))
+    }
+
+    fn lock_path(&self, key: &Key) -> PathBuf {
+        self.root.join("locks").join(key.to_string())
+    }
+
+    fn agree_on_format(&self) -> Result<()> {
+        let path = self.root.join("format");
+        let found = read_if_there(&path)?.map(|text| String::from_utf8_lossy(&text).trim().to_string());
+        match found.as_deref() {
+            Some(FORMAT) => Ok(()),
+            None | Some("") => {
+                let scratch = self.begin_scratch()?;
+                let draft = scratch.path.join("format");
+                self.disk.write(&draft, format!("{FORMAT}\n").as_bytes())?;
+                self.disk.rename(&draft, &path)
+            }
+            Some(found) => Err(StoreError::Format { path: self.root.clone(), found: found.into(), expected: FORMAT }),
+        }
+    }
+}
+
+/// Names and paths in a folder, in the order of the names; nothing if it is gone. Names that are not UTF-8 are not the store's.
+pub(crate) fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if is_absence(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(StoreError::io("list", folder)(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(StoreError::io("list", folder))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            found.push((name, entry.path()));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+pub(crate) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if is_absence(&error) => Ok(None),
+        Err(error) => Err(StoreError::io("read", path)(error)),
+    }
+}
+
+/// Nothing is there.
+pub(crate) fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// The disk has lost these bytes: damage like any other.
+fn is_media_error(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+}
