@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cache::{Artifact, Digest, Key};
 use contract::{About, Kind, Registry};
 use indexmap::IndexMap;
@@ -35,6 +35,18 @@ pub struct Action {
     pub subgraph: Subgraph,
     /// Local files that are read, with what they held when the key was made.
     pub sources: Vec<(PathBuf, Digest)>,
+}
+
+/// A local file that a stage names cannot be read: the user's affair, not the store's.
+#[derive(Debug, thiserror::Error)]
+#[error("`{field}` of stage kind `{kind}`: {reason}")]
+pub struct UnreadableSource {
+    /// Field of `with`.
+    pub field: String,
+    /// Stage kind.
+    pub kind: String,
+    /// What went wrong.
+    pub reason: String,
 }
 
 /// Makes the preimage of a subgraph. `digest` hashes a local file or folder.
@@ -81,8 +93,10 @@ impl Maker<'_> {
         let kind = find_kind(self.registry, &operator.kind)?;
         let mut config = operator.config.clone();
         for source in kind.sources(&operator.config) {
-            let digest = (self.digest)(&source.path).with_context(|| {
-                format!("`{}` of stage kind `{}` names a file that cannot be read", source.field.join("."), operator.kind)
+            let digest = (self.digest)(&source.path).map_err(|error| UnreadableSource {
+                field: source.field.join("."),
+                kind: operator.kind.clone(),
+                reason: format!("{error:#}"),
             })?;
             replace(&mut config, &source.field, json!({"content": digest.to_string()}));
             self.sources.push((source.path, digest));
