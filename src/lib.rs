@@ -4,4 +4,6 @@
 
 #![forbid(unsafe_code)]
 
+pub mod diagnostic;
 pub mod graph;
+pub mod yaml;
