@@ -242,8 +242,9 @@ mod tests {
     #[test]
     fn a_message_shows_both_places_and_one_hint() {
         let text = "first: 1\nsecond:\n  third: x\n";
-        let diagnostic =
-            Diagnostic::new("they disagree", "choose one").at(span(text, 26, 27), "this").also(span(text, 0, 5), "that");
+        let diagnostic = Diagnostic::new("they disagree", "choose one")
+            .at(span(text, 26, 27), "this")
+            .also(span(text, 0, 5), "that");
         let shown = Diagnostics::from(diagnostic).to_string();
         let expected = "error: they disagree\n --> a.yaml:3:10\n  |\n3 |   third: x\n  |          ^ this\n \
                         ::: a.yaml:1:1\n  |\n1 | first: 1\n  | ----- that\nhint: choose one\n";

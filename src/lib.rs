@@ -5,5 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod diagnostic;
+#[cfg(test)]
+mod fake;
 pub mod graph;
+pub mod language;
+mod resolve;
 pub mod yaml;

@@ -281,9 +281,7 @@ impl Builder<'_> {
             Raw::Map(entries) => Value::Map(
                 entries
                     .into_iter()
-                    .map(|(key, node)| {
-                        (key.value, Entry { key: self.span(key.defined, true), node: self.node(node) })
-                    })
+                    .map(|(key, node)| (key.value, Entry { key: self.span(key.defined, true), node: self.node(node) }))
                     .collect(),
             ),
         };
