@@ -4,7 +4,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod catalogue;
 pub mod diagnostic;
+pub mod draw;
 #[cfg(test)]
 mod fake;
 pub mod graph;

@@ -18,7 +18,9 @@ use std::path::PathBuf;
 
 use contract::Registry;
 
+pub use crate::catalogue::{catalogue, json_schema};
 pub use crate::diagnostic::{Diagnostic, Diagnostics, colours};
+pub use crate::draw::{draw_dot, draw_mermaid};
 pub use document::{Found, find_file, init};
 pub(crate) use edit::{Removed, removal};
 

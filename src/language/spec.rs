@@ -64,7 +64,6 @@ pub(crate) struct LoopSpec {
 
 /// A window of a loop.
 pub(crate) struct WindowSpec {
-    pub(crate) span: Span,
     pub(crate) of: Option<Text>,
     pub(crate) fields: WindowFields,
 }
@@ -261,7 +260,7 @@ fn read_window(name: &str, span: &Span, node: &Node, problems: &mut Problems) ->
             problems.push(diagnostic.at(repeat.key.clone(), "repeats").also(epochs.clone(), "ends"));
         }
     }
-    Some(WindowSpec { span: span.clone(), of, fields })
+    Some(WindowSpec { of, fields })
 }
 
 /// Says that the number of rows a round is missing.

@@ -53,3 +53,46 @@ fn the_example_becomes_a_graph() {
         ["carry.prompt", "carry.student", "check.data", "learn.teacher", "tune.teacher", "windows.batch"]
     );
 }
+
+/// A request as the last line of a broken file asks for: `# --variant a,b --set path=value`.
+fn request_of(file: &Path) -> Request {
+    let text = std::fs::read_to_string(file).unwrap();
+    let mut request = Request { file: file.to_owned(), ..Request::default() };
+    let flags = text.lines().last().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
+    let words: Vec<&str> = flags.split_whitespace().collect();
+    for pair in words.chunks(2) {
+        match pair {
+            ["--variant", names] => request.variants = names.split(',').map(str::to_owned).collect(),
+            ["--profile", name] => request.profile = Some((*name).to_owned()),
+            ["--ablation", name] => request.ablation = Some((*name).to_owned()),
+            ["--set", setting] => request.set.push((*setting).to_owned()),
+            other => panic!("unknown flag {other:?}"),
+        }
+    }
+    request
+}
+
+#[test]
+fn every_broken_file_is_explained_in_one_pass() {
+    let mut files: Vec<_> = std::fs::read_dir("tests/fixtures/broken")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "yaml"))
+        .collect();
+    files.sort();
+    assert!(files.len() >= 18);
+    for file in files {
+        let error = load(&request_of(&file), &registry(), &[]).expect_err(&format!("{} is broken", file.display()));
+        let text = error.to_string();
+        let starting = |start: &str| text.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(starting("hint: "), error.diagnostics.len(), "one hint each:\n{text}");
+        assert_eq!(starting("error: "), error.diagnostics.len(), "messages of one line:\n{text}");
+        for diagnostic in &error.diagnostics {
+            assert!(diagnostic.label.is_some(), "no place: {}", diagnostic.message);
+        }
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        insta::with_settings!({snapshot_path => "../../tests/fixtures/broken", prepend_module_to_snapshot => false, omit_expression => true}, {
+            insta::assert_snapshot!(name, text);
+        });
+    }
+}
