@@ -34,7 +34,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(200);
 
 /// Runs the job that comes on standard input. The exit status only says whether the protocol was kept to: what became of
 /// the job is said on standard output.
-pub fn run(registry: Registry) -> ExitCode {
+pub(crate) fn run(registry: Registry) -> ExitCode {
     if let Err(error) = die_with_parent() {
         eprintln!("cannot tie this worker to its coordinator: {error:#}");
         return ExitCode::from(2);
