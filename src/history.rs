@@ -11,31 +11,28 @@ use serde_json::Value as Json;
 
 use crate::graph::{Loop, Operator, Place, Subgraph};
 use crate::key::{self, Action};
+use crate::selection::Alias;
 
 /// `plan.json` of a run: the key of every stage, as far as it came to be known.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct PlanFile {
     /// Pipeline file as given.
     pub pipeline: String,
-    /// By the stage's name for people.
-    pub stages: BTreeMap<String, PlannedStage>,
+    /// A stage that several cells share stands here once for each.
+    pub stages: Vec<PlannedStage>,
 }
 
 /// One stage of `plan.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PlannedStage {
+    /// Top-level name, and the cell that calls it so.
+    #[serde(flatten)]
+    pub alias: Alias,
     /// Its key.
     pub key: Key,
     /// What the places of its preimage were called.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub names: BTreeMap<String, String>,
-}
-
-impl PlannedStage {
-    /// What is noted of an action.
-    pub fn of(action: &Action) -> Self {
-        PlannedStage { key: action.key, names: key::names_of(&action.subgraph) }
-    }
 }
 
 impl PlanFile {
@@ -84,35 +81,42 @@ impl History {
         History { runs }
     }
 
-    /// The newest run in which a stage of that name had another key.
-    pub fn before(&self, name: &str, key: &Key) -> Option<Earlier> {
-        self.runs.iter().find_map(|run| {
-            let stage = stage_in(run, name)?;
-            (stage.key != *key).then(|| Earlier { run: run.file_name().unwrap_or_default().to_string_lossy().into(), stage })
-        })
+    /// The newest run in which the stage had another key: preferably the stage of the same cell, else one of the same
+    /// name, so that a variant that is new is compared with what it varies.
+    pub fn before(&self, aliases: &[Alias], key: &Key) -> Option<Earlier> {
+        let same_cell = |stage: &PlannedStage| aliases.contains(&stage.alias);
+        let same_name = |stage: &PlannedStage| aliases.iter().any(|alias| alias.name == stage.alias.name);
+        let find = |fits: &dyn Fn(&PlannedStage) -> bool| {
+            self.plans().find_map(|(run, plan)| {
+                let stage = plan.stages.into_iter().find(|stage| fits(stage) && stage.key != *key)?;
+                Some(Earlier { run, stage })
+            })
+        };
+        find(&same_cell).or_else(|| find(&same_name))
     }
 
-    /// Whether any earlier run had a stage of that name.
-    pub fn knows(&self, name: &str) -> bool {
-        self.runs.iter().any(|run| stage_in(run, name).is_some())
+    /// Whether any earlier run had this very stage: the same name and key.
+    pub fn knows(&self, aliases: &[Alias], key: &Key) -> bool {
+        let same = |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
+        self.plans().any(|(_, plan)| plan.stages.iter().any(same))
     }
 
-    /// What has changed about a stage since it last had another key, with the run of that time. `None` when no earlier
-    /// run knew it.
-    pub fn changes(&self, name: &str, action: &Action, store: &Store) -> Result<Option<(String, Vec<Change>)>> {
-        let Some(earlier) = self.before(name, &action.key) else { return Ok(None) };
+    /// What has changed about a stage since it last had another key, with the run of that time. `None` when it never had.
+    pub fn changes(&self, aliases: &[Alias], action: &Action, store: &Store) -> Result<Option<(String, Vec<Change>)>> {
+        let Some(earlier) = self.before(aliases, &action.key) else { return Ok(None) };
         let Some(old) = store.preimage(&earlier.stage.key)? else { return Ok(None) };
         let old = key::with_names(&old, &earlier.stage.names);
         let new = key::with_names(&action.preimage, &key::names_of(&action.subgraph));
         Ok(Some((earlier.run, differences(&old, &new, &action.subgraph))))
     }
-}
 
-fn stage_in(run: &Path, name: &str) -> Option<PlannedStage> {
-    let plan: PlanFile = serde_json::from_slice(&fs::read(run.join("plan.json")).ok()?).ok()?;
-    // The stage of a variant that is new is compared with that of the base.
-    let plain = name.split(" (").next().unwrap_or(name);
-    plan.stages.get(name).or_else(|| plan.stages.get(plain)).cloned()
+    /// Plans that can be read: one that was cut off in the middle is none.
+    fn plans(&self) -> impl Iterator<Item = (String, PlanFile)> {
+        self.runs.iter().filter_map(|run| {
+            let plan = serde_json::from_slice(&fs::read(run.join("plan.json")).ok()?).ok()?;
+            Some((run.file_name()?.to_string_lossy().into_owned(), plan))
+        })
+    }
 }
 
 /// Every path at which two preimages differ.

@@ -20,11 +20,11 @@ use crate::attempt::{Attempt, Control, Ended, Update, log_end};
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::graph::{Graph, Subgraph};
 use crate::history::{History, PlanFile, PlannedStage};
-use crate::key::{Action, InputDigests};
+use crate::key::{self, Action, InputDigests};
 use crate::plan::{self, Decision, Settled};
 use crate::protocol::Message;
 use crate::results;
-use crate::selection::Selection;
+use crate::selection::{Alias, Selection};
 
 /// How to run. Nothing here is in a key.
 #[derive(Clone, Debug)]
@@ -88,7 +88,7 @@ pub fn run(
         settings,
         history,
         events: EventLog::create(&folder, reporter)?,
-        plan_file: PlanFile { pipeline: name.to_owned(), stages: BTreeMap::new() },
+        plan_file: PlanFile { pipeline: name.to_owned(), stages: Vec::new() },
         folder,
         open: selection.order.iter().copied().collect(),
         settled: BTreeMap::new(),
@@ -211,7 +211,7 @@ impl Coordinator<'_> {
             }
             Decision::Resume { action, round, rounds } => (action, format!("goes on after round {round} of {rounds}")),
             Decision::Run { action, why } => {
-                let reason = reason(&self.label(node), &action, &why, &self.history, &self.store);
+                let reason = reason(&self.selection.aliases[&node], &action, &why, &self.history, &self.store);
                 (action, reason)
             }
         };
@@ -231,7 +231,12 @@ impl Coordinator<'_> {
     /// Notes a key in `plan.json`, for `why` of later runs.
     fn note(&mut self, node: NodeIndex, action: &Action) -> Result<()> {
         self.store.keep_preimage(&action.preimage)?;
-        self.plan_file.stages.insert(self.label(node), PlannedStage::of(action));
+        let names = key::names_of(&action.subgraph);
+        let stage = |alias: &Alias| PlannedStage { alias: alias.clone(), key: action.key, names: names.clone() };
+        // A stage whose result was damaged is decided about again.
+        let aliases = &self.selection.aliases[&node];
+        self.plan_file.stages.retain(|stage| !aliases.contains(&stage.alias));
+        self.plan_file.stages.extend(aliases.iter().map(stage));
         self.plan_file.write(&self.folder)
     }
 
@@ -420,17 +425,19 @@ impl Coordinator<'_> {
 }
 
 /// Why a stage without a result runs, in a few words.
-pub(crate) fn reason(name: &str, action: &Action, why: &Why, history: &History, store: &Store) -> String {
+pub(crate) fn reason(aliases: &[Alias], action: &Action, why: &Why, history: &History, store: &Store) -> String {
     if *why != Why::NoRecord {
         return why.to_string();
     }
-    match history.changes(name, action, store) {
+    if history.knows(aliases, &action.key) {
+        return "not finished, or its result is gone".into();
+    }
+    match history.changes(aliases, action, store) {
         Ok(Some((_, changes))) => match changes.as_slice() {
-            [] => "its result is gone from the store".into(),
+            [] => "never run under this name".into(),
             [only] => only.line(),
             [first, rest @ ..] => format!("{} (and {} more)", first.line(), rest.len()),
         },
-        Ok(None) if history.knows(name) => "not finished, or its result is gone".into(),
         Ok(None) => "never run".into(),
         Err(error) => format!("no result; what changed cannot be told: {error:#}"),
     }

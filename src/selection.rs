@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use anyhow::Result;
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
+use serde::{Deserialize, Serialize};
 
 use crate::commands::BadRequest;
 use crate::graph::{Cell, Graph, Subgraph};
@@ -17,6 +18,24 @@ pub struct Selection {
     /// A name for people, unique in the graph: the stage's, and where another cell has another stage of that name, with
     /// its own cell's label.
     pub labels: BTreeMap<NodeIndex, String>,
+    /// What each cell calls it.
+    pub aliases: BTreeMap<NodeIndex, Vec<Alias>>,
+}
+
+impl Selection {
+    /// Width of the longest name of what is selected.
+    pub fn width(&self) -> usize {
+        self.order.iter().map(|node| self.labels[node].chars().count()).max().unwrap_or(0)
+    }
+}
+
+/// What a cell calls a subgraph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alias {
+    /// Top-level name.
+    pub name: String,
+    /// Label of the cell.
+    pub cell: String,
 }
 
 /// Selects the named stages with all that they need; without names, everything.
@@ -36,7 +55,7 @@ pub fn select(graph: &Graph, stages: &[String]) -> Result<Selection> {
     }
     let wanted = with_needs(graph, wanted);
     let order = in_order(graph).into_iter().filter(|node| wanted.contains(node)).collect();
-    Ok(Selection { order, labels: labels(graph) })
+    Ok(Selection { order, labels: labels(graph), aliases: aliases(graph) })
 }
 
 /// The subgraph that a name stands for in a cell: `STAGE`, or `LOOP.STAGE`.
@@ -105,6 +124,16 @@ fn in_order(graph: &Graph) -> Vec<NodeIndex> {
     order
 }
 
+fn aliases(graph: &Graph) -> BTreeMap<NodeIndex, Vec<Alias>> {
+    let mut aliases: BTreeMap<NodeIndex, Vec<Alias>> = BTreeMap::new();
+    for cell in &graph.cells {
+        for (name, node) in &cell.names {
+            aliases.entry(*node).or_default().push(Alias { name: name.clone(), cell: cell.label.clone() });
+        }
+    }
+    aliases
+}
+
 fn labels(graph: &Graph) -> BTreeMap<NodeIndex, String> {
     let mut labels = BTreeMap::new();
     let mut taken = BTreeSet::new();
@@ -116,10 +145,6 @@ fn labels(graph: &Graph) -> BTreeMap<NodeIndex, String> {
                 label
             });
         }
-    }
-    // A graph without cells is one that a test made by hand.
-    for node in graph.subgraphs.node_indices() {
-        labels.entry(node).or_insert_with(|| graph.subgraphs[node].name.clone());
     }
     labels
 }

@@ -18,12 +18,12 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let store = open_store(&args.target.store.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
     let history = History::open(&store);
-    let width = selection.order.iter().map(|node| selection.labels[node].chars().count()).max().unwrap_or(0);
+    let width = selection.width();
     let mut text = String::new();
     for (node, decision) in &plan.steps {
         let name = &selection.labels[node];
         let reason = match decision {
-            Decision::Run { action, why } => schedule::reason(name, action, why, &history, &store),
+            Decision::Run { action, why } => schedule::reason(&selection.aliases[node], action, why, &history, &store),
             other => in_words(other, &selection),
         };
         text += format!("{:<18}  {name:width$}  {reason}", word(decision)).trim_end();

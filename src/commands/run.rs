@@ -45,8 +45,7 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     let selection = selection::select(graph, &target.stages)?;
     let settings = settings(args)?;
     let store = open_store(&target.store.store)?;
-    let width = selection.order.iter().map(|node| selection.labels[node].chars().count()).max().unwrap_or(0);
-    let mut reporter = report::reporter(args.json, width);
+    let mut reporter = report::reporter(args.json, selection.width());
     let name = target.file.display().to_string();
     let summary = {
         let _span = tracing::info_span!("run", pipeline = name).entered();

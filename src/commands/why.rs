@@ -34,8 +34,10 @@ pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
                     Decision::Resume { .. } => "will go on from a checkpoint",
                     _ => "will run",
                 };
-                let changes = history.changes(name, action, &store)?;
-                format!("{name}: {state}, key {}\n{}", action.key, compared(changes, history.knows(name)))
+                let aliases = &selection.aliases[node];
+                let changes = history.changes(aliases, action, &store)?;
+                let known = history.knows(aliases, &action.key);
+                format!("{name}: {state}, key {}\n{}", action.key, compared(changes, known))
             }
         };
     }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+#[allow(unreachable_pub, reason = "the unit tests of the runner are made of the same file")]
 mod fakes;
 
 /// A pipeline that is compiled in.
