@@ -1,7 +1,33 @@
 //! The runner: from YAML text to a report. It touches no tensor.
 //!
-//! YAML text -> spec -> [`graph`] -> plan -> schedule -> report.
+//! YAML text -> spec -> [`graph`] -> [`plan`] -> [`schedule`] -> [`report`].
 
 #![forbid(unsafe_code)]
 
+mod attempt;
+pub mod catalogue;
+mod cli;
+pub mod commands;
+mod device;
+pub mod diagnostic;
+pub mod draw;
+pub mod events;
+#[cfg(test)]
+mod fake;
 pub mod graph;
+pub mod history;
+pub mod key;
+pub mod language;
+pub mod plan;
+mod protocol;
+pub mod report;
+mod resolve;
+pub mod results;
+pub mod rounds;
+pub mod schedule;
+pub mod selection;
+pub mod table;
+mod worker;
+pub mod yaml;
+
+pub use commands::{Extras, main};

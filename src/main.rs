@@ -1,1 +1,15 @@
-fn main() {}
+//! The program: hands the stages' registry to the runner.
+
+use std::process::ExitCode;
+
+/// Training allocates the same sizes again and again, and this allocator keeps freed memory at hand.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Pipelines that are compiled in, so that they run in any folder.
+const SHIPPED: &[(&str, &str)] = &[];
+
+fn main() -> ExitCode {
+    let extras = promptkd::Extras { score: stages::score::score };
+    promptkd::main(stages::registry(), SHIPPED, &extras)
+}

@@ -1,0 +1,237 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::language::Request;
+
+/// Turns a YAML file into a distilled language model, and says exactly what it did
+#[derive(Parser)]
+#[command(name = "pipeline", version, max_term_width = 110, propagate_version = true)]
+#[command(after_help = "Example: pipeline run promptkd.yaml --variant no-prompt\n\
+    Exit status: 0 done, 1 a stage failed, 2 wrong request, 3 `plan --check` found work, 4 store or disk trouble, \
+    130/143 interrupted: the same command goes on")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Run a pipeline; what is cached is not run again
+    #[command(after_help = "Example: pipeline run promptkd.yaml --variant no-prompt,forward-kl --set params.seed=20")]
+    Run(RunArgs),
+    /// Run what a pipeline's report compares, and print its table
+    #[command(after_help = "Example: pipeline compare promptkd.yaml --markdown > results.md")]
+    Compare(RunArgs),
+    /// Check a pipeline without running it
+    #[command(after_help = "Example: pipeline check promptkd.yaml --all")]
+    Check(Target),
+    /// Show what a run would do, and why
+    #[command(after_help = "Example: pipeline plan promptkd.yaml --set params.seed=20 --check")]
+    Plan(PlanArgs),
+    /// Show keys, outputs and metrics of stages
+    #[command(after_help = "Example: pipeline show promptkd.yaml score --json")]
+    Show(ShowArgs),
+    /// Explain why stages have to run: the exact difference to the last time
+    #[command(after_help = "Example: pipeline why promptkd.yaml student")]
+    Why(Target),
+    /// Draw the graph of a pipeline
+    #[command(after_help = "Example: pipeline graph promptkd.yaml --format dot | dot -Tsvg > graph.svg")]
+    Graph(GraphArgs),
+    /// List stage kinds, or describe one
+    #[command(after_help = "Example: pipeline stages distill")]
+    Stages {
+        /// Kind to describe
+        kind: Option<String>,
+    },
+    /// Print the JSON Schema of pipeline files, for editors
+    #[command(after_help = "Example: pipeline schema > pipeline.schema.json")]
+    Schema,
+    /// Copy an artifact out of the store, its bytes verified
+    #[command(after_help = "Example: pipeline export promptkd.yaml train.student --to my-student")]
+    Export(ExportArgs),
+    /// Write a copy of a shipped pipeline, to start from
+    #[command(after_help = "Example: pipeline init promptkd.yaml")]
+    Init {
+        /// Name of a shipped pipeline
+        name: String,
+        /// Folder to write it to
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        to: PathBuf,
+    },
+    /// Score predictions against references
+    #[command(after_help = "Example: pipeline score --predictions answers.jsonl --references references.jsonl --json")]
+    Score(ScoreArgs),
+    /// Look after the store
+    #[command(subcommand, after_help = "Example: pipeline cache du")]
+    Cache(CacheCommand),
+    /// Run one subgraph for a coordinator
+    #[command(hide = true)]
+    Worker,
+}
+
+/// Which pipeline, which of its cells and stages, and where its results are. The same on every command.
+#[derive(Args, Clone)]
+pub(crate) struct Target {
+    /// Pipeline: a path, or the name of one in `pipelines/` or of a shipped one
+    pub(crate) file: PathBuf,
+    /// Stages to look at, with all that they need; `LOOP.STAGE` too. Without any: all
+    #[arg(value_name = "STAGE")]
+    pub(crate) stages: Vec<String>,
+    /// Where and at what scale to run
+    #[arg(long, value_name = "P")]
+    profile: Option<String>,
+    /// Variants to select; `base` is the file without any
+    #[arg(long, value_name = "V", value_delimiter = ',', conflicts_with = "all")]
+    variant: Vec<String>,
+    /// Select the base and every variant
+    #[arg(long)]
+    all: bool,
+    /// Select the cells of an ablation
+    #[arg(long, value_name = "A")]
+    ablation: Option<String>,
+    /// Change a value, as in `train.learn.learning_rate=1e-3`; may be given many times
+    #[arg(long, value_name = "PATH=VALUE")]
+    set: Vec<String>,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Device to run on: `auto`, `cpu` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Threads of all workers together; all cores if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+    /// Stages to run at a time; they share the threads
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) jobs: u16,
+}
+
+impl Target {
+    pub(crate) fn request(&self) -> Request {
+        Request {
+            file: self.file.clone(),
+            profile: self.profile.clone(),
+            variants: self.variant.clone(),
+            all_variants: self.all,
+            ablation: self.ablation.clone(),
+            set: self.set.clone(),
+        }
+    }
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct StoreArgs {
+    /// Folder of the store; may be shared between checkouts
+    #[arg(long, value_name = "DIR", env = "PIPELINE_STORE", default_value = ".pipeline")]
+    pub(crate) store: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Print events, one JSON object a line, in place of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print the table as Markdown
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) markdown: bool,
+    /// Seconds between two checkpoints of a loop
+    #[arg(long, value_name = "SECONDS", env = "PIPELINE_CUT_SECONDS", default_value_t = 30.0)]
+    pub(crate) cut_every: f64,
+    /// Save and load everything after every stage run of a loop: slow, with the same results
+    #[arg(long)]
+    pub(crate) unroll: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Exit with status 3 if there is work
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct GraphArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Language to draw in
+    #[arg(long, value_enum, default_value_t = Format::Mermaid)]
+    pub(crate) format: Format,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Format {
+    Mermaid,
+    Dot,
+}
+
+#[derive(Args)]
+pub(crate) struct ExportArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct ScoreArgs {
+    /// JSON lines of predictions
+    #[arg(long, value_name = "FILE")]
+    pub(crate) predictions: PathBuf,
+    /// JSON lines of references
+    #[arg(long, value_name = "FILE")]
+    pub(crate) references: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CacheCommand {
+    /// Measure what the store takes up
+    #[command(after_help = "Example: pipeline cache du --json")]
+    Du(CacheArgs),
+    /// Hash everything in the store; what is damaged is removed and will be computed again
+    #[command(after_help = "Example: pipeline cache verify")]
+    Verify(CacheArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct CacheArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_visible_command_has_an_example() {
+        let mut cli = Cli::command();
+        cli.build();
+        let examples = |command: &clap::Command| command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        for command in cli.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help") {
+            assert!(examples(command).contains("Example: pipeline"), "`{}` has no example", command.get_name());
+        }
+    }
+}

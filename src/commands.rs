@@ -1,0 +1,154 @@
+//! The commands, a file each, and the way from an error to an exit status.
+
+mod cache;
+mod export;
+mod plan;
+mod run;
+mod score;
+mod show;
+mod why;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use ::cache::Store;
+use anyhow::{Context, Result};
+use clap::Parser;
+use contract::Registry;
+use serde_json::Value as Json;
+
+use crate::cli::{Cli, Command, Format, Target};
+use crate::graph::Graph;
+use crate::language::{self, Diagnostics};
+use crate::schedule::is_store_trouble;
+
+/// What the stages give the command line besides their kinds.
+pub struct Extras {
+    /// Scores a file of predictions against one of references: names and numbers.
+    pub score: fn(&Path, &Path) -> Result<Json>,
+}
+
+/// The request itself was wrong: exit status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadRequest(pub String);
+
+/// Exit statuses other than those of a process that was killed.
+pub(crate) mod status {
+    pub(crate) const STAGE_FAILED: u8 = 1;
+    pub(crate) const BAD_REQUEST: u8 = 2;
+    pub(crate) const WORK_FOUND: u8 = 3;
+    pub(crate) const STORE: u8 = 4;
+}
+
+/// What every command may need.
+pub(crate) struct Workbench<'a> {
+    pub(crate) registry: &'a Registry,
+    pub(crate) shipped: &'a [(&'a str, &'a str)],
+}
+
+impl Workbench<'_> {
+    /// The graph that the flags select.
+    pub(crate) fn load(&self, target: &Target) -> Result<Graph> {
+        Ok(language::load(&target.request(), self.registry, self.shipped)?)
+    }
+}
+
+/// The program: reads the command line, does what it says and gives the exit status. `shipped` are the pipelines that are
+/// compiled in, by name and text.
+pub fn main(registry: Registry, shipped: &[(&str, &str)], extras: &Extras) -> ExitCode {
+    start_logging();
+    let command = Cli::parse().command;
+    if let Command::Worker = command {
+        return crate::worker::run(registry);
+    }
+    let bench = Workbench { registry: &registry, shipped };
+    dispatch(command, &bench, extras).unwrap_or_else(|error| ExitCode::from(complain(&error)))
+}
+
+fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<ExitCode> {
+    match command {
+        Command::Run(args) => return run::run(&args, bench),
+        Command::Compare(args) => return run::compare(args, bench),
+        Command::Plan(args) => return plan::plan(&args, bench),
+        Command::Check(target) => check(&target, bench)?,
+        Command::Show(args) => show::show(&args, bench)?,
+        Command::Why(target) => why::why(&target, bench)?,
+        Command::Graph(args) => {
+            let graph = bench.load(&args.target)?;
+            say(&match args.format {
+                Format::Mermaid => language::draw_mermaid(&graph),
+                Format::Dot => language::draw_dot(&graph),
+            })?;
+        }
+        Command::Stages { kind } => say(&language::catalogue(bench.registry, kind.as_deref())?)?,
+        Command::Schema => say(&pretty(&language::json_schema(bench.registry)))?,
+        Command::Export(args) => export::export(&args, bench)?,
+        Command::Init { name, to } => {
+            for path in language::init(&name, bench.shipped, &to)? {
+                say(&format!("{}\n", path.display()))?;
+            }
+        }
+        Command::Score(args) => score::score(&args, extras)?,
+        Command::Cache(command) => return cache::cache(&command),
+        Command::Worker => unreachable!("workers never come here"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(target: &Target, bench: &Workbench) -> Result<()> {
+    let graph = bench.load(target)?;
+    let stages = graph.subgraphs.node_count();
+    let plural = |count: usize, word: &str| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
+    say(&format!("ok: {}, {}\n", plural(graph.cells.len(), "cell"), plural(stages, "distinct stage")))
+}
+
+/// Prints an error and finds its exit status.
+fn complain(error: &anyhow::Error) -> u8 {
+    if let Some(diagnostics) = error.downcast_ref::<Diagnostics>() {
+        if language::colours() {
+            eprintln!("{diagnostics:#}");
+        } else {
+            eprintln!("{diagnostics}");
+        }
+        return status::BAD_REQUEST;
+    }
+    eprintln!("error: {error:#}");
+    if is_store_trouble(error) || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>()) {
+        status::STORE
+    } else {
+        status::BAD_REQUEST
+    }
+}
+
+/// Opens the store that the flags name. Its path is made absolute, for workers and for links.
+pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
+    let root = std::path::absolute(root).with_context(|| format!("cannot find `{}`", root.display()))?;
+    Ok(Arc::new(Store::open(&root)?))
+}
+
+/// Writes data to standard output. A reader that has seen enough is no error.
+pub(crate) fn say(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn pretty(value: &Json) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("JSON can be written");
+    text.push('\n');
+    text
+}
+
+/// Logs of the program itself go to standard error, as much as `PIPELINE_LOG` asks for.
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("PIPELINE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A test may have set one up already.
+    let _ = logger.try_init();
+}

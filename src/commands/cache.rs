@@ -1,0 +1,70 @@
+//! `pipeline cache`: looks after the store.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::{open_store, pretty, say, status};
+use crate::cli::CacheCommand;
+
+pub(crate) fn cache(command: &CacheCommand) -> Result<ExitCode> {
+    match command {
+        CacheCommand::Du(args) => {
+            let usage = open_store(&args.store.store)?.usage()?;
+            if args.json {
+                say(&pretty(&serde_json::to_value(usage)?))?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let parts = [
+                ("artifacts", usage.cas, "each file once"),
+                ("copies", usage.trees, "of artifacts, where links are not possible"),
+                ("records", usage.ac, ""),
+                ("preimages", usage.pre, ""),
+                ("checkpoints", usage.cut, ""),
+                ("runs", usage.runs, "events and logs"),
+                ("work", usage.work, "of stages that are running"),
+            ];
+            for (part, size, what) in parts {
+                say(format!("{part:<12} {:>10}  {:>7} files  {what}", bytes(size.bytes), size.files).trim_end())?;
+                say("\n")?;
+            }
+            say(&format!("{:<12} {:>10}\n", "all", bytes(usage.bytes())))?;
+            say(&format!("without sharing, its {} artifacts would take {}\n", usage.artifacts.files, bytes(usage.artifacts.bytes)))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        CacheCommand::Verify(args) => {
+            let found = open_store(&args.store.store)?.verify()?;
+            if args.json {
+                say(&pretty(&serde_json::to_value(&found)?))?;
+            } else {
+                for damage in &found.damage {
+                    say(&format!("{damage}\n"))?;
+                }
+                let (blobs, records, damaged) = (found.blobs, found.records, found.damage.len());
+                say(&format!("{} in {blobs} files, {records} records: {damaged} damaged\n", bytes(found.bytes)))?;
+            }
+            Ok(if found.damage.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(status::STORE) })
+        }
+    }
+}
+
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut size = count as f64;
+    let mut unit = 0;
+    while size >= 1024.0 && unit + 1 < UNITS.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{count} B") } else { format!("{size:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!([0, 1023, 1024, 1536, 3 << 30].map(bytes), ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "3.0 GiB"]);
+    }
+}

@@ -1,0 +1,103 @@
+//! `pipeline export`: copies an artifact out of the store.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use cache::Store;
+
+use super::{BadRequest, Workbench, open_store, say};
+use crate::cli::ExportArgs;
+use crate::graph::Graph;
+use crate::plan::{self, Settled};
+use crate::selection::{self, Selection};
+
+pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
+    let [name] = args.target.stages.as_slice() else {
+        return Err(BadRequest("name one artifact to export, as `STAGE` or `STAGE.PORT`".into()).into());
+    };
+    let graph = bench.load(&args.target)?;
+    let (stage, port) = split(&graph, name);
+    let selection = selection::select(&graph, &[stage.to_owned()])?;
+    let store = open_store(&args.target.store.store)?;
+    let settled = settled(&graph, &selection, stage, bench, &store)?;
+    let outputs = settled.outputs();
+    let (port, artifact) = match port {
+        Some(port) => outputs.get_key_value(port),
+        None if outputs.keys().filter(|port| !port.ends_with("metrics")).count() == 1 => {
+            outputs.iter().find(|(port, _)| !port.ends_with("metrics"))
+        }
+        None => outputs.iter().next().filter(|_| outputs.len() == 1),
+    }
+    .ok_or_else(|| {
+        let known: Vec<_> = outputs.keys().map(|port| format!("`{stage}.{port}`")).collect();
+        BadRequest(format!("`{name}` names no single output; expected one of {}", known.join(", ")))
+    })?;
+    let from = store.open_artifact(artifact)?;
+    copy(&from, &args.to)?;
+    say(&format!("{}\n", args.to.display()))?;
+    tracing::info!(stage, port, digest = %artifact.digest, "exported");
+    Ok(())
+}
+
+/// `STAGE.PORT` in two; a name that is a stage as it stands has no port.
+fn split<'n>(graph: &Graph, name: &'n str) -> (&'n str, Option<&'n str>) {
+    let is_stage = |name: &str| graph.cells.iter().any(|cell| cell.names.contains_key(name));
+    match name.split_once('.') {
+        Some((stage, port)) if !is_stage(name) => (stage, Some(port)),
+        _ => (name, None),
+    }
+}
+
+/// The result of the one subgraph that the stage's name stands for.
+fn settled(graph: &Graph, selection: &Selection, stage: &str, bench: &Workbench, store: &Store) -> Result<Settled> {
+    let nodes: BTreeSet<_> = graph.cells.iter().filter_map(|cell| selection::find(graph, cell, stage)).collect();
+    let node = match nodes.iter().collect::<Vec<_>>().as_slice() {
+        [node] => **node,
+        several => {
+            let labels: Vec<_> = several.iter().map(|node| format!("`{}`", selection.labels[node])).collect();
+            let message = format!("`{stage}` stands for {}; select one variant", labels.join(", "));
+            return Err(BadRequest(message).into());
+        }
+    };
+    let mut settled = plan::plan(graph, selection, bench.registry, store)?.settled();
+    settled.remove(&node).ok_or_else(|| {
+        BadRequest(format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`")).into()
+    })
+}
+
+/// Copies a folder whole: the copy appears under its name only when complete.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if to.exists() && fs::read_dir(to).map_or(true, |mut entries| entries.next().is_some()) {
+        bail!(BadRequest(format!("`{}` is already there; choose a new folder", to.display())));
+    }
+    let mut name = to.file_name().context("the folder to export to has no name")?.to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let draft = to.with_file_name(name);
+    let outcome = copy_tree(from, &draft).and_then(|()| {
+        fs::rename(&draft, to).with_context(|| format!("cannot make folder `{}`", to.display()))
+    });
+    if outcome.is_err() {
+        // What is left of the draft helps nobody.
+        let _ = fs::remove_dir_all(&draft);
+    }
+    outcome
+}
+
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot make folder `{}`", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("cannot read folder `{}`", from.display()))? {
+        let entry = entry.with_context(|| format!("cannot read folder `{}`", from.display()))?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if source.is_dir() {
+            copy_tree(&source, &target)?;
+        } else {
+            // Bytes only: files of the store are read-only, and their copies belong to the user.
+            let mut reader = fs::File::open(&source).with_context(|| format!("cannot read `{}`", source.display()))?;
+            let mut writer = fs::File::create(&target).with_context(|| format!("cannot write `{}`", target.display()))?;
+            std::io::copy(&mut reader, &mut writer).with_context(|| format!("cannot write `{}`", target.display()))?;
+        }
+    }
+    Ok(())
+}

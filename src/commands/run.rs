@@ -1,0 +1,91 @@
+//! `pipeline run` and `pipeline compare`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use super::{BadRequest, Workbench, open_store, say, status};
+use crate::cli::RunArgs;
+use crate::device;
+use crate::events::Status;
+use crate::graph::Graph;
+use crate::language;
+use crate::report;
+use crate::schedule::{self, Settings, Summary};
+use crate::selection;
+use crate::table;
+
+/// Runs what the flags select.
+pub(crate) fn run(args: &RunArgs, bench: &Workbench) -> Result<ExitCode> {
+    let graph = bench.load(&args.target)?;
+    run_graph(args, &graph, bench)
+}
+
+/// Runs the variants that the file's report compares, unless flags select others.
+pub(crate) fn compare(args: RunArgs, bench: &Workbench) -> Result<ExitCode> {
+    let mut request = args.target.request();
+    let mut graph = language::load(&request, bench.registry, bench.shipped)?;
+    let Some(report) = graph.cells.iter().find_map(|cell| cell.report.clone()) else {
+        return Err(BadRequest(format!(
+            "`{}` has no `report`, so there is nothing to compare; add one, such as `report: {{metric: score.rouge_l}}`",
+            args.target.file.display()
+        ))
+        .into());
+    };
+    if request.variants.is_empty() && !request.all_variants && request.ablation.is_none() && !report.compare.is_empty() {
+        request.variants = report.compare;
+        graph = language::load(&request, bench.registry, bench.shipped)?;
+    }
+    run_graph(&args, &graph, bench)
+}
+
+fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
+    let target = &args.target;
+    let selection = selection::select(graph, &target.stages)?;
+    let settings = settings(args)?;
+    let store = open_store(&target.store.store)?;
+    let mut reporter = report::reporter(args.json, selection.width());
+    let name = target.file.display().to_string();
+    let summary = {
+        let _span = tracing::info_span!("run", pipeline = name).entered();
+        schedule::run(graph, &selection, bench.registry, Arc::clone(&store), &settings, &name, reporter.as_mut())?
+    };
+    if !args.json
+        && let Some(table) = table::table(graph, &summary.settled, &store)?
+    {
+        say(&if args.markdown { table.markdown() } else { table.text() })?;
+    }
+    Ok(conclude(&summary))
+}
+
+fn settings(args: &RunArgs) -> Result<Settings> {
+    let target = &args.target;
+    if args.cut_every.is_nan() || args.cut_every < 0.0 {
+        return Err(BadRequest(format!("`--cut-every` is {}, expected seconds of at least 0", args.cut_every)).into());
+    }
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(Settings {
+        devices: device::devices(&target.device)?,
+        threads: target.threads.map_or(cores, usize::from),
+        jobs: usize::from(target.jobs),
+        cut_seconds: args.cut_every,
+        unroll: args.unroll,
+    })
+}
+
+/// Says last what went wrong first, and how to go on.
+fn conclude(summary: &Summary) -> ExitCode {
+    if let Some((stage, error)) = summary.failed.first() {
+        eprintln!("error: stage `{stage}` failed: {error:#}");
+    }
+    match (summary.status, summary.signal) {
+        (Status::Interrupted, signal) => {
+            eprintln!("interrupted: the same command goes on from here");
+            // As a shell reports a process ended by a signal: SIGINT is 2, SIGTERM 15.
+            ExitCode::from(u8::try_from(128 + signal.unwrap_or(2)).unwrap_or(130))
+        }
+        (Status::Failed, _) => ExitCode::from(status::STAGE_FAILED),
+        (Status::Done, _) => ExitCode::SUCCESS,
+    }
+}

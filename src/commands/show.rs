@@ -1,0 +1,126 @@
+//! `pipeline show`: keys, outputs and metrics.
+//!
+//! The JSON form: `{"stages": {NAME: {"key", "status", "outputs": {PORT: {"digest", "path"}}, "metrics": {...}}}}`. A stage
+//! of a loop is `LOOP.NAME`, with status, metrics and, once they exist, its rows as output `metrics`. When several cells
+//! are selected: `{"cells": {LABEL: {"stages": ...}}}`. `key` is null where it cannot be known yet. Every `path` has been
+//! verified and can be read in place.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use cache::{Artifact, Store};
+use petgraph::graph::NodeIndex;
+use serde_json::{Map, Value as Json, json};
+
+use super::plan::word;
+use super::{Workbench, open_store, pretty, say};
+use crate::cli::ShowArgs;
+use crate::graph::{Cell, Graph, Loop, Subgraph};
+use crate::plan::{self, Decision, Settled};
+use crate::results;
+use crate::selection;
+
+pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
+    let graph = bench.load(&args.target)?;
+    let selection = selection::select(&graph, &args.target.stages)?;
+    let store = open_store(&args.target.store.store)?;
+    let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
+    let decisions: BTreeMap<NodeIndex, Decision> = plan.steps.into_iter().collect();
+    let mut cells = Map::new();
+    for cell in &graph.cells {
+        cells.insert(cell.label.clone(), json!({ "stages": stages(&graph, cell, &decisions, &store)? }));
+    }
+    let shown = match cells.len() {
+        1 => cells.into_iter().next().map_or(Json::Null, |(_, cell)| cell),
+        _ => json!({ "cells": cells }),
+    };
+    if args.json { say(&pretty(&shown)) } else { say(&text(&shown)) }
+}
+
+fn stages(
+    graph: &Graph,
+    cell: &Cell,
+    decisions: &BTreeMap<NodeIndex, Decision>,
+    store: &Store,
+) -> Result<Map<String, Json>> {
+    let mut stages = Map::new();
+    for (name, node) in &cell.names {
+        let Some(decision) = decisions.get(node) else { continue };
+        match decision {
+            Decision::Cached(settled) => add_settled(name, settled, store, &mut stages)?,
+            other => add_missing(name, &graph.subgraphs[*node].subgraph, other, &mut stages),
+        }
+    }
+    Ok(stages)
+}
+
+fn add_settled(name: &str, settled: &Settled, store: &Store, stages: &mut Map<String, Json>) -> Result<()> {
+    let metrics = results::metrics(settled, store)?;
+    let mut outputs = Map::new();
+    let mut inner: BTreeMap<String, Json> = BTreeMap::new();
+    for (output, artifact) in settled.outputs() {
+        let shown = shown(artifact, store)?;
+        match (fused(&settled.action.subgraph), output.split_once('.')) {
+            (Some(_), Some((stage, _))) => drop(inner.insert(stage.to_owned(), shown)),
+            // The rows of a training stage used alone are its own.
+            (None, Some(("step", rest))) => drop(outputs.insert(rest.to_owned(), shown)),
+            _ => drop(outputs.insert(output, shown)),
+        }
+    }
+    let key = settled.action.key.to_string();
+    let whole = if inner.is_empty() { Json::Object(metrics.clone()) } else { json!({}) };
+    stages.insert(name.into(), json!({"key": key, "status": "cached", "outputs": outputs, "metrics": whole}));
+    for stage in fused(&settled.action.subgraph).into_iter().flat_map(|body| body.stages.keys()) {
+        let outputs: Map<_, _> = inner.remove(stage).map(|rows| ("metrics".to_owned(), rows)).into_iter().collect();
+        let metrics = metrics.get(stage).cloned().unwrap_or_else(|| json!({}));
+        let stage_json = json!({"key": key, "status": "cached", "outputs": outputs, "metrics": metrics});
+        stages.insert(format!("{name}.{stage}"), stage_json);
+    }
+    Ok(())
+}
+
+fn add_missing(name: &str, subgraph: &Subgraph, decision: &Decision, stages: &mut Map<String, Json>) {
+    let key = match decision {
+        Decision::Run { action, .. } | Decision::Resume { action, .. } => json!(action.key.to_string()),
+        _ => Json::Null,
+    };
+    let shown = json!({"key": key, "status": word(decision), "outputs": {}, "metrics": {}});
+    stages.insert(name.into(), shown.clone());
+    for stage in fused(subgraph).into_iter().flat_map(|body| body.stages.keys()) {
+        stages.insert(format!("{name}.{stage}"), shown.clone());
+    }
+}
+
+/// A loop that the file writes as one.
+fn fused(subgraph: &Subgraph) -> Option<&Loop> {
+    match subgraph {
+        Subgraph::Loop(body) if !body.alone => Some(body),
+        _ => None,
+    }
+}
+
+fn shown(artifact: &Artifact, store: &Store) -> Result<Json> {
+    let path = store.open_artifact(artifact)?;
+    Ok(json!({"digest": artifact.digest.to_string(), "path": path.display().to_string()}))
+}
+
+/// The same for people.
+fn text(shown: &Json) -> String {
+    if let Some(cells) = shown.get("cells").and_then(Json::as_object) {
+        return cells.iter().map(|(label, cell)| format!("== {label}\n{}", text(cell))).collect();
+    }
+    let stages = shown.get("stages").and_then(Json::as_object).into_iter().flatten();
+    stages.map(|(name, stage)| stage_text(name, stage)).collect()
+}
+
+fn stage_text(name: &str, stage: &Json) -> String {
+    let key = stage["key"].as_str().map_or(String::new(), |key| format!("  {}", &key[..12]));
+    let mut text = format!("{name}  {}{key}\n", stage["status"].as_str().unwrap_or_default());
+    for (port, output) in stage["outputs"].as_object().into_iter().flatten() {
+        text += &format!("  {port}: {}\n", output["path"].as_str().unwrap_or_default());
+    }
+    for (metric, value) in stage["metrics"].as_object().into_iter().flatten() {
+        text += &format!("  {metric} = {value}\n");
+    }
+    text
+}

@@ -1,0 +1,78 @@
+//! `pipeline why`: the exact difference between what a stage is now and what it was when it last was something else.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+
+use super::plan::in_words;
+use super::{Workbench, open_store, say};
+use crate::cli::Target;
+use crate::history::{Change, History};
+use crate::key::Action;
+use crate::plan::{self, Decision};
+use crate::selection;
+
+pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
+    let graph = bench.load(target)?;
+    let selection = selection::select(&graph, &target.stages)?;
+    let store = open_store(&target.store.store)?;
+    let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
+    let named: BTreeSet<_> = graph
+        .cells
+        .iter()
+        .flat_map(|cell| target.stages.iter().filter_map(|stage| selection::find(&graph, cell, stage)))
+        .collect();
+    let history = History::open(&store);
+    let mut text = String::new();
+    for (node, decision) in plan.steps.iter().filter(|(node, _)| named.is_empty() || named.contains(node)) {
+        let name = &selection.labels[node];
+        text += &match action_of(decision) {
+            None => format!("{name}: {}\n", unknown(decision, &in_words(decision, &selection))),
+            Some(action) => {
+                let state = match decision {
+                    Decision::Cached(_) => "cached",
+                    Decision::Resume { .. } => "will go on from a checkpoint",
+                    _ => "will run",
+                };
+                let aliases = &selection.aliases[node];
+                let changes = history.changes(aliases, action, &store)?;
+                let known = history.knows(aliases, &action.key);
+                format!("{name}: {state}, key {}\n{}", action.key, compared(changes, known))
+            }
+        };
+    }
+    say(&text)
+}
+
+fn action_of(decision: &Decision) -> Option<&Action> {
+    match decision {
+        Decision::Cached(settled) => Some(&settled.action),
+        Decision::Run { action, .. } | Decision::Resume { action, .. } => Some(action),
+        Decision::DependsOnResult { .. } | Decision::Impossible { .. } => None,
+    }
+}
+
+fn unknown(decision: &Decision, reason: &str) -> String {
+    match decision {
+        Decision::DependsOnResult { .. } => format!("its key depends {reason}, with no result yet; ask about that first"),
+        _ => format!("its key cannot be computed: {reason}"),
+    }
+}
+
+fn compared(changes: Option<(String, Vec<Change>)>, known: bool) -> String {
+    match changes {
+        None if known => "  the same as in every earlier run\n".into(),
+        None => "  no earlier run had it\n".into(),
+        Some((run, changes)) => {
+            let mut text = format!("  compared with run {run}:\n");
+            for change in &changes {
+                text += &format!("    {}", change.line());
+                if let Some(place) = &change.place {
+                    text += &format!("    {}:{}:{}", place.file, place.line, place.column);
+                }
+                text.push('\n');
+            }
+            text
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Messages about a pipeline: what is wrong, where it is written, what to do.
+//!
+//! Reading goes on after an error, so that one run shows all of them. Each message has one hint and needs no colour to be
+//! understood.
+
+use std::fmt::{self, Write as _};
+use std::io::IsTerminal as _;
+
+use crate::yaml::Span;
+
+/// Longest excerpt of a line that is shown, in characters.
+const WIDTH: usize = 140;
+
+/// One thing wrong.
+#[derive(Clone, Debug)]
+pub struct Diagnostic {
+    /// What is wrong, as a lower-case fragment.
+    pub message: String,
+    /// Where, and what is to be said there. Absent where no text is at fault, such as a file that does not exist.
+    pub label: Option<(Span, String)>,
+    /// Other places that have to do with it.
+    pub others: Vec<(Span, String)>,
+    /// What to do.
+    pub hint: String,
+    /// The variant or ablation cell in which it is wrong, where it is not the base.
+    pub cell: Option<String>,
+}
+
+impl Diagnostic {
+    /// A message with its hint.
+    pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Diagnostic { message: message.into(), label: None, others: Vec::new(), hint: hint.into(), cell: None }
+    }
+
+    /// Points at the place at fault.
+    pub fn at(mut self, span: Span, label: impl Into<String>) -> Self {
+        self.label = Some((span, label.into()));
+        self
+    }
+
+    /// Points at another place that has to do with it.
+    pub fn also(mut self, span: Span, label: impl Into<String>) -> Self {
+        self.others.push((span, label.into()));
+        self
+    }
+
+    /// Replaces the hint.
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+}
+
+/// All that is wrong with a request or a pipeline. Ends a command with status 2.
+///
+/// `{}` prints plain text, `{:#}` with colours; [`colours`] says which of the two standard error can show.
+#[derive(Clone, Debug, Default)]
+pub struct Diagnostics {
+    /// In the order of the files.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+impl From<Diagnostic> for Diagnostics {
+    fn from(diagnostic: Diagnostic) -> Self {
+        Diagnostics { diagnostics: vec![diagnostic] }
+    }
+}
+
+impl std::error::Error for Diagnostics {}
+
+impl fmt::Display for Diagnostics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, diagnostic) in self.diagnostics.iter().enumerate() {
+            if i > 0 {
+                f.write_char('\n')?;
+            }
+            write_one(f, diagnostic, if f.alternate() { &COLOURED } else { &PLAIN })?;
+        }
+        Ok(())
+    }
+}
+
+/// Collects what is wrong while reading goes on.
+#[derive(Debug, Default)]
+pub(crate) struct Problems(pub(crate) Vec<Diagnostic>);
+
+impl Problems {
+    /// Adds one.
+    pub(crate) fn push(&mut self, diagnostic: Diagnostic) {
+        self.0.push(diagnostic);
+    }
+
+    /// The value, or `None` with its error kept.
+    pub(crate) fn keep<T>(&mut self, result: Result<T, Diagnostic>) -> Option<T> {
+        result.map_err(|diagnostic| self.push(diagnostic)).ok()
+    }
+
+    /// Takes all problems of another collection over, said to be of `cell`. What is already here is not repeated: a fault
+    /// of the base would otherwise show once for every variant.
+    pub(crate) fn absorb(&mut self, other: Problems, cell: Option<&str>) {
+        for mut diagnostic in other.0 {
+            let place = |d: &Diagnostic| d.label.as_ref().map(|(span, _)| span.clone());
+            let known = |d: &&Diagnostic| d.message == diagnostic.message && place(d) == place(&diagnostic);
+            if self.0.iter().find(known).is_none() {
+                diagnostic.cell = cell.map(str::to_owned);
+                self.0.push(diagnostic);
+            }
+        }
+    }
+
+    /// `value` if nothing is wrong.
+    pub(crate) fn finish<T>(self, value: T) -> Result<T, Diagnostics> {
+        if self.0.is_empty() { Ok(value) } else { Err(Diagnostics { diagnostics: self.0 }) }
+    }
+}
+
+/// Whether standard error shows colours: a terminal, and `NO_COLOR` unset or empty.
+pub fn colours() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stderr().is_terminal()
+}
+
+/// The candidate that `name` was most likely meant to be.
+pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let close = |candidate: &&str| {
+        let distance = strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase());
+        // A third of the letters may differ, but a name of one or two letters is not like every other.
+        distance <= (name.chars().count().max(candidate.chars().count()) / 3).max(1)
+            && distance < candidate.chars().count()
+    };
+    candidates
+        .into_iter()
+        .filter(close)
+        .min_by_key(|candidate| strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase()))
+}
+
+/// A hint for an unknown name: the nearest known one, otherwise all of them.
+pub(crate) fn did_you_mean<'a>(name: &str, what: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+    let candidates: Vec<&str> = candidates.into_iter().collect();
+    match nearest(name, candidates.iter().copied()) {
+        Some(candidate) => format!("did you mean `{candidate}`?"),
+        None if candidates.is_empty() => format!("there is no {what} here"),
+        None => format!("known {what}s: {}", quoted(candidates)),
+    }
+}
+
+/// Names in backticks, with commas.
+pub(crate) fn quoted<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String {
+    names.into_iter().map(|name| format!("`{}`", name.as_ref())).collect::<Vec<_>>().join(", ")
+}
+
+/// Escape sequences around the parts of a message.
+struct Style {
+    error: &'static str,
+    frame: &'static str,
+    caret: &'static str,
+    other: &'static str,
+    hint: &'static str,
+    bold: &'static str,
+    off: &'static str,
+}
+
+const PLAIN: Style = Style { error: "", frame: "", caret: "", other: "", hint: "", bold: "", off: "" };
+const COLOURED: Style = Style {
+    error: "\x1b[1;31m",
+    frame: "\x1b[34m",
+    caret: "\x1b[31m",
+    other: "\x1b[34m",
+    hint: "\x1b[1;32m",
+    bold: "\x1b[1m",
+    off: "\x1b[0m",
+};
+
+fn write_one(f: &mut fmt::Formatter<'_>, diagnostic: &Diagnostic, style: &Style) -> fmt::Result {
+    let Style { error, hint, bold, off, .. } = style;
+    writeln!(f, "{error}error{off}{bold}: {}{off}", printable(&diagnostic.message))?;
+    if let Some((span, label)) = &diagnostic.label {
+        write_excerpt(f, span, label, "-->", '^', style.caret, style)?;
+    }
+    for (span, label) in &diagnostic.others {
+        write_excerpt(f, span, label, ":::", '-', style.other, style)?;
+    }
+    if let Some(cell) = &diagnostic.cell {
+        writeln!(f, "  in: {cell}")?;
+    }
+    writeln!(f, "{hint}hint{off}: {}", printable(&diagnostic.hint))
+}
+
+fn write_excerpt(
+    f: &mut fmt::Formatter<'_>,
+    span: &Span,
+    label: &str,
+    arrow: &str,
+    mark: char,
+    mark_style: &str,
+    style: &Style,
+) -> fmt::Result {
+    let place = span.place();
+    let gutter = " ".repeat(place.line.to_string().len());
+    let (line, column, length) = excerpt(span);
+    let Style { frame, off, .. } = style;
+    writeln!(f, "{gutter}{frame}{arrow}{off} {}:{}:{}", place.file, place.line, place.column)?;
+    writeln!(f, "{gutter} {frame}|{off}")?;
+    writeln!(f, "{frame}{} |{off} {line}", place.line)?;
+    let marks = mark.to_string().repeat(length);
+    writeln!(f, "{gutter} {frame}|{off} {}{mark_style}{marks} {}{off}", " ".repeat(column), printable(label))
+}
+
+/// The first line of a span, cropped around it; the column of its first character in that text and its length there,
+/// which is 1 at least.
+fn excerpt(span: &Span) -> (String, usize, usize) {
+    let text = &span.source.text;
+    let from = text[..span.start].rfind('\n').map_or(0, |i| i + 1);
+    let to = text[span.start..].find('\n').map_or(text.len(), |i| span.start + i);
+    let line: Vec<char> = printable(&text[from..to]).chars().collect();
+    let column = text[from..span.start].chars().count();
+    let length = text[span.start..span.end.clamp(span.start, to)].chars().count().max(1);
+    if line.len() <= WIDTH {
+        return (line.into_iter().collect(), column, length);
+    }
+    let first = column.saturating_sub(WIDTH / 3).min(line.len().saturating_sub(WIDTH));
+    let last = (first + WIDTH).min(line.len());
+    let dots = if first > 0 { "..." } else { "" };
+    let shown: String = line[first..last].iter().collect();
+    let column = column - first + dots.len();
+    (format!("{dots}{shown}{}", if last < line.len() { "..." } else { "" }), column, length.min(WIDTH))
+}
+
+/// Without control characters, which a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c == '\n' || !c.is_control() { c } else { ' ' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::yaml::Source;
+
+    fn span(text: &str, start: usize, end: usize) -> Span {
+        Span { source: Source::new("a.yaml", text), start, end }
+    }
+
+    #[test]
+    fn a_message_shows_both_places_and_one_hint() {
+        let text = "first: 1\nsecond:\n  third: x\n";
+        let diagnostic = Diagnostic::new("they disagree", "choose one")
+            .at(span(text, 26, 27), "this")
+            .also(span(text, 0, 5), "that");
+        let shown = Diagnostics::from(diagnostic).to_string();
+        let expected = "error: they disagree\n --> a.yaml:3:10\n  |\n3 |   third: x\n  |          ^ this\n \
+                        ::: a.yaml:1:1\n  |\n1 | first: 1\n  | ----- that\nhint: choose one\n";
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn colours_change_nothing_but_escape_sequences() {
+        let diagnostics = Diagnostics::from(Diagnostic::new("wrong", "do").at(span("a: 1", 3, 4), "here"));
+        let (mut bare, mut escaped) = (String::new(), false);
+        for c in format!("{diagnostics:#}").chars() {
+            match c {
+                '\x1b' => escaped = true,
+                'm' if escaped => escaped = false,
+                c if !escaped => bare.push(c),
+                _ => {}
+            }
+        }
+        assert_eq!(bare, diagnostics.to_string());
+        assert_ne!(format!("{diagnostics:#}"), diagnostics.to_string());
+    }
+
+    #[test]
+    fn a_long_line_is_cropped_around_the_caret() {
+        let text = "x".repeat(500) + "HERE" + &"y".repeat(500);
+        let shown = Diagnostics::from(Diagnostic::new("wrong", "do").at(span(&text, 500, 504), "")).to_string();
+        let lines: Vec<&str> = shown.lines().collect();
+        assert!(lines.iter().all(|line| line.len() < WIDTH + 20));
+        let caret = lines[4].find("^^^^").unwrap();
+        assert_eq!(&lines[3][caret..caret + 4], "HERE");
+    }
+
+    #[test]
+    fn names_are_suggested_when_near_and_not_otherwise() {
+        assert_eq!(nearest("learning_rte", ["take", "learning_rate"]), Some("learning_rate"));
+        assert_eq!(nearest("studnet0", ["student0", "teacher"]), Some("student0"));
+        assert_eq!(nearest("zebra", ["student0", "teacher"]), None);
+        assert_eq!(nearest("a", ["b"]), None);
+    }
+}

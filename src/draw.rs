@@ -1,0 +1,214 @@
+//! Draws the graph as Mermaid or DOT.
+//!
+//! A loop is a box with its round inside; other subgraphs are single shapes. A thick line is a handoff through the store, a
+//! thin one a value in memory, a dotted one what the next round begins with. Types stand on the lines.
+
+use std::fmt::Write as _;
+
+use petgraph::graph::NodeIndex;
+use petgraph::visit::EdgeRef;
+
+use crate::graph::{Every, Graph, Loop, Node, Origin, Subgraph};
+
+/// The graph in Mermaid's flowchart language.
+pub fn draw_mermaid(graph: &Graph) -> String {
+    let mut out = String::from("flowchart TD\n");
+    for drawn in drawing(graph) {
+        match drawn {
+            Part::Open { id, label } => {
+                let _ = writeln!(out, "    subgraph {id} [\"{}\"]", mermaid_text(&label));
+            }
+            Part::Close => out.push_str("    end\n"),
+            Part::Shape { id, label, shape } => {
+                let (open, close) = match shape {
+                    Shape::Stage => ("[\"", "\"]"),
+                    Shape::Window => ("[/\"", "\"/]"),
+                    Shape::Carried => ("([\"", "\"])"),
+                };
+                let _ = writeln!(out, "    {id}{open}{}{close}", mermaid_text(&label));
+            }
+            Part::Line { from, to, label, line } => {
+                let arrow = match line {
+                    Line::Handoff => "==>",
+                    Line::Memory => "-->",
+                    Line::NextRound => "-.->",
+                };
+                let _ = writeln!(out, "    {from} {arrow}|\"{}\"| {to}", mermaid_text(&label));
+            }
+        }
+    }
+    out
+}
+
+/// The graph in the language of Graphviz.
+pub fn draw_dot(graph: &Graph) -> String {
+    let mut out = String::from("digraph pipeline {\n    node [shape=box];\n");
+    for drawn in drawing(graph) {
+        match drawn {
+            Part::Open { id, label } => {
+                let _ = writeln!(out, "    subgraph cluster_{id} {{\n    label={};", dot_text(&label));
+            }
+            Part::Close => out.push_str("    }\n"),
+            Part::Shape { id, label, shape } => {
+                let shape = match shape {
+                    Shape::Stage => "box",
+                    Shape::Window => "parallelogram",
+                    Shape::Carried => "ellipse",
+                };
+                let _ = writeln!(out, "    {id} [label={}, shape={shape}];", dot_text(&label));
+            }
+            Part::Line { from, to, label, line } => {
+                let style = match line {
+                    Line::Handoff => "style=bold, penwidth=2",
+                    Line::Memory => "style=solid",
+                    Line::NextRound => "style=dotted, constraint=false",
+                };
+                let _ = writeln!(out, "    {from} -> {to} [label={}, {style}];", dot_text(&label));
+            }
+        }
+    }
+    out + "}\n"
+}
+
+/// A piece of a drawing, in the order in which it is written.
+enum Part {
+    Open { id: String, label: String },
+    Close,
+    Shape { id: String, label: String, shape: Shape },
+    Line { from: String, to: String, label: String, line: Line },
+}
+
+enum Shape {
+    Stage,
+    Window,
+    Carried,
+}
+
+enum Line {
+    Handoff,
+    Memory,
+    NextRound,
+}
+
+fn drawing(graph: &Graph) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for index in graph.subgraphs.node_indices() {
+        let node = &graph.subgraphs[index];
+        let name = shown_name(graph, index);
+        match &node.subgraph {
+            Subgraph::Operator(operator) => {
+                let label = format!("{name}\n{}", operator.kind);
+                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage });
+            }
+            Subgraph::Loop(body) if body.alone => {
+                let kind = body.stages.values().next().map_or("", |stage| stage.operator.kind.as_str());
+                let label = format!("{name}\n{kind}, {}", rounds(body));
+                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage });
+            }
+            Subgraph::Loop(body) => draw_loop(&id(index), &name, body, &mut parts),
+        }
+    }
+    for edge in graph.subgraphs.edge_references() {
+        let handoff = edge.weight();
+        parts.push(Part::Line {
+            from: end(edge.source(), &graph.subgraphs[edge.source()], &handoff.output, true),
+            to: end(edge.target(), &graph.subgraphs[edge.target()], &handoff.input, false),
+            label: handoff.port_type.name().to_owned(),
+            line: Line::Handoff,
+        });
+    }
+    parts
+}
+
+fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
+    parts.push(Part::Open { id: id.to_owned(), label: format!("{name}: {}", rounds(body)) });
+    for (window, spec) in &body.windows {
+        let label = format!("{window}\n{} rows a round", spec.take);
+        parts.push(Part::Shape { id: inner(id, "windows", window), label, shape: Shape::Window });
+    }
+    for carried in body.carry.keys() {
+        parts.push(Part::Shape { id: inner(id, "carry", carried), label: carried.clone(), shape: Shape::Carried });
+    }
+    for (stage, spec) in &body.stages {
+        let every = match spec.every {
+            Every::Round => String::new(),
+            Every::Epoch => ", every epoch".to_owned(),
+            Every::Rounds(rounds) => format!(", every {rounds} rounds"),
+        };
+        let label = format!("{stage}\n{}{every}", spec.operator.kind);
+        parts.push(Part::Shape { id: inner(id, "stage", stage), label, shape: Shape::Stage });
+    }
+    for (stage, spec) in &body.stages {
+        for (port, origin) in &spec.inputs {
+            let from = match origin {
+                Origin::Outside => continue,
+                Origin::Window(window) => inner(id, "windows", window),
+                Origin::Carry(carried) => inner(id, "carry", carried),
+                Origin::Stage(read) => inner(id, "stage", &read.stage),
+            };
+            let label = spec.operator.ports.find_input(port).map_or(String::new(), |port| port.port_type.to_string());
+            parts.push(Part::Line { from, to: inner(id, "stage", stage), label, line: Line::Memory });
+        }
+    }
+    for (carried, spec) in &body.carry {
+        let (from, to) = (inner(id, "stage", &spec.next.stage), inner(id, "carry", carried));
+        parts.push(Part::Line { from, to, label: spec.port_type.to_string(), line: Line::NextRound });
+    }
+    parts.push(Part::Close);
+}
+
+/// How long a loop runs, in words.
+fn rounds(body: &Loop) -> String {
+    let epochs = body.windows.values().find_map(|window| window.epochs);
+    match (epochs, body.rounds) {
+        (Some(epochs), Some(rounds)) => format!("{}, {} at most", count(epochs, "epoch"), count(rounds, "round")),
+        (Some(epochs), None) => count(epochs, "epoch"),
+        (None, Some(rounds)) => count(rounds, "round"),
+        (None, None) => "rounds".to_owned(),
+    }
+}
+
+fn count(number: u64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+/// The name of a subgraph, with the first cell that has it where the name stands for several.
+fn shown_name(graph: &Graph, index: NodeIndex) -> String {
+    let name = &graph.subgraphs[index].name;
+    let same = graph.subgraphs.node_weights().filter(|node| node.name == *name).count();
+    let cell = graph.cells.iter().find(|cell| cell.names.values().any(|node| *node == index));
+    match cell {
+        Some(cell) if same > 1 => format!("{name} ({})", cell.label),
+        _ => name.clone(),
+    }
+}
+
+fn id(index: NodeIndex) -> String {
+    format!("n{}", index.index())
+}
+
+/// The shape of something inside of a loop. Names may hold `-`, which identifiers may not.
+fn inner(id: &str, section: &str, name: &str) -> String {
+    let letter = |c: char| if c == '-' { "__".to_owned() } else { c.to_string() };
+    format!("{id}_{section}_{}", name.chars().map(letter).collect::<String>())
+}
+
+/// The shape at which a handoff ends: of a loop, what it enters or where its output comes from.
+fn end(index: NodeIndex, node: &Node, entry: &str, leaves: bool) -> String {
+    match &node.subgraph {
+        Subgraph::Loop(body) if !body.alone => match entry.split_once('.') {
+            None => inner(&id(index), "carry", entry),
+            Some((section @ ("windows" | "carry"), name)) if !leaves => inner(&id(index), section, name),
+            Some((stage, _)) => inner(&id(index), "stage", stage),
+        },
+        _ => id(index),
+    }
+}
+
+fn mermaid_text(label: &str) -> String {
+    label.replace('"', "#quot;").replace('\n', "<br/>")
+}
+
+fn dot_text(label: &str) -> String {
+    format!("\"{}\"", label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
+}

@@ -1,0 +1,385 @@
+//! Preimages: everything that may change the result of a subgraph, and nothing else.
+//!
+//! The key of a result is the hash of its preimage. A preimage names kinds and their versions, the configuration, the
+//! content of inputs and of local files, and whether the clock is read. Not in it: names of stages, paths, devices,
+//! threads, how often a loop is cut.
+//!
+//! Two rules keep old keys alive. A value equal to the `default` of its field in the kind's schema is left out, so a new
+//! field at its default changes no key. Turned around: *changing a default changes what old keys mean*, so it needs a new
+//! `version` of the kind. And stages, windows and carried values of a loop are numbered in an order that follows from
+//! what they are ([`in_canonical_order`]), so neither their names nor their order in the file matter.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use cache::{Artifact, Digest, Key};
+use contract::{About, Kind, Registry};
+use indexmap::IndexMap;
+use serde_json::{Map, Value as Json, json};
+
+use crate::graph::{BodyStage, Carry, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
+use crate::rounds::find_kind;
+
+/// Content of what enters a subgraph, by entry.
+pub type InputDigests = BTreeMap<String, Artifact>;
+
+/// What is to be run, with its key.
+#[derive(Clone, Debug)]
+pub struct Action {
+    /// Hash of the preimage.
+    pub key: Key,
+    /// All that may change the result.
+    pub preimage: Json,
+    /// The subgraph; a loop is in canonical order, so that a place in it is what the preimage calls it.
+    pub subgraph: Subgraph,
+    /// Local files that are read, with what they held when the key was made.
+    pub sources: Vec<(PathBuf, Digest)>,
+}
+
+/// A local file that a stage names cannot be read: the user's affair, not the store's.
+#[derive(Debug, thiserror::Error)]
+#[error("`{field}` of stage kind `{kind}`: {reason}")]
+pub struct UnreadableSource {
+    /// Field of `with`.
+    pub field: String,
+    /// Stage kind.
+    pub kind: String,
+    /// What went wrong.
+    pub reason: String,
+}
+
+/// Makes the preimage of a subgraph. `digest` hashes a local file or folder.
+///
+/// Errors when a stage kind is unknown or a local file cannot be read: then nothing can be cached, and nothing run.
+pub fn action(
+    subgraph: &Subgraph,
+    inputs: &InputDigests,
+    registry: &Registry,
+    digest: &mut dyn FnMut(&Path) -> Result<Digest>,
+) -> Result<Action> {
+    let mut maker = Maker { registry, inputs, digest, sources: Vec::new() };
+    let (subgraph, preimage) = match subgraph {
+        Subgraph::Operator(operator) => {
+            let mut fields = maker.operator(operator)?;
+            fields.insert("inputs".into(), inputs.iter().map(|(port, value)| (port.clone(), content(value))).collect());
+            (subgraph.clone(), json!({ "stage": fields }))
+        }
+        Subgraph::Loop(body) => {
+            let stages = body.stages.iter();
+            let described = stages.map(|(name, stage)| Ok((name.clone(), maker.operator(&stage.operator)?)));
+            let described: Described = described.collect::<Result<_>>()?;
+            let body = in_canonical_order(body, inputs, &described);
+            let preimage = json!({ "loop": maker.body(&body, described)? });
+            (Subgraph::Loop(body), preimage)
+        }
+    };
+    Ok(Action { key: Key::of(&preimage), preimage, subgraph, sources: maker.sources })
+}
+
+/// Kind, version and configuration of each stage of a loop, by name.
+type Described = BTreeMap<String, Map<String, Json>>;
+
+struct Maker<'a> {
+    registry: &'a Registry,
+    inputs: &'a InputDigests,
+    digest: &'a mut dyn FnMut(&Path) -> Result<Digest>,
+    sources: Vec<(PathBuf, Digest)>,
+}
+
+impl Maker<'_> {
+    /// Kind, version and configuration.
+    fn operator(&mut self, operator: &Operator) -> Result<Map<String, Json>> {
+        let kind = find_kind(self.registry, &operator.kind)?;
+        let mut config = operator.config.clone();
+        for source in kind.sources(&operator.config) {
+            let digest = (self.digest)(&source.path).map_err(|error| UnreadableSource {
+                field: source.field.join("."),
+                kind: operator.kind.clone(),
+                reason: format!("{error:#}"),
+            })?;
+            replace(&mut config, &source.field, json!({"content": digest.to_string()}));
+            self.sources.push((source.path, digest));
+        }
+        let mut fields = version_of(kind);
+        fields.insert("config".into(), without_defaults(&config, &kind.schema()));
+        Ok(fields)
+    }
+
+    fn body(&self, body: &Loop, mut described: Described) -> Result<Json> {
+        let mut stages = Map::new();
+        for (index, (name, stage)) in body.stages.iter().enumerate() {
+            let mut fields = described.remove(name).expect("every stage was described");
+            fields.insert("every".into(), serde_json::to_value(stage.every)?);
+            let origins = stage.inputs.iter().map(|(port, origin)| {
+                let from = match origin {
+                    Origin::Outside => self.entry(&format!("{name}.{port}")),
+                    Origin::Window(window) => json!(name_of("w", body.windows.get_index_of(window))),
+                    Origin::Carry(carry) => json!(name_of("c", body.carry.get_index_of(carry))),
+                    Origin::Stage(source) => json!(port_of(body, source)),
+                };
+                (port.clone(), from)
+            });
+            fields.insert("inputs".into(), Json::Object(origins.collect()));
+            stages.insert(format!("s{index}"), Json::Object(fields));
+        }
+        let windows = body.windows.iter().enumerate().map(|(index, (name, window))| {
+            let mut fields = window_fields(window);
+            fields.insert("from".into(), self.entry(&format!("windows.{name}")));
+            (format!("w{index}"), Json::Object(fields))
+        });
+        let carry = body.carry.iter().enumerate().map(|(index, (name, carry))| {
+            let fields = json!({
+                "type": carry.port_type.name(),
+                "from": self.entry(&format!("carry.{name}")),
+                "next": port_of(body, &carry.next),
+                "keep": keep_fields(body, &carry.keep),
+            });
+            (format!("c{index}"), fields)
+        });
+        let (windows, carry): (Map<_, _>, Map<_, _>) = (windows.collect(), carry.collect());
+        Ok(json!({"windows": windows, "carry": carry, "rounds": body.rounds, "stages": stages}))
+    }
+
+    fn entry(&self, entry: &str) -> Json {
+        self.inputs.get(entry).map_or(Json::Null, content)
+    }
+}
+
+/// A loop with its windows, carried values and stages in an order that follows from what they are, not from their names
+/// or their order in the file. Stages stay in an order that respects their edges.
+///
+/// Each part gets a colour: first the hash of what it is by itself, then, as often as there are parts, the hash of that
+/// with the colours of its neighbours. Parts of the same colour are alike, and any order of them is the same loop.
+fn in_canonical_order(body: &Loop, inputs: &InputDigests, described: &Described) -> Loop {
+    let mut colours = Colours::first(body, inputs, described);
+    for _ in 0..body.stages.len() + body.carry.len() {
+        colours = colours.next(body);
+    }
+    let depths = depths(body);
+    let mut ordered = body.clone();
+    ordered.windows.sort_by_cached_key(|name, _| colours.windows[name]);
+    ordered.carry.sort_by_cached_key(|name, carry| (carry.port_type, colours.carry[name]));
+    ordered.stages.sort_by_cached_key(|name, stage| (depths[name], stage.operator.kind.clone(), colours.stages[name]));
+    ordered
+}
+
+/// Colours by name.
+struct Colours {
+    windows: IndexMap<String, Key>,
+    carry: IndexMap<String, Key>,
+    stages: IndexMap<String, Key>,
+}
+
+impl Colours {
+    fn first(body: &Loop, inputs: &InputDigests, described: &Described) -> Self {
+        let entry = |entry: String| inputs.get(&entry).map_or(Json::Null, content);
+        let windows = body.windows.iter().map(|(name, window)| {
+            (name.clone(), Key::of(&json!([window_fields(window), entry(format!("windows.{name}"))])))
+        });
+        let carry = body.carry.iter().map(|(name, carry)| {
+            let keep = match &carry.keep {
+                Keep::Best { metric, mode, .. } => json!([metric, mode]),
+                Keep::Last => json!("last"),
+                Keep::With(_) => json!("with"),
+            };
+            (name.clone(), Key::of(&json!([carry.port_type.name(), keep, entry(format!("carry.{name}"))])))
+        });
+        let stages = body.stages.iter().map(|(name, stage)| {
+            let outside = stage.inputs.iter().filter(|(_, origin)| **origin == Origin::Outside);
+            let entries: Map<_, _> = outside.map(|(port, _)| (port.clone(), entry(format!("{name}.{port}")))).collect();
+            (name.clone(), Key::of(&json!([described[name], stage.every, entries])))
+        });
+        Colours { windows: windows.collect(), carry: carry.collect(), stages: stages.collect() }
+    }
+
+    fn next(&self, body: &Loop) -> Self {
+        let stages = body.stages.iter().map(|(name, stage)| {
+            let inputs: BTreeMap<_, _> =
+                stage.inputs.iter().map(|(port, origin)| (port, self.of_origin(origin))).collect();
+            (name.clone(), Key::of(&json!([self.stages[name].to_string(), inputs])))
+        });
+        let carry = body.carry.iter().map(|(name, carry)| {
+            let kept_by = match &carry.keep {
+                Keep::Best { stage, .. } => self.stages.get(stage),
+                Keep::With(other) => self.carry.get(other),
+                Keep::Last => None,
+            };
+            let next = self.of_port(&carry.next);
+            (name.clone(), Key::of(&json!([self.carry[name].to_string(), next, kept_by.map(Key::to_string)])))
+        });
+        Colours { windows: self.windows.clone(), carry: carry.collect(), stages: stages.collect() }
+    }
+
+    fn of_origin(&self, origin: &Origin) -> String {
+        let colour = |colours: &IndexMap<String, Key>, name: &String| colours.get(name).map_or(String::new(), Key::to_string);
+        match origin {
+            Origin::Outside => String::new(),
+            Origin::Window(name) => colour(&self.windows, name),
+            Origin::Carry(name) => colour(&self.carry, name),
+            Origin::Stage(source) => self.of_port(source),
+        }
+    }
+
+    fn of_port(&self, source: &PortRef) -> String {
+        self.stages.get(&source.stage).map_or(String::new(), |colour| format!("{colour}.{}", source.port))
+    }
+}
+
+/// The length of the longest chain of stages that leads to each stage within a round.
+fn depths(body: &Loop) -> BTreeMap<String, usize> {
+    let mut depths = BTreeMap::new();
+    // The stages come in an order that respects their edges.
+    for (name, stage) in &body.stages {
+        let before = stage.inputs.values().filter_map(|origin| match origin {
+            Origin::Stage(source) => depths.get(&source.stage).map(|depth: &usize| depth + 1),
+            _ => None,
+        });
+        let depth = before.max().unwrap_or(0);
+        depths.insert(name.clone(), depth);
+    }
+    depths
+}
+
+/// Name of a thing in a preimage by its place; a name that stands for nothing cannot pass the front end.
+fn name_of(letter: &str, index: Option<usize>) -> String {
+    index.map_or_else(|| format!("{letter}?"), |index| format!("{letter}{index}"))
+}
+
+fn port_of(body: &Loop, source: &PortRef) -> String {
+    format!("{}.{}", name_of("s", body.stages.get_index_of(&source.stage)), source.port)
+}
+
+fn keep_fields(body: &Loop, keep: &Keep) -> Json {
+    match keep {
+        Keep::Last => json!("last"),
+        Keep::Best { stage, metric, mode } => {
+            json!({"best": format!("{}.{metric}", name_of("s", body.stages.get_index_of(stage))), "mode": mode})
+        }
+        Keep::With(other) => json!({"with": name_of("c", body.carry.get_index_of(other))}),
+    }
+}
+
+fn window_fields(window: &Window) -> Map<String, Json> {
+    let Json::Object(mut fields) = serde_json::to_value(window).expect("a window is JSON") else {
+        unreachable!("a window is written as an object")
+    };
+    if window.order == crate::graph::Order::Given {
+        // Nothing is drawn, so the seed changes nothing.
+        fields.remove("seed");
+    }
+    fields
+}
+
+fn version_of(kind: &dyn Kind) -> Map<String, Json> {
+    let About { name, version, numerics, reads_clock, .. } = kind.about();
+    let mut fields = Map::new();
+    fields.insert("kind".into(), json!(name));
+    fields.insert("version".into(), json!(version));
+    if let Some(numerics) = numerics {
+        fields.insert("numerics".into(), json!(numerics));
+    }
+    if reads_clock {
+        fields.insert("clock".into(), json!(true));
+    }
+    fields
+}
+
+fn content(artifact: &Artifact) -> Json {
+    json!({"type": artifact.port_type, "digest": artifact.digest.to_string()})
+}
+
+fn replace(config: &mut Json, field: &[String], value: Json) {
+    let mut at = config;
+    for name in field {
+        let Some(inner) = at.get_mut(name.as_str()) else { return };
+        at = inner;
+    }
+    *at = value;
+}
+
+/// A configuration without the values that its schema gives as defaults.
+fn without_defaults(config: &Json, schema: &Json) -> Json {
+    strip(config, schema, schema)
+}
+
+fn strip(config: &Json, schema: &Json, root: &Json) -> Json {
+    let Json::Object(fields) = config else { return config.clone() };
+    let Some(properties) = properties_of(schema, root) else { return config.clone() };
+    let kept = fields.iter().filter_map(|(name, value)| {
+        let Some(field) = properties.get(name) else { return Some((name.clone(), value.clone())) };
+        (field.get("default") != Some(value)).then(|| (name.clone(), strip(value, field, root)))
+    });
+    Json::Object(kept.collect())
+}
+
+/// The properties of an object, through references and `Option`.
+fn properties_of<'a>(schema: &'a Json, root: &'a Json) -> Option<&'a Map<String, Json>> {
+    if let Some(properties) = schema.get("properties") {
+        return properties.as_object();
+    }
+    if let Some(reference) = schema.get("$ref").and_then(Json::as_str) {
+        return properties_of(root.pointer(reference.strip_prefix('#')?)?, root);
+    }
+    let choices = schema.get("anyOf").or_else(|| schema.get("allOf"))?.as_array()?;
+    let mut objects = choices.iter().filter_map(|choice| properties_of(choice, root));
+    // With several shapes to choose from nothing can be left out without asking which of them it is.
+    objects.next().filter(|_| objects.next().is_none())
+}
+
+/// Outputs of a subgraph: the name in the file, the name in the store, and the type.
+///
+/// A stage's outputs are its ports. A loop's are its carried values, then the metrics of each stage as `STAGE.metrics`;
+/// in the store they are called by their place, for names are in no key.
+pub fn outputs(subgraph: &Subgraph) -> Vec<(String, String, contract::PortType)> {
+    match subgraph {
+        Subgraph::Operator(operator) => {
+            let ports = operator.ports.outputs.iter();
+            ports.map(|port| (port.name.clone(), port.name.clone(), port.port_type)).collect()
+        }
+        Subgraph::Loop(body) => {
+            let carry = body.carry.iter().enumerate();
+            let carry = carry.map(|(index, (name, carry))| (name.clone(), format!("c{index}"), carry.port_type));
+            let stages = body.stages.keys().enumerate().map(|(index, name)| {
+                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Dir)
+            });
+            carry.chain(stages).collect()
+        }
+    }
+}
+
+/// A preimage with the names of the file in place of places, for people.
+pub fn with_names(preimage: &Json, names: &BTreeMap<String, String>) -> Json {
+    let renamed = |text: &str| -> Option<String> {
+        let (place, rest) = text.split_once('.').map_or((text, None), |(place, rest)| (place, Some(rest)));
+        let name = names.get(place)?;
+        Some(rest.map_or_else(|| name.clone(), |rest| format!("{name}.{rest}")))
+    };
+    match preimage {
+        Json::Object(fields) => {
+            let fields = fields.iter().map(|(name, value)| {
+                // A configuration is the user's own text.
+                let value = if name == "config" { value.clone() } else { with_names(value, names) };
+                (renamed(name).unwrap_or_else(|| name.clone()), value)
+            });
+            Json::Object(fields.collect())
+        }
+        Json::Array(values) => Json::Array(values.iter().map(|value| with_names(value, names)).collect()),
+        Json::String(text) => renamed(text).map_or_else(|| preimage.clone(), Json::String),
+        other => other.clone(),
+    }
+}
+
+/// What the places of a loop are called in the file: `s0` is `respond`.
+pub fn names_of(subgraph: &Subgraph) -> BTreeMap<String, String> {
+    let Subgraph::Loop(Loop { windows, carry, stages, .. }) = subgraph else { return BTreeMap::new() };
+    fn numbered<'a, T>(
+        letter: &'static str,
+        map: &'a IndexMap<String, T>,
+        prefix: &'static str,
+    ) -> impl Iterator<Item = (String, String)> + 'a {
+        map.keys().enumerate().map(move |(index, name)| (format!("{letter}{index}"), format!("{prefix}{name}")))
+    }
+    let stages = numbered::<BodyStage>("s", stages, "");
+    stages.chain(numbered::<Carry>("c", carry, "carry.")).chain(numbered::<Window>("w", windows, "windows.")).collect()
+}

@@ -1,0 +1,370 @@
+//! The spec: what the file says, typed, with places; names are not resolved yet.
+
+use contract::Conventions;
+use indexmap::IndexMap;
+
+use crate::diagnostic::{Diagnostic, Problems};
+use crate::graph::{Every, Last, Mode, Order};
+use crate::language::edit::{CARRY_FIELDS, LOOP_WINDOW_FIELDS, Removed};
+use crate::language::read::{self, Text, check_keys, check_name, mapping};
+use crate::yaml::{Map, Node, Span, Value};
+
+/// One cell of a pipeline: all edits applied, all parameters put in.
+pub(crate) struct Spec {
+    pub(crate) conventions: Conventions,
+    pub(crate) stages: IndexMap<String, StageSpec>,
+    pub(crate) report: Option<ReportSpec>,
+    /// What edits took away, for messages.
+    pub(crate) removed: Vec<Removed>,
+}
+
+/// A top-level stage.
+pub(crate) enum StageSpec {
+    Operator(OperatorSpec),
+    Loop(LoopSpec),
+}
+
+impl StageSpec {
+    pub(crate) fn span(&self) -> &Span {
+        match self {
+            StageSpec::Operator(operator) => &operator.span,
+            StageSpec::Loop(body) => &body.span,
+        }
+    }
+}
+
+/// A stage with a kind.
+pub(crate) struct OperatorSpec {
+    /// Its name in the file.
+    pub(crate) span: Span,
+    pub(crate) kind: Text,
+    /// Port, where it is written, and what it reads.
+    pub(crate) inputs: IndexMap<String, InputSpec>,
+    /// A mapping.
+    pub(crate) with: Node,
+    pub(crate) every: Option<(Every, Span)>,
+}
+
+/// An edge as written.
+pub(crate) struct InputSpec {
+    pub(crate) port: Span,
+    pub(crate) source: Text,
+}
+
+/// A loop.
+pub(crate) struct LoopSpec {
+    /// Its name in the file.
+    pub(crate) span: Span,
+    pub(crate) windows: IndexMap<String, WindowSpec>,
+    pub(crate) carry: IndexMap<String, CarrySpec>,
+    pub(crate) stages: IndexMap<String, OperatorSpec>,
+    pub(crate) rounds: Option<u64>,
+    pub(crate) unroll: bool,
+}
+
+/// A window of a loop.
+pub(crate) struct WindowSpec {
+    pub(crate) of: Option<Text>,
+    pub(crate) fields: WindowFields,
+}
+
+/// The numbers of a window, in a loop or in the `with` of a training kind used alone.
+pub(crate) struct WindowFields {
+    pub(crate) rows: Option<u64>,
+    pub(crate) take: Option<u64>,
+    pub(crate) epochs: Option<(u64, Span)>,
+    pub(crate) order: Order,
+    pub(crate) seed: u64,
+    pub(crate) last: Last,
+}
+
+/// A carried value.
+pub(crate) struct CarrySpec {
+    pub(crate) span: Span,
+    pub(crate) from: Option<Text>,
+    pub(crate) next: Option<Text>,
+    pub(crate) keep: KeepSpec,
+}
+
+/// Which round's value leaves the loop.
+pub(crate) enum KeepSpec {
+    Last,
+    Best { metric: Text, mode: Mode },
+    With(Text),
+}
+
+/// The table at the end.
+pub(crate) struct ReportSpec {
+    pub(crate) metrics: IndexMap<String, Text>,
+    pub(crate) compare: Vec<Text>,
+    pub(crate) seconds: Vec<Text>,
+    pub(crate) rows: IndexMap<String, IndexMap<String, Text>>,
+    pub(crate) caption: Option<String>,
+}
+
+impl Spec {
+    /// Reads a whole tree.
+    pub(crate) fn read(tree: &Node, removed: Vec<Removed>, problems: &mut Problems) -> Self {
+        if let Some(name) = tree.get("name") {
+            read::text(name, "name", problems);
+        }
+        let choices = [("sound", Conventions::Sound), ("reference", Conventions::Reference)];
+        let conventions =
+            tree.get("conventions").and_then(|node| read::choice(node, "conventions", &choices, problems));
+        let mut stages = IndexMap::new();
+        let section = tree.get("stages").and_then(|node| mapping(node, "stages", problems));
+        for (name, entry) in section.into_iter().flatten() {
+            check_name(name, &entry.key, problems);
+            if let Some(stage) = read_stage(name, &entry.key, &entry.node, problems) {
+                stages.insert(name.clone(), stage);
+            }
+        }
+        if tree.get("stages").is_none_or(|node| node.map().is_none_or(Map::is_empty)) {
+            let at = Span { end: tree.span.start, ..tree.span.clone() };
+            let diagnostic = Diagnostic::new("the pipeline has no stages", "add stages under `stages:`");
+            problems.push(diagnostic.at(at, "in this file"));
+        }
+        let report = tree.get("report").and_then(|node| read_report(node, problems));
+        Spec { conventions: conventions.unwrap_or_default(), stages, report, removed }
+    }
+}
+
+fn read_stage(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<StageSpec> {
+    let Some(body) = node.get("loop") else {
+        let operator = read_operator(name, span, node, problems)?;
+        if let Some((_, every)) = &operator.every {
+            let diagnostic = Diagnostic::new(
+                format!("`{name}` says `every`, but it is in no loop"),
+                "take `every` away, or move the stage into a `loop:`",
+            );
+            problems.push(diagnostic.at(every.clone(), "only in a loop"));
+        }
+        return Some(StageSpec::Operator(operator));
+    };
+    check_keys(mapping(node, name, problems)?, &format!("loop `{name}`"), &["loop"], problems);
+    Some(StageSpec::Loop(read_loop(name, span, body, problems)?))
+}
+
+fn read_operator(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<OperatorSpec> {
+    let map = mapping(node, name, problems)?;
+    check_keys(map, &format!("stage `{name}`"), &["kind", "in", "with", "every"], problems);
+    let inputs = map.get("in").and_then(|entry| mapping(&entry.node, "in", problems));
+    let inputs = inputs.into_iter().flatten().filter_map(|(port, entry)| {
+        let source = read::text(&entry.node, &format!("{name}.in.{port}"), problems)?;
+        Some((port.clone(), InputSpec { port: entry.key.clone(), source }))
+    });
+    let inputs = inputs.collect();
+    let with = match map.get("with") {
+        Some(entry) => {
+            mapping(&entry.node, "with", problems)?;
+            let at = Node::empty_map(entry.key.clone());
+            if entry.node.map().is_some() { entry.node.clone() } else { at }
+        }
+        None => Node::empty_map(span.clone()),
+    };
+    let every = map.get("every").and_then(|entry| Some((read_every(&entry.node, problems)?, entry.key.clone())));
+    let Some(kind) = map.get("kind") else {
+        let diagnostic = Diagnostic::new(format!("stage `{name}` has no `kind`"), "write `kind: NAME`, or `loop:`");
+        problems.push(diagnostic.at(span.clone(), "what does it do?"));
+        return None;
+    };
+    let kind = read::text(&kind.node, &format!("{name}.kind"), problems)?;
+    Some(OperatorSpec { span: span.clone(), kind, inputs, with, every })
+}
+
+fn read_every(node: &Node, problems: &mut Problems) -> Option<Every> {
+    match &node.value {
+        Value::Number(_) => read::whole(node, "every", 1, problems).map(Every::Rounds),
+        _ => read::choice(node, "every", &[("epoch", Every::Epoch), ("round", Every::Round)], problems),
+    }
+}
+
+fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<LoopSpec> {
+    let map = mapping(node, "loop", problems)?;
+    check_keys(map, &format!("loop `{name}`"), &["windows", "carry", "stages", "rounds", "unroll"], problems);
+    let mut windows = IndexMap::new();
+    let section = map.get("windows").and_then(|entry| mapping(&entry.node, "windows", problems));
+    for (window, entry) in section.into_iter().flatten() {
+        check_name(window, &entry.key, problems);
+        if let Some(read) = read_window(window, &entry.key, &entry.node, problems) {
+            windows.insert(window.clone(), read);
+        }
+    }
+    let mut carry = IndexMap::new();
+    let section = map.get("carry").and_then(|entry| mapping(&entry.node, "carry", problems));
+    for (value, entry) in section.into_iter().flatten() {
+        check_name(value, &entry.key, problems);
+        if let Some(read) = read_carry(value, &entry.key, &entry.node, problems) {
+            carry.insert(value.clone(), read);
+        }
+    }
+    let mut stages = IndexMap::new();
+    let section = map.get("stages").and_then(|entry| mapping(&entry.node, "stages", problems));
+    for (stage, entry) in section.into_iter().flatten() {
+        check_name(stage, &entry.key, problems);
+        if entry.node.get("loop").is_some() {
+            let message = format!("loop `{name}` holds another loop, `{stage}`");
+            let diagnostic = Diagnostic::new(message, "move the inner loop out, or make its work one stage");
+            problems.push(diagnostic.at(entry.key.clone(), "loops are not nested"));
+        } else if let Some(read) = read_operator(&format!("{name}.{stage}"), &entry.key, &entry.node, problems) {
+            stages.insert(stage.clone(), read);
+        }
+    }
+    if map.get("stages").is_none_or(|entry| entry.node.map().is_none_or(Map::is_empty)) {
+        let diagnostic = Diagnostic::new(format!("loop `{name}` has no stages"), "add stages under `loop.stages`");
+        problems.push(diagnostic.at(span.clone(), "nothing to repeat"));
+    }
+    let rounds = map.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let unroll = map.get("unroll").and_then(|entry| read::boolean(&entry.node, "unroll", problems)).unwrap_or(false);
+    check_rounds(name, span, map, &windows, problems);
+    Some(LoopSpec { span: span.clone(), windows, carry, stages, rounds, unroll })
+}
+
+/// One window has `epochs`, or the loop `rounds`: otherwise nothing says when it ends.
+fn check_rounds(name: &str, span: &Span, map: &Map, windows: &IndexMap<String, WindowSpec>, problems: &mut Problems) {
+    let mut counted = windows.iter().filter_map(|(window, spec)| Some((window, spec.fields.epochs.as_ref()?)));
+    let Some((first, (_, first_span))) = counted.next() else {
+        if map.get("rounds").is_none() {
+            let hint = "give one window `epochs`, or the loop `rounds`";
+            let diagnostic = Diagnostic::new(format!("nothing says how many rounds loop `{name}` has"), hint);
+            problems.push(diagnostic.at(span.clone(), "endless"));
+        }
+        return;
+    };
+    for (second, (_, span)) in counted {
+        let message = format!("windows `{first}` and `{second}` of loop `{name}` both have `epochs`");
+        let hint = "keep `epochs` on the window that fixes the rounds; others begin again when they end";
+        let diagnostic = Diagnostic::new(message, hint);
+        problems.push(diagnostic.at(span.clone(), "second").also(first_span.clone(), "first"));
+    }
+}
+
+fn read_window(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<WindowSpec> {
+    let map = mapping(node, name, problems)?;
+    check_keys(map, &format!("window `{name}`"), &LOOP_WINDOW_FIELDS, problems);
+    let of = map.get("of").and_then(|entry| read::text(&entry.node, "of", problems));
+    if !map.contains_key("of") {
+        let hint = "write `of: STAGE` with the dataset that enters";
+        let diagnostic = Diagnostic::new(format!("window `{name}` does not say what it is `of`"), hint);
+        problems.push(diagnostic.at(span.clone(), "`of` is missing"));
+    }
+    let fields = read_window_fields(map, problems);
+    if !map.contains_key("take") {
+        problems.push(no_take(&format!("window `{name}`"), span));
+    }
+    if let Some(repeat) = map.get("repeat") {
+        read::choice(&repeat.node, "repeat", &[("forever", ())], problems);
+        if let Some((_, epochs)) = &fields.epochs {
+            let message = format!("window `{name}` both ends after `epochs` and repeats forever");
+            let diagnostic = Diagnostic::new(message, "keep one of `epochs` and `repeat`");
+            problems.push(diagnostic.at(repeat.key.clone(), "repeats").also(epochs.clone(), "ends"));
+        }
+    }
+    Some(WindowSpec { of, fields })
+}
+
+/// Says that the number of rows a round is missing.
+pub(crate) fn no_take(what: &str, span: &Span) -> Diagnostic {
+    Diagnostic::new(format!("{what} does not say how many rows a round takes"), "write `take: N`")
+        .at(span.clone(), "`take` is missing")
+}
+
+/// Reads what a mapping holds of a window's fields, with their defaults.
+pub(crate) fn read_window_fields(map: &Map, problems: &mut Problems) -> WindowFields {
+    let mut number = |key: &str, least| {
+        let entry = map.get(key)?;
+        Some((read::whole(&entry.node, key, least, problems)?, entry.key.clone()))
+    };
+    let rows = number("rows", 1).map(|(rows, _)| rows);
+    let take = number("take", 1).map(|(take, _)| take);
+    let epochs = number("epochs", 1);
+    let seed = number("seed", 0).map_or(0, |(seed, _)| seed);
+    let orders = [("shuffle", Order::Shuffle), ("given", Order::Given)];
+    let order = map.get("order").and_then(|entry| read::choice(&entry.node, "order", &orders, problems));
+    let lasts = [("drop", Last::Drop), ("short", Last::Short)];
+    let last = map.get("last").and_then(|entry| read::choice(&entry.node, "last", &lasts, problems));
+    let (order, last) = (order.unwrap_or(Order::Shuffle), last.unwrap_or(Last::Drop));
+    WindowFields { rows, take, epochs, order, seed, last }
+}
+
+fn read_carry(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<CarrySpec> {
+    let map = mapping(node, name, problems)?;
+    check_keys(map, &format!("carried value `{name}`"), &CARRY_FIELDS, problems);
+    let from = map.get("from").and_then(|entry| read::text(&entry.node, "from", problems));
+    let next = map.get("next").and_then(|entry| read::text(&entry.node, "next", problems));
+    if !map.contains_key("next") {
+        let hint = "write `next: STAGE.PORT` with what it becomes";
+        let diagnostic = Diagnostic::new(format!("carried value `{name}` does not say what it is `next`"), hint);
+        problems.push(diagnostic.at(span.clone(), "`next` is missing"));
+    }
+    let keep = match (map.get("keep"), map.get("keep_with")) {
+        (Some(keep), Some(with)) => {
+            let message = format!("carried value `{name}` has both `keep` and `keep_with`");
+            let diagnostic = Diagnostic::new(message, "keep one of the two");
+            problems.push(diagnostic.at(with.key.clone(), "here").also(keep.key.clone(), "and here"));
+            None
+        }
+        (Some(keep), None) => read_keep(&keep.node, problems),
+        (None, Some(with)) => read::text(&with.node, "keep_with", problems).map(KeepSpec::With),
+        (None, None) => None,
+    };
+    Some(CarrySpec { span: span.clone(), from, next, keep: keep.unwrap_or(KeepSpec::Last) })
+}
+
+fn read_keep(node: &Node, problems: &mut Problems) -> Option<KeepSpec> {
+    if node.text() == Some("last") {
+        return Some(KeepSpec::Last);
+    }
+    let Some(map) = node.map() else {
+        problems.push(read::wrong_type(node, "keep", "`last` or `{best: STAGE.METRIC, mode: max}`"));
+        return None;
+    };
+    check_keys(map, "`keep`", &["best", "mode"], problems);
+    let (Some(best), Some(mode)) = (map.get("best"), map.get("mode")) else {
+        let message = "`keep` needs `best` and `mode`";
+        let diagnostic = Diagnostic::new(message, "write `keep: {best: STAGE.METRIC, mode: max}`");
+        problems.push(diagnostic.at(node.span.clone(), "not complete"));
+        return None;
+    };
+    let mode = read::choice(&mode.node, "mode", &[("max", Mode::Max), ("min", Mode::Min)], problems);
+    Some(KeepSpec::Best { metric: read_metric(&best.node, "best", problems)?, mode: mode? })
+}
+
+/// Text with a dot: `STAGE.METRIC`.
+fn read_metric(node: &Node, what: &str, problems: &mut Problems) -> Option<Text> {
+    let text = read::text(node, what, problems)?;
+    let whole = text.value.split_once('.').is_some_and(|(stage, metric)| !stage.is_empty() && !metric.is_empty());
+    if !whole {
+        problems.push(read::wrong_type(node, what, "`STAGE.METRIC`"));
+    }
+    whole.then_some(text)
+}
+
+fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
+    let map = mapping(node, "report", problems)?;
+    check_keys(map, "`report`", &["metric", "metrics", "compare", "seconds", "rows", "caption"], problems);
+    let mut metrics = IndexMap::new();
+    if let Some(text) = map.get("metric").and_then(|entry| read_metric(&entry.node, "metric", problems)) {
+        let heading = text.value.split_once('.').map_or(text.value.as_str(), |(_, metric)| metric);
+        metrics.insert(heading.to_owned(), text);
+    }
+    if let Some(entry) = map.get("metrics") {
+        metrics.extend(read_headings(&entry.node, "metrics", problems));
+    }
+    let mut list = |key| map.get(key).map(|entry| read::texts(&entry.node, key, problems)).unwrap_or_default();
+    let (compare, seconds) = (list("compare"), list("seconds"));
+    let rows = map.get("rows").and_then(|entry| mapping(&entry.node, "rows", problems));
+    let rows = rows.into_iter().flatten();
+    let rows = rows.map(|(label, entry)| (label.clone(), read_headings(&entry.node, label, problems))).collect();
+    let caption = map.get("caption").and_then(|entry| read::text(&entry.node, "caption", problems));
+    Some(ReportSpec { metrics, compare, seconds, rows, caption: caption.map(|text| text.value) })
+}
+
+/// `{heading: STAGE.METRIC}`.
+fn read_headings(node: &Node, what: &str, problems: &mut Problems) -> IndexMap<String, Text> {
+    let map = mapping(node, what, problems);
+    let headings = map.into_iter().flatten();
+    headings
+        .filter_map(|(heading, entry)| Some((heading.clone(), read_metric(&entry.node, heading, problems)?)))
+        .collect()
+}

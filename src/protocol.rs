@@ -1,0 +1,72 @@
+//! What the coordinator and its workers say to each other: JSON lines over the worker's standard input and output.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use cache::{Digest, Key};
+use contract::PortType;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+
+use crate::graph::Subgraph;
+
+/// From the coordinator.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case")]
+pub(crate) enum Order {
+    /// The first line.
+    Run(Box<Job>),
+    /// Keep a cut and stop.
+    Stop,
+}
+
+/// One subgraph to run.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// In canonical order, see [`crate::key`].
+    pub(crate) subgraph: Subgraph,
+    /// Content that enters, by entry.
+    pub(crate) inputs: BTreeMap<String, Input>,
+    /// Folder `outputs/NAME` of each output, named as in the store, is made here.
+    pub(crate) work: PathBuf,
+    /// The store, for cuts.
+    pub(crate) store: PathBuf,
+    /// Key of the subgraph.
+    pub(crate) key: Key,
+    /// `cpu` or `cuda:N`.
+    pub(crate) device: String,
+    /// Threads it may use.
+    pub(crate) threads: usize,
+    /// Seconds between two cuts.
+    pub(crate) cut_seconds: f64,
+}
+
+/// An artifact to read.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Input {
+    pub(crate) path: PathBuf,
+    pub(crate) port_type: PortType,
+    pub(crate) digest: Digest,
+}
+
+/// From the worker. `part` is the stage within a loop.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+pub(crate) enum Message {
+    /// It goes on from a cut.
+    Resumed { round: u64, rounds: u64 },
+    /// So far, in `unit`s.
+    Progress { part: Option<String>, done: u64, total: u64, unit: String },
+    /// A row of metrics. Not all of them: rows that come fast are thinned out, for the artifact has them all.
+    Metrics { part: Option<String>, row: Map<String, Json> },
+    /// For the user.
+    Warned { part: Option<String>, text: String },
+    /// A cut was kept.
+    Cut { round: u64, rounds: u64 },
+    /// Outputs are written, with name in the store and type. Seconds are those of all attempts.
+    Done { outputs: Vec<(String, PortType)>, seconds: f64, rounds: Option<u64> },
+    /// It went wrong.
+    Failed { error: String },
+    /// It stopped because it was told to; `cut` says where it will go on.
+    Stopped { cut: Option<(u64, u64)> },
+}

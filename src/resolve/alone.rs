@@ -1,0 +1,153 @@
+//! A training kind used alone: short for a loop with this one stage, so that there is one mechanism for windows, keeping
+//! the best round and checkpoints.
+
+use contract::{Alone, PortType};
+use indexmap::IndexMap;
+use serde_json::json;
+
+use crate::diagnostic::{Diagnostic, Problems};
+use crate::graph::{BodyStage, Carry, Every, Keep, Loop, Mode, Operator, Origin, PortRef, Subgraph, Window};
+use crate::language::kinds::{KindInfo, Kinds, WINDOW_FIELDS};
+use crate::language::read;
+use crate::language::spec::{OperatorSpec, Spec, WindowFields, no_take, read_window_fields};
+use crate::resolve::config;
+use crate::resolve::reference::{Outer, Output, Want};
+use crate::resolve::{Edge, PortsOf, Wired};
+use crate::yaml::Map;
+
+/// The stage itself, in its loop.
+const STEP: &str = "step";
+/// The stage that measures the loss on a validation set.
+const CHECK: &str = "check";
+
+/// A training stage whose configuration is checked.
+pub(super) struct Checked<'a> {
+    spec: &'a OperatorSpec,
+    contract: Alone,
+    operator: Operator,
+    window: Window,
+    rounds: Option<u64>,
+    /// Where the validation port is connected.
+    check: Option<Operator>,
+}
+
+pub(super) fn check<'a>(
+    name: &str,
+    spec: &'a OperatorSpec,
+    contract: &Alone,
+    info: &KindInfo,
+    all: &Spec,
+    kinds: &Kinds,
+    problems: &mut Problems,
+) -> Option<Checked<'a>> {
+    let own_seed = info.schema.fields(&[]).names.iter().any(|field| field == "seed");
+    // One seed decides the order of the rows and what the stage draws.
+    let aside: Vec<&str> = WINDOW_FIELDS.into_iter().filter(|field| *field != "seed" || !own_seed).collect();
+    let operator = config::operator(spec, info, &aside, all.conventions, problems);
+    let with = spec.with.map().expect("`with` is read as a mapping");
+    let window = read_window(name, spec, with, problems);
+    let rounds = with.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let check = match contract.valid.and_then(|port| spec.inputs.get(port)) {
+        Some(input) => Some(evaluation(all, kinds, &input.port, problems)?),
+        None => None,
+    };
+    Some(Checked { spec, contract: contract.clone(), operator: operator?, window: window?, rounds, check })
+}
+
+fn read_window(name: &str, spec: &OperatorSpec, with: &Map, problems: &mut Problems) -> Option<Window> {
+    let WindowFields { rows, take, epochs, order, seed, last } = read_window_fields(with, problems);
+    if !with.contains_key("take") {
+        problems.push(no_take(&format!("`{name}`"), &spec.span));
+    }
+    if !with.contains_key("epochs") && !with.contains_key("rounds") {
+        let message = format!("nothing says how long `{name}` trains");
+        let diagnostic = Diagnostic::new(message, "write `epochs: N` or `rounds: N` under `with:`");
+        problems.push(diagnostic.at(spec.span.clone(), "endless"));
+    }
+    Some(Window { rows, take: take?, epochs: epochs.map(|(epochs, _)| epochs), order, seed, last })
+}
+
+/// The loss on the validation set.
+fn evaluation(all: &Spec, kinds: &Kinds, port: &crate::yaml::Span, problems: &mut Problems) -> Option<Operator> {
+    let fault = |reason: String| {
+        Diagnostic::new(format!("the loss on a validation set cannot be measured: {reason}"), "disconnect this input")
+            .at(port.clone(), "asks for it")
+    };
+    let Some(info) = kinds.get("evaluate") else {
+        problems.push(fault("this program has no kind `evaluate`".into()));
+        return None;
+    };
+    let config = config::built_in(info, &json!({"metrics": ["loss"]}), all.conventions);
+    problems.keep(config.map_err(|errors| fault(errors.into_iter().map(|e| e.message).collect::<Vec<_>>().join("; "))))
+}
+
+impl Checked<'_> {
+    /// Its outputs as those of the stage itself: the carried value, and what it measures.
+    pub(super) fn outputs(&self) -> Vec<Output> {
+        let output = |name: &str, handoff: String, port_type| Output { name: name.to_owned(), handoff, port_type };
+        let mut outputs = vec![output(self.contract.next, self.contract.next.to_owned(), self.carried())];
+        if self.operator.ports.find_output("metrics").is_some_and(|port| port.port_type == PortType::Metrics) {
+            outputs.push(output("metrics", format!("{STEP}.metrics"), PortType::Metrics));
+        }
+        outputs
+    }
+
+    fn carried(&self) -> PortType {
+        let next = self.operator.ports.find_output(self.contract.next);
+        next.expect("a training kind has the output that its contract names").port_type
+    }
+
+    pub(super) fn wire(self, name: &str, outer: &Outer, problems: &mut Problems) -> Wired {
+        let extra: Vec<&str> = self.contract.valid.into_iter().collect();
+        let ports = PortsOf { name, keys: &["stages", name], spec: self.spec, operator: &self.operator, extra: &extra };
+        ports.check(outer, problems);
+        let Alone { data, carry, next, valid } = self.contract;
+        let mut inputs = IndexMap::from([(carry.to_owned(), Origin::Carry(next.to_owned()))]);
+        let mut edges = Vec::new();
+        for (port, input) in &self.spec.inputs {
+            let own = self.operator.ports.find_input(port).map(|port| port.port_type);
+            let is_valid = Some(port.as_str()) == valid;
+            let Some(port_type) = own.or(is_valid.then_some(PortType::Dataset)) else { continue };
+            let reader = format!("{name}.in.{port}");
+            let want = Want { reader: &reader, port, port_type: Some(port_type) };
+            let entry = if port == data {
+                inputs.insert(port.clone(), Origin::Window(data.to_owned()));
+                format!("windows.{data}")
+            } else if port == carry {
+                format!("carry.{next}")
+            } else if is_valid {
+                format!("{CHECK}.data")
+            } else {
+                inputs.insert(port.clone(), Origin::Outside);
+                format!("{STEP}.{port}")
+            };
+            if let Some((stage, output)) = outer.find(name, &input.source, &want, problems) {
+                edges.push(Edge::new(entry, stage, output, input.source.span.clone()));
+            }
+        }
+        let next_ref = PortRef { stage: STEP.to_owned(), port: next.to_owned() };
+        let keep = match self.check {
+            Some(_) => Keep::Best { stage: CHECK.to_owned(), metric: "loss".to_owned(), mode: Mode::Min },
+            None => Keep::Last,
+        };
+        let port_type = self.carried();
+        let step = BodyStage { operator: self.operator, every: Every::Round, inputs };
+        let mut stages = IndexMap::from([(STEP.to_owned(), step)]);
+        if let Some(operator) = self.check {
+            let inputs = IndexMap::from([
+                ("model".to_owned(), Origin::Stage(next_ref.clone())),
+                ("data".to_owned(), Origin::Outside),
+            ]);
+            stages.insert(CHECK.to_owned(), BodyStage { operator, every: Every::Epoch, inputs });
+        }
+        let body = Loop {
+            windows: IndexMap::from([(data.to_owned(), self.window)]),
+            carry: IndexMap::from([(next.to_owned(), Carry { port_type, next: next_ref, keep })]),
+            stages,
+            rounds: self.rounds,
+            unroll: false,
+            alone: true,
+        };
+        Wired { subgraph: Subgraph::Loop(body), edges }
+    }
+}

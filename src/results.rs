@@ -1,0 +1,92 @@
+//! What settled stages measured, read from their artifacts.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cache::Store;
+use contract::{Metrics, PortType};
+use serde_json::{Map, Value as Json};
+
+use crate::graph::Subgraph;
+use crate::plan::Settled;
+
+/// A number, with the interval that the stage itself gave it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    /// The number or its mean.
+    pub mean: f64,
+    /// 95 % interval.
+    pub interval: Option<(f64, f64)>,
+}
+
+/// What a stage measured, by name.
+///
+/// A stage outside of loops: its `metrics.json`, or the last row of its `metrics.jsonl`. A loop: for each of its stages
+/// the last row of its `metrics.jsonl`, by the stage's name. A training stage used alone: the last row of its own, with
+/// that of its validation under `check`.
+pub fn metrics(settled: &Settled, store: &Store) -> Result<Map<String, Json>> {
+    match &settled.action.subgraph {
+        Subgraph::Operator(operator) => {
+            let ports = operator.ports.outputs.iter().filter(|port| port.port_type == PortType::Metrics);
+            match ports.map(|port| &port.name).min_by_key(|name| *name != "metrics") {
+                Some(port) => match settled.artifact(port) {
+                    Some(artifact) => Ok(Metrics::load(&store.open_artifact(artifact)?)?.0),
+                    None => Ok(Map::new()),
+                },
+                None => last_row(settled, "metrics", store),
+            }
+        }
+        Subgraph::Loop(body) if body.alone => {
+            let mut own = last_row(settled, "step.metrics", store)?;
+            if body.stages.contains_key("check") {
+                own.insert("check".into(), Json::Object(last_row(settled, "check.metrics", store)?));
+            }
+            Ok(own)
+        }
+        Subgraph::Loop(body) => {
+            let rows = body.stages.keys().map(|stage| {
+                Ok((stage.clone(), Json::Object(last_row(settled, &format!("{stage}.metrics"), store)?)))
+            });
+            rows.collect()
+        }
+    }
+}
+
+/// A number that a stage measured, by its name in [`metrics`]; dots lead into a loop. `None` when it measured none.
+pub fn number(metrics: &Map<String, Json>, name: &str) -> Option<Measured> {
+    if let Some(value) = metrics.get(name) {
+        return measured(value);
+    }
+    let (outer, inner) = name.split_once('.')?;
+    number(metrics.get(outer)?.as_object()?, inner)
+}
+
+fn measured(value: &Json) -> Option<Measured> {
+    let Some(fields) = value.as_object() else {
+        return Some(Measured { mean: value.as_f64()?, interval: None });
+    };
+    let bounds = fields.get("interval").and_then(Json::as_array);
+    let interval = bounds.and_then(|bounds| Some((bounds.first()?.as_f64()?, bounds.get(1)?.as_f64()?)));
+    Some(Measured { mean: fields.get("mean")?.as_f64()?, interval })
+}
+
+fn last_row(settled: &Settled, output: &str, store: &Store) -> Result<Map<String, Json>> {
+    let Some(artifact) = settled.artifact(output) else { return Ok(Map::new()) };
+    let path = store.open_artifact(artifact)?.join("metrics.jsonl");
+    if !path.exists() {
+        return Ok(Map::new());
+    }
+    read_last_row(&path)
+}
+
+fn read_last_row(path: &Path) -> Result<Map<String, Json>> {
+    let file = fs::File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let mut last = None;
+    for line in BufReader::new(file).lines() {
+        last = Some(line.with_context(|| format!("cannot read `{}`", path.display()))?);
+    }
+    let Some(last) = last else { return Ok(Map::new()) };
+    serde_json::from_str(&last).with_context(|| format!("`{}` is not JSON lines", path.display()))
+}

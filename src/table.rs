@@ -1,0 +1,263 @@
+//! The table at the end of a run: a row for each compared variant, with intervals.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use cache::Store;
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableStyle, presets};
+use indexmap::IndexMap;
+use petgraph::graph::NodeIndex;
+use serde_json::{Map, Value as Json};
+
+use crate::graph::{Cell, Graph, MetricRef, Report};
+use crate::plan::Settled;
+use crate::results::{self, Measured};
+
+/// Rows and columns, ready to be written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReportTable {
+    /// Headings, that of the labels first.
+    pub headings: Vec<String>,
+    /// Labels and figures.
+    pub rows: Vec<Vec<String>>,
+    /// What the intervals are, and the file's own caption.
+    pub caption: Vec<String>,
+}
+
+/// Builds the table that the file asks for, of what is settled; `None` when it asks for none.
+///
+/// Cells that differ only in what an ablation repeats over make one row: mean ± half the width of the 95 % t-interval.
+pub fn table(graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Store) -> Result<Option<ReportTable>> {
+    let Some(report) = graph.cells.iter().find_map(|cell| cell.report.as_ref()) else { return Ok(None) };
+    let numbers = Numbers { settled, store };
+    let mut intervals = Intervals::default();
+    let headings: Vec<&String> = report.metrics.keys().chain(further_headings(report)).collect();
+    let mut row = |label: String, cells: &[&Cell], metrics: &IndexMap<String, MetricRef>, seconds: &[String]| {
+        let mut row = vec![label];
+        for heading in &headings {
+            let metric = metrics.get(*heading);
+            row.push(metric.map_or(Ok(String::new()), |metric| numbers.figure(cells, metric, &mut intervals))?);
+        }
+        if !report.seconds.is_empty() {
+            row.push(numbers.seconds(cells, seconds));
+        }
+        Ok::<_, anyhow::Error>(row)
+    };
+    let mut rows = Vec::new();
+    for group in groups(graph, report) {
+        rows.push(row(row_label(group[0]), &group, &report.metrics, &report.seconds)?);
+    }
+    for (label, metrics) in &report.rows {
+        rows.push(row(label.clone(), &graph.cells[..1].iter().collect::<Vec<_>>(), metrics, &[])?);
+    }
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let label = ["variant".to_owned()].into_iter();
+    let seconds = (!report.seconds.is_empty()).then(|| "seconds".to_owned());
+    let headings = label.chain(headings.into_iter().cloned()).chain(seconds).collect();
+    Ok(Some(ReportTable { headings, rows, caption: caption(report, &intervals) }))
+}
+
+/// Headings that only further rows have.
+fn further_headings(report: &Report) -> impl Iterator<Item = &String> {
+    let mut seen: Vec<&String> = report.metrics.keys().collect();
+    let all = report.rows.values().flat_map(|row| row.keys());
+    all.filter(move |heading| {
+        let new = !seen.contains(heading);
+        seen.push(heading);
+        new
+    })
+}
+
+fn caption(report: &Report, intervals: &Intervals) -> Vec<String> {
+    let mut caption = Vec::new();
+    if intervals.repeats {
+        caption.push("±: half the width of the 95 % t-interval of the mean over n repeats".to_owned());
+    }
+    if intervals.own {
+        caption.push("[low, high]: 95 % interval, as the stage measured it".to_owned());
+    }
+    caption.extend(report.caption.clone());
+    caption
+}
+
+/// What sorts of intervals the table shows.
+#[derive(Default)]
+struct Intervals {
+    repeats: bool,
+    own: bool,
+}
+
+/// Cells of one row each, in the order that the report compares variants in.
+fn groups<'g>(graph: &'g Graph, report: &Report) -> Vec<Vec<&'g Cell>> {
+    let mut groups: Vec<Vec<&Cell>> = Vec::new();
+    let position = |cell: &Cell| report.compare.iter().position(|variant| *variant == cell.variant);
+    let mut cells: Vec<&Cell> =
+        graph.cells.iter().filter(|cell| report.compare.is_empty() || position(cell).is_some()).collect();
+    cells.sort_by_key(|cell| position(cell));
+    for cell in cells {
+        match groups.iter_mut().find(|group| group[0].variant == cell.variant && group[0].over == cell.over) {
+            Some(group) => group.push(cell),
+            None => groups.push(vec![cell]),
+        }
+    }
+    groups
+}
+
+fn row_label(cell: &Cell) -> String {
+    let show = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let over = cell.over.iter().map(|(path, value)| format!(" {path}={}", show(value)));
+    format!("{}{}", cell.variant, over.collect::<String>())
+}
+
+struct Numbers<'a> {
+    settled: &'a BTreeMap<NodeIndex, Settled>,
+    store: &'a Store,
+}
+
+impl Numbers<'_> {
+    /// One figure of the table; `-` when the stage has not run or is not there.
+    fn figure(&self, cells: &[&Cell], metric: &MetricRef, intervals: &mut Intervals) -> Result<String> {
+        let mut found = Vec::new();
+        for cell in cells {
+            found.extend(self.measured(cell, metric)?);
+        }
+        Ok(match found.as_slice() {
+            [] => "-".into(),
+            [Measured { mean, interval: None }] => figure(*mean),
+            [Measured { mean, interval: Some((low, high)) }] => {
+                intervals.own = true;
+                format!("{} [{}, {}]", figure(*mean), figure(*low), figure(*high))
+            }
+            several => {
+                let means: Vec<f64> = several.iter().map(|measured| measured.mean).collect();
+                let (mean, half) = t_interval(&means);
+                intervals.repeats = true;
+                format!("{} ± {} (n={})", figure(mean), figure(half), means.len())
+            }
+        })
+    }
+
+    fn measured(&self, cell: &Cell, metric: &MetricRef) -> Result<Option<Measured>> {
+        let Some(settled) = self.stage(cell, &metric.stage) else { return Ok(None) };
+        let metrics: Map<String, Json> = results::metrics(settled, self.store)?;
+        Ok(results::number(&metrics, &metric.metric))
+    }
+
+    /// Seconds of the stages when they were made, the mean over the cells.
+    fn seconds(&self, cells: &[&Cell], stages: &[String]) -> String {
+        let of_cell = |cell: &&Cell| -> Option<f64> {
+            stages.iter().filter(|stage| cell.names.contains_key(*stage)).map(|stage| self.stage(cell, stage)?.seconds()).sum()
+        };
+        let seconds: Vec<f64> = cells.iter().filter_map(of_cell).collect();
+        if stages.is_empty() {
+            return String::new();
+        }
+        if seconds.is_empty() {
+            return "-".into();
+        }
+        format!("{:.1}", seconds.iter().sum::<f64>() / seconds.len() as f64)
+    }
+
+    fn stage(&self, cell: &Cell, name: &str) -> Option<&Settled> {
+        self.settled.get(cell.names.get(name)?)
+    }
+}
+
+/// A number with as many digits as a table needs: four significant ones, at most four after the point.
+pub fn figure(number: f64) -> String {
+    let size = number.abs();
+    let digits = match size {
+        _ if !number.is_finite() => return number.to_string(),
+        _ if size >= 10.0 => 2,
+        _ if size >= 1.0 => 3,
+        _ if size >= 1e-3 || size == 0.0 => 4,
+        _ => return format!("{number:.2e}"),
+    };
+    let text = format!("{number:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+/// Mean and half the width of its 95 % t-interval.
+pub fn t_interval(numbers: &[f64]) -> (f64, f64) {
+    let count = numbers.len() as f64;
+    let mean = numbers.iter().sum::<f64>() / count;
+    if numbers.len() < 2 {
+        return (mean, f64::NAN);
+    }
+    let variance = numbers.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (count - 1.0);
+    (mean, t_quantile(numbers.len() - 1) * (variance / count).sqrt())
+}
+
+/// The 97.5 % quantile of Student's t with so many degrees of freedom.
+fn t_quantile(degrees: usize) -> f64 {
+    const EXACT: [f64; 30] = [
+        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+        2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+    ];
+    // Beyond the table: the first terms of the expansion around the normal quantile, right to three digits.
+    let n = degrees as f64;
+    EXACT.get(degrees.saturating_sub(1)).copied().unwrap_or(1.959_964 + 2.372_27 / n + 2.822_5 / (n * n))
+}
+
+impl ReportTable {
+    /// For a terminal.
+    pub fn text(&self) -> String {
+        let mut table = self.table(presets::UTF8_HORIZONTAL_ONLY);
+        table.set_content_arrangement(ContentArrangement::Disabled);
+        self.with_caption(&table.trim_fmt(), "")
+    }
+
+    /// As Markdown.
+    pub fn markdown(&self) -> String {
+        self.with_caption(&self.table(presets::ASCII_MARKDOWN).to_string(), "\n")
+    }
+
+    fn table(&self, style: TableStyle) -> Table {
+        let mut table = Table::new();
+        table.load_style(style).set_header(&self.headings);
+        for row in &self.rows {
+            table.add_row(row);
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table
+    }
+
+    fn with_caption(&self, table: &str, gap: &str) -> String {
+        let mut text = format!("{table}\n");
+        if !self.caption.is_empty() {
+            text += gap;
+        }
+        for line in &self.caption {
+            text += &format!("{line}\n");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interval_is_that_of_student() {
+        // By hand: mean 2, standard deviation 1, three numbers: 4.303 / sqrt(3).
+        let (mean, half) = t_interval(&[1.0, 2.0, 3.0]);
+        assert_eq!(mean, 2.0);
+        assert!((half - 2.4843).abs() < 1e-3, "{half}");
+        // From tables: 2.0003 for 60 degrees of freedom, 1.9799 for 120.
+        assert!((t_quantile(60) - 2.0003).abs() < 1e-3 && (t_quantile(120) - 1.9799).abs() < 1e-3);
+        assert!((t_quantile(30) - t_quantile(31)).abs() < 5e-3);
+    }
+
+    #[test]
+    fn figures_have_as_many_digits_as_a_table_needs() {
+        let cases = [(61.234, "61.23"), (1.5, "1.5"), (0.12345, "0.1235"), (0.0, "0"), (1.2e-5, "1.20e-5"), (-3.0, "-3"), (100.0, "100")];
+        for (number, expected) in cases {
+            assert_eq!(figure(number), expected);
+        }
+    }
+}

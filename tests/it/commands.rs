@@ -1,0 +1,133 @@
+//! The other commands.
+
+use crate::harness::Project;
+use crate::runs::PROMPTKD;
+
+#[test]
+fn check_finds_errors_with_their_place() {
+    let project = Project::new(PROMPTKD);
+    project.run("check FILE --all").expect(0, &["ok: 2 cells, 9 distinct stages"]);
+    project.write("p.yaml", &PROMPTKD.replace("rows: 24", "rws: 24"));
+    project.run("check FILE").expect(2, &["p.yaml:6:", "rws"]);
+    project.run("run nowhere.yaml").expect(2, &["nowhere.yaml"]);
+    project.run("run FILE --device gpu").expect(2, &["unknown device `gpu`"]);
+}
+
+#[test]
+fn plan_says_what_would_run_and_why() {
+    let project = Project::new(PROMPTKD);
+    project.run("plan FILE --check").expect(3, &["run                 data      never run", "depends-on-result   train"]);
+    project.run("run FILE").expect(0, &[]);
+    project.run("plan FILE --set train.learn.rate=0.5").expect(0, &["run                 train     learn.rate: 0.05 -> 0.5"]);
+    project.run("plan FILE --check").expect(0, &[]);
+}
+
+#[test]
+fn why_names_the_value_and_its_place() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    project.run("why FILE train").expect(0, &["train: cached", "the same as in every earlier run"]);
+    project.write("p.yaml", &PROMPTKD.replace("rate: 0.05", "rate: 0.07"));
+    let line = PROMPTKD.lines().position(|line| line.contains("rate: 0.05")).unwrap() + 1;
+    project.run("why FILE train").expect(0, &["train: will run", "learn.rate: 0.05 -> 0.07", &format!("p.yaml:{line}:")]);
+    project.run("why FILE score").expect(0, &["score: its key depends on `train`"]);
+    // The default of a field is left out of the key, and its place is known all the same.
+    project.write("p.yaml", &PROMPTKD.replace("rate: 0.2}", "rate: 0.1}"));
+    project.run("why FILE student0").expect(0, &["step.rate: 0.2 -> default"]);
+    project.run("why FILE train --variant slow").expect(0, &["depends on `student0`"]);
+}
+
+#[test]
+fn a_new_variant_is_compared_with_the_base() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    project.run("why FILE train --variant slow").expect(0, &["learn.rate: 0.05 -> 0.01"]);
+}
+
+#[test]
+fn show_has_the_promised_form() {
+    let project = Project::new(PROMPTKD);
+    let shown = project.show("");
+    assert_eq!((&shown["stages"]["data"]["status"], &shown["stages"]["score"]["key"]), (&"run".into(), &serde_json::Value::Null));
+    project.run("run FILE").expect(0, &[]);
+    let shown = project.show("");
+    let stages = shown["stages"].as_object().unwrap();
+    let train = &stages["train"];
+    assert_eq!(train.as_object().unwrap().keys().collect::<Vec<_>>(), ["key", "status", "outputs", "metrics"]);
+    assert_eq!(train["outputs"].as_object().unwrap().keys().collect::<Vec<_>>(), ["prompt", "student"]);
+    let path = train["outputs"]["student"]["path"].as_str().unwrap();
+    assert!(std::path::Path::new(path).join("numbers.bin").is_file());
+    assert!(stages["train.learn"]["metrics"]["loss"].is_f64());
+    let rows = stages["train.learn"]["outputs"]["metrics"]["path"].as_str().unwrap();
+    assert_eq!(std::fs::read_to_string(format!("{rows}/metrics.jsonl")).unwrap().lines().count(), 24);
+    assert!(stages["score"]["metrics"]["score"].is_f64());
+    // A training stage used alone is shown as itself.
+    assert!(stages["student0"]["outputs"].get("model").is_some() && stages["student0"]["outputs"].get("metrics").is_some());
+    assert!(stages["student0"]["metrics"]["check"]["loss"].is_f64());
+    assert!(!stages.contains_key("student0.step"));
+    project.run("show FILE score").expect(0, &["score  cached", "score = "]);
+}
+
+#[test]
+fn export_copies_verified_bytes_and_never_overwrites() {
+    let project = Project::new(PROMPTKD);
+    project.run("export FILE teacher --to out").expect(2, &["`teacher` has no result yet"]);
+    project.run("run FILE").expect(0, &[]);
+    project.run("export FILE train.student --to out").expect(0, &["out"]);
+    let kept = project.show("")["stages"]["train"]["outputs"]["student"]["path"].as_str().unwrap().to_owned();
+    let bytes = |folder: &str| std::fs::read(format!("{folder}/numbers.bin")).unwrap();
+    assert_eq!(bytes(&kept), bytes(project.path("out").to_str().unwrap()));
+    assert!(!std::fs::metadata(project.path("out/numbers.bin")).unwrap().permissions().readonly());
+    project.run("export FILE train.student --to out").expect(2, &["`out` is already there"]);
+    project.run("export FILE train --to other").expect(2, &["`train.prompt`", "`train.student`"]);
+    project.run("export FILE teacher --to teacher").expect(0, &[]);
+    assert!(project.path("teacher/numbers.bin").is_file());
+}
+
+#[test]
+fn a_shipped_pipeline_runs_in_any_folder_and_can_be_copied() {
+    let project = Project::new("");
+    project.run("run shipped.yaml").expect(0, &["done: 2 ran"]);
+    project.run("init shipped.yaml").expect(0, &["shipped.yaml"]);
+    assert!(project.read("shipped.yaml").contains("name: shipped"));
+    project.run("run shipped.yaml").expect(0, &["done: 0 ran, 2 reused"]);
+}
+
+#[test]
+fn score_is_lent_by_the_stages() {
+    let project = Project::new("");
+    project.write("p.jsonl", "{}\n{}\n");
+    project.write("r.jsonl", "{}\n");
+    let ran = project.run("score --predictions p.jsonl --references r.jsonl --json").expect(0, &[]);
+    let scores: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&scores["predictions"], &scores["references"]), (&2.into(), &1.into()));
+    project.run("score --predictions none.jsonl --references r.jsonl").expect(4, &["none.jsonl"]);
+}
+
+#[test]
+fn the_store_can_be_measured_and_verified() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE --store elsewhere").expect(0, &[]);
+    project.run("cache du --store elsewhere").expect(0, &["artifacts", "checkpoints", "all"]);
+    let usage: serde_json::Value = serde_json::from_str(&project.run("cache du --store elsewhere --json").stdout).unwrap();
+    assert!(usage["cas"]["bytes"].as_u64().unwrap() > 0);
+    assert_eq!(usage["cut"]["files"], 0, "checkpoints of finished work are dropped");
+    project.run("cache verify --store elsewhere").expect(0, &[": 0 damaged"]);
+    assert!(!project.path(".pipeline").exists());
+}
+
+#[test]
+fn a_store_that_cannot_be_made_is_a_status_of_its_own() {
+    let project = Project::new(PROMPTKD);
+    project.write("file", "");
+    project.run("run FILE --store file/store").expect(4, &["error: "]);
+}
+
+#[test]
+fn drawing_and_catalogue_come_from_the_same_definitions() {
+    let project = Project::new(PROMPTKD);
+    project.run("graph FILE").expect(0, &["flowchart", "learn"]);
+    project.run("graph FILE --format dot").expect(0, &["digraph"]);
+    project.run("stages learn").expect(0, &["learn"]);
+    project.run("schema").expect(0, &["\"stages\""]);
+}

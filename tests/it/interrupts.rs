@@ -1,0 +1,149 @@
+//! Runs that are cut short: by an interrupt, by the death of a worker, by the death of everything. The same command goes
+//! on, no step by hand is needed, no process is left, and the results have the same bits.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Child;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::{Project, Ran, children, is_alive, wait_until};
+use crate::runs::PROMPTKD;
+
+/// Rounds that the loop of the pipeline has.
+const ROUNDS: usize = 24;
+
+fn kill(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    // It may have ended by itself.
+    let _ = kill_process(pid, signal);
+}
+
+/// Digests of a run that nobody disturbed.
+fn undisturbed() -> Vec<String> {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    project.digests("")
+}
+
+/// Starts a run and waits until the loop is in its `round`th round.
+fn start_until_round(project: &Project, arguments: &str, round: usize) -> Child {
+    let running = project.start(arguments);
+    wait_until("the loop runs", || project.lines("rounds.txt") >= round);
+    running
+}
+
+fn wait(running: Child) -> Ran {
+    Ran::new(running.wait_with_output().unwrap())
+}
+
+#[test]
+fn an_interrupt_cuts_and_the_same_command_goes_on() {
+    for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let project = Project::new(PROMPTKD);
+        let running = start_until_round(&project, "run FILE", 5);
+        kill(running.id(), signal);
+        let stopped = wait(running).expect(status, &["stopped  train", "the next run goes on after round", "interrupted: "]);
+        assert!(stopped.stderr.lines().last().unwrap().starts_with("interrupted: the same command goes on"));
+        let before = project.lines("rounds.txt");
+        project.run("plan FILE --check").expect(3, &["resume", "train     goes on after round"]);
+        project.run("run FILE").expect(0, &["resumed  train"]);
+        assert!(project.lines("rounds.txt") <= ROUNDS + 1, "rounds before the cut ran again: {before}");
+        assert_eq!(project.digests(""), undisturbed());
+    }
+}
+
+#[test]
+fn an_interrupt_between_loops_leaves_nothing_half_done() {
+    let project = Project::new(
+        "
+version: 1
+name: slow
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  slow: {kind: slow, in: {data: source}, with: {milliseconds: 60000}}
+",
+    );
+    let running = project.start("run FILE --json");
+    wait_until("the stage runs", || children(running.id()).len() == 1 && project.path(".pipeline/runs").exists());
+    let worker = children(running.id())[0];
+    std::thread::sleep(Duration::from_millis(100));
+    kill(running.id(), Signal::INT);
+    let ran = wait(running).expect(130, &[]);
+    let events = ran.events();
+    let last = events.last().unwrap();
+    assert_eq!((&last["event"], &last["status"]), (&"run_finished".into(), &"interrupted".into()));
+    wait_until("the worker is gone", || !is_alive(worker));
+    assert_eq!(std::fs::read_dir(project.path(".pipeline/work")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_second_interrupt_kills() {
+    let pipeline = PROMPTKD.replace("sleep: 10", "sleep: 60000");
+    let project = Project::new(&pipeline);
+    let running = start_until_round(&project, "run FILE", 1);
+    let worker = children(running.id())[0];
+    kill(running.id(), Signal::INT);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(is_alive(worker), "one interrupt lets the round end");
+    kill(running.id(), Signal::INT);
+    wait(running).expect(130, &["interrupted"]);
+    wait_until("the worker is gone", || !is_alive(worker));
+}
+
+#[test]
+fn a_killed_run_leaves_no_process_and_ends_with_the_same_bits() {
+    let expected = undisturbed();
+    let project = Project::new(PROMPTKD);
+    for round in [2, 7, 13] {
+        let mut running = start_until_round(&project, "run FILE --cut-every 0.02", round);
+        let workers = children(running.id());
+        assert!(!workers.is_empty());
+        kill(running.id(), Signal::KILL);
+        assert_eq!(running.wait().unwrap().signal(), Some(9));
+        wait_until("no worker outlives its coordinator", || workers.iter().all(|worker| !is_alive(*worker)));
+    }
+    project.run("run FILE").expect(0, &["resumed  train"]);
+    assert_eq!(project.digests(""), expected);
+}
+
+#[test]
+fn a_killed_worker_fails_its_stage_and_the_next_run_goes_on() {
+    let project = Project::new(PROMPTKD);
+    let running = start_until_round(&project, "run FILE --cut-every 0", 6);
+    for worker in children(running.id()) {
+        kill(worker, Signal::KILL);
+    }
+    let killed = wait(running).expect(1, &["killed, as the system does when memory runs out", "needs `train`"]);
+    assert!(killed.words().contains(&"failed train".into()));
+    project.run("run FILE").expect(0, &["resumed  train", "done: 2 ran"]);
+    assert_eq!(project.digests(""), undisturbed());
+}
+
+#[test]
+fn a_failing_round_is_run_again_from_the_newest_cut_once_mended() {
+    let failing = PROMPTKD.replace("sleep: 10", "sleep: 10, fail_at: 9");
+    let project = Project::new(&failing);
+    project.run("run FILE --cut-every 0").expect(1, &["stage `learn`, round 10: told to fail in round 9"]);
+    // Another configuration is another key, so nothing of the failed attempt is used.
+    project.write("p.yaml", PROMPTKD);
+    let ran = project.run("run FILE").expect(0, &["ran      train"]);
+    assert!(!ran.words().contains(&"resumed train".into()));
+    assert_eq!(project.digests(""), undisturbed());
+}
+
+#[test]
+fn a_run_that_waits_for_another_can_be_interrupted() {
+    let project = Project::new(&PROMPTKD.replace("sleep: 10", "sleep: 200"));
+    let first = start_until_round(&project, "run FILE", 1);
+    let second = project.start("run FILE");
+    wait_until("the second run waits", || {
+        let runs = std::fs::read_dir(project.path(".pipeline/runs")).unwrap().flatten();
+        let events = runs.map(|run| std::fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default());
+        events.into_iter().any(|text| text.contains("stage_waiting"))
+    });
+    kill(second.id(), Signal::INT);
+    wait(second).expect(130, &["stopped  train"]);
+    kill(first.id(), Signal::INT);
+    wait(first).expect(130, &["stopped  train"]);
+}

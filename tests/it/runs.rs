@@ -1,0 +1,313 @@
+//! Runs that end: what runs, what is reused, what fails, and what is said of it.
+
+use std::fs;
+use std::time::Instant;
+
+use crate::harness::{Project, Ran};
+
+/// Prompt distillation in miniature.
+pub(crate) const PROMPTKD: &str = "
+version: 1
+name: small
+params: {seed: 1}
+stages:
+  data: {kind: rows, with: {rows: 24}}
+  valid: {kind: rows, with: {rows: 5, seed: 2}}
+  teacher: {kind: init, with: {value: 2.0}}
+  student0:
+    kind: learn
+    in: {data: data, valid: valid}
+    with: {take: 4, epochs: 3, rate: 0.2}
+  prompt0: {kind: init, with: {value: 3.0, width: 2}}
+  train:
+    loop:
+      windows:
+        batch: {of: data, take: 4, epochs: 4, order: shuffle, seed: \"${params.seed}\"}
+      carry:
+        student: {from: student0, next: learn.model, keep: {best: check.score, mode: max}}
+        prompt: {from: prompt0, next: tune.model, keep_with: student}
+      stages:
+        respond: {kind: respond, in: {model: carry.student, data: windows.batch}}
+        tune: {kind: learn, in: {model: carry.prompt, teacher: carry.student, data: respond}}
+        learn:
+          kind: learn
+          in: {model: carry.student, teacher: teacher, data: respond}
+          with: {rate: 0.05, sleep: 10, count: rounds.txt}
+        check: {kind: evaluate, every: epoch, in: {model: learn.model, data: valid}}
+  score: {kind: evaluate, in: {model: train.student, data: valid}}
+variants:
+  slow: {set: {train.learn.rate: 0.01}}
+ablations:
+  seeds: {repeat: {params.seed: [1, 2, 3]}}
+report: {metric: score.score, compare: [base, slow], seconds: [train]}
+";
+
+/// A chain that counts its runs: source, first, second.
+fn chain(note: &str, keep: usize) -> String {
+    format!(
+        "
+version: 1
+name: chain
+stages:
+  source: {{kind: rows, with: {{rows: 6}}}}
+  first: {{kind: count, in: {{data: source}}, with: {{file: first.txt, keep: {keep}, note: {note}}}}}
+  second: {{kind: count, in: {{data: first}}, with: {{file: second.txt}}}}
+"
+    )
+}
+
+#[test]
+fn a_second_run_reuses_everything_and_takes_well_under_a_second() {
+    let project = Project::new(PROMPTKD);
+    let first = project.run("run FILE").expect(0, &["done: 7 ran, 0 reused", "base", "seconds"]);
+    let since = Instant::now();
+    let second = project.run("run FILE").expect(0, &["done: 0 ran, 7 reused"]);
+    assert!(since.elapsed().as_secs_f64() < 0.8, "{:?}", since.elapsed());
+    assert_eq!(first.stdout, second.stdout, "a table holds figures of when things were made");
+    project.run("plan FILE --check").expect(0, &["cached"]);
+}
+
+#[test]
+fn a_variant_runs_only_what_differs() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    let ran = project.run("run FILE --variant base,slow").expect(0, &["done: 2 ran, 7 reused", "slow"]);
+    let words = ran.words();
+    assert!(words.contains(&"ran train".into()) && words.contains(&"reused teacher".into()), "{words:?}");
+    let shown = project.show("--variant base,slow");
+    assert_eq!(shown["cells"]["slow"]["stages"]["train.learn"]["status"], "cached");
+}
+
+#[test]
+fn equal_bytes_cut_off_all_work_below() {
+    let project = Project::new(&chain("one", 4));
+    project.run("run FILE").expect(0, &["done: 3 ran"]);
+    // Another key for `first`, with the same result.
+    project.write("p.yaml", &chain("two", 4));
+    project.run("plan FILE").expect(0, &["run                 first   note: one -> two", "depends-on-result   second  on `first`"]);
+    project.run("run FILE").expect(0, &["done: 1 ran, 2 reused"]);
+    project.write("p.yaml", &chain("two", 5));
+    project.run("run FILE").expect(0, &["done: 2 ran, 1 reused"]);
+    assert_eq!((project.lines("first.txt"), project.lines("second.txt")), (3, 2));
+}
+
+#[test]
+fn names_comments_order_and_threads_change_no_key() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE --threads 1").expect(0, &[]);
+    let rename = [
+        ("respond:", "answer:"),
+        ("data: respond}", "data: answer}"),
+        ("student: {from", "pupil: {from"),
+        ("carry.student", "carry.pupil"),
+        ("keep_with: student}", "keep_with: pupil}"),
+        ("train.student", "train.pupil"),
+        ("batch: {of", "part: {of"),
+        ("windows.batch", "windows.part"),
+        ("teacher: {kind", "master: {kind"),
+        ("teacher: teacher", "teacher: master"),
+        ("version: 1", "# A comment.\nversion: 1"),
+        ("{rate: 0.05, sleep: 10, count: rounds.txt}", "{sleep: 10, count: rounds.txt, rate: 5e-2, seed: 0}"),
+    ];
+    let renamed = rename.iter().fold(PROMPTKD.to_owned(), |text, (old, new)| {
+        assert!(text.contains(old), "{old}");
+        text.replace(old, new)
+    });
+    project.write("p.yaml", &renamed);
+    project.run("plan FILE --check --threads 2 --device cpu --jobs 2").expect(0, &["cached", "master"]);
+}
+
+#[test]
+fn results_do_not_depend_on_threads_jobs_or_unrolling() {
+    let fused = Project::new(PROMPTKD);
+    fused.run("run FILE --threads 1").expect(0, &[]);
+    let unrolled = Project::new(PROMPTKD);
+    unrolled.run("run FILE --unroll --jobs 2 --threads 4 --cut-every 0").expect(0, &["done: 7 ran"]);
+    assert_eq!(fused.digests(""), unrolled.digests(""));
+}
+
+#[test]
+fn a_failed_stage_stops_what_needs_it_and_nothing_else() {
+    let pipeline = "
+version: 1
+name: failing
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  broken: {kind: fail, in: {after: source}, with: {how: error}}
+  after: {kind: count, in: {data: broken}, with: {file: after.txt}}
+  aside: {kind: count, in: {data: source}, with: {file: aside.txt}}
+";
+    let project = Project::new(pipeline);
+    let ran = project.run("run FILE").expect(
+        1,
+        &["cannot go on: told to fail", "| about to go wrong", "needs `broken`", "failed: 2 ran, 0 reused, 1 failed"],
+    );
+    assert_eq!(ran.words(), ["ran source", "failed broken", "skipped after", "ran aside"]);
+    let last = ran.stderr.lines().last().unwrap();
+    assert_eq!(last, "error: stage `broken` failed: cannot go on: told to fail");
+    assert_eq!((project.lines("after.txt"), project.lines("aside.txt")), (0, 1));
+}
+
+#[test]
+fn panics_and_crashes_of_a_stage_are_its_own() {
+    for (how, said) in [("panic", "panicked: told to panic"), ("abort", "the worker ended without a result: killed by signal 6")] {
+        let pipeline = format!(
+            "version: 1\nname: crash\nstages:\n  broken: {{kind: fail, with: {{how: {how}}}}}\n  other: {{kind: init}}\n"
+        );
+        let project = Project::new(&pipeline);
+        project.run("run FILE").expect(1, &[said, "ran      other"]);
+    }
+}
+
+#[test]
+fn a_source_is_known_by_its_content_and_not_by_its_path() {
+    let pipeline = |path: &str| {
+        format!("version: 1\nname: source\nstages:\n  read: {{kind: read-rows, with: {{path: {path}}}}}\n  model: {{kind: learn, in: {{data: read}}, with: {{take: 1, epochs: 1}}}}\n")
+    };
+    let project = Project::new(&pipeline("a.txt"));
+    project.write("a.txt", "1\n2\n3\n");
+    project.run("run FILE").expect(0, &["done: 2 ran"]);
+    project.write("b.txt", "1\n2\n3\n");
+    project.write("p.yaml", &pipeline("b.txt"));
+    project.run("run FILE").expect(0, &["done: 0 ran, 2 reused"]);
+    project.write("b.txt", "1\n2\n4\n");
+    project.run("run FILE").expect(0, &["done: 2 ran"]);
+    project.write("p.yaml", &pipeline("c.txt"));
+    project.run("plan FILE").expect(0, &["cannot-run          read", "c.txt"]);
+    project.run("run FILE").expect(1, &["`path` of stage kind `read-rows`", "c.txt"]);
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_not_published_under_the_old_key() {
+    let project = Project::new(
+        "version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n",
+    );
+    project.write("a.txt", "1\n2\n3\n");
+    let running = project.start("run FILE");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    project.write("a.txt", "4\n5\n6\n");
+    Ran::new(running.wait_with_output().unwrap()).expect(1, &["`a.txt` changed while the stage was running"]);
+    project.write("a.txt", "1\n2\n3\n");
+    project.run("plan FILE --check").expect(3, &["run"]);
+}
+
+#[test]
+fn damage_in_the_store_heals_itself() {
+    let project = Project::new(&chain("one", 4));
+    project.run("run FILE").expect(0, &[]);
+    let before = project.digests("");
+    let output = project.show("")["stages"]["first"]["outputs"]["data"]["path"].as_str().unwrap().to_owned();
+    for entry in fs::read_dir(output).unwrap().flatten() {
+        let path = entry.path();
+        let mut permissions = fs::metadata(&path).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        fs::set_permissions(&path, permissions).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    // Something new that reads the damaged artifact.
+    project.write("p.yaml", &format!("{}  third: {{kind: count, in: {{data: first}}, with: {{file: third.txt}}}}\n", chain("one", 4)));
+    project.run("run FILE").expect(0, &["ran      third"]);
+    assert_eq!(project.digests("source first second"), before);
+    assert_eq!(project.lines("first.txt"), 2);
+    project.run("cache verify").expect(0, &[": 0 damaged"]);
+}
+
+#[test]
+fn vocabularies_that_disagree_are_found_before_a_stage_runs() {
+    let project = Project::new(
+        "
+version: 1
+name: disagree
+stages:
+  words: {kind: rows, with: {rows: 2}}
+  letters: {kind: rows, with: {rows: 2, vocabulary: letters}}
+  both: {kind: count, in: {data: words, other: letters}, with: {file: both.txt}}
+",
+    );
+    project.run("run FILE").expect(1, &["inputs `data` and `other` must have the same vocabulary, but `data` has 97 tokens"]);
+    assert_eq!(project.lines("both.txt"), 0);
+}
+
+#[test]
+fn only_the_named_stages_run_with_what_they_need() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE teacher").expect(0, &["done: 1 ran"]);
+    let ran = project.run("run FILE train.check").expect(0, &["done: 5 ran, 1 reused"]);
+    assert!(!ran.words().contains(&"ran score".into()));
+    project.run("run FILE trian").expect(2, &["no selected variant has a stage `trian`; did you mean `train`?"]);
+}
+
+#[test]
+fn two_processes_run_a_key_once() {
+    let pipeline = "
+version: 1
+name: once
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  slow: {kind: slow, in: {data: source}, with: {milliseconds: 500}}
+  counted: {kind: count, in: {data: slow}, with: {file: counted.txt}}
+";
+    let project = Project::new(pipeline);
+    let both = [project.start("run FILE"), project.start("run FILE")];
+    for running in both {
+        Ran::new(running.wait_with_output().unwrap()).expect(0, &["done"]);
+    }
+    assert_eq!(project.lines("counted.txt"), 1);
+}
+
+#[test]
+fn events_are_json_lines_that_end_with_the_promised_one() {
+    let project = Project::new(PROMPTKD);
+    let ran = project.run("run FILE --json").expect(0, &[]);
+    assert_eq!(ran.stderr, "");
+    let events = ran.events();
+    assert_eq!((&events[0]["event"], &events[0]["schema"]), (&"run_started".into(), &1.into()));
+    let last = events.last().unwrap().as_object().unwrap();
+    assert_eq!(last.keys().collect::<Vec<_>>(), ["event", "status", "ran", "reused", "failed", "seconds"]);
+    assert_eq!((&last["event"], &last["status"], &last["ran"]), (&"run_finished".into(), &"done".into(), &7.into()));
+    let rows = events.iter().filter(|event| event["event"] == "stage_metrics" && event["part"] == "learn");
+    assert!(rows.clone().count() > 0 && rows.clone().all(|event| event["row"]["loss"].is_f64()));
+    let run = fs::read_dir(project.path(".pipeline/runs")).unwrap().flatten().next().unwrap().path();
+    assert_eq!(fs::read_to_string(run.join("events.jsonl")).unwrap(), ran.stdout);
+    assert!(run.join("plan.json").is_file() && run.join("train.1.log").is_file());
+}
+
+#[test]
+fn warnings_of_a_stage_reach_the_user() {
+    let project = Project::new(
+        "version: 1\nname: w\nstages:\n  a: {kind: rows, with: {rows: 1}}\n  b: {kind: count, in: {data: a}, with: {file: b.txt, warn: look here}}\n",
+    );
+    project.run("run FILE").expect(0, &["warning  b", "look here"]);
+}
+
+#[test]
+fn repeats_become_one_row_with_an_interval() {
+    let project = Project::new(PROMPTKD);
+    let ran = project.run("run FILE --ablation seeds --markdown").expect(0, &["(n=3)", "| variant |", "t-interval"]);
+    assert_eq!(ran.stdout.lines().filter(|line| line.starts_with("| base")).count(), 1, "{}", ran.stdout);
+}
+
+#[test]
+fn an_interval_of_the_stage_itself_is_shown() {
+    let project = Project::new(
+        "
+version: 1
+name: own
+stages:
+  data: {kind: rows, with: {rows: 3}}
+  model: {kind: init}
+  score: {kind: evaluate, in: {model: model, data: data}, with: {interval: true}}
+report: {metric: score.score, caption: In miniature}
+",
+    );
+    let ran = project.run("run FILE").expect(0, &["In miniature", "as the stage measured it"]);
+    assert!(ran.stdout.contains('['), "{}", ran.stdout);
+}
+
+#[test]
+fn compare_runs_what_the_report_compares() {
+    let project = Project::new(PROMPTKD);
+    project.run("compare FILE").expect(0, &["done: 9 ran", "base", "slow"]);
+}
