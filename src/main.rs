@@ -7,7 +7,10 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Pipelines that are compiled in, so that they run in any folder.
-const SHIPPED: &[(&str, &str)] = &[];
+const SHIPPED: &[(&str, &str)] = &[
+    ("dolly.yaml", include_str!("../pipelines/dolly.yaml")),
+    ("promptkd.yaml", include_str!("../pipelines/promptkd.yaml")),
+];
 
 fn main() -> ExitCode {
     let extras = promptkd::Extras { score: stages::score::score };
