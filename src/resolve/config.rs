@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
 use crate::graph::{Operator, Place};
 use crate::language::kinds::{KindInfo, Kinds, WINDOW_FIELDS};
-use crate::language::read::with_origin;
+use crate::language::read::{Text, with_origin};
 use crate::language::spec::OperatorSpec;
 use crate::yaml::{Node, Span, Value};
 
@@ -20,12 +20,12 @@ pub(super) fn kind<'k, 'r>(
     kinds: &'k Kinds<'r>,
     problems: &mut Problems,
 ) -> Option<&'k KindInfo<'r>> {
-    let name = &spec.kind.value;
+    let Text { value: name, span } = spec.kind.as_ref()?;
     let info = kinds.get(name);
     if info.is_none() {
         let hint = did_you_mean(name, "kind", kinds.names());
         let diagnostic = Diagnostic::new(format!("unknown kind `{name}`"), hint);
-        problems.push(diagnostic.at(spec.kind.span.clone(), "no such kind"));
+        problems.push(diagnostic.at(span.clone(), "no such kind"));
     }
     info
 }
@@ -57,7 +57,7 @@ pub(super) fn operator(
             let ports = info.kind.ports(&config);
             let mut places = BTreeMap::new();
             collect_places(&spec.with, "", &mut places);
-            Some(Operator { kind: spec.kind.value.clone(), config, ports, places })
+            Some(Operator { kind: info.kind.about().name.to_owned(), config, ports, places })
         }
         Err(errors) => {
             errors.iter().for_each(|error| problems.push(check.disagreement(error)));
