@@ -337,7 +337,7 @@ fn read_keep(node: &Node, problems: &mut Problems) -> Option<KeepSpec> {
         return None;
     };
     let mode = read::choice(&mode.node, "mode", &[("max", Mode::Max), ("min", Mode::Min)], problems);
-    Some(KeepSpec::Best { metric: read_metric(&best.node, "best", problems)?, mode: mode? })
+    Some(KeepSpec::Best { metric: read_metric(&best.node, "best", problems)?, mode: mode.unwrap_or(Mode::Max) })
 }
 
 /// Text with a dot: `STAGE.METRIC`.

@@ -108,9 +108,7 @@ impl Inside<'_> {
 
     fn unknown_stage(&self, stage: &str, text: &Text) -> Diagnostic {
         let keys = ["stages", self.name, "loop", "stages", stage];
-        let what = format!("stage of loop `{}`,", self.name);
-        let what = if removal(self.removed, &keys).is_some() { "stage" } else { &what };
-        read::unknown(what, stage, &text.span, self.operators.keys().copied(), self.removed, &keys)
+        read::unknown("stage", stage, &text.span, self.operators.keys().copied(), self.removed, &keys)
     }
 }
 
