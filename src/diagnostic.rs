@@ -16,38 +16,45 @@ const WIDTH: usize = 140;
 pub struct Diagnostic {
     /// What is wrong, as a lower-case fragment.
     pub message: String,
-    /// Where, and what is to be said there. Absent where no text is at fault, such as a file that does not exist.
-    pub label: Option<(Span, String)>,
-    /// Other places that have to do with it.
-    pub others: Vec<(Span, String)>,
+    /// The place at fault, then others that have to do with it. None where no text is at fault, such as a file that does
+    /// not exist.
+    pub labels: Vec<Label>,
     /// What to do.
     pub hint: String,
     /// The variant or ablation cell in which it is wrong, where it is not the base.
     pub cell: Option<String>,
 }
 
+/// A place and what is to be said there.
+#[derive(Clone, Debug)]
+pub struct Label {
+    /// Where.
+    pub span: Span,
+    /// What, in a few words.
+    pub text: String,
+}
+
 impl Diagnostic {
     /// A message with its hint.
     pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Diagnostic { message: message.into(), label: None, others: Vec::new(), hint: hint.into(), cell: None }
+        Diagnostic { message: message.into(), labels: Vec::new(), hint: hint.into(), cell: None }
     }
 
     /// Points at the place at fault.
     pub fn at(mut self, span: Span, label: impl Into<String>) -> Self {
-        self.label = Some((span, label.into()));
+        self.labels.insert(0, Label { span, text: label.into() });
         self
     }
 
     /// Points at another place that has to do with it.
     pub fn also(mut self, span: Span, label: impl Into<String>) -> Self {
-        self.others.push((span, label.into()));
+        self.labels.push(Label { span, text: label.into() });
         self
     }
 
-    /// Replaces the hint.
-    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = hint.into();
-        self
+    /// The place at fault.
+    pub fn place(&self) -> Option<&Span> {
+        self.labels.first().map(|label| &label.span)
     }
 }
 
@@ -99,9 +106,8 @@ impl Problems {
     /// of the base would otherwise show once for every variant.
     pub(crate) fn absorb(&mut self, other: Problems, cell: Option<&str>) {
         for mut diagnostic in other.0 {
-            let place = |d: &Diagnostic| d.label.as_ref().map(|(span, _)| span.clone());
-            let known = |d: &&Diagnostic| d.message == diagnostic.message && place(d) == place(&diagnostic);
-            if self.0.iter().find(known).is_none() {
+            let known = |d: &Diagnostic| d.message == diagnostic.message && d.place() == diagnostic.place();
+            if !self.0.iter().any(known) {
                 diagnostic.cell = cell.map(str::to_owned);
                 self.0.push(diagnostic);
             }
@@ -173,11 +179,8 @@ const COLOURED: Style = Style {
 fn write_one(f: &mut fmt::Formatter<'_>, diagnostic: &Diagnostic, style: &Style) -> fmt::Result {
     let Style { error, hint, bold, off, .. } = style;
     writeln!(f, "{error}error{off}{bold}: {}{off}", printable(&diagnostic.message))?;
-    if let Some((span, label)) = &diagnostic.label {
-        write_excerpt(f, span, label, "-->", '^', style.caret, style)?;
-    }
-    for (span, label) in &diagnostic.others {
-        write_excerpt(f, span, label, ":::", '-', style.other, style)?;
+    for (i, label) in diagnostic.labels.iter().enumerate() {
+        write_excerpt(f, label, i == 0, style)?;
     }
     if let Some(cell) = &diagnostic.cell {
         writeln!(f, "  in: {cell}")?;
@@ -185,24 +188,17 @@ fn write_one(f: &mut fmt::Formatter<'_>, diagnostic: &Diagnostic, style: &Style)
     writeln!(f, "{hint}hint{off}: {}", printable(&diagnostic.hint))
 }
 
-fn write_excerpt(
-    f: &mut fmt::Formatter<'_>,
-    span: &Span,
-    label: &str,
-    arrow: &str,
-    mark: char,
-    mark_style: &str,
-    style: &Style,
-) -> fmt::Result {
-    let place = span.place();
+fn write_excerpt(f: &mut fmt::Formatter<'_>, label: &Label, at_fault: bool, style: &Style) -> fmt::Result {
+    let place = label.span.place();
     let gutter = " ".repeat(place.line.to_string().len());
-    let (line, column, length) = excerpt(span);
+    let (line, column, length) = excerpt(&label.span);
     let Style { frame, off, .. } = style;
+    let (arrow, mark, colour) = if at_fault { ("-->", "^", style.caret) } else { (":::", "-", style.other) };
     writeln!(f, "{gutter}{frame}{arrow}{off} {}:{}:{}", place.file, place.line, place.column)?;
     writeln!(f, "{gutter} {frame}|{off}")?;
     writeln!(f, "{frame}{} |{off} {line}", place.line)?;
-    let marks = mark.to_string().repeat(length);
-    writeln!(f, "{gutter} {frame}|{off} {}{mark_style}{marks} {}{off}", " ".repeat(column), printable(label))
+    let (blank, marks) = (" ".repeat(column), mark.repeat(length));
+    writeln!(f, "{gutter} {frame}|{off} {blank}{colour}{marks} {}{off}", printable(&label.text))
 }
 
 /// The first line of a span, cropped around it; the column of its first character in that text and its length there,

@@ -187,10 +187,9 @@ fn id(index: NodeIndex) -> String {
     format!("n{}", index.index())
 }
 
-/// The shape of something inside of a loop. Names may hold `-`, which identifiers may not.
+/// The shape of something inside of a loop. Names may hold `-`, which identifiers may not; no two names become one.
 fn inner(id: &str, section: &str, name: &str) -> String {
-    let letter = |c: char| if c == '-' { "__".to_owned() } else { c.to_string() };
-    format!("{id}_{section}_{}", name.chars().map(letter).collect::<String>())
+    format!("{id}_{section}_{}", name.replace('_', "__").replace('-', "_d"))
 }
 
 /// The shape at which a handoff ends: of a loop, what it enters or where its output comes from.

@@ -291,20 +291,36 @@ impl Builder<'_> {
 
     /// Of lists and mappings only the first character: their end says nothing.
     fn span(&self, location: Location, scalar: bool) -> Span {
-        let length = self.source.text.len();
-        let start = location.span().byte_offset().map_or(self.start, |offset| self.start + offset as usize);
-        let start = floor(&self.source.text, start.min(length));
+        let text = &self.source.text;
+        let start = match location.span().byte_offset() {
+            Some(offset) => self.start + offset as usize,
+            None => self.offset_of(location),
+        };
+        let start = floor(text, start.min(text.len()));
         let end = if scalar { start + location.span().byte_len().unwrap_or(0) as usize } else { start };
-        let end = floor(&self.source.text, end.min(length));
+        let end = floor(text, end.min(text.len()));
         // A plain scalar may carry the blanks before the next token.
-        let end = start + self.source.text[start..end].trim_end().len();
+        let end = start + text[start..end].trim_end().len();
         Span { source: self.source.clone(), start, end }
+    }
+
+    /// Errors of syntax say line and column only.
+    fn offset_of(&self, location: Location) -> usize {
+        let text = &self.source.text[self.start..];
+        let lines = (location.line() as usize).saturating_sub(1);
+        let line_start = text.split_inclusive('\n').take(lines).map(str::len).sum::<usize>();
+        let columns = (location.column() as usize).saturating_sub(1);
+        let column = text[line_start..].chars().take(columns).map(char::len_utf8).sum::<usize>();
+        self.start + line_start + column
     }
 
     fn explain(&self, error: &serde_saphyr::Error) -> Diagnostic {
         use serde_saphyr::Error;
-        let error = error.without_snippet();
+        let mut error = error.without_snippet();
         let at = self.span(error.location().unwrap_or(Location::UNKNOWN), true);
+        while let Error::AliasError { error: inner, .. } = error {
+            error = inner;
+        }
         match error {
             Error::DuplicateMappingKey { key, .. } => {
                 let key = key.as_deref().unwrap_or("?");
@@ -318,8 +334,12 @@ impl Builder<'_> {
                     None => found,
                 }
             }
-            Error::Budget { .. } | Error::AliasReplayLimitExceeded { .. } => Diagnostic::new(
-                format!("the text is too large or too deep: {}", plain(error)),
+            Error::Budget { .. }
+            | Error::AliasReplayCounterOverflow { .. }
+            | Error::AliasReplayLimitExceeded { .. }
+            | Error::AliasExpansionLimitExceeded { .. }
+            | Error::AliasReplayStackDepthExceeded { .. } => Diagnostic::new(
+                "the text grows too large or too deep",
                 "write the values out, or split the file with `include:`",
             )
             .at(at, "too much from here on"),
@@ -432,8 +452,8 @@ mod tests {
     #[test]
     fn a_duplicate_key_shows_both_places() {
         let error = parse(&Source::new("t", "x: {a: 1}\ny:\n  a: 1\n  b: {a: 2}\n  a: 3\n")).unwrap_err();
-        assert_eq!(error.label.as_ref().unwrap().0.place().line, 5);
-        assert_eq!(error.others[0].0.place().line, 3);
+        assert_eq!(error.labels[0].span.place().line, 5);
+        assert_eq!(error.labels[1].span.place().line, 3);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::language::Request;
 use crate::language::edit::{Action, Edit, Owner};
 use crate::language::read::{self, Text, check_keys};
-use crate::language::variants::Layers;
+use crate::language::variants::{Layers, covers};
 use crate::yaml::{self, Node, Source, Span};
 
 /// Most cells of one ablation: more is a slip of the pen.
@@ -48,6 +48,9 @@ pub(crate) fn select(request: &Request, tree: &Node, variants: &Layers, problems
     let ablation = ablation.map(|name| (&ablations[&name], Owner::Ablation(name)));
     let set: Vec<Edit> = request.set.iter().filter_map(|argument| problems.keep(parse_set(argument))).collect();
 
+    if let Some((ablation, owner)) = &ablation {
+        check_overridden(ablation, owner, &set, problems);
+    }
     let grid = ablation.as_ref().map_or_else(|| vec![Point::default()], |(ablation, owner)| grid(ablation, owner));
     let listed = ablation.as_ref().map_or(&[][..], |(ablation, _)| &ablation.variants);
     let selected = selected_variants(request, listed, variants, problems);
@@ -75,6 +78,18 @@ pub(crate) fn select(request: &Request, tree: &Node, variants: &Layers, problems
 /// A setting as `--set` takes it.
 fn show(value: &Json) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// The command line wins, so cells would be named after settings that they do not have.
+fn check_overridden(ablation: &Ablation, owner: &Owner, set: &[Edit], problems: &mut Problems) {
+    for axis in ablation.over.iter().chain(&ablation.repeat) {
+        let overlaps = |edit: &&Edit| covers(&edit.path, &axis.path) || covers(&axis.path, &edit.path);
+        if let Some(edit) = set.iter().find(overlaps) {
+            let message = format!("`--set` decides `{}`, which {owner} varies", edit.path);
+            let diagnostic = Diagnostic::new(message, "leave out `--set`, or the ablation");
+            problems.push(diagnostic.at(edit.span.clone(), "decided").also(axis.span.clone(), "varied"));
+        }
+    }
 }
 
 fn selected_variants(request: &Request, listed: &[Text], variants: &Layers, problems: &mut Problems) -> Vec<String> {

@@ -29,7 +29,7 @@ pub struct Found {
 pub fn find_file(file: &Path, shipped: &[(&str, &str)]) -> Result<Found, Diagnostics> {
     let bare = file.components().count() == 1 && matches!(file.components().next(), Some(Component::Normal(_)));
     let places = [Some(file.to_owned()), bare.then(|| Path::new("pipelines").join(file))];
-    for path in places.into_iter().flatten().filter(|path| path.is_file()) {
+    if let Some(path) = places.into_iter().flatten().find(|path| path.is_file()) {
         return match fs::read_to_string(&path) {
             Ok(text) => Ok(Found { path, text, shipped: false }),
             Err(error) => {
@@ -62,12 +62,14 @@ pub fn init(name: &str, shipped: &[(&str, &str)], folder: &Path) -> Result<Vec<P
             let hint = "choose another folder, or move the file that is there away";
             Diagnostics::from(Diagnostic::new(format!("cannot write `{}`: {error}", path.display()), hint))
         };
+        fs::create_dir_all(path.parent().unwrap_or(folder)).map_err(refused)?;
         let mut file = fs::File::create_new(&path).map_err(refused)?;
         std::io::Write::write_all(&mut file, text.as_bytes()).map_err(refused)?;
         written.push(path);
-        let tree = yaml::parse(&Source::new(name, *text))?;
+        let tree = yaml::parse(&Source::new(name.clone(), *text))?;
         let included = tree.get("include").map(|node| read::texts(node, "include", &mut Problems::default()));
-        let included = included.into_iter().flatten().map(|text| text.value);
+        let beside = |text: read::Text| plain(&Path::new(&name).parent().unwrap_or(Path::new("")).join(text.value));
+        let included = included.into_iter().flatten().map(|text| beside(text).display().to_string());
         names.extend(included.filter(|other| !folder.join(other).exists()));
     }
     Ok(written)

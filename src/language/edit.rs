@@ -98,7 +98,9 @@ pub(crate) fn apply(tree: &mut Node, edit: &Edit, kinds: &Kinds, removed: &mut V
                 removed.push(Removed { keys: found.keys, span: edit.span.clone(), owner: edit.owner.clone() });
                 return Ok(());
             }
-            Err(missing(tree, edit, &found, "there is nothing to remove"))
+            let outer = found.keys[..found.keys.len() - 1].iter().map(String::as_str);
+            let there = keys_of(tree.at(outer));
+            Err(missing(tree, edit, &found.keys, &there, "there is nothing to remove"))
         }
         (Action::Remove, What::Fixed) => Err(wrong(edit, "it cannot be removed", "give it a value with `set`")),
         (Action::Rebind(_), What::Edge) => Ok(()),
@@ -110,7 +112,7 @@ pub(crate) fn apply(tree: &mut Node, edit: &Edit, kinds: &Kinds, removed: &mut V
             Err(wrong(edit, "it is a whole stage", "replace a stage under `stages:`, or name one of its fields"))
         }
         (Action::Set(_), _) if !found.exists && !found.may_be_new => {
-            Err(missing(tree, edit, &found, "there is nothing to set"))
+            Err(missing(tree, edit, &found.keys, &found.candidates, "there is nothing to set"))
         }
         (Action::Set(_), _) => Ok(()),
         (Action::Stage(_), _) => unreachable!("handled above"),
@@ -151,6 +153,7 @@ fn locate(tree: &Node, edit: &Edit, kinds: &Kinds, removed: &[Removed]) -> Resul
     let here = Locator { tree, edit, kinds, removed };
     match parts.as_slice() {
         ["conventions"] => Ok(here.found(&["conventions"], What::Setting, true, Vec::new())),
+        ["conventions", ..] => Err(here.refuse("`conventions` is one word", "set `conventions` itself")),
         ["params", name] => Ok(here.found(&["params", name], What::Fixed, false, keys_of(tree.get("params")))),
         ["params", ..] => Err(here.refuse("a parameter is named `params.NAME`", "write one name after `params.`")),
         [stage, rest @ ..] => {
@@ -186,6 +189,9 @@ impl Locator<'_> {
                 keys.push(item);
                 self.in_part(part, keys, keys_of(body.get(part)), field)
             }
+            [part @ ("windows" | "carry")] => {
+                Err(self.refuse(&format!("`{part}` holds several values"), &format!("name one: `{name}.{part}.NAME`")))
+            }
             [stage, rest @ ..] if body.at(["stages", stage]).is_some() => {
                 let mut keys: Vec<&str> = inside(&["stages"]);
                 keys.push(stage);
@@ -199,7 +205,7 @@ impl Locator<'_> {
                 candidates.extend(["windows", "carry", "rounds", "unroll"].map(str::to_owned));
                 let mut keys: Vec<&str> = inside(&["stages"]);
                 keys.push(other);
-                Err(self.unknown(&keys, other, "name in the loop", &candidates))
+                Err(self.unknown(&keys, other, "stage", &candidates))
             }
         }
     }
@@ -322,18 +328,16 @@ fn wrong(edit: &Edit, message: &str, hint: &str) -> Diagnostic {
         .at(edit.span.clone(), format!("asked for by {}", edit.owner))
 }
 
-fn missing(tree: &Node, edit: &Edit, found: &Located, message: &str) -> Diagnostic {
-    let last = found.keys.last().expect("a place has a key");
+fn missing(tree: &Node, edit: &Edit, keys: &[String], candidates: &[String], message: &str) -> Diagnostic {
+    let (last, outer) = keys.split_last().expect("a place has a key");
     let prefix = edit.path.rsplit_once('.').map_or("", |(prefix, _)| prefix);
-    let known = found.candidates.iter().map(String::as_str);
-    let hint = match nearest(last, known) {
+    let hint = match nearest(last, candidates.iter().map(String::as_str)) {
         Some(near) if prefix.is_empty() => format!("did you mean `{near}`?"),
         Some(near) => format!("did you mean `{prefix}.{near}`?"),
-        None => did_you_mean(last, "name", found.candidates.iter().map(String::as_str)),
+        None => did_you_mean(last, "name", candidates.iter().map(String::as_str)),
     };
     let diagnostic = wrong(edit, message, &hint);
-    let outer = found.keys[..found.keys.len() - 1].iter().map(String::as_str);
-    match tree.at(outer) {
+    match tree.at(outer.iter().map(String::as_str)) {
         Some(node) if node.map().is_some_and(|map| !map.is_empty()) => {
             diagnostic.also(node.span.clone(), "looked for in this mapping")
         }

@@ -88,10 +88,19 @@ fn read_cell(
         let result = edit::apply(&mut tree, edit, kinds, &mut removed);
         tracking.note(edit, result, problems);
     }
+    let before = problems.0.len();
     tracking.used.extend(params::substitute(&mut tree, problems));
+    let unknown: Vec<_> = problems.0[before..].iter().filter_map(|d| d.place().cloned()).collect();
     let spec = Spec::read(&tree, removed, problems);
     let known: Vec<&str> = variants.names().chain(["base"]).collect();
-    let (names, report) = resolve::cell(&spec, &plan.variant, &known, kinds, assembly, problems)?;
+    let cell = resolve::cell(&spec, &plan.variant, &known, kinds, assembly, problems);
+    // A value that could not be put in is not wrong in a second way.
+    let mut seen = 0;
+    problems.0.retain(|diagnostic| {
+        seen += 1;
+        seen <= before + unknown.len() || diagnostic.place().is_none_or(|span| !unknown.contains(span))
+    });
+    let (names, report) = cell?;
     Some(Cell {
         label: plan.label.clone(),
         variant: plan.variant.clone(),

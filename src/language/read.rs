@@ -5,8 +5,8 @@ use crate::language::edit::{Removed, removal};
 use crate::yaml::{Map, Node, Span, Value};
 
 /// Names that paths give a meaning.
-const RESERVED: [&str; 10] =
-    ["windows", "carry", "next", "keep", "in", "with", "params", "conventions", "base", "loop"];
+const RESERVED: [&str; 11] =
+    ["windows", "carry", "next", "keep", "in", "with", "params", "conventions", "base", "loop", "stages"];
 
 /// Text and where it is written.
 #[derive(Clone, Debug)]
@@ -127,7 +127,7 @@ pub(crate) fn check_name(name: &str, span: &Span, problems: &mut Problems) {
     if !plain {
         let message = format!("`{name}` cannot be a name");
         problems.push(Diagnostic::new(message, "use letters, digits, `_` and `-`").at(span.clone(), "not a name"));
-    } else if RESERVED.contains(&name) || name == "stages" {
+    } else if RESERVED.contains(&name) {
         let message = format!("`{name}` is a reserved name");
         problems
             .push(Diagnostic::new(message, "choose another name").at(span.clone(), "means something else in paths"));

@@ -37,7 +37,8 @@ impl StageSpec {
 pub(crate) struct OperatorSpec {
     /// Its name in the file.
     pub(crate) span: Span,
-    pub(crate) kind: Text,
+    /// Absent where that is itself the fault, which is then said already.
+    pub(crate) kind: Option<Text>,
     /// Port, where it is written, and what it reads.
     pub(crate) inputs: IndexMap<String, InputSpec>,
     /// A mapping.
@@ -60,6 +61,8 @@ pub(crate) struct LoopSpec {
     pub(crate) stages: IndexMap<String, OperatorSpec>,
     pub(crate) rounds: Option<u64>,
     pub(crate) unroll: bool,
+    /// Whether a part of it could not be read, so that nothing is said of its outputs.
+    pub(crate) broken: bool,
 }
 
 /// A window of a loop.
@@ -115,9 +118,7 @@ impl Spec {
         let section = tree.get("stages").and_then(|node| mapping(node, "stages", problems));
         for (name, entry) in section.into_iter().flatten() {
             check_name(name, &entry.key, problems);
-            if let Some(stage) = read_stage(name, &entry.key, &entry.node, problems) {
-                stages.insert(name.clone(), stage);
-            }
+            stages.insert(name.clone(), read_stage(name, &entry.key, &entry.node, problems));
         }
         if tree.get("stages").is_none_or(|node| node.map().is_none_or(Map::is_empty)) {
             let at = Span { end: tree.span.start, ..tree.span.clone() };
@@ -129,9 +130,9 @@ impl Spec {
     }
 }
 
-fn read_stage(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<StageSpec> {
+fn read_stage(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> StageSpec {
     let Some(body) = node.get("loop") else {
-        let operator = read_operator(name, span, node, problems)?;
+        let operator = read_operator(name, span, node, problems);
         if let Some((_, every)) = &operator.every {
             let diagnostic = Diagnostic::new(
                 format!("`{name}` says `every`, but it is in no loop"),
@@ -139,37 +140,38 @@ fn read_stage(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> 
             );
             problems.push(diagnostic.at(every.clone(), "only in a loop"));
         }
-        return Some(StageSpec::Operator(operator));
+        return StageSpec::Operator(operator);
     };
-    check_keys(mapping(node, name, problems)?, &format!("loop `{name}`"), &["loop"], problems);
-    Some(StageSpec::Loop(read_loop(name, span, body, problems)?))
+    check_keys(node.map().expect("it has `loop`"), &format!("loop `{name}`"), &["loop"], problems);
+    StageSpec::Loop(read_loop(name, span, body, problems))
 }
 
-fn read_operator(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<OperatorSpec> {
-    let map = mapping(node, name, problems)?;
+/// Always gives a stage, so that what reads it is not told that it does not exist.
+fn read_operator(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> OperatorSpec {
+    let with = Node::empty_map(span.clone());
+    let mut operator = OperatorSpec { span: span.clone(), kind: None, inputs: IndexMap::new(), with, every: None };
+    let Some(map) = mapping(node, name, problems) else { return operator };
     check_keys(map, &format!("stage `{name}`"), &["kind", "in", "with", "every"], problems);
-    let inputs = map.get("in").and_then(|entry| mapping(&entry.node, "in", problems));
-    let inputs = inputs.into_iter().flatten().filter_map(|(port, entry)| {
-        let source = read::text(&entry.node, &format!("{name}.in.{port}"), problems)?;
-        Some((port.clone(), InputSpec { port: entry.key.clone(), source }))
-    });
-    let inputs = inputs.collect();
-    let with = match map.get("with") {
-        Some(entry) => {
-            mapping(&entry.node, "with", problems)?;
-            let at = Node::empty_map(entry.key.clone());
-            if entry.node.map().is_some() { entry.node.clone() } else { at }
+    let inputs = map.get("in").and_then(|entry| mapping(&entry.node, &format!("{name}.in"), problems));
+    for (port, entry) in inputs.into_iter().flatten() {
+        if let Some(source) = read::text(&entry.node, &format!("{name}.in.{port}"), problems) {
+            operator.inputs.insert(port.clone(), InputSpec { port: entry.key.clone(), source });
         }
-        None => Node::empty_map(span.clone()),
-    };
-    let every = map.get("every").and_then(|entry| Some((read_every(&entry.node, problems)?, entry.key.clone())));
-    let Some(kind) = map.get("kind") else {
-        let diagnostic = Diagnostic::new(format!("stage `{name}` has no `kind`"), "write `kind: NAME`, or `loop:`");
-        problems.push(diagnostic.at(span.clone(), "what does it do?"));
-        return None;
-    };
-    let kind = read::text(&kind.node, &format!("{name}.kind"), problems)?;
-    Some(OperatorSpec { span: span.clone(), kind, inputs, with, every })
+    }
+    if let Some(entry) = map.get("with")
+        && let Some(fields) = mapping(&entry.node, &format!("{name}.with"), problems)
+    {
+        operator.with = Node { value: Value::Map(fields.clone()), span: entry.key.clone(), from: None };
+    }
+    operator.every = map.get("every").and_then(|entry| Some((read_every(&entry.node, problems)?, entry.key.clone())));
+    match map.get("kind") {
+        Some(entry) => operator.kind = read::text(&entry.node, &format!("{name}.kind"), problems),
+        None => {
+            let diagnostic = Diagnostic::new(format!("stage `{name}` has no `kind`"), "write `kind: NAME`, or `loop:`");
+            problems.push(diagnostic.at(span.clone(), "what does it do?"));
+        }
+    }
+    operator
 }
 
 fn read_every(node: &Node, problems: &mut Problems) -> Option<Every> {
@@ -179,8 +181,11 @@ fn read_every(node: &Node, problems: &mut Problems) -> Option<Every> {
     }
 }
 
-fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<LoopSpec> {
-    let map = mapping(node, "loop", problems)?;
+fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> LoopSpec {
+    static NOTHING: std::sync::LazyLock<Map> = std::sync::LazyLock::new(Map::new);
+    let map = mapping(node, &format!("{name}.loop"), problems);
+    let mut broken = map.is_none();
+    let map = map.unwrap_or(&NOTHING);
     check_keys(map, &format!("loop `{name}`"), &["windows", "carry", "stages", "rounds", "unroll"], problems);
     let mut windows = IndexMap::new();
     let section = map.get("windows").and_then(|entry| mapping(&entry.node, "windows", problems));
@@ -194,8 +199,11 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> O
     let section = map.get("carry").and_then(|entry| mapping(&entry.node, "carry", problems));
     for (value, entry) in section.into_iter().flatten() {
         check_name(value, &entry.key, problems);
-        if let Some(read) = read_carry(value, &entry.key, &entry.node, problems) {
-            carry.insert(value.clone(), read);
+        match read_carry(value, &entry.key, &entry.node, problems) {
+            Some(read) => {
+                carry.insert(value.clone(), read);
+            }
+            None => broken = true,
         }
     }
     let mut stages = IndexMap::new();
@@ -206,8 +214,10 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> O
             let message = format!("loop `{name}` holds another loop, `{stage}`");
             let diagnostic = Diagnostic::new(message, "move the inner loop out, or make its work one stage");
             problems.push(diagnostic.at(entry.key.clone(), "loops are not nested"));
-        } else if let Some(read) = read_operator(&format!("{name}.{stage}"), &entry.key, &entry.node, problems) {
-            stages.insert(stage.clone(), read);
+            broken = true;
+        } else {
+            let full = format!("{name}.{stage}");
+            stages.insert(stage.clone(), read_operator(&full, &entry.key, &entry.node, problems));
         }
     }
     if map.get("stages").is_none_or(|entry| entry.node.map().is_none_or(Map::is_empty)) {
@@ -217,7 +227,7 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> O
     let rounds = map.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
     let unroll = map.get("unroll").and_then(|entry| read::boolean(&entry.node, "unroll", problems)).unwrap_or(false);
     check_rounds(name, span, map, &windows, problems);
-    Some(LoopSpec { span: span.clone(), windows, carry, stages, rounds, unroll })
+    LoopSpec { span: span.clone(), windows, carry, stages, rounds, unroll, broken }
 }
 
 /// One window has `epochs`, or the loop `rounds`: otherwise nothing says when it ends.
@@ -327,7 +337,7 @@ fn read_keep(node: &Node, problems: &mut Problems) -> Option<KeepSpec> {
         return None;
     };
     let mode = read::choice(&mode.node, "mode", &[("max", Mode::Max), ("min", Mode::Min)], problems);
-    Some(KeepSpec::Best { metric: read_metric(&best.node, "best", problems)?, mode: mode? })
+    Some(KeepSpec::Best { metric: read_metric(&best.node, "best", problems)?, mode: mode.unwrap_or(Mode::Max) })
 }
 
 /// Text with a dot: `STAGE.METRIC`.

@@ -128,7 +128,7 @@ fn read_edits(map: &Map, owner: &Owner, problems: &mut Problems) -> Vec<Edit> {
 }
 
 /// Whether a change at `outer` decides what stands at `inner`.
-fn covers(outer: &str, inner: &str) -> bool {
+pub(crate) fn covers(outer: &str, inner: &str) -> bool {
     inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 

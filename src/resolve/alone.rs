@@ -45,7 +45,12 @@ pub(super) fn check<'a>(
     let aside: Vec<&str> = WINDOW_FIELDS.into_iter().filter(|field| *field != "seed" || !own_seed).collect();
     let operator = config::operator(spec, info, &aside, all.conventions, problems);
     let with = spec.with.map().expect("`with` is read as a mapping");
-    let window = read_window(name, spec, with, problems);
+    let mut fields = with.clone();
+    if own_seed && operator.is_none() {
+        // The stage has said what is wrong with it.
+        fields.shift_remove("seed");
+    }
+    let window = read_window(name, spec, &fields, problems);
     let rounds = with.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
     let check = match contract.valid.and_then(|port| spec.inputs.get(port)) {
         Some(input) => Some(evaluation(all, kinds, &input.port, problems)?),

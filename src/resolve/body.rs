@@ -108,22 +108,18 @@ impl Inside<'_> {
 
     fn unknown_stage(&self, stage: &str, text: &Text) -> Diagnostic {
         let keys = ["stages", self.name, "loop", "stages", stage];
-        let names = self.operators.keys().copied();
-        let what = format!("stage of loop `{}`:", self.name);
-        if removal(self.removed, &keys).is_some() {
-            return read::unknown("stage", stage, &text.span, names, self.removed, &keys);
-        }
-        read::unknown(&what, stage, &text.span, names, &[], &keys).with_hint(crate::diagnostic::did_you_mean(
-            stage,
-            "stage",
-            self.operators.keys().copied(),
-        ))
+        read::unknown("stage", stage, &text.span, self.operators.keys().copied(), self.removed, &keys)
     }
 }
 
 impl<'a> Checked<'a> {
-    /// The carried values, and the metrics of its stages as `STAGE.metrics`.
-    pub(super) fn outputs(&self) -> Vec<Output> {
+    /// The carried values, and the metrics of its stages as `STAGE.metrics`. `None` where a part of it is at fault, since
+    /// what it would give is then not known.
+    pub(super) fn outputs(&self) -> Option<Vec<Output>> {
+        let whole = self.carried.values().all(Option::is_some) && self.operators.values().all(Option::is_some);
+        if self.spec.broken || !whole {
+            return None;
+        }
         let carried = self.carried.iter().filter_map(|(name, carried)| {
             let (_, port_type) = carried.as_ref()?;
             Some(Output { name: (*name).to_owned(), handoff: (*name).to_owned(), port_type: *port_type })
@@ -137,7 +133,7 @@ impl<'a> Checked<'a> {
                 port_type: port.port_type,
             })
         });
-        carried.chain(measured).collect()
+        Some(carried.chain(measured).collect())
     }
 
     pub(super) fn wire(mut self, name: &str, outer: &Outer, problems: &mut Problems) -> Wired {
@@ -153,8 +149,12 @@ impl<'a> Checked<'a> {
         for (value, spec) in &self.spec.carry {
             let Some(text) = &spec.from else { continue };
             let reader = format!("{name}.carry.{value}.from");
-            let port_type = self.carried[value.as_str()].as_ref().map(|(_, port_type)| *port_type);
-            let want = Want { reader: &reader, port: value, port_type };
+            let Some((_, port_type)) = &self.carried[value.as_str()] else {
+                // Its type is not known; that it exists can be checked all the same.
+                outer.producer(name, text, &reader, problems);
+                continue;
+            };
+            let want = Want { reader: &reader, port: value, port_type: Some(*port_type) };
             if let Some((stage, output)) = outer.find(name, text, &want, problems) {
                 edges.push(Edge::new(format!("carry.{value}"), stage, output, text.span.clone()));
             }

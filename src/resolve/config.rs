@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
 use crate::graph::{Operator, Place};
 use crate::language::kinds::{KindInfo, Kinds, WINDOW_FIELDS};
-use crate::language::read::with_origin;
+use crate::language::read::{Text, with_origin};
 use crate::language::spec::OperatorSpec;
 use crate::yaml::{Node, Span, Value};
 
@@ -20,12 +20,12 @@ pub(super) fn kind<'k, 'r>(
     kinds: &'k Kinds<'r>,
     problems: &mut Problems,
 ) -> Option<&'k KindInfo<'r>> {
-    let name = &spec.kind.value;
+    let Text { value: name, span } = spec.kind.as_ref()?;
     let info = kinds.get(name);
     if info.is_none() {
         let hint = did_you_mean(name, "kind", kinds.names());
         let diagnostic = Diagnostic::new(format!("unknown kind `{name}`"), hint);
-        problems.push(diagnostic.at(spec.kind.span.clone(), "no such kind"));
+        problems.push(diagnostic.at(span.clone(), "no such kind"));
     }
     info
 }
@@ -57,7 +57,7 @@ pub(super) fn operator(
             let ports = info.kind.ports(&config);
             let mut places = BTreeMap::new();
             collect_places(&spec.with, "", &mut places);
-            Some(Operator { kind: spec.kind.value.clone(), config, ports, places })
+            Some(Operator { kind: info.kind.about().name.to_owned(), config, ports, places })
         }
         Err(errors) => {
             errors.iter().for_each(|error| problems.push(check.disagreement(error)));
@@ -268,4 +268,133 @@ pub(super) fn built_in(info: &KindInfo, config: &Json, conventions: Conventions)
     let config = info.kind.resolve(config, conventions)?;
     let ports = info.kind.ports(&config);
     Ok(Operator { kind: info.kind.about().name.to_owned(), config, ports, places: BTreeMap::new() })
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::{About, AnyValue, Env, Ports, Registry, Result, Stage};
+    use schemars::JsonSchema;
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::yaml::{Source, parse};
+
+    /// Every shape that a field may have.
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Shapes {
+        #[serde(default)]
+        size: Option<u64>,
+        #[serde(default)]
+        mode: Option<Mode>,
+        #[serde(default)]
+        how: Option<How>,
+        #[serde(default)]
+        parts: Vec<Part>,
+    }
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "kebab-case")]
+    enum Mode {
+        /// First.
+        Fast,
+        /// Second.
+        Slow,
+    }
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+    enum How {
+        /// Cut into pieces.
+        Cut { pieces: u64 },
+        /// Left whole.
+        Whole { name: String },
+    }
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Part {
+        weight: f64,
+    }
+
+    struct Shaper;
+
+    impl Stage for Shaper {
+        type Config = Shapes;
+        fn about(&self) -> About {
+            About { name: "shaper", version: 1, numerics: None, summary: "", example: "", reads_clock: false }
+        }
+        fn ports(&self, _: &Shapes) -> Ports {
+            Ports::new()
+        }
+        fn start(&self, _: Shapes, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn contract::Operator>> {
+            anyhow::bail!("does not run")
+        }
+    }
+
+    /// Message, hint and what the caret is under.
+    fn faults(with: &str) -> Vec<[String; 3]> {
+        let registry = Registry::new(|_, _, _| anyhow::bail!("loads nothing")).with(Shaper);
+        let kinds = Kinds::new(&registry);
+        let with = parse(&Source::new("t.yaml", with)).unwrap();
+        let stage = with.span.clone();
+        let spec = OperatorSpec { span: stage, kind: None, inputs: Default::default(), with, every: None };
+        let mut problems = Problems::default();
+        let operator = operator(&spec, kinds.get("shaper").unwrap(), &[], Conventions::Sound, &mut problems);
+        assert_eq!(operator.is_some(), problems.0.is_empty());
+        let shown = |span: &Span| span.source.text[span.start..span.end].to_owned();
+        problems.0.into_iter().map(|d| [shown(d.place().unwrap()), d.message.clone(), d.hint]).collect()
+    }
+
+    fn fault(with: &str) -> [String; 3] {
+        let mut faults = faults(with);
+        assert_eq!(faults.len(), 1, "{faults:#?}");
+        faults.remove(0)
+    }
+
+    #[test]
+    fn right_values_of_every_shape_are_accepted() {
+        for with in ["{}", "{size: ~, mode: fast, how: {kind: cut, pieces: 2}, parts: [{weight: 1}, {weight: 2e-3}]}"] {
+            assert_eq!(faults(with), Vec::<[String; 3]>::new());
+        }
+    }
+
+    #[test]
+    fn a_wrong_choice_lists_the_choices() {
+        let [at, message, hint] = fault("mode: fsat");
+        assert_eq!(message, "`mode` must be one of `fast`, `slow`, got the text `fsat`");
+        assert_eq!((at.as_str(), hint.as_str()), ("fsat", "did you mean `fast`?"));
+        assert_eq!(fault("mode: 3")[1], "`mode` must be one of `fast`, `slow`, got `3`");
+    }
+
+    #[test]
+    fn an_alternative_is_told_by_its_tag() {
+        let [at, message, hint] = fault("how: {kind: cutt, pieces: 3}");
+        assert_eq!(message, "`how.kind` must be one of `cut`, `whole`, got the text `cutt`");
+        assert_eq!((at.as_str(), hint.as_str()), ("cutt", "did you mean `cut`?"));
+        assert_eq!(
+            fault("how: {kind: cut, pieces: few}")[1],
+            "`how.pieces` must be a whole number, got the text `few`"
+        );
+        assert_eq!(fault("how: {kind: whole}")[1], "kind `shaper` needs `how.name`");
+        assert_eq!(fault("how: {kind: cut, pieces: 1, size: 2}")[1], "unknown field `how.size` of kind `shaper`");
+    }
+
+    #[test]
+    fn the_type_of_an_optional_value_is_said_without_nothing() {
+        let [at, message, hint] = fault("size: \"12\"");
+        assert_eq!(message, "`size` must be a whole number, got the text `12`");
+        assert_eq!((at.as_str(), hint.as_str()), ("\"12\"", "take the quotes away"));
+        assert_eq!(fault("size: -1")[0], "-1");
+    }
+
+    #[test]
+    fn a_fault_in_a_list_points_at_its_item() {
+        let [at, message, _] = fault("parts: [{weight: 1}, {weight: heavy}]");
+        assert_eq!(
+            (at.as_str(), message.as_str()),
+            ("heavy", "`parts.1.weight` must be a number, got the text `heavy`")
+        );
+        assert_eq!(fault("parts: [{wieght: 1, weight: 1}]")[0], "wieght");
+    }
 }

@@ -38,15 +38,15 @@ pub(crate) struct Assembly {
 /// A stage whose configuration is checked; its edges are not resolved yet.
 enum Checked<'a> {
     Operator(&'a OperatorSpec, Operator),
-    Alone(alone::Checked<'a>),
+    Alone(Box<alone::Checked<'a>>),
     Loop(body::Checked<'a>),
 }
 
 impl Checked<'_> {
-    fn outputs(&self) -> Vec<Output> {
+    fn outputs(&self) -> Option<Vec<Output>> {
         match self {
-            Checked::Operator(_, operator) => outputs_of(&operator.ports),
-            Checked::Alone(alone) => alone.outputs(),
+            Checked::Operator(_, operator) => Some(outputs_of(&operator.ports)),
+            Checked::Alone(alone) => Some(alone.outputs()),
             Checked::Loop(body) => body.outputs(),
         }
     }
@@ -85,7 +85,7 @@ pub(crate) fn cell(
 ) -> Option<(IndexMap<String, NodeIndex>, Option<Report>)> {
     let checked: IndexMap<&str, Option<Checked>> =
         spec.stages.iter().map(|(name, stage)| (name.as_str(), check(name, stage, spec, kinds, problems))).collect();
-    let outputs = checked.iter().map(|(name, stage)| (*name, stage.as_ref().map(Checked::outputs))).collect();
+    let outputs = checked.iter().map(|(name, stage)| (*name, stage.as_ref().and_then(Checked::outputs))).collect();
     let outer = Outer { outputs, removed: &spec.removed };
     let mut wired = IndexMap::new();
     for (name, stage) in checked {
@@ -123,7 +123,8 @@ fn check<'a>(
         StageSpec::Operator(operator) => {
             let info = config::kind(operator, kinds, problems)?;
             if let Some(contract) = &info.alone {
-                return alone::check(name, operator, contract, info, spec, kinds, problems).map(Checked::Alone);
+                return alone::check(name, operator, contract, info, spec, kinds, problems)
+                    .map(|alone| Checked::Alone(Box::new(alone)));
             }
             let resolved = config::operator(operator, info, &[], spec.conventions, problems)?;
             Some(Checked::Operator(operator, resolved))
@@ -290,7 +291,7 @@ impl Assembly {
 }
 
 /// What a subgraph does, whatever the order of the file and wherever its values are written.
-fn identity(subgraph: &Subgraph) -> Json {
+pub(crate) fn identity(subgraph: &Subgraph) -> Json {
     let mut subgraph = subgraph.clone();
     match &mut subgraph {
         Subgraph::Operator(operator) => operator.places.clear(),

@@ -52,30 +52,35 @@ impl Outer<'_> {
         want: &Want,
         problems: &mut Problems,
     ) -> Option<(String, Output)> {
+        let outputs = self.producer(own, text, want.reader, problems)?;
         let (stage, output) = split(&text.value);
-        if stage == own {
-            let diagnostic = Diagnostic::new(
-                format!("`{}` reads `{own}`, which it is or is part of", want.reader),
-                "a value comes back to its own loop as `carry.NAME`",
-            );
-            problems.push(diagnostic.at(text.span.clone(), "reads itself"));
-            return None;
-        }
-        if matches!(stage, "windows" | "carry") && !self.outputs.contains_key(stage) {
-            let diagnostic = Diagnostic::new(
-                format!("`{}` reads `{}`, but it is in no loop", want.reader, text.value),
-                "name a stage; windows and carried values are there for the stages of their loop",
-            );
-            problems.push(diagnostic.at(text.span.clone(), "only in a loop"));
-            return None;
-        }
-        let Some(outputs) = self.outputs.get(stage) else {
-            let names = self.outputs.keys().copied();
-            problems.push(read::unknown("stage", stage, &text.span, names, self.removed, &["stages", stage]));
-            return None;
-        };
-        let found = choose(stage, output, outputs.as_ref()?, text, want, self.removed, problems)?;
+        let found = choose(stage, output, outputs, text, want, self.removed, problems)?;
         Some((stage.to_owned(), found))
+    }
+
+    /// The outputs of the stage that `text` names; `None` where there is no such stage or where it is itself at fault.
+    pub(super) fn producer(&self, own: &str, text: &Text, reader: &str, problems: &mut Problems) -> Option<&[Output]> {
+        let (stage, _) = split(&text.value);
+        let diagnostic = if stage == own {
+            Diagnostic::new(
+                format!("`{reader}` reads `{own}`, which it is or is part of"),
+                "a value comes back to its own loop as `carry.NAME`",
+            )
+            .at(text.span.clone(), "reads itself")
+        } else if let Some(outputs) = self.outputs.get(stage) {
+            return outputs.as_deref();
+        } else if matches!(stage, "windows" | "carry") {
+            Diagnostic::new(
+                format!("`{reader}` reads `{}`, but it is in no loop", text.value),
+                "name a stage; windows and carried values are there for the stages of their loop",
+            )
+            .at(text.span.clone(), "only in a loop")
+        } else {
+            let names = self.outputs.keys().copied();
+            read::unknown("stage", stage, &text.span, names, self.removed, &["stages", stage])
+        };
+        problems.push(diagnostic);
+        None
     }
 }
 
