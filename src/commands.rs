@@ -116,7 +116,9 @@ fn complain(error: &anyhow::Error) -> u8 {
         return status::BAD_REQUEST;
     }
     eprintln!("error: {error:#}");
-    if is_store_trouble(error) || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>()) {
+    if is_store_trouble(error)
+        || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>())
+    {
         status::STORE
     } else {
         status::BAD_REQUEST
@@ -133,7 +135,9 @@ pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
 pub(crate) fn say(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
         _ => Ok(()),
     }
 }

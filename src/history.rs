@@ -97,7 +97,8 @@ impl History {
 
     /// Whether any earlier run had this very stage: the same name and key.
     pub fn knows(&self, aliases: &[Alias], key: &Key) -> bool {
-        let same = |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
+        let same =
+            |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
         self.plans().any(|(_, plan)| plan.stages.iter().any(same))
     }
 

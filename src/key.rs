@@ -160,7 +160,12 @@ fn in_canonical_order(body: &Loop, inputs: &InputDigests, described: &Described)
     let mut ordered = body.clone();
     ordered.windows.sort_by_cached_key(|name, _| colours.windows[name]);
     ordered.carry.sort_by_cached_key(|name, carry| (carry.port_type, colours.carry[name]));
-    ordered.stages.sort_by_cached_key(|name, stage| (depths[name], stage.operator.kind.clone(), colours.stages[name]));
+    // Among stages that could run at the same time, what is carried on is made last: by then nobody else reads the value
+    // that it may update in place.
+    let is_carried = |name: &String| body.carry.values().any(|carry| carry.next.stage == *name);
+    ordered.stages.sort_by_cached_key(|name, stage| {
+        (depths[name], is_carried(name), stage.operator.kind.clone(), colours.stages[name])
+    });
     ordered
 }
 
@@ -212,7 +217,8 @@ impl Colours {
     }
 
     fn of_origin(&self, origin: &Origin) -> String {
-        let colour = |colours: &IndexMap<String, Key>, name: &String| colours.get(name).map_or(String::new(), Key::to_string);
+        let colour =
+            |colours: &IndexMap<String, Key>, name: &String| colours.get(name).map_or(String::new(), Key::to_string);
         match origin {
             Origin::Outside => String::new(),
             Origin::Window(name) => colour(&self.windows, name),
@@ -340,9 +346,10 @@ pub fn outputs(subgraph: &Subgraph) -> Vec<(String, String, contract::PortType)>
         Subgraph::Loop(body) => {
             let carry = body.carry.iter().enumerate();
             let carry = carry.map(|(index, (name, carry))| (name.clone(), format!("c{index}"), carry.port_type));
-            let stages = body.stages.keys().enumerate().map(|(index, name)| {
-                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Dir)
-            });
+            let stages =
+                body.stages.keys().enumerate().map(|(index, name)| {
+                    (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Dir)
+                });
             carry.chain(stages).collect()
         }
     }
@@ -383,3 +390,6 @@ pub fn names_of(subgraph: &Subgraph) -> BTreeMap<String, String> {
     let stages = numbered::<BodyStage>("s", stages, "");
     stages.chain(numbered::<Carry>("c", carry, "carry.")).chain(numbered::<Window>("w", windows, "windows.")).collect()
 }
+
+#[cfg(test)]
+mod tests;

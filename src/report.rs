@@ -164,8 +164,8 @@ impl Words {
                 let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
                 self.row("warning", stage, "", &format!("{place}{text}"))
             }
-            Event::StageFinished { stage, seconds, metrics, .. } => {
-                self.row("ran", stage, &duration(*seconds), &key_metric(metrics).unwrap_or_default())
+            Event::StageFinished { stage, reason, seconds, metrics, .. } => {
+                self.row("ran", stage, &duration(*seconds), &key_metric(metrics).unwrap_or_else(|| reason.clone()))
             }
             Event::StageFailed { stage, error, log, log_end } => {
                 let mut text = self.row("failed", stage, "", error);
@@ -230,9 +230,10 @@ fn key_metric(metrics: &Map<String, Json>) -> Option<String> {
     match (number, value) {
         (Some(number), _) => Some(format!("{name} {}", crate::table::figure(number))),
         // The stages of a loop, each with its own: the last that measured something says how it went.
-        (None, Json::Object(_)) => metrics.iter().rev().find_map(|(part, inner)| {
-            key_metric(inner.as_object()?).map(|text| format!("{part} {text}"))
-        }),
+        (None, Json::Object(_)) => metrics
+            .iter()
+            .rev()
+            .find_map(|(part, inner)| key_metric(inner.as_object()?).map(|text| format!("{part} {text}"))),
         _ => None,
     }
 }
@@ -255,7 +256,14 @@ mod tests {
 
     #[test]
     fn durations_read_well() {
-        let cases = [(0.004, "0.00 s"), (9.99, "9.99 s"), (9.999, "10.0 s"), (99.9, "99.9 s"), (99.99, "1 min 40 s"), (7384.0, "2 h 03 min")];
+        let cases = [
+            (0.004, "0.00 s"),
+            (9.99, "9.99 s"),
+            (9.999, "10.0 s"),
+            (99.9, "99.9 s"),
+            (99.99, "1 min 40 s"),
+            (7384.0, "2 h 03 min"),
+        ];
         for (seconds, expected) in cases {
             assert_eq!(duration(seconds), expected);
         }
@@ -265,7 +273,8 @@ mod tests {
     fn rows_are_aligned_without_colour() {
         let words = Words { width: 7, colours: false };
         let metrics = json!({"round": 3, "score": {"mean": 61.25}}).as_object().unwrap().clone();
-        let event = Event::StageFinished { stage: "score".into(), key: String::new(), seconds: 1.25, metrics };
+        let (key, reason) = (String::new(), "never run".into());
+        let event = Event::StageFinished { stage: "score".into(), key, reason, seconds: 1.25, metrics };
         assert_eq!(words.of(&event).unwrap(), "ran      score     1.25 s  score 61.25");
         let event = Event::StageSkipped { stage: "after".into(), needs: "score".into() };
         assert_eq!(words.of(&event).unwrap(), "skipped  after             needs `score`");

@@ -46,9 +46,10 @@ pub fn metrics(settled: &Settled, store: &Store) -> Result<Map<String, Json>> {
             Ok(own)
         }
         Subgraph::Loop(body) => {
-            let rows = body.stages.keys().map(|stage| {
-                Ok((stage.clone(), Json::Object(last_row(settled, &format!("{stage}.metrics"), store)?)))
-            });
+            let rows = body
+                .stages
+                .keys()
+                .map(|stage| Ok((stage.clone(), Json::Object(last_row(settled, &format!("{stage}.metrics"), store)?))));
             rows.collect()
         }
     }

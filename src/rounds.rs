@@ -408,9 +408,7 @@ impl<'a> LoopRun<'a> {
         self.gather_states()?;
         let number = self.number();
         let standing = self.standing();
-        host.keep_cut(number, standing, &|folder| {
-            cut::save(&self.held, standing.rounds, standing.seconds, folder)
-        })?;
+        host.keep_cut(number, standing, &|folder| cut::save(&self.held, standing.rounds, standing.seconds, folder))?;
         self.forget_states();
         Ok(())
     }
@@ -440,7 +438,9 @@ impl<'a> LoopRun<'a> {
 
     /// Whether a slot must still hold its value after stage `index` has run in this round.
     fn is_read_later(&self, slot: &Slot, index: usize, step: &Step) -> bool {
-        let reads = |stage: &BodyStage| stage.inputs.values().any(|origin| self.slot_of(origin).ok().flatten().as_ref() == Some(slot));
+        let reads = |stage: &BodyStage| {
+            stage.inputs.values().any(|origin| self.slot_of(origin).ok().flatten().as_ref() == Some(slot))
+        };
         let later = |at: usize| at > index && self.is_due(at, step);
         let mut stages = self.body.stages.values().enumerate();
         match slot {
@@ -453,11 +453,11 @@ impl<'a> LoopRun<'a> {
             }
             Slot::Output(made_by, port) => {
                 let (name, stage) = self.stage(*made_by);
-                let carried = self.body.carry.values().any(|carry| &carry.next.stage == name && &carry.next.port == port);
+                let carried =
+                    self.body.carry.values().any(|carry| &carry.next.stage == name && &carry.next.port == port);
                 // Rounds without the stage read the latest value so far.
-                let read = |(at, reader): (usize, &BodyStage)| {
-                    (later(at) || stage.every != Every::Round) && reads(reader)
-                };
+                let read =
+                    |(at, reader): (usize, &BodyStage)| (later(at) || stage.every != Every::Round) && reads(reader);
                 carried || stages.any(read)
             }
         }

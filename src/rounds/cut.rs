@@ -104,7 +104,8 @@ pub(super) fn load(folder: &Path, stages: usize, registry: &Registry, env: &Env)
         values.extend(shared.slots.into_iter().map(|slot| (slot, Arc::clone(&value))));
     }
     let rows = (0..stages).map(|index| read_rows(&folder.join("metrics").join(format!("{index}.jsonl"))));
-    let scores = |bits: Vec<(usize, u64)>| bits.into_iter().map(|(carry, bits)| (carry, f64::from_bits(bits))).collect();
+    let scores =
+        |bits: Vec<(usize, u64)>| bits.into_iter().map(|(carry, bits)| (carry, f64::from_bits(bits))).collect();
     let held = Held {
         position: manifest.position,
         values,

@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use contract::dataset::{End, Row};
 use contract::{
-    About, Alone, AnyValue, Dataset, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Registry, Result,
-    Sink, Source, Stage, Step, TokenizerFile, Value,
+    About, Alone, AnyValue, Dataset, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Registry,
+    Result, Sink, Source, Stage, Step, TokenizerFile, Value,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -229,10 +229,11 @@ impl Stage for Respond {
     }
 
     fn ports(&self, _: &RespondConfig) -> Ports {
-        Ports::new()
-            .input("model", PortType::Model, "who writes")
-            .input("data", PortType::Dataset, "prompts")
-            .output("data", PortType::Dataset, "responses")
+        Ports::new().input("model", PortType::Model, "who writes").input("data", PortType::Dataset, "prompts").output(
+            "data",
+            PortType::Dataset,
+            "responses",
+        )
     }
 
     fn start(&self, config: RespondConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -310,8 +311,8 @@ impl Stage for Learn {
 
 impl Operator for Learner {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        std::thread::sleep(Duration::from_millis(self.config.sleep));
         append_line(self.config.count.as_deref(), &step.round.to_string())?;
+        std::thread::sleep(Duration::from_millis(self.config.sleep));
         if self.config.fail_at == Some(step.round) {
             bail!("told to fail in round {}", step.round);
         }
@@ -381,7 +382,8 @@ impl Stage for Evaluate {
             } else {
                 json!(score)
             };
-            Ok(Outputs::new().with("metrics", Metrics(Map::from_iter([("score".into(), shown), ("loss".into(), json!(-score))]))))
+            Ok(Outputs::new()
+                .with("metrics", Metrics(Map::from_iter([("score".into(), shown), ("loss".into(), json!(-score))]))))
         })
     }
 }
@@ -504,4 +506,3 @@ fn append_line(file: Option<&Path>, line: &str) -> Result<()> {
     writeln!(file, "{line}")?;
     Ok(())
 }
-
