@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, StoreError};
 use crate::record::Artifact;
-use crate::store::{Care, Condition, Store, is_absence};
+use crate::store::{Care, Condition, Store};
 
 impl Store {
     /// The folder of an artifact, readable in place. Its bytes were hashed since the machine booted and its files have not
@@ -23,10 +23,6 @@ impl Store {
         if !self.tree_is_whole(&tree, artifact, Care::HashedThisBoot)? {
             self.check_blobs(artifact)?;
             self.build_tree(artifact)?;
-            if !self.tree_is_whole(&tree, artifact, Care::HashedThisBoot)? {
-                let reason = "its folder changes while it is built".into();
-                return Err(StoreError::Corrupt { artifact: artifact.digest, file: ".".into(), reason });
-            }
         }
         Ok(tree)
     }
@@ -35,9 +31,7 @@ impl Store {
     pub(crate) fn tree_is_whole(&self, tree: &Path, artifact: &Artifact, care: Care) -> Result<bool> {
         let found = match files_in(tree) {
             Ok(found) => found,
-            Err(StoreError::NotPlain { .. } | StoreError::Name { .. }) => return Ok(false),
-            Err(StoreError::Io { source, .. }) if is_absence(&source) => return Ok(false),
-            Err(error) => return Err(error),
+            Err(error) => return error.into_damage().map(|_| false),
         };
         if !found.iter().map(|(name, _)| name).eq(artifact.files.iter().map(|file| &file.path)) {
             return Ok(false);
@@ -50,8 +44,14 @@ impl Store {
         Ok(true)
     }
 
-    /// Puts a fresh tree of the artifact's blobs in place of the one that is there.
+    /// Builds the tree of an artifact from its blobs, which are whole. A damaged one is replaced; a whole one stays, for
+    /// somebody may be reading there.
     pub(crate) fn build_tree(&self, artifact: &Artifact) -> Result<()> {
+        let tree = self.tree_path(&artifact.digest);
+        let _guard = self.lock_tree(&artifact.digest)?;
+        if self.tree_is_whole(&tree, artifact, Care::HashedThisBoot)? {
+            return Ok(());
+        }
         let scratch = self.begin_scratch()?;
         let draft = scratch.path.join("tree");
         self.disk.make_folder(&draft)?;
@@ -60,13 +60,9 @@ impl Store {
             self.make_parent(&path)?;
             self.disk.link(&self.blob_path(&file.digest), &path)?;
         }
-        let tree = self.tree_path(&artifact.digest);
         self.make_parent(&tree)?;
-        if self.disk.rename_new(&draft, &tree)? {
-            return Ok(());
-        }
         scratch.discard(&tree)?;
-        // False when another process was faster: its tree is as good.
+        // Not done when another machine was faster: its tree is as good.
         self.disk.rename_new(&draft, &tree).map(drop)
     }
 

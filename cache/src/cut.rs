@@ -2,18 +2,17 @@
 //! damage to one costs a stretch of work and not all of it.
 
 use std::error::Error;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::files_in;
-use crate::digest::{self, FileEntry};
+use crate::digest::FileEntry;
 use crate::disk::in_parallel;
 use crate::error::{Result, StoreError};
 use crate::key::Key;
 use crate::record::{seal_text, unseal_text};
-use crate::store::{Store, list, read_if_there};
+use crate::store::{Store, hash_file, list, read_if_there};
 
 /// The form of manifests.
 const FORM: &str = "pipeline-cut-v1";
@@ -55,7 +54,7 @@ impl Store {
         write(&folder).map_err(|error| StoreError::Cut { round, source: error.into() })?;
         let files = in_parallel(&files_in(&folder)?, |(name, path)| {
             self.disk.sync(path)?;
-            let (digest, bytes) = hash(path)?;
+            let (digest, bytes) = hash_file(path)?;
             Ok(FileEntry { path: name.clone(), digest, bytes })
         })?;
         let mut folders: Vec<PathBuf> =
@@ -109,7 +108,11 @@ impl Store {
 
     /// What is wrong with a checkpoint, if anything.
     pub(crate) fn cut_fault(&self, key: &Key, round: u64, path: &Path) -> Result<Option<String>> {
-        let Some(text) = read_if_there(&path.join("manifest"))? else { return Ok(Some("it has no manifest".into())) };
+        let text = match read_if_there(&path.join("manifest")) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(Some("it has no manifest".into())),
+            Err(error) => return error.into_damage().map(Some),
+        };
         let manifest = match unseal_text::<Manifest>(FORM, &text) {
             Ok(manifest) if (manifest.key, manifest.round) == (*key, round) => manifest,
             Ok(_) => return Ok(Some("its manifest is that of another checkpoint".into())),
@@ -117,20 +120,18 @@ impl Store {
         };
         let found = match files_in(&path.join("files")) {
             Ok(found) => found,
-            Err(error) => return Ok(Some(error.to_string())),
+            Err(error) => return error.into_damage().map(Some),
         };
         if !found.iter().map(|(name, _)| name).eq(manifest.files.iter().map(|file| &file.path)) {
             return Ok(Some("it does not have the files of its manifest".into()));
         }
         for ((name, path), file) in found.iter().zip(&manifest.files) {
-            if hash(path)? != (file.digest, file.bytes) {
-                return Ok(Some(format!("`{name}` is not as it was written")));
+            match hash_file(path) {
+                Ok(found) if found == (file.digest, file.bytes) => {}
+                Ok(_) => return Ok(Some(format!("`{name}` is not as it was written"))),
+                Err(error) => return error.into_damage().map(|reason| Some(format!("`{name}`: {reason}"))),
             }
         }
         Ok(None)
     }
-}
-
-fn hash(path: &Path) -> Result<(crate::Digest, u64)> {
-    File::open(path).and_then(|file| digest::of_file(&file)).map_err(StoreError::io("read", path))
 }

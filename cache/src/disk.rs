@@ -80,6 +80,9 @@ impl Disk {
     /// Waits until a file, or the entries of a folder, are on the disk.
     pub(crate) fn sync(&self, path: &Path) -> Result<()> {
         self.step("sync", path)?;
+        if cfg!(test) && path.exists() {
+            return Ok(()); // the tests stop the store hundreds of times, but not the machine
+        }
         File::open(path).and_then(|file| file.sync_all()).map_err(StoreError::io("sync", path))
     }
 
@@ -139,7 +142,6 @@ impl Disk {
     }
 
     #[cfg(not(test))]
-    #[allow(clippy::unused_self)]
     fn step(&self, _operation: &'static str, _path: &Path) -> Result<()> {
         Ok(())
     }

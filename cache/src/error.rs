@@ -61,6 +61,22 @@ impl StoreError {
         false
     }
 
+    /// What a failure to read a file of the store says about it, if it means that the file is not as it was written: gone, of
+    /// another kind, or lost by the disk. Anything else, such as too many open files, says nothing about the file.
+    pub(crate) fn into_damage(self) -> Result<String> {
+        const LOST_BY_THE_DISK: i32 = rustix::io::Errno::IO.raw_os_error();
+        match self {
+            StoreError::NotPlain { .. } | StoreError::Name { .. } => Ok(self.to_string()),
+            StoreError::Io { ref source, .. } => match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok("a part of it is missing".into()),
+                io::ErrorKind::IsADirectory => Ok("expected a plain file, got a folder".into()),
+                _ if source.raw_os_error() == Some(LOST_BY_THE_DISK) => Ok(source.to_string()),
+                _ => Err(self),
+            },
+            _ => Err(self),
+        }
+    }
+
     /// For `map_err`: `operation` is a verb that reads well before a path.
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
         move |source| StoreError::Io { operation, path: path.to_path_buf(), source }

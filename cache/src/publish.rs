@@ -55,9 +55,7 @@ impl Store {
         let mut record = Record { key, outputs: Default::default(), info };
         for ((port, port_type), files) in outputs.iter().zip(files) {
             let artifact = Artifact::new(port_type.clone(), files);
-            if !self.tree_is_whole(&self.tree_path(&artifact.digest), &artifact, Care::Sealed)? {
-                self.build_tree(&artifact)?;
-            }
+            self.build_tree(&artifact)?;
             record.outputs.insert(port.clone(), artifact);
         }
         self.place_record(record, &work)

@@ -96,7 +96,9 @@ impl Stamps {
     /// Remembers that a file with this identity was hashed.
     pub(crate) fn put(&self, identity: Identity, digest: Digest) {
         let Identity { device, inode, bytes, modified, changed } = identity;
-        self.known().digests.insert(identity, digest);
+        if self.known().digests.insert(identity, digest) == Some(digest) {
+            return;
+        }
         if let Some(path) = &self.path {
             let line = format!("{digest} {device} {inode} {bytes} {modified} {changed}\n");
             if let Err(error) = self.disk.append(path, &line) {

@@ -2,6 +2,7 @@
 //!
 //! Publishing is in `publish`, reading artifacts in `artifact`, files of the outside in `source`, checkpoints in `cut`.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -98,7 +99,11 @@ impl Store {
 
     /// What a key was made of, with numbers and order of fields in canonical form; none if it was not kept or is damaged.
     pub fn preimage(&self, key: &Key) -> Result<Option<Json>> {
-        let Some(text) = read_if_there(&self.preimage_path(key))? else { return Ok(None) };
+        let text = match read_if_there(&self.preimage_path(key)) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(None),
+            Err(error) => return error.into_damage().map(|_| None),
+        };
         let preimage = serde_json::from_slice(&text).ok().filter(|preimage| Key::of(preimage) == *key);
         if preimage.is_none() {
             tracing::warn!(%key, "the kept preimage is damaged and is not used");
@@ -160,8 +165,14 @@ impl Store {
         Work::begin(&self.place, key)
     }
 
-    /// Removes the work folders of processes that are gone, and returns how many there were. Safe at any time.
+    /// Removes the work folders of processes that are gone, and returns how many there were. Removes their lock files, too.
+    /// Safe at any time.
     pub fn sweep(&self) -> Result<usize> {
+        for (_, path) in list(&self.root.join("locks"))? {
+            if path != self.place.gate {
+                drop(lock::try_take(&path)?); // who gives a lock up removes its file
+            }
+        }
         work::sweep(&self.place)
     }
 
@@ -172,7 +183,11 @@ impl Store {
 
     /// The record of a key, if it is there and whole; its files are not looked at.
     pub(crate) fn read_record(&self, key: &Key) -> Result<Result<Record, Why>> {
-        let Some(text) = read_if_there(&self.record_path(key))? else { return Ok(Err(Why::NoRecord)) };
+        let text = match read_if_there(&self.record_path(key)) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(Err(Why::NoRecord)),
+            Err(error) => return error.into_damage().map(|reason| Err(Why::RecordCorrupt { reason })),
+        };
         let checked = record::unseal_text::<Record>(RECORD_FORM, &text).and_then(|record| match record.fault() {
             None if record.key == *key => Ok(record),
             None => Err(format!("it is the record of {}", record.key.short())),
@@ -203,10 +218,9 @@ impl Store {
         if believed {
             return Ok(Condition::Whole);
         }
-        let digest = match File::open(path).and_then(|file| digest::of_file(&file)) {
+        let digest = match hash_file(path) {
             Ok((digest, _)) => digest,
-            Err(error) if is_media_error(&error) => return Ok(Condition::Damaged(error.to_string())),
-            Err(error) => return Err(StoreError::io("read", path)(error)),
+            Err(error) => return error.into_damage().map(Condition::Damaged),
         };
         if digest != expected.digest {
             return Ok(Condition::Damaged(format!("expected {}, got {}", expected.digest.short(), digest.short())));
@@ -257,6 +271,11 @@ impl Store {
         self.disk.make_folder(path.parent().expect("paths in the store lie below its root"))
     }
 
+    /// The lock of those who build the folder of an artifact.
+    pub(crate) fn lock_tree(&self, digest: &Digest) -> Result<Guard> {
+        lock::take(&self.root.join("locks").join(format!("{digest}.tree")))
+    }
+
     fn lock_path(&self, key: &Key) -> PathBuf {
         self.root.join("locks").join(key.to_string())
     }
@@ -274,6 +293,12 @@ impl Store {
             }
             Some(found) => Err(StoreError::Format { path: self.root.clone(), found: found.into(), expected: FORMAT }),
         }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("root", &self.root).finish_non_exhaustive()
     }
 }
 
@@ -308,7 +333,7 @@ pub(crate) fn is_absence(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// The disk has lost these bytes: damage like any other.
-fn is_media_error(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+/// Digest and length of a file.
+pub(crate) fn hash_file(path: &Path) -> Result<(Digest, u64)> {
+    File::open(path).and_then(|file| digest::of_file(&file)).map_err(StoreError::io("read", path))
 }

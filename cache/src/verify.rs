@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use crate::artifact::files_in;
 use crate::digest::{Digest, FileEntry};
-use crate::error::{Result, StoreError};
+use crate::error::Result;
 use crate::key::Key;
 use crate::record::Why;
-use crate::store::{Care, Condition, Store, list};
+use crate::store::{Care, Condition, Store, hash_file, list};
 
 /// What [`Store::verify`] read, found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -119,13 +119,14 @@ impl Store {
     fn tree_fault(&self, path: &Path, digits: &str) -> Result<Option<String>> {
         let found = match files_in(path) {
             Ok(found) => found,
-            Err(error) => return Ok(Some(error.to_string())),
+            Err(error) => return error.into_damage().map(Some),
         };
         let mut files = Vec::new();
         for (name, path) in found {
-            let file = std::fs::File::open(&path);
-            let (digest, bytes) =
-                file.and_then(|file| crate::digest::of_file(&file)).map_err(StoreError::io("read", &path))?;
+            let (digest, bytes) = match hash_file(&path) {
+                Ok(found) => found,
+                Err(error) => return error.into_damage().map(Some),
+            };
             files.push(FileEntry { path: name, digest, bytes });
         }
         let digest = Digest::of_tree(&files);

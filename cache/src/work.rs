@@ -3,6 +3,7 @@
 //! A folder belongs to the process that holds the kernel's lock on the file `owner` in it. When that process is gone, however
 //! it ended, so is the lock, and [`sweep`] removes the folder.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -57,6 +58,12 @@ impl Work {
             return Err(StoreError::Port { port: port.into() });
         }
         Ok(self.scratch.path.join("outputs").join(port))
+    }
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Work").field("path", &self.scratch.path).finish_non_exhaustive()
     }
 }
 
@@ -126,7 +133,9 @@ impl Drop for Scratch {
 pub(crate) fn sweep(place: &Workplace) -> Result<usize> {
     let orphans = orphans(place)?;
     for (path, _owner) in &orphans {
-        place.disk.remove_folder(path)?;
+        if let Err(error) = place.disk.remove_folder(path) {
+            tracing::warn!(%error, "an abandoned work folder cannot be removed");
+        }
     }
     Ok(orphans.len())
 }
@@ -140,11 +149,11 @@ fn orphans(place: &Workplace) -> Result<Vec<(PathBuf, Option<File>)>> {
         let path = entry.map_err(StoreError::io("list", &place.folder))?.path();
         let owner = path.join("owner");
         if !owner.exists() {
-            // Killed before the file was made, or while the folder was removed.
+            // Its process died before it made the file, or after it removed it.
             orphans.push((path, None));
             continue;
         }
-        let Ok(file) = lock::open(&owner) else { continue }; // its owner has just removed it
+        let Ok(file) = lock::open(&owner) else { continue }; // its process is just removing it
         if lock::try_lock(&file, &owner)? {
             orphans.push((path, Some(file)));
         }

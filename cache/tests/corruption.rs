@@ -1,0 +1,493 @@
+//! Whatever happens to the files of a store, a lookup is a whole hit or a miss, and publishing again mends it.
+
+use std::fs::{self, File, FileTimes, Permissions};
+use std::io;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use cache::{Artifact, Digest, Key, Lookup, Record, Store, StoreError, Usage, Why};
+use serde_json::json;
+use tempfile::TempDir;
+
+const WEIGHTS: &[u8] = b"0123456789";
+
+struct Fixture {
+    folder: TempDir,
+    store: Store,
+    key: Key,
+}
+
+impl Fixture {
+    /// A store with one published result.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let key = store.keep_preimage(&json!({"kind": "train"})).unwrap();
+        let fixture = Fixture { folder, store, key };
+        fixture.publish();
+        fixture
+    }
+
+    fn publish(&self) -> Record {
+        publish(&self.store, &self.key, &[("weights", WEIGHTS), ("deep/config", b"{}")])
+    }
+
+    fn miss(&self) -> Why {
+        self.store.lookup(&self.key).unwrap().miss().expect("a miss")
+    }
+
+    fn artifact(&self) -> Artifact {
+        self.store.lookup(&self.key).unwrap().hit().expect("a hit").outputs["model"].clone()
+    }
+
+    fn assert_whole(&self) {
+        let path = self.store.open_artifact(&self.artifact()).unwrap();
+        assert_eq!(files(&path), ["deep/config", "weights"]);
+        assert_eq!(fs::read(path.join("weights")).unwrap(), WEIGHTS);
+        assert_eq!(self.store.verify().unwrap().damage, []);
+    }
+
+    fn assert_mended(&self) {
+        self.publish();
+        self.assert_whole();
+    }
+
+    fn at(&self, part: &str, name: &str, from: usize) -> PathBuf {
+        self.store.root().join(part).join(&name[..2]).join(&name[from..])
+    }
+
+    fn blob(&self) -> PathBuf {
+        self.at("cas", &Digest::of(WEIGHTS).to_string(), 2)
+    }
+
+    fn record(&self) -> PathBuf {
+        self.at("ac", &self.key.to_string(), 0)
+    }
+
+    /// The store as a process after the next boot sees it.
+    fn after_boot(mut self) -> Self {
+        fs::remove_dir_all(self.store.root().join("stamps")).unwrap();
+        self.store = Store::open(self.store.root()).unwrap();
+        self
+    }
+}
+
+fn publish(store: &Store, key: &Key, files: &[(&str, &[u8])]) -> Record {
+    let work = store.begin(key).unwrap();
+    let output = work.output("model").unwrap();
+    for (name, bytes) in files {
+        fs::create_dir_all(output.join(name).parent().unwrap()).unwrap();
+        fs::write(output.join(name), bytes).unwrap();
+    }
+    store.publish(work, &[("model".into(), "model".into())], json!({})).unwrap()
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        if entry.path().is_dir() {
+            found.extend(files(&entry.path()).into_iter().map(|inner| format!("{name}/{inner}")));
+        } else {
+            found.push(name);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Writes in place, as nobody should.
+fn overwrite(path: &Path, bytes: &[u8]) {
+    fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+/// Writes in place and hides it.
+fn overwrite_secretly(path: &Path, bytes: &[u8]) {
+    let modified = fs::metadata(path).unwrap().modified().unwrap();
+    overwrite(path, bytes);
+    File::open(path).unwrap().set_times(FileTimes::new().set_modified(modified)).unwrap();
+}
+
+#[test]
+fn a_published_result_is_a_hit_and_is_read_only() {
+    let fixture = Fixture::new();
+    fixture.assert_whole();
+    assert_eq!(fs::metadata(fixture.blob()).unwrap().permissions().mode() & 0o777, 0o444);
+    assert_eq!(fixture.artifact().bytes, 12);
+    assert_eq!(fixture.store.keys().unwrap(), [fixture.key]);
+    assert_eq!(fs::read_dir(fixture.store.root().join("work")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_changed_byte_is_a_miss() {
+    let fixture = Fixture::new();
+    overwrite(&fixture.blob(), b"0123x56789");
+    let why = fixture.miss().to_string();
+    assert!(why.starts_with("`weights` of output `model` is damaged: expected "), "{why}");
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_byte_changed_secretly_is_found_before_it_is_read_in_the_next_boot() {
+    let fixture = Fixture::new().after_boot();
+    overwrite_secretly(&fixture.blob(), b"0123x56789");
+    let error = fixture.store.open_artifact(&fixture.artifact()).unwrap_err();
+    assert!(matches!(&error, StoreError::Corrupt { file, .. } if file == "weights"), "{error}");
+    assert!(!error.is_io());
+    assert_eq!(fixture.miss(), Why::ArtifactMissing { port: "model".into(), file: "weights".into() });
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_truncated_file_is_a_miss() {
+    let fixture = Fixture::new();
+    overwrite(&fixture.blob(), b"01234");
+    assert_eq!(fixture.miss().to_string(), "`weights` of output `model` is damaged: expected 10 bytes, got 5");
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_removed_file_is_a_miss() {
+    let fixture = Fixture::new();
+    fs::remove_file(fixture.blob()).unwrap();
+    assert_eq!(fixture.miss().to_string(), "`weights` of output `model` is missing from the store");
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_folder_or_link_in_place_of_a_file_is_a_miss() {
+    let fixture = Fixture::new();
+    fs::remove_file(fixture.blob()).unwrap();
+    fs::create_dir_all(fixture.blob().join("inner")).unwrap();
+    assert_eq!(fixture.miss().to_string(), "`weights` of output `model` is damaged: expected a plain file");
+    fixture.assert_mended();
+
+    let elsewhere = fixture.folder.path().join("elsewhere");
+    fs::rename(fixture.blob(), &elsewhere).unwrap();
+    symlink(&elsewhere, fixture.blob()).unwrap();
+    assert_eq!(fixture.miss().to_string(), "`weights` of output `model` is damaged: expected a plain file");
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_damaged_record_is_a_miss() {
+    let fixture = Fixture::new();
+    let text = fs::read(fixture.record()).unwrap();
+    let other = Key::of(&json!({"kind": "other"}));
+    publish(&fixture.store, &other, &[("weights", b"other")]);
+    let of_other = fs::read(fixture.at("ac", &other.to_string(), 0)).unwrap();
+    for (damaged, reason) in [
+        (&text[..text.len() / 2], "it is cut off"),
+        (&text[..10], "it has no first line"),
+        (b"".as_slice(), "it has no first line"),
+        (
+            &String::from_utf8(text.clone()).unwrap().replace("weights", "height_").into_bytes(),
+            "its checksum does not match its content",
+        ),
+        (b"record-of-tomorrow 00\n{}\n", "expected form `pipeline-record-v1`, got `record-of-tomorrow`"),
+        (&of_other, &format!("it is the record of {}", other.short())),
+    ] {
+        fs::write(fixture.record(), damaged).unwrap();
+        assert_eq!(fixture.miss().to_string(), format!("the record of the result is damaged: {reason}"));
+        fixture.assert_mended();
+    }
+    fs::remove_file(fixture.record()).unwrap();
+    assert_eq!(fixture.miss(), Why::NoRecord);
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_damaged_folder_of_an_artifact_is_built_again() {
+    let fixture = Fixture::new();
+    let path = fixture.store.open_artifact(&fixture.artifact()).unwrap();
+    let damages: [fn(&Path); 6] = [
+        |path| fs::remove_dir_all(path).unwrap(),
+        |path| fs::remove_file(path.join("weights")).unwrap(),
+        |path| fs::write(path.join("deep/extra"), "").unwrap(),
+        |path| fs::rename(path.join("weights"), path.join("renamed")).unwrap(),
+        |path| symlink("weights", path.join("link")).unwrap(),
+        |path| {
+            fs::remove_file(path.join("weights")).unwrap();
+            fs::write(path.join("weights"), "x123456789").unwrap();
+        },
+    ];
+    for damage in damages {
+        damage(&path);
+        fixture.assert_whole();
+    }
+}
+
+#[test]
+fn a_write_into_an_artifact_is_seen_and_a_secret_one_after_the_next_boot() {
+    let fixture = Fixture::new();
+    let path = fixture.store.open_artifact(&fixture.artifact()).unwrap();
+    overwrite(&path.join("weights"), b"x123456789"); // the blob has the same bytes on the disk
+    assert!(matches!(fixture.miss(), Why::ArtifactCorrupt { .. }));
+    fixture.assert_mended();
+
+    let fixture = fixture.after_boot();
+    overwrite_secretly(&path.join("weights"), b"x123456789");
+    assert!(fixture.store.open_artifact(&fixture.artifact()).is_err());
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_copy_of_the_store_without_its_times_still_hits() {
+    let fixture = Fixture::new();
+    let copy = fixture.folder.path().join("copy");
+    for name in files(fixture.store.root()) {
+        fs::create_dir_all(copy.join(&name).parent().unwrap()).unwrap();
+        fs::write(copy.join(&name), fs::read(fixture.store.root().join(&name)).unwrap()).unwrap();
+    }
+    Fixture { store: Store::open(&copy).unwrap(), ..fixture }.assert_whole();
+}
+
+#[test]
+fn verify_removes_what_is_damaged_and_says_so() {
+    let fixture = Fixture::new();
+    let key = Key::of(&json!("checkpoints"));
+    fixture.store.save_cut(&key, 7, |path| fs::write(path.join("state"), "state")).unwrap();
+    overwrite_secretly(&fixture.blob(), b"0123x56789");
+    overwrite(&fixture.at("pre", &fixture.key.to_string(), 0), b"{}");
+    fs::write(fixture.store.root().join("cut").join(key.to_string()).join("7/files/state"), "stale").unwrap();
+
+    let verification = fixture.store.verify().unwrap();
+    let found: Vec<_> = verification.damage.iter().map(|damage| damage.to_string()).collect();
+    assert_eq!(found.len(), 5, "{found:#?}");
+    for (text, (part, reason)) in found.iter().zip([
+        ("file `cas/", "; results that hold it are computed again when needed"),
+        ("artifact folder `trees/", "; it is built again when needed"),
+        ("record `ac/", "is missing from the store; its result is computed again when needed"),
+        ("preimage `pre/", "hash of its name; it is written again when its key is used"),
+        ("checkpoint `cut/", "`state` is not as it was written; an earlier one is used"),
+    ]) {
+        assert!(text.starts_with(&format!("removed {part}")) && text.ends_with(reason), "{text}");
+    }
+    assert_eq!((verification.blobs, verification.trees, verification.records), (2, 1, 1));
+    assert_eq!((verification.preimages, verification.cuts, verification.bytes), (1, 1, 12));
+    assert_eq!(fixture.store.verify().unwrap().damage, [], "the second time all is well");
+    assert_eq!(fixture.store.newest_cut(&key).unwrap(), None);
+    assert_eq!(fixture.miss(), Why::NoRecord);
+    fixture.assert_mended();
+}
+
+#[test]
+fn a_damaged_preimage_is_absent_and_kept_again() {
+    let fixture = Fixture::new();
+    let preimage = json!({"kind": "train"});
+    assert_eq!(fixture.store.preimage(&fixture.key).unwrap(), Some(preimage.clone()));
+    overwrite(&fixture.at("pre", &fixture.key.to_string(), 0), b"{\"kind\": ");
+    assert_eq!(fixture.store.preimage(&fixture.key).unwrap(), None);
+    assert_eq!(fixture.store.keep_preimage(&preimage).unwrap(), fixture.key);
+    assert_eq!(fixture.store.preimage(&fixture.key).unwrap(), Some(preimage));
+}
+
+#[test]
+fn equal_bytes_are_kept_once() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let one = publish(store, &Key::of(&json!(1)), &[("copy", WEIGHTS), ("again", WEIGHTS), ("other", b"other")]);
+    let two = publish(store, &Key::of(&json!(2)), &[("copy", WEIGHTS), ("again", WEIGHTS), ("other", b"other")]);
+    assert_eq!(one.outputs, two.outputs);
+    let Usage { cas, trees, ac, artifacts, .. } = store.usage().unwrap();
+    assert_eq!((cas.files, cas.bytes), (3, 10 + 2 + 5));
+    assert_eq!((artifacts.files, artifacts.bytes), (3, 12 + 25 + 25));
+    assert_eq!((trees.files, ac.files), (0, 3));
+}
+
+#[test]
+fn the_first_result_of_a_key_stays_until_it_is_forgotten() {
+    let fixture = Fixture::new();
+    let first = fixture.artifact();
+    let again = publish(&fixture.store, &fixture.key, &[("weights", b"others")]);
+    assert_eq!(again.outputs["model"], first);
+    fixture.store.forget(&fixture.key).unwrap();
+    assert_eq!(fixture.miss(), Why::NoRecord);
+    let other = publish(&fixture.store, &fixture.key, &[("weights", b"others")]);
+    assert_ne!(other.outputs["model"], first);
+    assert_eq!(fixture.store.lookup(&fixture.key).unwrap(), Lookup::Hit(other));
+}
+
+#[test]
+fn outputs_that_cannot_be_kept_are_refused_and_nothing_is_published() {
+    let fixture = Fixture::new();
+    let key = Key::of(&json!("refused"));
+    let refused = |port: &str, write: &dyn Fn(&Path)| {
+        let work = fixture.store.begin(&key).unwrap();
+        write(&work.output("model").unwrap());
+        let error = fixture.store.publish(work, &[(port.into(), "model".into())], json!({})).unwrap_err();
+        assert_eq!(fixture.store.lookup(&key).unwrap().miss(), Some(Why::NoRecord));
+        assert!(!error.is_io());
+        error.to_string()
+    };
+    assert!(
+        refused("model", &|path| symlink("x", path.join("link")).unwrap())
+            .contains("link` is neither a plain file nor a folder")
+    );
+    let socket = fixture.folder.path().join("socket"); // a short path, as sockets need
+    let _listener = UnixListener::bind(&socket).unwrap();
+    assert!(refused("model", &|path| fs::rename(&socket, path.join("socket")).unwrap()).contains("socket` is neither"));
+    assert!(refused("other", &|_| ()).starts_with("output `other` was not written: expected a folder `"));
+    for port in ["", "..", "a/b", ".hidden"] {
+        assert!(refused(port, &|_| ()).starts_with(&format!("`{port}` cannot name an output; expected ")));
+    }
+    assert_eq!(fs::read_dir(fixture.store.root().join("work")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_output_may_be_empty() {
+    let fixture = Fixture::new();
+    let record = publish(&fixture.store, &Key::of(&json!("empty")), &[]);
+    let path = fixture.store.open_artifact(&record.outputs["model"]).unwrap();
+    assert_eq!(fs::read_dir(path).unwrap().count(), 0);
+}
+
+#[test]
+fn a_store_of_another_format_is_refused() {
+    let fixture = Fixture::new();
+    fs::write(fixture.store.root().join("format"), "pipeline-store-v9\n").unwrap();
+    let error = Store::open(fixture.store.root()).err().unwrap().to_string();
+    assert!(
+        error.ends_with("has format `pipeline-store-v9`, expected `pipeline-store-v1`; choose another folder"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_store_that_cannot_be_made_is_an_io_error_with_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let error = Store::open(&file).err().unwrap();
+    assert_eq!(error.to_string(), format!("cannot make folder `{}`", file.join("cas").display()));
+    assert!(error.is_io());
+}
+
+#[test]
+fn a_source_that_changes_changes_its_digest_although_its_length_stays() {
+    let fixture = Fixture::new();
+    let source = fixture.folder.path().join("source");
+    fs::write(&source, "one").unwrap();
+    assert_eq!(fixture.store.digest_path(&source).unwrap(), Digest::of(b"one"));
+    fs::write(&source, "two").unwrap();
+    assert_eq!(fixture.store.digest_path(&source).unwrap(), Digest::of(b"two"));
+    overwrite_secretly(&source, b"six");
+    assert_eq!(fixture.store.digest_path(&source).unwrap(), Digest::of(b"six"));
+}
+
+/// Only here can a boot be told from the one before.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_old_source_is_read_once_per_boot_and_a_fresh_one_each_time() {
+    let fixture = Fixture::new();
+    let stamps = |digest: &Digest| {
+        let stamps = fixture.store.root().join("stamps");
+        let texts: String = files(&stamps).iter().map(|name| fs::read_to_string(stamps.join(name)).unwrap()).collect();
+        texts.lines().filter(|line| line.starts_with(&digest.to_string())).count()
+    };
+    let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let digest = Digest::of(&fs::read(&old).unwrap());
+    assert_eq!(fixture.store.digest_path(&old).unwrap(), digest);
+    assert_eq!(stamps(&digest), 1);
+    assert_eq!(fixture.store.digest_path(&old).unwrap(), digest);
+    assert_eq!(stamps(&digest), 1);
+
+    let fresh = fixture.folder.path().join("fresh");
+    fs::write(&fresh, "fresh").unwrap();
+    assert_eq!(fixture.store.digest_path(&fresh).unwrap(), Digest::of(b"fresh"));
+    assert_eq!(stamps(&Digest::of(b"fresh")), 0, "another write within the clock's step would not show");
+}
+
+#[test]
+fn a_source_folder_has_the_digest_of_an_artifact_with_its_files() {
+    let fixture = Fixture::new();
+    let source = fixture.folder.path().join("source");
+    fs::create_dir_all(source.join("deep")).unwrap();
+    fs::write(source.join("weights"), WEIGHTS).unwrap();
+    let elsewhere = fixture.folder.path().join("elsewhere");
+    fs::write(&elsewhere, "{}").unwrap();
+    symlink(&elsewhere, source.join("deep/config")).unwrap();
+    let digest = fixture.store.digest_path(&source).unwrap();
+    assert_eq!(digest, fixture.artifact().digest);
+    fs::write(&elsewhere, "[]").unwrap();
+    assert_ne!(fixture.store.digest_path(&source).unwrap(), digest, "links are followed");
+}
+
+#[test]
+fn a_source_that_cannot_be_read_is_named() {
+    let fixture = Fixture::new();
+    let source = fixture.folder.path().join("source");
+    fs::create_dir(&source).unwrap();
+    symlink("nowhere", source.join("dangling")).unwrap();
+    let error = fixture.store.digest_path(&source).unwrap_err();
+    assert_eq!(error.to_string(), format!("cannot find `{}`", source.join("dangling").display()));
+    fs::remove_file(source.join("dangling")).unwrap();
+    symlink(".", source.join("circle")).unwrap();
+    assert!(fixture.store.digest_path(&source).unwrap_err().is_io());
+    let socket = fixture.folder.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    assert!(matches!(fixture.store.digest_path(&socket), Err(StoreError::NotPlain { .. })));
+}
+
+#[test]
+fn the_newest_whole_checkpoint_counts_and_two_are_kept() {
+    let fixture = Fixture::new();
+    let (store, key) = (&fixture.store, &fixture.key);
+    let save = |round: u64| {
+        store.save_cut(key, round, |path| fs::write(path.join("state"), format!("state {round}"))).unwrap();
+    };
+    let newest = || {
+        let cut = store.newest_cut(key).unwrap()?;
+        assert_eq!(fs::read_to_string(cut.path.join("state")).unwrap(), format!("state {}", cut.round));
+        Some(cut.round)
+    };
+    let folder = store.root().join("cut").join(key.to_string());
+    assert_eq!(newest(), None);
+    for round in [2, 9, 10] {
+        save(round);
+        assert_eq!(newest(), Some(round));
+    }
+    assert!(!folder.join("2").exists() && folder.join("9").exists());
+
+    let damages: [fn(&Path); 5] = [
+        |cut| fs::write(cut.join("files/state"), "state 11").unwrap(),
+        |cut| fs::write(cut.join("files/extra"), "").unwrap(),
+        |cut| fs::remove_file(cut.join("files/state")).unwrap(),
+        |cut| fs::remove_file(cut.join("manifest")).unwrap(),
+        |cut| fs::write(cut.join("manifest"), &fs::read(cut.join("manifest")).unwrap()[..99]).unwrap(),
+    ];
+    for damage in damages {
+        save(10);
+        damage(&folder.join("10"));
+        assert_eq!(newest(), Some(9));
+        assert!(!folder.join("10").exists(), "the damaged one is removed");
+    }
+    fs::rename(folder.join("9"), folder.join("12")).unwrap();
+    assert_eq!(newest(), None, "a checkpoint under another round's name is not believed");
+
+    save(13);
+    store.drop_cuts(key).unwrap();
+    store.drop_cuts(key).unwrap();
+    assert_eq!(newest(), None);
+    assert!(!folder.exists());
+}
+
+#[test]
+fn a_failed_writer_of_a_checkpoint_leaves_the_old_one() {
+    let fixture = Fixture::new();
+    let (store, key) = (&fixture.store, &fixture.key);
+    store.save_cut(key, 1, |path| fs::write(path.join("state"), "good")).unwrap();
+    let failed = store.save_cut(key, 1, |path| {
+        fs::write(path.join("state"), "half")?;
+        Err(io::Error::from(io::ErrorKind::StorageFull))
+    });
+    let error = failed.unwrap_err();
+    assert_eq!(error.to_string(), "cannot write the checkpoint of round 1");
+    assert!(error.is_io());
+    let cut = store.newest_cut(key).unwrap().unwrap();
+    assert_eq!(fs::read_to_string(cut.path.join("state")).unwrap(), "good");
+    let failed = store.save_cut(key, 2, |_| Err("the caller's own reason"));
+    assert!(!failed.unwrap_err().is_io());
+}
