@@ -346,10 +346,9 @@ pub fn outputs(subgraph: &Subgraph) -> Vec<(String, String, contract::PortType)>
         Subgraph::Loop(body) => {
             let carry = body.carry.iter().enumerate();
             let carry = carry.map(|(index, (name, carry))| (name.clone(), format!("c{index}"), carry.port_type));
-            let stages =
-                body.stages.keys().enumerate().map(|(index, name)| {
-                    (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Dir)
-                });
+            let stages = body.stages.keys().enumerate().map(|(index, name)| {
+                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Metrics)
+            });
             carry.chain(stages).collect()
         }
     }

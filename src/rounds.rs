@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use contract::{AnyValue, Env, Inputs, Metrics, Operator, PortType, Registry, Result, Sink, Step};
+use contract::{AnyValue, Env, Inputs, Metrics, Operator, PortType, Registry, Result, Sink, Step, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
@@ -594,9 +594,11 @@ pub(crate) fn check_outputs(ports: &contract::Ports, outputs: &BTreeMap<String, 
     }
 }
 
-/// Writes `metrics.jsonl` into a folder.
+/// Writes `metrics.jsonl` into a folder, and its last row as `metrics.json`: so the folder is a value of type metrics, which
+/// says where the stage ended.
 pub fn write_rows(folder: &Path, rows: &[MetricsRow]) -> Result<()> {
-    cut::write_rows(&folder.join("metrics.jsonl"), rows)
+    cut::write_rows(&folder.join("metrics.jsonl"), rows)?;
+    Metrics(rows.last().cloned().unwrap_or_default()).save(folder)
 }
 
 fn find_metrics(value: Option<&AnyValue>) -> Option<Arc<Metrics>> {

@@ -213,7 +213,7 @@ fn save_rows(work: &Path, name: &str, rows: &[MetricsRow]) -> Result<(String, Po
     let folder = work.join("outputs").join(name);
     make(&folder)?;
     rounds::write_rows(&folder, rows)?;
-    Ok((name.to_owned(), PortType::Dir))
+    Ok((name.to_owned(), PortType::Metrics))
 }
 
 fn make(folder: &Path) -> Result<()> {

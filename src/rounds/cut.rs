@@ -1,8 +1,10 @@
 //! A cut: all that a loop holds between two stage runs, in a folder.
 //!
-//!     cut.json            where the loop stands, scores, and which slots share which value
-//!     values/<n>/         one folder for each distinct value
-//!     metrics/<n>.jsonl   rows of each stage so far
+//! ```text
+//! cut.json            where the loop stands, scores, and which slots share which value
+//! values/<n>/         one folder for each distinct value
+//! metrics/<n>.jsonl   rows of each stage so far
+//! ```
 //!
 //! Stages, windows and carried values are named by their index, for names are in no key: a cut must fit a pipeline that
 //! calls its stages differently.

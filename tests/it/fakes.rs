@@ -31,6 +31,7 @@ pub fn registry() -> Registry {
         .with(Fail)
         .with(Slow)
         .with(Count)
+        .with(Double)
 }
 
 fn load(port_type: PortType, folder: &Path, _env: &Env) -> Result<AnyValue> {
@@ -488,6 +489,32 @@ impl Stage for Count {
             let data = inputs.take::<Dataset>("data")?;
             let keep = config.keep.unwrap_or(data.rows.len()).min(data.rows.len());
             Ok(Outputs::new().with("data", data.select(&(0..keep).collect::<Vec<_>>())))
+        })
+    }
+}
+
+/// Reads a loss and doubles it: metrics to metrics.
+struct Double;
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct DoubleConfig {}
+
+impl Stage for Double {
+    type Config = DoubleConfig;
+
+    fn about(&self) -> About {
+        about("double")
+    }
+
+    fn ports(&self, _: &DoubleConfig) -> Ports {
+        Ports::new().input("of", PortType::Metrics, "numbers").output("metrics", PortType::Metrics, "twice the loss")
+    }
+
+    fn start(&self, _: DoubleConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        once(|mut inputs, _, _| {
+            let loss = inputs.take::<Metrics>("of")?.number("loss").context("no `loss` to double")?;
+            Ok(Outputs::new().with("metrics", Metrics(Map::from_iter([("twice".into(), json!(2.0 * loss))]))))
         })
     }
 }

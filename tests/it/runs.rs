@@ -317,6 +317,16 @@ report: {metric: score.score, caption: In miniature}
 }
 
 #[test]
+fn a_later_stage_reads_where_a_stage_of_a_loop_ended() {
+    let after = "  after: {kind: double, in: {of: train.check.metrics}}\nvariants:";
+    let project = Project::new(&PROMPTKD.replacen("variants:", after, 1));
+    project.run("run FILE after").expect(0, &["ran      after"]);
+    let shown = project.show("");
+    let metric = |stage: &str, name: &str| shown["stages"][stage]["metrics"][name].as_f64().unwrap();
+    assert_eq!(metric("after", "twice"), 2.0 * metric("train.check", "loss"));
+}
+
+#[test]
 fn compare_runs_what_the_report_compares() {
     let project = Project::new(PROMPTKD);
     project.run("compare FILE").expect(0, &["done: 9 ran", "base", "slow"]);
