@@ -1,6 +1,7 @@
 //! The commands, a file each, and the way from an error to an exit status.
 
 mod cache;
+mod check;
 mod export;
 mod plan;
 mod run;
@@ -73,7 +74,7 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         Command::Run(args) => return run::run(&args, bench),
         Command::Compare(args) => return run::compare(args, bench),
         Command::Plan(args) => return plan::plan(&args, bench),
-        Command::Check(target) => check(&target, bench)?,
+        Command::Check(args) => check::check(&args, bench)?,
         Command::Show(args) => show::show(&args, bench)?,
         Command::Why(target) => why::why(&target, bench)?,
         Command::Graph(args) => {
@@ -96,13 +97,6 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         Command::Worker => unreachable!("workers never come here"),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn check(target: &Target, bench: &Workbench) -> Result<()> {
-    let graph = bench.load(target)?;
-    let stages = graph.subgraphs.node_count();
-    let plural = |count: usize, word: &str| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
-    say(&format!("ok: {}, {}\n", plural(graph.cells.len(), "cell"), plural(stages, "distinct stage")))
 }
 
 /// Prints an error and finds its exit status.

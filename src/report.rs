@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, Reporter, Status, line};
@@ -96,7 +96,12 @@ impl Bars {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).expect("the template is a constant").progress_chars("=> ")
+    let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+        // Nothing can be said of a text that cannot be written.
+        let _ = write!(text, "{:.1}/s", state.per_sec());
+    };
+    let style = ProgressStyle::with_template(template).expect("the template is a constant");
+    style.with_key("rate", rate).progress_chars("=> ")
 }
 
 impl Reporter for Bars {
@@ -110,7 +115,7 @@ impl Reporter for Bars {
                 let bar = self.bar(stage);
                 if bar.length() != Some(*total) {
                     bar.set_style(style(
-                        "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {per_sec}, {eta} left  {msg}"
+                        "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {rate}, {eta} left  {msg}"
                             .replace("{unit}", unit)
                             .as_str(),
                     ));
@@ -121,9 +126,10 @@ impl Reporter for Bars {
                 }
                 bar.set_position(*done);
             }
-            Event::StageMetrics { stage, row, .. } => {
+            Event::StageMetrics { stage, part, row } => {
                 if let Some(text) = key_metric(row) {
-                    self.bar(stage).set_message(text);
+                    let part = part.as_ref().map(|part| format!("{part} ")).unwrap_or_default();
+                    self.bar(stage).set_message(part + &text);
                 }
             }
             Event::StageReused { stage, .. }

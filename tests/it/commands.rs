@@ -15,6 +15,17 @@ fn check_finds_errors_with_their_place() {
 }
 
 #[test]
+fn origin_says_where_every_value_is_written() {
+    let project = Project::new(PROMPTKD);
+    let line = PROMPTKD.lines().position(|line| line.contains("rate: 0.05")).unwrap() + 1;
+    let place = format!("train.learn.rate = 0.05  (p.yaml:{line}:");
+    project
+        .run("check FILE --origin")
+        .expect(0, &[&place, "train.learn.seed = 0  (default)", "data.rows = 24  (p.yaml:6:"]);
+    project.run("check FILE --origin --set train.learn.rate=0.5").expect(0, &["train.learn.rate = 0.5  (--set:1:"]);
+}
+
+#[test]
 fn plan_says_what_would_run_and_why() {
     let project = Project::new(PROMPTKD);
     project
