@@ -7,7 +7,7 @@
 //! Two rules keep old keys alive. A value equal to the `default` of its field in the kind's schema is left out, so a new
 //! field at its default changes no key. Turned around: *changing a default changes what old keys mean*, so it needs a new
 //! `version` of the kind. And stages, windows and carried values of a loop are numbered in an order that follows from
-//! what they are ([`in_canonical_order`]), so neither their names nor their order in the file matter.
+//! what they are (`in_canonical_order`), so neither their names nor their order in the file matter.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

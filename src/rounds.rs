@@ -1,7 +1,7 @@
 //! The loop executor: runs the stages of a loop round after round, in one process.
 //!
 //! The one promise: *a loop may be cut between any two stage runs, or nowhere, and its results have the same bits.* So
-//! all that passes from one stage run to the next is a value in [`Held`]: carried and kept values, outputs that are read
+//! all that passes from one stage run to the next is a value in `Held`: carried and kept values, outputs that are read
 //! later, windows of the round, inner states. A cut writes it, resuming reads it, and `unroll` does both after every stage
 //! run. Which rows a round sees and how far schedules are follow from the round alone.
 //!
