@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -50,6 +51,8 @@ pub(crate) enum Ended {
 
 /// What an attempt needs.
 pub(crate) struct Attempt {
+    /// Name for people.
+    pub(crate) stage: String,
     pub(crate) action: Action,
     pub(crate) inputs: InputDigests,
     pub(crate) store: Arc<Store>,
@@ -108,7 +111,11 @@ impl Attempt {
     /// worker to it.
     pub(crate) fn spawn(self) -> thread::JoinHandle<()> {
         thread::spawn(move || {
-            let ended = self.run().unwrap_or_else(Ended::Failed);
+            let _span = tracing::info_span!("stage", name = self.stage, key = %self.action.key).entered();
+            // Should the runner itself be at fault, the run must hear of an end all the same.
+            let ended = catch_unwind(AssertUnwindSafe(|| self.run()));
+            let ended = ended.unwrap_or_else(|_| Err(anyhow!("the runner panicked; its message is above")));
+            let ended = ended.unwrap_or_else(Ended::Failed);
             (self.say)(Update::Ended(ended));
         })
     }
@@ -149,6 +156,7 @@ impl Attempt {
                     "program": env!("CARGO_PKG_VERSION"),
                 });
                 let record = self.store.publish(work, &outputs, info)?;
+                tracing::info!(seconds, "published");
                 // Checkpoints of finished work only take room.
                 let _ = self.store.drop_cuts(&key);
                 Ok(Ended::Ran(record))
@@ -205,6 +213,7 @@ impl Attempt {
             child
         };
         (self.say)(Update::Started);
+        tracing::info!(worker = child.id(), "started");
         let last = self.hear(&mut child)?;
         self.control.lock().stdin = None;
         self.end_group(&child);
@@ -215,8 +224,7 @@ impl Attempt {
     fn start_process(&self) -> Result<Child> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let log = File::options().create(true).append(true).open(&self.log);
-        let log =
-            log.with_context(|| format!("cannot write log `{}`", self.log.display()))?;
+        let log = log.with_context(|| format!("cannot write log `{}`", self.log.display()))?;
         let mut command = Command::new(program);
         command
             .arg("worker")

@@ -26,8 +26,8 @@ pub(crate) enum Command {
     #[command(after_help = "Example: pipeline compare promptkd.yaml --markdown > results.md")]
     Compare(RunArgs),
     /// Check a pipeline without running it
-    #[command(after_help = "Example: pipeline check promptkd.yaml --all")]
-    Check(Target),
+    #[command(after_help = "Example: pipeline check promptkd.yaml --all --origin")]
+    Check(CheckArgs),
     /// Show what a run would do, and why
     #[command(after_help = "Example: pipeline plan promptkd.yaml --set params.seed=20 --check")]
     Plan(PlanArgs),
@@ -144,6 +144,15 @@ pub(crate) struct RunArgs {
     /// Save and load everything after every stage run of a loop: slow, with the same results
     #[arg(long)]
     pub(crate) unroll: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CheckArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Print every value of every stage, and where it is written
+    #[arg(long)]
+    pub(crate) origin: bool,
 }
 
 #[derive(Args)]

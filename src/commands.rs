@@ -1,6 +1,7 @@
 //! The commands, a file each, and the way from an error to an exit status.
 
 mod cache;
+mod check;
 mod export;
 mod plan;
 mod run;
@@ -73,7 +74,7 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         Command::Run(args) => return run::run(&args, bench),
         Command::Compare(args) => return run::compare(args, bench),
         Command::Plan(args) => return plan::plan(&args, bench),
-        Command::Check(target) => check(&target, bench)?,
+        Command::Check(args) => check::check(&args, bench)?,
         Command::Show(args) => show::show(&args, bench)?,
         Command::Why(target) => why::why(&target, bench)?,
         Command::Graph(args) => {
@@ -98,13 +99,6 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-fn check(target: &Target, bench: &Workbench) -> Result<()> {
-    let graph = bench.load(target)?;
-    let stages = graph.subgraphs.node_count();
-    let plural = |count: usize, word: &str| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
-    say(&format!("ok: {}, {}\n", plural(graph.cells.len(), "cell"), plural(stages, "distinct stage")))
-}
-
 /// Prints an error and finds its exit status.
 fn complain(error: &anyhow::Error) -> u8 {
     if let Some(diagnostics) = error.downcast_ref::<Diagnostics>() {
@@ -116,7 +110,9 @@ fn complain(error: &anyhow::Error) -> u8 {
         return status::BAD_REQUEST;
     }
     eprintln!("error: {error:#}");
-    if is_store_trouble(error) || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>()) {
+    if is_store_trouble(error)
+        || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>())
+    {
         status::STORE
     } else {
         status::BAD_REQUEST
@@ -133,7 +129,9 @@ pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
 pub(crate) fn say(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
         _ => Ok(()),
     }
 }

@@ -117,6 +117,8 @@ pub enum Event {
         stage: String,
         /// Key.
         key: String,
+        /// Why it ran.
+        reason: String,
         /// Seconds, over all attempts.
         seconds: f64,
         /// What it measured.

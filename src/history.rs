@@ -1,5 +1,6 @@
 //! What earlier runs wanted to do, and what has changed since: the exact difference of two preimages.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,10 +67,14 @@ pub struct Change {
     pub place: Option<Place>,
 }
 
-/// All plans of earlier runs, newest first.
+/// Plans of earlier runs, newest first; read when first asked for.
 pub struct History {
     runs: Vec<PathBuf>,
+    plans: OnceCell<Vec<(String, PlanFile)>>,
 }
+
+/// How many runs are looked back at: what changed longer ago explains nothing any more.
+const REACH: usize = 200;
 
 impl History {
     /// Lists the runs of a store.
@@ -78,7 +83,8 @@ impl History {
         let mut runs: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
         // Identifiers begin with the time.
         runs.sort_unstable_by(|a, b| b.cmp(a));
-        History { runs }
+        runs.truncate(REACH);
+        History { runs, plans: OnceCell::new() }
     }
 
     /// The newest run in which the stage had another key: preferably the stage of the same cell, else one of the same
@@ -87,9 +93,9 @@ impl History {
         let same_cell = |stage: &PlannedStage| aliases.contains(&stage.alias);
         let same_name = |stage: &PlannedStage| aliases.iter().any(|alias| alias.name == stage.alias.name);
         let find = |fits: &dyn Fn(&PlannedStage) -> bool| {
-            self.plans().find_map(|(run, plan)| {
-                let stage = plan.stages.into_iter().find(|stage| fits(stage) && stage.key != *key)?;
-                Some(Earlier { run, stage })
+            self.plans().iter().find_map(|(run, plan)| {
+                let stage = plan.stages.iter().find(|stage| fits(stage) && stage.key != *key)?;
+                Some(Earlier { run: run.clone(), stage: stage.clone() })
             })
         };
         find(&same_cell).or_else(|| find(&same_name))
@@ -97,8 +103,9 @@ impl History {
 
     /// Whether any earlier run had this very stage: the same name and key.
     pub fn knows(&self, aliases: &[Alias], key: &Key) -> bool {
-        let same = |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
-        self.plans().any(|(_, plan)| plan.stages.iter().any(same))
+        let same =
+            |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
+        self.plans().iter().any(|(_, plan)| plan.stages.iter().any(same))
     }
 
     /// What has changed about a stage since it last had another key, with the run of that time. `None` when it never had.
@@ -111,11 +118,12 @@ impl History {
     }
 
     /// Plans that can be read: one that was cut off in the middle is none.
-    fn plans(&self) -> impl Iterator<Item = (String, PlanFile)> {
-        self.runs.iter().filter_map(|run| {
+    fn plans(&self) -> &[(String, PlanFile)] {
+        let read = |run: &PathBuf| {
             let plan = serde_json::from_slice(&fs::read(run.join("plan.json")).ok()?).ok()?;
             Some((run.file_name()?.to_string_lossy().into_owned(), plan))
-        })
+        };
+        self.plans.get_or_init(|| self.runs.iter().filter_map(read).collect())
     }
 }
 

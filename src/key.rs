@@ -7,7 +7,7 @@
 //! Two rules keep old keys alive. A value equal to the `default` of its field in the kind's schema is left out, so a new
 //! field at its default changes no key. Turned around: *changing a default changes what old keys mean*, so it needs a new
 //! `version` of the kind. And stages, windows and carried values of a loop are numbered in an order that follows from
-//! what they are ([`in_canonical_order`]), so neither their names nor their order in the file matter.
+//! what they are (`in_canonical_order`), so neither their names nor their order in the file matter.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -160,7 +160,12 @@ fn in_canonical_order(body: &Loop, inputs: &InputDigests, described: &Described)
     let mut ordered = body.clone();
     ordered.windows.sort_by_cached_key(|name, _| colours.windows[name]);
     ordered.carry.sort_by_cached_key(|name, carry| (carry.port_type, colours.carry[name]));
-    ordered.stages.sort_by_cached_key(|name, stage| (depths[name], stage.operator.kind.clone(), colours.stages[name]));
+    // Among stages that could run at the same time, what is carried on is made last: by then nobody else reads the value
+    // that it may update in place.
+    let is_carried = |name: &String| body.carry.values().any(|carry| carry.next.stage == *name);
+    ordered.stages.sort_by_cached_key(|name, stage| {
+        (depths[name], is_carried(name), stage.operator.kind.clone(), colours.stages[name])
+    });
     ordered
 }
 
@@ -212,7 +217,8 @@ impl Colours {
     }
 
     fn of_origin(&self, origin: &Origin) -> String {
-        let colour = |colours: &IndexMap<String, Key>, name: &String| colours.get(name).map_or(String::new(), Key::to_string);
+        let colour =
+            |colours: &IndexMap<String, Key>, name: &String| colours.get(name).map_or(String::new(), Key::to_string);
         match origin {
             Origin::Outside => String::new(),
             Origin::Window(name) => colour(&self.windows, name),
@@ -341,7 +347,7 @@ pub fn outputs(subgraph: &Subgraph) -> Vec<(String, String, contract::PortType)>
             let carry = body.carry.iter().enumerate();
             let carry = carry.map(|(index, (name, carry))| (name.clone(), format!("c{index}"), carry.port_type));
             let stages = body.stages.keys().enumerate().map(|(index, name)| {
-                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Dir)
+                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Metrics)
             });
             carry.chain(stages).collect()
         }
@@ -383,3 +389,6 @@ pub fn names_of(subgraph: &Subgraph) -> BTreeMap<String, String> {
     let stages = numbered::<BodyStage>("s", stages, "");
     stages.chain(numbered::<Carry>("c", carry, "carry.")).chain(numbered::<Window>("w", windows, "windows.")).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,10 @@ pub mod draw;
 pub mod events;
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+#[path = "../tests/it/fakes.rs"]
+#[allow(unreachable_pub, reason = "the program with fake stages is made of the same file")]
+mod fakes;
 pub mod graph;
 pub mod history;
 pub mod key;

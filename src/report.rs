@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, Reporter, Status, line};
@@ -96,7 +96,12 @@ impl Bars {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).expect("the template is a constant").progress_chars("=> ")
+    let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+        // Nothing can be said of a text that cannot be written.
+        let _ = write!(text, "{:.1}/s", state.per_sec());
+    };
+    let style = ProgressStyle::with_template(template).expect("the template is a constant");
+    style.with_key("rate", rate).progress_chars("=> ")
 }
 
 impl Reporter for Bars {
@@ -110,7 +115,7 @@ impl Reporter for Bars {
                 let bar = self.bar(stage);
                 if bar.length() != Some(*total) {
                     bar.set_style(style(
-                        "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {per_sec}, {eta} left  {msg}"
+                        "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {rate}, {eta} left  {msg}"
                             .replace("{unit}", unit)
                             .as_str(),
                     ));
@@ -121,9 +126,10 @@ impl Reporter for Bars {
                 }
                 bar.set_position(*done);
             }
-            Event::StageMetrics { stage, row, .. } => {
+            Event::StageMetrics { stage, part, row } => {
                 if let Some(text) = key_metric(row) {
-                    self.bar(stage).set_message(text);
+                    let part = part.as_ref().map(|part| format!("{part} ")).unwrap_or_default();
+                    self.bar(stage).set_message(part + &text);
                 }
             }
             Event::StageReused { stage, .. }
@@ -164,8 +170,8 @@ impl Words {
                 let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
                 self.row("warning", stage, "", &format!("{place}{text}"))
             }
-            Event::StageFinished { stage, seconds, metrics, .. } => {
-                self.row("ran", stage, &duration(*seconds), &key_metric(metrics).unwrap_or_default())
+            Event::StageFinished { stage, reason, seconds, metrics, .. } => {
+                self.row("ran", stage, &duration(*seconds), &key_metric(metrics).unwrap_or_else(|| reason.clone()))
             }
             Event::StageFailed { stage, error, log, log_end } => {
                 let mut text = self.row("failed", stage, "", error);
@@ -230,9 +236,10 @@ fn key_metric(metrics: &Map<String, Json>) -> Option<String> {
     match (number, value) {
         (Some(number), _) => Some(format!("{name} {}", crate::table::figure(number))),
         // The stages of a loop, each with its own: the last that measured something says how it went.
-        (None, Json::Object(_)) => metrics.iter().rev().find_map(|(part, inner)| {
-            key_metric(inner.as_object()?).map(|text| format!("{part} {text}"))
-        }),
+        (None, Json::Object(_)) => metrics
+            .iter()
+            .rev()
+            .find_map(|(part, inner)| key_metric(inner.as_object()?).map(|text| format!("{part} {text}"))),
         _ => None,
     }
 }
@@ -255,7 +262,14 @@ mod tests {
 
     #[test]
     fn durations_read_well() {
-        let cases = [(0.004, "0.00 s"), (9.99, "9.99 s"), (9.999, "10.0 s"), (99.9, "99.9 s"), (99.99, "1 min 40 s"), (7384.0, "2 h 03 min")];
+        let cases = [
+            (0.004, "0.00 s"),
+            (9.99, "9.99 s"),
+            (9.999, "10.0 s"),
+            (99.9, "99.9 s"),
+            (99.99, "1 min 40 s"),
+            (7384.0, "2 h 03 min"),
+        ];
         for (seconds, expected) in cases {
             assert_eq!(duration(seconds), expected);
         }
@@ -265,7 +279,8 @@ mod tests {
     fn rows_are_aligned_without_colour() {
         let words = Words { width: 7, colours: false };
         let metrics = json!({"round": 3, "score": {"mean": 61.25}}).as_object().unwrap().clone();
-        let event = Event::StageFinished { stage: "score".into(), key: String::new(), seconds: 1.25, metrics };
+        let (key, reason) = (String::new(), "never run".into());
+        let event = Event::StageFinished { stage: "score".into(), key, reason, seconds: 1.25, metrics };
         assert_eq!(words.of(&event).unwrap(), "ran      score     1.25 s  score 61.25");
         let event = Event::StageSkipped { stage: "after".into(), needs: "score".into() };
         assert_eq!(words.of(&event).unwrap(), "skipped  after             needs `score`");

@@ -1,10 +1,6 @@
 //! What settled stages measured, read from their artifacts.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cache::Store;
 use contract::{Metrics, PortType};
 use serde_json::{Map, Value as Json};
@@ -30,25 +26,21 @@ pub fn metrics(settled: &Settled, store: &Store) -> Result<Map<String, Json>> {
     match &settled.action.subgraph {
         Subgraph::Operator(operator) => {
             let ports = operator.ports.outputs.iter().filter(|port| port.port_type == PortType::Metrics);
-            match ports.map(|port| &port.name).min_by_key(|name| *name != "metrics") {
-                Some(port) => match settled.artifact(port) {
-                    Some(artifact) => Ok(Metrics::load(&store.open_artifact(artifact)?)?.0),
-                    None => Ok(Map::new()),
-                },
-                None => last_row(settled, "metrics", store),
-            }
+            let port = ports.map(|port| port.name.as_str()).min_by_key(|name| *name != "metrics");
+            read(settled, port.unwrap_or("metrics"), store)
         }
         Subgraph::Loop(body) if body.alone => {
-            let mut own = last_row(settled, "step.metrics", store)?;
+            let mut own = read(settled, "step.metrics", store)?;
             if body.stages.contains_key("check") {
-                own.insert("check".into(), Json::Object(last_row(settled, "check.metrics", store)?));
+                own.insert("check".into(), Json::Object(read(settled, "check.metrics", store)?));
             }
             Ok(own)
         }
         Subgraph::Loop(body) => {
-            let rows = body.stages.keys().map(|stage| {
-                Ok((stage.clone(), Json::Object(last_row(settled, &format!("{stage}.metrics"), store)?)))
-            });
+            let rows = body
+                .stages
+                .keys()
+                .map(|stage| Ok((stage.clone(), Json::Object(read(settled, &format!("{stage}.metrics"), store)?))));
             rows.collect()
         }
     }
@@ -72,21 +64,10 @@ fn measured(value: &Json) -> Option<Measured> {
     Some(Measured { mean: fields.get("mean")?.as_f64()?, interval })
 }
 
-fn last_row(settled: &Settled, output: &str, store: &Store) -> Result<Map<String, Json>> {
-    let Some(artifact) = settled.artifact(output) else { return Ok(Map::new()) };
-    let path = store.open_artifact(artifact)?.join("metrics.jsonl");
-    if !path.exists() {
-        return Ok(Map::new());
+/// The `metrics.json` of an output; that of a training stage is the last row of its `metrics.jsonl`.
+fn read(settled: &Settled, output: &str, store: &Store) -> Result<Map<String, Json>> {
+    match settled.artifact(output) {
+        Some(artifact) => Ok(Metrics::load(&store.open_artifact(artifact)?)?.0),
+        None => Ok(Map::new()),
     }
-    read_last_row(&path)
-}
-
-fn read_last_row(path: &Path) -> Result<Map<String, Json>> {
-    let file = fs::File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let mut last = None;
-    for line in BufReader::new(file).lines() {
-        last = Some(line.with_context(|| format!("cannot read `{}`", path.display()))?);
-    }
-    let Some(last) = last else { return Ok(Map::new()) };
-    serde_json::from_str(&last).with_context(|| format!("`{}` is not JSON lines", path.display()))
 }

@@ -1,7 +1,7 @@
 //! The loop executor: runs the stages of a loop round after round, in one process.
 //!
 //! The one promise: *a loop may be cut between any two stage runs, or nowhere, and its results have the same bits.* So
-//! all that passes from one stage run to the next is a value in [`Held`]: carried and kept values, outputs that are read
+//! all that passes from one stage run to the next is a value in `Held`: carried and kept values, outputs that are read
 //! later, windows of the round, inner states. A cut writes it, resuming reads it, and `unroll` does both after every stage
 //! run. Which rows a round sees and how far schedules are follow from the round alone.
 //!
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use contract::{AnyValue, Env, Inputs, Metrics, Operator, PortType, Registry, Result, Sink, Step};
+use contract::{AnyValue, Env, Inputs, Metrics, Operator, PortType, Registry, Result, Sink, Step, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
@@ -408,9 +408,7 @@ impl<'a> LoopRun<'a> {
         self.gather_states()?;
         let number = self.number();
         let standing = self.standing();
-        host.keep_cut(number, standing, &|folder| {
-            cut::save(&self.held, standing.rounds, standing.seconds, folder)
-        })?;
+        host.keep_cut(number, standing, &|folder| cut::save(&self.held, standing.rounds, standing.seconds, folder))?;
         self.forget_states();
         Ok(())
     }
@@ -440,7 +438,9 @@ impl<'a> LoopRun<'a> {
 
     /// Whether a slot must still hold its value after stage `index` has run in this round.
     fn is_read_later(&self, slot: &Slot, index: usize, step: &Step) -> bool {
-        let reads = |stage: &BodyStage| stage.inputs.values().any(|origin| self.slot_of(origin).ok().flatten().as_ref() == Some(slot));
+        let reads = |stage: &BodyStage| {
+            stage.inputs.values().any(|origin| self.slot_of(origin).ok().flatten().as_ref() == Some(slot))
+        };
         let later = |at: usize| at > index && self.is_due(at, step);
         let mut stages = self.body.stages.values().enumerate();
         match slot {
@@ -453,11 +453,11 @@ impl<'a> LoopRun<'a> {
             }
             Slot::Output(made_by, port) => {
                 let (name, stage) = self.stage(*made_by);
-                let carried = self.body.carry.values().any(|carry| &carry.next.stage == name && &carry.next.port == port);
+                let carried =
+                    self.body.carry.values().any(|carry| &carry.next.stage == name && &carry.next.port == port);
                 // Rounds without the stage read the latest value so far.
-                let read = |(at, reader): (usize, &BodyStage)| {
-                    (later(at) || stage.every != Every::Round) && reads(reader)
-                };
+                let read =
+                    |(at, reader): (usize, &BodyStage)| (later(at) || stage.every != Every::Round) && reads(reader);
                 carried || stages.any(read)
             }
         }
@@ -594,9 +594,11 @@ pub(crate) fn check_outputs(ports: &contract::Ports, outputs: &BTreeMap<String, 
     }
 }
 
-/// Writes `metrics.jsonl` into a folder.
+/// Writes `metrics.jsonl` into a folder, and its last row as `metrics.json`: so the folder is a value of type metrics, which
+/// says where the stage ended.
 pub fn write_rows(folder: &Path, rows: &[MetricsRow]) -> Result<()> {
-    cut::write_rows(&folder.join("metrics.jsonl"), rows)
+    cut::write_rows(&folder.join("metrics.jsonl"), rows)?;
+    Metrics(rows.last().cloned().unwrap_or_default()).save(folder)
 }
 
 fn find_metrics(value: Option<&AnyValue>) -> Option<Arc<Metrics>> {

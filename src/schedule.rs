@@ -105,8 +105,8 @@ pub fn run(
     coordinator.start();
     let outcome = coordinator.work(&news);
     signals.close();
-    outcome?;
-    Ok(coordinator.finish(since.elapsed()))
+    let summary = coordinator.finish(since.elapsed(), outcome.is_err());
+    outcome.map(|()| summary)
 }
 
 struct Coordinator<'a> {
@@ -258,6 +258,7 @@ impl Coordinator<'_> {
         let log = self.log_path(node);
         let sender = self.sender.clone();
         let attempt = Attempt {
+            stage: self.label(node),
             action: ready.action.clone(),
             inputs: ready.inputs.clone(),
             store: Arc::clone(&self.store),
@@ -305,7 +306,7 @@ impl Coordinator<'_> {
         let running = self.running.remove(&node).expect("it was running a moment ago");
         // Its last word was its end, so there is nothing to wait for.
         let _ = running.thread.join();
-        let Ready { action, inputs, reason, .. } = running.ready;
+        let Ready { action, reason, .. } = running.ready;
         match ended {
             Ended::Ran(record) => {
                 self.ran += 1;
@@ -313,7 +314,7 @@ impl Coordinator<'_> {
                 let (stage, key) = (self.label(node), settled.action.key.to_string());
                 let seconds = settled.seconds().unwrap_or_default();
                 let metrics = results::metrics(&settled, &self.store).unwrap_or_default();
-                self.events.send(&Event::StageFinished { stage, key, seconds, metrics });
+                self.events.send(&Event::StageFinished { stage, key, reason, seconds, metrics });
                 self.settled.insert(node, settled);
             }
             Ended::Reused(record) => self.reuse(node, Settled { action, record }),
@@ -321,7 +322,7 @@ impl Coordinator<'_> {
                 let stage = self.label(node);
                 self.events.send(&Event::StageStopped { stage, cut });
             }
-            Ended::Damaged { entry } => self.mend(node, &entry, Ready { node, action, inputs, reason }),
+            Ended::Damaged { entry } => self.mend(node, &entry),
             Ended::Failed(error) if is_store_trouble(&error) => return Err(error),
             Ended::Failed(error) => self.fail(node, error, Some(&running.log)),
         }
@@ -337,7 +338,7 @@ impl Coordinator<'_> {
     }
 
     /// An input was damaged: the damaged artifact is gone, so what made it is open again, and so is this subgraph.
-    fn mend(&mut self, node: NodeIndex, entry: &str, ready: Ready) {
+    fn mend(&mut self, node: NodeIndex, entry: &str) {
         let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
         let Some(maker) = edges.filter(|edge| edge.weight().input == entry).map(|edge| edge.source()).next() else {
             let error = anyhow::anyhow!("input `{entry}` is damaged, and nothing in the pipeline makes it");
@@ -355,7 +356,7 @@ impl Coordinator<'_> {
         let stage = self.label(maker);
         self.events.send(&Event::StageWarned { stage, part: None, text });
         self.settled.remove(&maker);
-        self.open.extend([maker, ready.node]);
+        self.open.extend([maker, node]);
     }
 
     /// Shows the failure at once and gives up whatever needs the stage.
@@ -388,15 +389,20 @@ impl Coordinator<'_> {
             if first { running.control.stop() } else { running.control.kill() }
         }
         // What waits for another process has no worker that could stop.
-        let given_up = self.running.extract_if(.., |_, running| !first || running.waiting);
-        for node in given_up.map(|(node, _)| node).collect::<Vec<_>>() {
+        let given_up = |running: &Running| !first || running.waiting;
+        let nodes: Vec<_> =
+            self.running.iter().filter(|(_, running)| given_up(running)).map(|(node, _)| *node).collect();
+        for node in nodes {
+            self.running.remove(&node);
             let stage = self.label(node);
             self.events.send(&Event::StageStopped { stage, cut: None });
         }
     }
 
-    fn finish(mut self, elapsed: Duration) -> Summary {
-        let status = match (self.signal, self.failed.is_empty()) {
+    /// Says how it ended. After trouble with the store workers may still run, whose results could not be kept.
+    fn finish(mut self, elapsed: Duration, store_failed: bool) -> Summary {
+        self.running.values().for_each(|running| running.control.kill());
+        let status = match (self.signal, self.failed.is_empty() && !store_failed) {
             (Some(_), _) => Status::Interrupted,
             (None, false) => Status::Failed,
             (None, true) => Status::Done,
@@ -506,7 +512,7 @@ mod tests {
 
     #[test]
     fn runs_are_named_by_the_date() {
-        let check = |seconds, expected| assert_eq!(utc(Duration::from_millis(seconds * 1000 + 7)), expected);
+        let check = |seconds: u64, expected| assert_eq!(utc(Duration::from_millis(seconds * 1000 + 7)), expected);
         check(0, "19700101-000000.007");
         check(951_782_399, "20000228-235959.007");
         check(951_782_400, "20000229-000000.007");

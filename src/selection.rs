@@ -76,7 +76,10 @@ fn unknown(graph: &Graph, name: &str) -> BadRequest {
     let near = names.iter().map(|known| (strsim::damerau_levenshtein(known, name), known)).min();
     let hint = match near {
         Some((distance, known)) if distance <= 1 + name.len() / 3 => format!("; did you mean `{known}`?"),
-        _ => format!("; the pipeline has {}", names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")),
+        _ => format!(
+            "; the pipeline has {}",
+            names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        ),
     };
     BadRequest(format!("no selected variant has a stage `{name}`{hint}"))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cache::Store;
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableStyle, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle, presets};
 use indexmap::IndexMap;
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value as Json};
@@ -148,7 +148,11 @@ impl Numbers<'_> {
     /// Seconds of the stages when they were made, the mean over the cells.
     fn seconds(&self, cells: &[&Cell], stages: &[String]) -> String {
         let of_cell = |cell: &&Cell| -> Option<f64> {
-            stages.iter().filter(|stage| cell.names.contains_key(*stage)).map(|stage| self.stage(cell, stage)?.seconds()).sum()
+            stages
+                .iter()
+                .filter(|stage| cell.names.contains_key(*stage))
+                .map(|stage| self.stage(cell, stage)?.seconds())
+                .sum()
         };
         let seconds: Vec<f64> = cells.iter().filter_map(of_cell).collect();
         if stages.is_empty() {
@@ -193,8 +197,8 @@ pub fn t_interval(numbers: &[f64]) -> (f64, f64) {
 /// The 97.5 % quantile of Student's t with so many degrees of freedom.
 fn t_quantile(degrees: usize) -> f64 {
     const EXACT: [f64; 30] = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-        2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
     ];
     // Beyond the table: the first terms of the expansion around the normal quantile, right to three digits.
     let n = degrees as f64;
@@ -204,7 +208,8 @@ fn t_quantile(degrees: usize) -> f64 {
 impl ReportTable {
     /// For a terminal.
     pub fn text(&self) -> String {
-        let mut table = self.table(presets::UTF8_HORIZONTAL_ONLY);
+        let lines = presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none());
+        let mut table = self.table(lines);
         table.set_content_arrangement(ContentArrangement::Disabled);
         self.with_caption(&table.trim_fmt(), "")
     }
@@ -255,7 +260,15 @@ mod tests {
 
     #[test]
     fn figures_have_as_many_digits_as_a_table_needs() {
-        let cases = [(61.234, "61.23"), (1.5, "1.5"), (0.12345, "0.1235"), (0.0, "0"), (1.2e-5, "1.20e-5"), (-3.0, "-3"), (100.0, "100")];
+        let cases = [
+            (61.234, "61.23"),
+            (1.5, "1.5"),
+            (0.12345, "0.1235"),
+            (0.0, "0"),
+            (1.2e-5, "1.20e-5"),
+            (-3.0, "-3"),
+            (100.0, "100"),
+        ];
         for (number, expected) in cases {
             assert_eq!(figure(number), expected);
         }

@@ -104,11 +104,7 @@ fn work(job: &Job, registry: &Registry, stop: &AtomicBool) -> Result<Message> {
 }
 
 /// Reads every distinct artifact once: entries that name the same content share the value.
-fn load_inputs(
-    inputs: &BTreeMap<String, Input>,
-    registry: &Registry,
-    env: &Env,
-) -> Result<BTreeMap<String, AnyValue>> {
+fn load_inputs(inputs: &BTreeMap<String, Input>, registry: &Registry, env: &Env) -> Result<BTreeMap<String, AnyValue>> {
     let mut known: BTreeMap<(Digest, PortType), AnyValue> = BTreeMap::new();
     let mut entries = BTreeMap::new();
     for (entry, input) in inputs {
@@ -163,7 +159,8 @@ fn run_rounds(
 ) -> Result<Message> {
     let store = Store::open(&job.store)?;
     let cut = find_cut(&store, job, &env.scratch)?;
-    let mut host = WorkerHost { job, store: &store, stop, last_cut: Instant::now(), kept: false, report: Report::new() };
+    let mut host =
+        WorkerHost { job, store: &store, stop, last_cut: Instant::now(), kept: false, report: Report::new() };
     match rounds::run_loop(body, entries, cut.as_deref(), registry, env, &mut host)? {
         Ended::Stopped(Standing { round, rounds, .. }) => {
             Ok(Message::Stopped { cut: host.kept.then_some((round, rounds)) })
@@ -216,7 +213,7 @@ fn save_rows(work: &Path, name: &str, rows: &[MetricsRow]) -> Result<(String, Po
     let folder = work.join("outputs").join(name);
     make(&folder)?;
     rounds::write_rows(&folder, rows)?;
-    Ok((name.to_owned(), PortType::Dir))
+    Ok((name.to_owned(), PortType::Metrics))
 }
 
 fn make(folder: &Path) -> Result<()> {

@@ -29,7 +29,11 @@ pub(crate) fn cache(command: &CacheCommand) -> Result<ExitCode> {
                 say("\n")?;
             }
             say(&format!("{:<12} {:>10}\n", "all", bytes(usage.bytes())))?;
-            say(&format!("without sharing, its {} artifacts would take {}\n", usage.artifacts.files, bytes(usage.artifacts.bytes)))?;
+            say(&format!(
+                "without sharing, its {} artifacts would take {}\n",
+                usage.artifacts.files,
+                bytes(usage.artifacts.bytes)
+            ))?;
             Ok(ExitCode::SUCCESS)
         }
         CacheCommand::Verify(args) => {

@@ -75,9 +75,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut name = to.file_name().context("the folder to export to has no name")?.to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let draft = to.with_file_name(name);
-    let outcome = copy_tree(from, &draft).and_then(|()| {
-        fs::rename(&draft, to).with_context(|| format!("cannot make folder `{}`", to.display()))
-    });
+    let outcome = copy_tree(from, &draft)
+        .and_then(|()| fs::rename(&draft, to).with_context(|| format!("cannot make folder `{}`", to.display())));
     if outcome.is_err() {
         // What is left of the draft helps nobody.
         let _ = fs::remove_dir_all(&draft);
@@ -95,7 +94,8 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
         } else {
             // Bytes only: files of the store are read-only, and their copies belong to the user.
             let mut reader = fs::File::open(&source).with_context(|| format!("cannot read `{}`", source.display()))?;
-            let mut writer = fs::File::create(&target).with_context(|| format!("cannot write `{}`", target.display()))?;
+            let mut writer =
+                fs::File::create(&target).with_context(|| format!("cannot write `{}`", target.display()))?;
             std::io::copy(&mut reader, &mut writer).with_context(|| format!("cannot write `{}`", target.display()))?;
         }
     }

@@ -33,7 +33,8 @@ pub(crate) fn compare(args: RunArgs, bench: &Workbench) -> Result<ExitCode> {
         ))
         .into());
     };
-    if request.variants.is_empty() && !request.all_variants && request.ablation.is_none() && !report.compare.is_empty() {
+    if request.variants.is_empty() && !request.all_variants && request.ablation.is_none() && !report.compare.is_empty()
+    {
         request.variants = report.compare;
         graph = language::load(&request, bench.registry, bench.shipped)?;
     }

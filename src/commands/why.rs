@@ -54,7 +54,9 @@ fn action_of(decision: &Decision) -> Option<&Action> {
 
 fn unknown(decision: &Decision, reason: &str) -> String {
     match decision {
-        Decision::DependsOnResult { .. } => format!("its key depends {reason}, with no result yet; ask about that first"),
+        Decision::DependsOnResult { .. } => {
+            format!("its key depends {reason}, with no result yet; ask about that first")
+        }
         _ => format!("its key cannot be computed: {reason}"),
     }
 }

@@ -1,8 +1,10 @@
 //! A cut: all that a loop holds between two stage runs, in a folder.
 //!
-//!     cut.json            where the loop stands, scores, and which slots share which value
-//!     values/<n>/         one folder for each distinct value
-//!     metrics/<n>.jsonl   rows of each stage so far
+//! ```text
+//! cut.json            where the loop stands, scores, and which slots share which value
+//! values/<n>/         one folder for each distinct value
+//! metrics/<n>.jsonl   rows of each stage so far
+//! ```
 //!
 //! Stages, windows and carried values are named by their index, for names are in no key: a cut must fit a pipeline that
 //! calls its stages differently.
@@ -104,7 +106,8 @@ pub(super) fn load(folder: &Path, stages: usize, registry: &Registry, env: &Env)
         values.extend(shared.slots.into_iter().map(|slot| (slot, Arc::clone(&value))));
     }
     let rows = (0..stages).map(|index| read_rows(&folder.join("metrics").join(format!("{index}.jsonl"))));
-    let scores = |bits: Vec<(usize, u64)>| bits.into_iter().map(|(carry, bits)| (carry, f64::from_bits(bits))).collect();
+    let scores =
+        |bits: Vec<(usize, u64)>| bits.into_iter().map(|(carry, bits)| (carry, f64::from_bits(bits))).collect();
     let held = Held {
         position: manifest.position,
         values,

@@ -8,12 +8,8 @@ use indexmap::IndexMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::fakes::{self, Numbers};
 use crate::graph::{Carry, Last, Operator as OperatorSpec, Order, Window};
-use fakes::Numbers;
-
-#[path = "../../tests/it/fakes.rs"]
-#[allow(unreachable_pub, reason = "the program with fake stages is made of the same file")]
-mod fakes;
 
 /// A host that stops at chosen numbers of stage runs, or keeps a cut there and goes on.
 struct Scripted {
@@ -84,10 +80,7 @@ fn left(finished: &Finished) -> Left {
         let numbers = Arc::clone(value).into_any().downcast::<Numbers>().unwrap();
         numbers.numbers.iter().map(|x| x.to_bits()).collect()
     };
-    Left {
-        outputs: finished.outputs.iter().map(bits).collect(),
-        rows: serde_json::to_string(&finished.rows).unwrap(),
-    }
+    Left { outputs: finished.outputs.iter().map(bits).collect(), rows: serde_json::to_string(&finished.rows).unwrap() }
 }
 
 fn entries() -> BTreeMap<String, AnyValue> {
@@ -158,7 +151,10 @@ fn promptkd(epochs: u64, keep_best: bool, now_and_then: bool) -> Loop {
             ("prompt".into(), carry("tune.model", Keep::With("student".into()))),
         ]),
         stages: IndexMap::from([
-            ("respond".into(), stage("respond", Every::Round, json!({}), &[("model", "carry.student"), ("data", "windows.batch")])),
+            (
+                "respond".into(),
+                stage("respond", Every::Round, json!({}), &[("model", "carry.student"), ("data", "windows.batch")]),
+            ),
             (
                 "tune".into(),
                 stage(
@@ -177,7 +173,10 @@ fn promptkd(epochs: u64, keep_best: bool, now_and_then: bool) -> Loop {
                     &[("model", "carry.student"), ("teacher", "outside"), ("data", "respond.data")],
                 ),
             ),
-            ("check".into(), stage("evaluate", Every::Epoch, json!({}), &[("model", "learn.model"), ("data", "outside")])),
+            (
+                "check".into(),
+                stage("evaluate", Every::Epoch, json!({}), &[("model", "learn.model"), ("data", "outside")]),
+            ),
         ]),
         rounds: None,
         unroll: false,
@@ -185,7 +184,9 @@ fn promptkd(epochs: u64, keep_best: bool, now_and_then: bool) -> Loop {
     };
     if now_and_then {
         // A reader, in every round, of what is made in some.
-        body.stages["learn"].inputs.insert("teacher".into(), Origin::Stage(PortRef { stage: "tune".into(), port: "model".into() }));
+        body.stages["learn"]
+            .inputs
+            .insert("teacher".into(), Origin::Stage(PortRef { stage: "tune".into(), port: "model".into() }));
     }
     body
 }

@@ -69,9 +69,7 @@ impl Slicer {
         match self.window.order {
             Order::Given => (0..self.rows).collect(),
             // The counter has 32 bits for the time; four thousand million epochs are enough.
-            Order::Shuffle => {
-                random::permutation(self.rows, self.window.seed, random::purpose::SHUFFLE, epoch as u32)
-            }
+            Order::Shuffle => random::permutation(self.rows, self.window.seed, random::purpose::SHUFFLE, epoch as u32),
         }
     }
 }
@@ -102,14 +100,8 @@ mod tests {
     use indexmap::IndexMap;
 
     fn dataset(rows: u64) -> AnyValue {
-        let row = |id| Row {
-            id,
-            prompt: vec![],
-            response: vec![],
-            end: End::Stop,
-            log_probs: None,
-            references: vec![],
-        };
+        let row =
+            |id| Row { id, prompt: vec![], response: vec![], end: End::Stop, log_probs: None, references: vec![] };
         let tokenizer = TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 1 };
         Arc::new(Dataset { rows: (0..rows).map(row).collect(), tokenizer })
     }

@@ -9,16 +9,32 @@ fn check_finds_errors_with_their_place() {
     project.run("check FILE --all").expect(0, &["ok: 2 cells, 9 distinct stages"]);
     project.write("p.yaml", &PROMPTKD.replace("rows: 24", "rws: 24"));
     project.run("check FILE").expect(2, &["p.yaml:6:", "rws"]);
+    project.write("p.yaml", PROMPTKD);
     project.run("run nowhere.yaml").expect(2, &["nowhere.yaml"]);
     project.run("run FILE --device gpu").expect(2, &["unknown device `gpu`"]);
 }
 
 #[test]
+fn origin_says_where_every_value_is_written() {
+    let project = Project::new(PROMPTKD);
+    let line = PROMPTKD.lines().position(|line| line.contains("rate: 0.05")).unwrap() + 1;
+    let place = format!("train.learn.rate = 0.05  (p.yaml:{line}:");
+    project
+        .run("check FILE --origin")
+        .expect(0, &[&place, "train.learn.seed = 0  (default)", "data.rows = 24  (p.yaml:6:"]);
+    project.run("check FILE --origin --set train.learn.rate=0.5").expect(0, &["train.learn.rate = 0.5  (--set:1:"]);
+}
+
+#[test]
 fn plan_says_what_would_run_and_why() {
     let project = Project::new(PROMPTKD);
-    project.run("plan FILE --check").expect(3, &["run                 data      never run", "depends-on-result   train"]);
+    project
+        .run("plan FILE --check")
+        .expect(3, &["run                 data      never run", "depends-on-result   train"]);
     project.run("run FILE").expect(0, &[]);
-    project.run("plan FILE --set train.learn.rate=0.5").expect(0, &["run                 train     learn.rate: 0.05 -> 0.5"]);
+    project
+        .run("plan FILE --set train.learn.rate=0.5")
+        .expect(0, &["run                 train     learn.rate: 0.05 -> 0.5"]);
     project.run("plan FILE --check").expect(0, &[]);
 }
 
@@ -29,7 +45,9 @@ fn why_names_the_value_and_its_place() {
     project.run("why FILE train").expect(0, &["train: cached", "the same as in every earlier run"]);
     project.write("p.yaml", &PROMPTKD.replace("rate: 0.05", "rate: 0.07"));
     let line = PROMPTKD.lines().position(|line| line.contains("rate: 0.05")).unwrap() + 1;
-    project.run("why FILE train").expect(0, &["train: will run", "learn.rate: 0.05 -> 0.07", &format!("p.yaml:{line}:")]);
+    project
+        .run("why FILE train")
+        .expect(0, &["train: will run", "learn.rate: 0.05 -> 0.07", &format!("p.yaml:{line}:")]);
     project.run("why FILE score").expect(0, &["score: its key depends on `train`"]);
     // The default of a field is left out of the key, and its place is known all the same.
     project.write("p.yaml", &PROMPTKD.replace("rate: 0.2}", "rate: 0.1}"));
@@ -48,7 +66,10 @@ fn a_new_variant_is_compared_with_the_base() {
 fn show_has_the_promised_form() {
     let project = Project::new(PROMPTKD);
     let shown = project.show("");
-    assert_eq!((&shown["stages"]["data"]["status"], &shown["stages"]["score"]["key"]), (&"run".into(), &serde_json::Value::Null));
+    assert_eq!(
+        (&shown["stages"]["data"]["status"], &shown["stages"]["score"]["key"]),
+        (&"run".into(), &serde_json::Value::Null)
+    );
     project.run("run FILE").expect(0, &[]);
     let shown = project.show("");
     let stages = shown["stages"].as_object().unwrap();
@@ -62,7 +83,9 @@ fn show_has_the_promised_form() {
     assert_eq!(std::fs::read_to_string(format!("{rows}/metrics.jsonl")).unwrap().lines().count(), 24);
     assert!(stages["score"]["metrics"]["score"].is_f64());
     // A training stage used alone is shown as itself.
-    assert!(stages["student0"]["outputs"].get("model").is_some() && stages["student0"]["outputs"].get("metrics").is_some());
+    assert!(
+        stages["student0"]["outputs"].get("model").is_some() && stages["student0"]["outputs"].get("metrics").is_some()
+    );
     assert!(stages["student0"]["metrics"]["check"]["loss"].is_f64());
     assert!(!stages.contains_key("student0.step"));
     project.run("show FILE score").expect(0, &["score  cached", "score = "]);
@@ -109,7 +132,8 @@ fn the_store_can_be_measured_and_verified() {
     let project = Project::new(PROMPTKD);
     project.run("run FILE --store elsewhere").expect(0, &[]);
     project.run("cache du --store elsewhere").expect(0, &["artifacts", "checkpoints", "all"]);
-    let usage: serde_json::Value = serde_json::from_str(&project.run("cache du --store elsewhere --json").stdout).unwrap();
+    let usage: serde_json::Value =
+        serde_json::from_str(&project.run("cache du --store elsewhere --json").stdout).unwrap();
     assert!(usage["cas"]["bytes"].as_u64().unwrap() > 0);
     assert_eq!(usage["cut"]["files"], 0, "checkpoints of finished work are dropped");
     project.run("cache verify --store elsewhere").expect(0, &[": 0 damaged"]);

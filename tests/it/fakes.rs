@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use contract::dataset::{End, Row};
 use contract::{
-    About, Alone, AnyValue, Dataset, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Registry, Result,
-    Sink, Source, Stage, Step, TokenizerFile, Value,
+    About, Alone, AnyValue, Dataset, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Registry,
+    Result, Sink, Source, Stage, Step, TokenizerFile, Value,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ pub fn registry() -> Registry {
         .with(Fail)
         .with(Slow)
         .with(Count)
+        .with(Double)
 }
 
 fn load(port_type: PortType, folder: &Path, _env: &Env) -> Result<AnyValue> {
@@ -229,10 +230,11 @@ impl Stage for Respond {
     }
 
     fn ports(&self, _: &RespondConfig) -> Ports {
-        Ports::new()
-            .input("model", PortType::Model, "who writes")
-            .input("data", PortType::Dataset, "prompts")
-            .output("data", PortType::Dataset, "responses")
+        Ports::new().input("model", PortType::Model, "who writes").input("data", PortType::Dataset, "prompts").output(
+            "data",
+            PortType::Dataset,
+            "responses",
+        )
     }
 
     fn start(&self, config: RespondConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -310,8 +312,8 @@ impl Stage for Learn {
 
 impl Operator for Learner {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        std::thread::sleep(Duration::from_millis(self.config.sleep));
         append_line(self.config.count.as_deref(), &step.round.to_string())?;
+        std::thread::sleep(Duration::from_millis(self.config.sleep));
         if self.config.fail_at == Some(step.round) {
             bail!("told to fail in round {}", step.round);
         }
@@ -381,7 +383,8 @@ impl Stage for Evaluate {
             } else {
                 json!(score)
             };
-            Ok(Outputs::new().with("metrics", Metrics(Map::from_iter([("score".into(), shown), ("loss".into(), json!(-score))]))))
+            Ok(Outputs::new()
+                .with("metrics", Metrics(Map::from_iter([("score".into(), shown), ("loss".into(), json!(-score))]))))
         })
     }
 }
@@ -490,6 +493,32 @@ impl Stage for Count {
     }
 }
 
+/// Reads a loss and doubles it: metrics to metrics.
+struct Double;
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct DoubleConfig {}
+
+impl Stage for Double {
+    type Config = DoubleConfig;
+
+    fn about(&self) -> About {
+        about("double")
+    }
+
+    fn ports(&self, _: &DoubleConfig) -> Ports {
+        Ports::new().input("of", PortType::Metrics, "numbers").output("metrics", PortType::Metrics, "twice the loss")
+    }
+
+    fn start(&self, _: DoubleConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        once(|mut inputs, _, _| {
+            let loss = inputs.take::<Metrics>("of")?.number("loss").context("no `loss` to double")?;
+            Ok(Outputs::new().with("metrics", Metrics(Map::from_iter([("twice".into(), json!(2.0 * loss))]))))
+        })
+    }
+}
+
 fn pass_on() -> Ports {
     Ports::new()
         .input("data", PortType::Dataset, "rows")
@@ -504,4 +533,3 @@ fn append_line(file: Option<&Path>, line: &str) -> Result<()> {
     writeln!(file, "{line}")?;
     Ok(())
 }
-

@@ -43,12 +43,12 @@ fn an_interrupt_cuts_and_the_same_command_goes_on() {
         let project = Project::new(PROMPTKD);
         let running = start_until_round(&project, "run FILE", 5);
         kill(running.id(), signal);
-        let stopped = wait(running).expect(status, &["stopped  train", "the next run goes on after round", "interrupted: "]);
+        let stopped =
+            wait(running).expect(status, &["stopped  train", "the next run goes on after round", "interrupted: "]);
         assert!(stopped.stderr.lines().last().unwrap().starts_with("interrupted: the same command goes on"));
-        let before = project.lines("rounds.txt");
         project.run("plan FILE --check").expect(3, &["resume", "train     goes on after round"]);
         project.run("run FILE").expect(0, &["resumed  train"]);
-        assert!(project.lines("rounds.txt") <= ROUNDS + 1, "rounds before the cut ran again: {before}");
+        assert_eq!(project.lines("rounds.txt"), ROUNDS, "an interrupt loses no round");
         assert_eq!(project.digests(""), undisturbed());
     }
 }
@@ -105,6 +105,26 @@ fn a_killed_run_leaves_no_process_and_ends_with_the_same_bits() {
     }
     project.run("run FILE").expect(0, &["resumed  train"]);
     assert_eq!(project.digests(""), expected);
+}
+
+#[test]
+fn a_run_may_be_killed_at_any_moment() {
+    let project = Project::new(PROMPTKD);
+    for milliseconds in [3, 10, 20, 35, 50, 80, 120, 170, 230] {
+        let mut running = project.start("run FILE --cut-every 0");
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        let workers = children(running.id());
+        kill(running.id(), Signal::KILL);
+        running.wait().unwrap();
+        wait_until("no worker outlives its coordinator", || workers.iter().all(|worker| !is_alive(*worker)));
+    }
+    project.run("run FILE").expect(0, &["done"]);
+    assert_eq!(project.digests(""), undisturbed());
+    assert_eq!(
+        std::fs::read_dir(project.path(".pipeline/work")).unwrap().count(),
+        0,
+        "a run sweeps what the dead left"
+    );
 }
 
 #[test]

@@ -84,7 +84,9 @@ fn equal_bytes_cut_off_all_work_below() {
     project.run("run FILE").expect(0, &["done: 3 ran"]);
     // Another key for `first`, with the same result.
     project.write("p.yaml", &chain("two", 4));
-    project.run("plan FILE").expect(0, &["run                 first   note: one -> two", "depends-on-result   second  on `first`"]);
+    project
+        .run("plan FILE")
+        .expect(0, &["run                 first   note: one -> two", "depends-on-result   second  on `first`"]);
     project.run("run FILE").expect(0, &["done: 1 ran, 2 reused"]);
     project.write("p.yaml", &chain("two", 5));
     project.run("run FILE").expect(0, &["done: 2 ran, 1 reused"]);
@@ -150,7 +152,9 @@ stages:
 
 #[test]
 fn panics_and_crashes_of_a_stage_are_its_own() {
-    for (how, said) in [("panic", "panicked: told to panic"), ("abort", "the worker ended without a result: killed by signal 6")] {
+    for (how, said) in
+        [("panic", "panicked: told to panic"), ("abort", "the worker ended without a result: killed by signal 6")]
+    {
         let pipeline = format!(
             "version: 1\nname: crash\nstages:\n  broken: {{kind: fail, with: {{how: {how}}}}}\n  other: {{kind: init}}\n"
         );
@@ -162,7 +166,9 @@ fn panics_and_crashes_of_a_stage_are_its_own() {
 #[test]
 fn a_source_is_known_by_its_content_and_not_by_its_path() {
     let pipeline = |path: &str| {
-        format!("version: 1\nname: source\nstages:\n  read: {{kind: read-rows, with: {{path: {path}}}}}\n  model: {{kind: learn, in: {{data: read}}, with: {{take: 1, epochs: 1}}}}\n")
+        format!(
+            "version: 1\nname: source\nstages:\n  read: {{kind: read-rows, with: {{path: {path}}}}}\n  model: {{kind: learn, in: {{data: read}}, with: {{take: 1, epochs: 1}}}}\n"
+        )
     };
     let project = Project::new(&pipeline("a.txt"));
     project.write("a.txt", "1\n2\n3\n");
@@ -179,9 +185,8 @@ fn a_source_is_known_by_its_content_and_not_by_its_path() {
 
 #[test]
 fn a_source_that_changes_while_it_is_read_is_not_published_under_the_old_key() {
-    let project = Project::new(
-        "version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n",
-    );
+    let project =
+        Project::new("version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n");
     project.write("a.txt", "1\n2\n3\n");
     let running = project.start("run FILE");
     std::thread::sleep(std::time::Duration::from_millis(300));
@@ -207,7 +212,10 @@ fn damage_in_the_store_heals_itself() {
         fs::write(&path, bytes).unwrap();
     }
     // Something new that reads the damaged artifact.
-    project.write("p.yaml", &format!("{}  third: {{kind: count, in: {{data: first}}, with: {{file: third.txt}}}}\n", chain("one", 4)));
+    project.write(
+        "p.yaml",
+        &format!("{}  third: {{kind: count, in: {{data: first}}, with: {{file: third.txt}}}}\n", chain("one", 4)),
+    );
     project.run("run FILE").expect(0, &["ran      third"]);
     assert_eq!(project.digests("source first second"), before);
     assert_eq!(project.lines("first.txt"), 2);
@@ -226,7 +234,9 @@ stages:
   both: {kind: count, in: {data: words, other: letters}, with: {file: both.txt}}
 ",
     );
-    project.run("run FILE").expect(1, &["inputs `data` and `other` must have the same vocabulary, but `data` has 97 tokens"]);
+    project
+        .run("run FILE")
+        .expect(1, &["inputs `data` and `other` must have the same vocabulary, but `data` has 97 tokens"]);
     assert_eq!(project.lines("both.txt"), 0);
 }
 
@@ -304,6 +314,16 @@ report: {metric: score.score, caption: In miniature}
     );
     let ran = project.run("run FILE").expect(0, &["In miniature", "as the stage measured it"]);
     assert!(ran.stdout.contains('['), "{}", ran.stdout);
+}
+
+#[test]
+fn a_later_stage_reads_where_a_stage_of_a_loop_ended() {
+    let after = "  after: {kind: double, in: {of: train.check.metrics}}\nvariants:";
+    let project = Project::new(&PROMPTKD.replacen("variants:", after, 1));
+    project.run("run FILE after").expect(0, &["ran      after"]);
+    let shown = project.show("");
+    let metric = |stage: &str, name: &str| shown["stages"][stage]["metrics"][name].as_f64().unwrap();
+    assert_eq!(metric("after", "twice"), 2.0 * metric("train.check", "loss"));
 }
 
 #[test]
