@@ -8,7 +8,8 @@ use candle_core::{Device, Tensor};
 use contract::TokenizerFile;
 use lm::sample::Sampling;
 use lm::{
-    AdamW, AdamWOptions, Architecture, Dropout, Family, Generate, LanguageModel, Packed, Prompt, generate, gradients, norm,
+    AdamW, AdamWOptions, Architecture, Dropout, Family, Generate, LanguageModel, Packed, Prompt, generate, gradients,
+    norm,
 };
 
 #[global_allocator]
@@ -16,9 +17,11 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() {
     let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    for (name, layers, width, heads, vocabulary, repeats) in
-        [("teacher 4x192", 4, 192, 6, 1024, 40), ("student 2x32", 2, 32, 2, 1024, 100), ("small 12x768", 12, 768, 12, 50257, 3)]
-    {
+    for (name, layers, width, heads, vocabulary, repeats) in [
+        ("teacher 4x192", 4, 192, 6, 1024, 40),
+        ("student 2x32", 2, 32, 2, 1024, 100),
+        ("small 12x768", 12, 768, 12, 50257, 3),
+    ] {
         let lines: [(&str, &dyn Fn(&LanguageModel)); 4] = [
             ("train", &|model| train(model, 0.0, repeats)),
             ("train with dropout", &|model| train(model, 0.1, repeats)),

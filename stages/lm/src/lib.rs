@@ -17,6 +17,7 @@ mod device;
 mod generate;
 mod gpt2;
 mod kernels;
+pub mod loss;
 mod ops;
 mod optim;
 mod packed;

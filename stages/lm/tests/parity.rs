@@ -8,8 +8,8 @@ use candle_core::{Device, Tensor};
 use contract::{End, TokenizerFile, Value};
 use lm::sample::Sampling;
 use lm::{
-    AdamW, AdamWOptions, Architecture, Family, Generate, Gradients, LanguageModel, OptimizerState, Packed, Prompt, Schedule,
-    Warmup, accumulate, generate, gradients, learning_rate, norm,
+    AdamW, AdamWOptions, Architecture, Family, Generate, Gradients, LanguageModel, OptimizerState, Packed, Prompt,
+    Schedule, Warmup, accumulate, generate, gradients, learning_rate, norm,
 };
 use serde_json::Value as Json;
 
@@ -217,7 +217,9 @@ fn a_tiny_model_learns_a_batch_by_heart() {
         dropout: None,
     };
     let model = LanguageModel::init(&architecture, tokenizer, 5, &Device::Cpu).unwrap().trainable().unwrap();
-    let row = |i: u32| ((0..5).map(|t| 1 + (i * 5 + t * 3) % 39).collect(), (0..6).map(|t| (i * 11 + t * t * 7) % 40).collect());
+    let row = |i: u32| {
+        ((0..5).map(|t| 1 + (i * 5 + t * 3) % 39).collect(), (0..6).map(|t| (i * 11 + t * t * 7) % 40).collect())
+    };
     let rows: Vec<(Vec<u32>, Vec<u32>)> = (0..6).map(row).collect();
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..AdamWOptions::default() });
     for update in 0..150 {

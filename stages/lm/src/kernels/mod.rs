@@ -13,9 +13,9 @@ pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod elementary;
 pub(crate) mod elementwise;
+pub(crate) mod head;
 pub(crate) mod layer_norm;
 pub(crate) mod masks;
-pub(crate) mod math;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
 pub(crate) mod tile;

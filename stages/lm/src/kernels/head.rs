@@ -1,0 +1,436 @@
+//! Losses of an output head and their gradients on a CPU, over chunks of rows.
+//!
+//! A chunk is as many rows as keep its logits within some megabytes. For each: logits of the trainee, logits of each
+//! target, loss and its derivative by the logits row by row, and from that the gradients of hidden states and head.
+//! Matrix products and rows are shared between threads; every number is added up in an order that depends on the shapes
+//! alone, so that the bits are the same for any number of threads.
+//!
+//! Letters: N rows, C width of the trainee, D width of a target, V vocabulary, R rows of a chunk.
+
+use std::borrow::Cow;
+
+use rayon::prelude::*;
+
+use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
+use crate::loss::Divergence;
+
+/// What is asked for. Matrices are dense and row-major; their lengths must fit together.
+pub(crate) struct Input<'a> {
+    /// Final hidden states of the trainee, `[N, C]`.
+    pub(crate) hidden: &'a [f32],
+    /// Its output head, `[V, C]`.
+    pub(crate) head: &'a [f32],
+    /// C.
+    pub(crate) width: usize,
+    /// V.
+    pub(crate) vocabulary: usize,
+    /// Tokens below V, and the coefficient of their cross-entropy.
+    pub(crate) labels: Option<(&'a [u32], f64)>,
+    /// Distributions to come close to.
+    pub(crate) targets: Vec<InputTarget<'a>>,
+    /// `[N]`; a row of weight 0 costs nothing.
+    pub(crate) weights: &'a [f32],
+}
+
+/// A distribution to come close to.
+pub(crate) struct InputTarget<'a> {
+    /// `[N, D]`.
+    pub(crate) hidden: &'a [f32],
+    /// `[V, D]`.
+    pub(crate) head: &'a [f32],
+    /// D.
+    pub(crate) width: usize,
+    pub(crate) divergence: Divergence,
+    pub(crate) coefficient: f64,
+    pub(crate) temperature: f64,
+}
+
+/// What came out.
+pub(crate) struct Output {
+    /// Per row the cross-entropy, where there are labels, and then the divergence from each target; `[N, terms]`.
+    /// Without weight and coefficient; 0 for rows of weight 0.
+    pub(crate) terms: Vec<f64>,
+    /// Gradient of the weighted sum by the hidden states, `[N, C]`, where asked for.
+    pub(crate) hidden_gradient: Option<Vec<f32>>,
+    /// Gradient by the head, `[V, C]`, where asked for.
+    pub(crate) head_gradient: Option<Vec<f32>>,
+}
+
+/// Logits that one buffer may hold, as long as that leaves [`FEWEST_ROWS`]: 32 MiB. With GPT-2's vocabulary that is
+/// 160 rows; 80 are a tenth slower, and all at once no faster.
+const CHUNK_LOGITS: usize = 1 << 23;
+
+/// A chunk has at least so many rows, since it reads and writes the whole head.
+const FEWEST_ROWS: usize = 16;
+
+/// And at most so many: more gain nothing.
+const MOST_ROWS: usize = 1024;
+
+/// Rows that are done at once.
+pub(crate) fn rows_per_chunk(vocabulary: usize) -> usize {
+    let rows = (CHUNK_LOGITS / vocabulary.max(1)).clamp(FEWEST_ROWS, MOST_ROWS);
+    rows / FEWEST_ROWS * FEWEST_ROWS
+}
+
+/// Losses and gradients of all rows.
+pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bool) -> Output {
+    let (width, vocabulary) = (input.width, input.vocabulary);
+    let active: Vec<usize> = (0..input.weights.len()).filter(|&row| input.weights[row] != 0.0).collect();
+    let count = usize::from(input.labels.is_some()) + input.targets.len();
+    let mut output = Output {
+        terms: vec![0.0; input.weights.len() * count],
+        hidden_gradient: hidden_gradient.then(|| vec![0.0; input.hidden.len()]),
+        head_gradient: head_gradient.then(|| vec![0.0; input.head.len()]),
+    };
+    // Chunks of equal size: a last one of a single row would be slow, and a long sum for it less accurate.
+    let chunks = active.len().div_ceil(rows_per_chunk(vocabulary));
+    let rows = active.len().div_ceil(chunks.max(1));
+    let mut buffers = Buffers::new(rows, vocabulary, input.targets.is_empty(), hidden_gradient || head_gradient);
+    for (index, chunk) in active.chunks(rows.max(1)).enumerate() {
+        let hidden = select(input.hidden, width, chunk); // [R, C]
+        let (terms, slopes) = buffers.terms(input, &hidden, chunk); // [R, terms], [R, V]
+        for (terms, &row) in terms.chunks(count).zip(chunk) {
+            output.terms[row * count..(row + 1) * count].copy_from_slice(terms);
+        }
+        if let Some(gradient) = &mut output.hidden_gradient {
+            let mut rows = vec![0.0; chunk.len() * width];
+            multiply(&mut rows, Matrix::new(slopes, vocabulary), Matrix::new(input.head, width), false);
+            for (values, &row) in rows.chunks(width).zip(chunk) {
+                gradient[row * width..(row + 1) * width].copy_from_slice(values);
+            }
+        }
+        if let Some(gradient) = &mut output.head_gradient {
+            let slopes = Matrix::new(slopes, vocabulary).transposed();
+            multiply(gradient, slopes, Matrix::new(&hidden, width), index > 0);
+        }
+    }
+    output
+}
+
+/// The rows at `indices`, copied only where they do not follow each other.
+fn select<'a>(matrix: &'a [f32], width: usize, indices: &[usize]) -> Cow<'a, [f32]> {
+    let (first, last) = (indices[0], indices[indices.len() - 1]);
+    if last - first + 1 == indices.len() {
+        return Cow::Borrowed(&matrix[first * width..(last + 1) * width]);
+    }
+    Cow::Owned(indices.iter().flat_map(|&row| &matrix[row * width..(row + 1) * width]).copied().collect())
+}
+
+/// All memory that grows with the vocabulary: three times `[R, V]`, reused from chunk to chunk.
+struct Buffers {
+    vocabulary: usize,
+    logits: Vec<f32>,
+    target: Vec<f32>,
+    slopes: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(rows: usize, vocabulary: usize, no_target: bool, gradient: bool) -> Self {
+        let size = rows * vocabulary;
+        Buffers {
+            vocabulary,
+            logits: vec![0.0; size],
+            target: vec![0.0; if no_target { 0 } else { size }],
+            slopes: vec![0.0; if gradient { size } else { 0 }],
+        }
+    }
+
+    /// Terms of the rows of one chunk, `[R, terms]`, and the derivative of their weighted sum by the logits, `[R, V]`
+    /// (empty where no gradient is asked for).
+    fn terms(&mut self, input: &Input, hidden: &[f32], chunk: &[usize]) -> (Vec<f64>, &[f32]) {
+        let vocabulary = self.vocabulary;
+        let logits = &mut self.logits[..chunk.len() * vocabulary];
+        multiply(logits, Matrix::new(hidden, input.width), Matrix::new(input.head, input.width).transposed(), false);
+        let slopes_length = self.slopes.len().min(logits.len());
+        let slopes = &mut self.slopes[..slopes_length];
+        slopes.fill(0.0);
+        let weights: Vec<f64> = chunk.iter().map(|&row| f64::from(input.weights[row])).collect();
+        let count = usize::from(input.labels.is_some()) + input.targets.len();
+        let mut terms = vec![0.0; chunk.len() * count];
+
+        // Rows of an empty matrix: one empty slice a row.
+        let slope_width = if slopes.is_empty() { 0 } else { vocabulary };
+        let mut slope_rows: Vec<&mut [f32]> = split_rows(slopes, slope_width, chunk.len());
+        if let Some((labels, coefficient)) = input.labels {
+            slope_rows
+                .par_iter_mut()
+                .zip(logits.par_chunks(vocabulary))
+                .zip(terms.par_chunks_mut(count))
+                .enumerate()
+                .for_each(|(i, ((slopes, logits), terms))| {
+                    terms[0] = cross_entropy(logits, labels[chunk[i]] as usize, weights[i] * coefficient, slopes);
+                });
+        }
+        for (t, target) in input.targets.iter().enumerate() {
+            let term = t + usize::from(input.labels.is_some());
+            let target_logits = &mut self.target[..chunk.len() * vocabulary];
+            let target_hidden = select(target.hidden, target.width, chunk); // [R, D]
+            let head = Matrix::new(target.head, target.width);
+            multiply(target_logits, Matrix::new(&target_hidden, target.width), head.transposed(), false);
+            slope_rows
+                .par_iter_mut()
+                .zip(logits.par_chunks(vocabulary))
+                .zip(target_logits.par_chunks_mut(vocabulary))
+                .zip(terms.par_chunks_mut(count))
+                .enumerate()
+                .for_each(|(i, (((slopes, logits), target_logits), terms))| {
+                    let factor = weights[i] * target.coefficient;
+                    terms[term] =
+                        divergence(target.divergence, logits, target_logits, target.temperature, factor, slopes);
+                });
+        }
+        (terms, &self.slopes[..slopes_length])
+    }
+}
+
+/// `count` rows of `width`, which may be 0.
+fn split_rows(mut matrix: &mut [f32], width: usize, count: usize) -> Vec<&mut [f32]> {
+    (0..count)
+        .map(|_| {
+            let (row, rest) = std::mem::take(&mut matrix).split_at_mut(width);
+            matrix = rest;
+            row
+        })
+        .collect()
+}
+
+/// Minus the log-probability of `label`. Adds `factor * (softmax(logits) - onehot(label))` to `slopes`, unless that
+/// is empty.
+fn cross_entropy(logits: &[f32], label: usize, factor: f64, slopes: &mut [f32]) -> f64 {
+    let normaliser = Normaliser::of(logits, 1.0);
+    if !slopes.is_empty() {
+        let factor = factor as f32;
+        for (slope, logit) in slopes.iter_mut().zip(logits) {
+            *slope += factor * exp(normaliser.log_probability(*logit));
+        }
+        slopes[label] -= factor;
+    }
+    -f64::from(normaliser.log_probability(logits[label]))
+}
+
+/// Divergence of `softmax(logits / temperature)` from `softmax(target / temperature)`. Adds `factor` times its
+/// derivative by `logits` to `slopes`, unless that is empty. `target` is used up.
+pub(crate) fn divergence(
+    divergence: Divergence,
+    logits: &[f32],
+    target: &mut [f32],
+    temperature: f64,
+    factor: f64,
+    slopes: &mut [f32],
+) -> f64 {
+    match divergence {
+        Divergence::ForwardKl => by_rule(&ForwardKl, logits, target, temperature, factor, slopes),
+        Divergence::ReverseKl => by_rule(&ReverseKl, logits, target, temperature, factor, slopes),
+        Divergence::Jsd { beta } => by_rule(&Jsd(beta as f32), logits, target, temperature, factor, slopes),
+        Divergence::SkewedForwardKl { alpha } => {
+            by_rule(&SkewedForwardKl(alpha as f32), logits, target, temperature, factor, slopes)
+        }
+        Divergence::SkewedReverseKl { alpha } => {
+            by_rule(&SkewedReverseKl(alpha as f32), logits, target, temperature, factor, slopes)
+        }
+        Divergence::TotalVariation => by_rule(&TotalVariation, logits, target, temperature, factor, slopes),
+        Divergence::AlphaBeta { alpha, beta } => {
+            let rule = AlphaBeta { alpha: alpha as f32, beta: beta as f32 };
+            by_rule(&rule, logits, target, temperature, factor, slopes)
+        }
+    }
+}
+
+/// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a
+/// token.
+trait Rule {
+    /// `f`, and `h = s df/ds`, up to a multiple of `s`, which drops out of the derivative by the logits.
+    fn terms(&self, token: Token) -> (f32, f32);
+}
+
+/// Probabilities of one token. Logarithms are finite; a probability may be 0.
+#[derive(Clone, Copy)]
+struct Token {
+    s: f32,
+    log_s: f32,
+    t: f32,
+    log_t: f32,
+}
+
+struct ForwardKl;
+struct ReverseKl;
+struct Jsd(f32);
+struct SkewedForwardKl(f32);
+struct SkewedReverseKl(f32);
+struct TotalVariation;
+struct AlphaBeta {
+    alpha: f32,
+    beta: f32,
+}
+
+impl Rule for ForwardKl {
+    #[inline(always)]
+    fn terms(&self, Token { log_s, t, log_t, .. }: Token) -> (f32, f32) {
+        (t * (log_t - log_s), -t)
+    }
+}
+
+impl Rule for ReverseKl {
+    #[inline(always)]
+    fn terms(&self, Token { s, log_s, log_t, .. }: Token) -> (f32, f32) {
+        let value = s * (log_s - log_t);
+        (value, value)
+    }
+}
+
+impl Rule for Jsd {
+    #[inline(always)]
+    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
+        let beta = self.0;
+        let mixture = mix(beta, t, s);
+        let slope = (1.0 - beta) * s * log_ratio(s, mixture);
+        (beta * t * log_ratio(t, mixture) + slope, slope)
+    }
+}
+
+impl Rule for SkewedForwardKl {
+    #[inline(always)]
+    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
+        let alpha = self.0;
+        let mixture = mix(alpha, t, s);
+        (t * log_ratio(t, mixture), -(1.0 - alpha) * t * (s / mixture))
+    }
+}
+
+impl Rule for SkewedReverseKl {
+    #[inline(always)]
+    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
+        let alpha = self.0;
+        let mixture = mix(alpha, s, t);
+        let value = s * log_ratio(s, mixture);
+        (value, value - alpha * s * (s / mixture))
+    }
+}
+
+impl Rule for TotalVariation {
+    #[inline(always)]
+    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
+        let difference = s - t;
+        let sign = if difference > 0.0 { 0.5 } else { -0.5 };
+        (0.5 * difference.abs(), if difference == 0.0 { 0.0 } else { sign * s })
+    }
+}
+
+impl Rule for AlphaBeta {
+    #[inline(always)]
+    fn terms(&self, Token { log_s, log_t, .. }: Token) -> (f32, f32) {
+        let (alpha, beta) = (self.alpha, self.beta);
+        let both = alpha + beta;
+        let cross = exp(alpha * log_t + beta * log_s);
+        let (pure_t, pure_s) = (exp(both * log_t), exp(both * log_s));
+        let inner = cross - alpha / both * pure_t - beta / both * pure_s;
+        (-inner / (alpha * beta), (pure_s - cross) / alpha)
+    }
+}
+
+/// `weight * a + (1 - weight) * b`, kept above 0 so that it can be divided by.
+#[inline(always)]
+fn mix(weight: f32, a: f32, b: f32) -> f32 {
+    let mixture = weight * a + (1.0 - weight) * b;
+    if mixture < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { mixture }
+}
+
+/// `ln(probability / mixture)`, finite for a probability of 0.
+#[inline(always)]
+fn log_ratio(probability: f32, mixture: f32) -> f32 {
+    let ratio = probability / mixture;
+    ln(if ratio < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { ratio })
+}
+
+/// Value and slopes for one rule: `dD/dz = (h - s sum(h)) / temperature`.
+fn by_rule<R: Rule>(
+    rule: &R,
+    logits: &[f32],
+    target: &mut [f32],
+    temperature: f64,
+    factor: f64,
+    slopes: &mut [f32],
+) -> f64 {
+    let scale = (1.0 / temperature) as f32;
+    let (of_logits, of_target) = (Normaliser::of(logits, scale), Normaliser::of(target, scale));
+    let mut values = [0.0_f32; BLOCK];
+    let (mut value, mut slope_sum) = (0.0_f64, 0.0_f64);
+    for (logits, target) in logits.chunks(BLOCK).zip(target.chunks_mut(BLOCK)) {
+        let values = &mut values[..logits.len()];
+        for ((logit, target), value) in logits.iter().zip(target.iter_mut()).zip(values.iter_mut()) {
+            let (log_s, log_t) = (of_logits.log_probability(*logit), of_target.log_probability(*target));
+            (*value, *target) = rule.terms(Token { s: exp(log_s), log_s, t: exp(log_t), log_t });
+        }
+        value += f64::from(sum(values));
+        slope_sum += f64::from(sum(target));
+    }
+    let (factor, slope_sum) = ((factor / temperature) as f32, slope_sum as f32);
+    for ((slope, logit), h) in slopes.iter_mut().zip(logits).zip(target.iter()) {
+        *slope += factor * (h - exp(of_logits.log_probability(*logit)) * slope_sum);
+    }
+    value
+}
+
+/// A dense matrix that is read.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    values: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Row-major, with `columns` columns.
+    fn new(values: &'a [f32], columns: usize) -> Self {
+        Matrix { values, rows: values.len() / columns, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    fn transposed(self) -> Self {
+        Matrix {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// `out = left right`, or with `add` `out += left right`; `out` is row-major. On all threads of the pool.
+///
+/// An element is summed over the inner dimension by one thread, in blocks that depend on the shapes alone: the same
+/// bits for any number of threads (there is a test).
+#[allow(unsafe_code)]
+fn multiply(out: &mut [f32], left: Matrix, right: Matrix, add: bool) {
+    let (m, n, k) = (left.rows, right.columns, left.columns);
+    assert_eq!(k, right.rows, "inner dimensions");
+    assert_eq!(out.len(), m * n, "size of the product");
+    assert!(left.values.len() >= m * k && right.values.len() >= k * n, "sizes of the factors");
+    // SAFETY: `out` is m by n with strides (n, 1) and exclusively ours; `left` and `right` are dense, and their
+    // strides are (columns, 1) or (1, rows), so that every index stays below m * k and k * n, which the slices hold.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            add,
+            left.values.as_ptr(),
+            left.column_stride as isize,
+            left.row_stride as isize,
+            right.values.as_ptr(),
+            right.column_stride as isize,
+            right.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::Rayon(0),
+        );
+    }
+}
