@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::elementary::{exp, max, sum_of};
 use super::masks;
-use super::math::{exp, max, sum};
 use super::tile::{self, Left};
 use crate::ops::Dropout;
 
@@ -53,7 +53,7 @@ pub(crate) fn softmax(scores: &mut [f32], count: usize, scale: f32) {
     for score in scores.iter_mut() {
         *score = exp((*score - largest) * scale);
     }
-    let inverse = 1.0 / sum(count, |i| scores[i]);
+    let inverse = 1.0 / sum_of(count, |i| scores[i]);
     scores.iter_mut().for_each(|score| *score *= inverse);
     hidden.fill(0.0);
 }
@@ -158,7 +158,7 @@ impl Task {
                     dp.iter_mut().zip(&mask).for_each(|(dp, m)| *dp *= m);
                 }
                 // Softmax: ds = p (dp - sum(p dp)).
-                let mean = sum(p.len(), |j| p[j] * dp[j]);
+                let mean = sum_of(p.len(), |j| p[j] * dp[j]);
                 dp.iter_mut().zip(p.iter()).for_each(|(dp, p)| *dp = p * (*dp - mean) * attention.scale);
                 if attention.dropout.is_some() {
                     p.iter_mut().zip(&mask).for_each(|(p, m)| *p *= m);

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::math::{exp, tanh};
+use super::elementary::{exp, tanh};
 use super::{BLOCK, ROW_BLOCK, sum_in_order};
 use crate::config::Activation;
 

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::math::sum;
+use super::elementary::sum_of;
 use super::{ROW_BLOCK, sum_in_order};
 
 /// Mean and reciprocal standard deviation of a row.
@@ -49,8 +49,8 @@ pub(crate) fn backward(
             let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width));
             for (((dx, x), dy), &(mean, scale)) in rows.zip(moments) {
                 // With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)).
-                let g_mean = sum(width, |i| dy[i] * weight[i]) / width as f32;
-                let gn_mean = sum(width, |i| dy[i] * weight[i] * ((x[i] - mean) * scale)) / width as f32;
+                let g_mean = sum_of(width, |i| dy[i] * weight[i]) / width as f32;
+                let gn_mean = sum_of(width, |i| dy[i] * weight[i] * ((x[i] - mean) * scale)) / width as f32;
                 for (((dx, x), dy), weight) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
                     let n = (x - mean) * scale;
                     *dx += scale * (dy * weight - g_mean - n * gn_mean);
@@ -74,7 +74,7 @@ pub(crate) fn backward(
 #[inline(always)]
 fn moments_of(x: &[f32], eps: f32) -> Moments {
     let count = x.len() as f32;
-    let mean = sum(x.len(), |i| x[i]) / count;
-    let variance = sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / count;
+    let mean = sum_of(x.len(), |i| x[i]) / count;
+    let variance = sum_of(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / count;
     (mean, 1.0 / (variance + eps).sqrt())
 }

@@ -16,7 +16,6 @@ pub(crate) mod elementwise;
 pub(crate) mod head;
 pub(crate) mod layer_norm;
 pub(crate) mod masks;
-pub(crate) mod math;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
 pub(crate) mod tile;

@@ -3,7 +3,7 @@
 //! Each element is one chain of fused multiply-adds in the order of the depth, whatever the shape; so a row's bits do not
 //! depend on the others.
 
-use super::math::fused;
+use super::elementary::fused;
 
 /// A small operand `a`: element `(i, k)` is `data[i * row + k * depth]`.
 #[derive(Clone, Copy)]

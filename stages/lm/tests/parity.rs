@@ -1,0 +1,239 @@
+//! The numbers of PyTorch and `transformers`: `tests/fixtures/parity/gpt2`, described in the README beside it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use contract::{End, TokenizerFile, Value};
+use lm::sample::Sampling;
+use lm::{
+    AdamW, AdamWOptions, Architecture, Family, Generate, Gradients, LanguageModel, OptimizerState, Packed, Prompt,
+    Schedule, Warmup, accumulate, generate, gradients, learning_rate, norm,
+};
+use serde_json::Value as Json;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity/gpt2").join(name)
+}
+
+fn json(name: &str) -> Json {
+    serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
+}
+
+fn expected() -> BTreeMap<String, Vec<f32>> {
+    let tensors = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
+    tensors.into_iter().map(|(name, tensor)| (name, flat(&tensor))).collect()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn ids(json: &Json) -> Vec<u32> {
+    json.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn model() -> LanguageModel {
+    LanguageModel::load(&fixture(""), &Device::Cpu).unwrap()
+}
+
+/// Rows of (prompt, response) as inputs, the places whose next token is part of a response, and those tokens.
+fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
+    let (mut batch, mut places, mut labels) = (Packed::new(), Vec::new(), Vec::new());
+    for (id, (prompt, response)) in rows.iter().enumerate() {
+        let text = [prompt.as_slice(), response].concat();
+        let start = batch.ids.len();
+        batch.push(id as u64, &text[..text.len() - 1]);
+        places.extend((0..response.len()).map(|i| (start + prompt.len() - 1 + i) as u32));
+        labels.extend(response);
+    }
+    (batch, places, labels)
+}
+
+fn batches() -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
+    let row = |row: &Json| (ids(&row["prompt"]), ids(&row["response"]));
+    let batch = |batch: &Json| batch.as_array().unwrap().iter().map(row).collect();
+    json("batch.json").as_array().unwrap().iter().map(batch).collect()
+}
+
+/// The sum of -log p over response tokens, divided by `count`.
+fn loss(model: &LanguageModel, rows: &[(Vec<u32>, Vec<u32>)], count: usize) -> Tensor {
+    let (batch, places, labels) = packed(rows);
+    let hidden = model.hidden(&batch, None, None).unwrap();
+    let places = Tensor::new(places, &Device::Cpu).unwrap();
+    let logits = hidden.index_select(&places, 0).unwrap().matmul(&model.head().t().unwrap()).unwrap();
+    let labels = Tensor::new(labels, &Device::Cpu).unwrap().unsqueeze(1).unwrap();
+    let log_p = candle_nn::ops::log_softmax(&logits, 1).unwrap().gather(&labels, 1).unwrap();
+    (log_p.sum_all().unwrap() * (-1.0 / count as f64)).unwrap()
+}
+
+fn tokens(rows: &[(Vec<u32>, Vec<u32>)]) -> usize {
+    rows.iter().map(|(_, response)| response.len()).sum()
+}
+
+/// Largest difference relative to the largest entry.
+fn gap(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
+    let difference = found.iter().zip(expected).fold(0f32, |a, (f, e)| a.max((f - e).abs()));
+    f64::from(difference) / f64::from(largest)
+}
+
+/// The gradient of a key's bias is zero: rounding alone decides what AdamW makes of it.
+fn without_key_bias(name: &str, values: &[f32]) -> Vec<f32> {
+    let mut values = values.to_vec();
+    if name.ends_with("attn.c_attn.bias") {
+        let third = values.len() / 3;
+        values[third..2 * third].fill(0.0);
+    }
+    values
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let (model, expected) = (model(), expected());
+    let (batch, ..) = packed(&batches()[0]);
+    let logits = model.hidden(&batch, None, None).unwrap().matmul(&model.head().t().unwrap()).unwrap();
+    for (i, segment) in batch.segments.iter().enumerate() {
+        let found = flat(&logits.narrow(0, segment.start, segment.len()).unwrap());
+        let gap = gap(&found, &expected[&format!("logits.{i}")]);
+        assert!(gap < 1e-5, "row {i}: {gap}");
+    }
+}
+
+#[test]
+fn loss_gradients_and_five_updates_are_those_of_pytorch() {
+    let (model, expected, scalars) = (model().trainable().unwrap(), expected(), json("expected.json"));
+    let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 1e-2, ..AdamWOptions::default() });
+    let near = |what: &str, found: f64, expected: &Json| {
+        let expected = expected.as_f64().unwrap();
+        assert!((found / expected - 1.0).abs() < 1e-5, "{what}: {found}, expected {expected}");
+    };
+    for (step, rows) in batches().iter().enumerate() {
+        let loss = loss(&model, rows, tokens(rows));
+        near("loss", f64::from(loss.to_scalar::<f32>().unwrap()), &scalars["losses"][step]);
+        let gradients = gradients(&loss, model.parameters()).unwrap();
+        if step == 0 {
+            assert_eq!(gradients.len(), model.parameters().len());
+            for (name, gradient) in &gradients {
+                let expected = without_key_bias(name, &expected[&format!("grad.{name}")]);
+                let gap = gap(&without_key_bias(name, &flat(gradient)), &expected);
+                assert!(gap < 1e-5, "gradient of {name}: {gap}");
+            }
+        }
+        let size = norm(&gradients).unwrap();
+        near("gradient norm", size, &scalars["grad_norms"][step]);
+        let rate = learning_rate(1e-3, Schedule::Cosine { floor: 0.0 }, Warmup::default(), step as u64, 5);
+        optimizer.step(model.parameters(), &gradients, rate, (1.0 / (size + 1e-6)).min(1.0)).unwrap();
+    }
+    assert_eq!(optimizer.updates(), 5);
+    for (name, parameter) in model.parameters() {
+        let expected = without_key_bias(name, &expected[&format!("after5.{name}")]);
+        let gap = gap(&without_key_bias(name, &flat(parameter)), &expected);
+        assert!(gap < 1e-5, "{name} after five updates: {gap}");
+    }
+}
+
+fn greedy(max_new_tokens: usize, batch: usize) -> Generate {
+    Generate { sampling: Sampling::greedy(), max_new_tokens, seed: 0, purpose: 2, time: 0, batch }
+}
+
+#[test]
+fn greedy_text_is_that_of_transformers() {
+    let cases = json("expected.json")["greedy"].as_array().unwrap().clone();
+    let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["prompt"])).collect();
+    let prompts: Vec<Prompt<'_>> = prompts.iter().zip(0..).map(|(ids, row)| Prompt { row, ids }).collect();
+    for batch in [1, 3, 4] {
+        let texts = generate(&model(), None, &prompts, &greedy(12, batch), &mut |_| {}).unwrap();
+        for (text, case) in texts.iter().zip(&cases) {
+            assert_eq!(text.ids, ids(&case["response"]));
+            assert_eq!(text.end == End::Stop, text.ids.last() == Some(&0));
+            assert_eq!(text.log_probs.len(), text.ids.len());
+        }
+    }
+}
+
+#[test]
+fn gradients_do_not_depend_on_how_a_batch_is_split() {
+    let model = model().trainable().unwrap();
+    let rows = batches().concat();
+    let count = tokens(&rows);
+    let by_parts = |size: usize| {
+        let mut total = Gradients::new();
+        for part in rows.chunks(size) {
+            let part = gradients(&loss(&model, part, count), model.parameters()).unwrap();
+            accumulate(&mut total, part).unwrap();
+        }
+        total
+    };
+    let whole = by_parts(rows.len());
+    for size in [1, 2, 4, 7] {
+        for (name, gradient) in by_parts(size) {
+            let gap = gap(&without_key_bias(&name, &flat(&gradient)), &without_key_bias(&name, &flat(&whole[&name])));
+            assert!(gap < 1e-5, "{name} in parts of {size}: {gap}");
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_training_ends_with_the_same_bits() {
+    let train = |model: &LanguageModel, optimizer: &mut AdamW, batches: &[Vec<(Vec<u32>, Vec<u32>)>]| {
+        for rows in batches {
+            let gradients = gradients(&loss(model, rows, tokens(rows)), model.parameters()).unwrap();
+            optimizer.step(model.parameters(), &gradients, 1e-3, 0.5).unwrap();
+        }
+    };
+    let bits = |model: &LanguageModel| model.parameters().values().map(flat).collect::<Vec<_>>();
+    let options = AdamWOptions::default();
+    let batches = batches();
+
+    let unbroken = model().trainable().unwrap();
+    train(&unbroken, &mut AdamW::new(options), &batches);
+
+    let first = model().trainable().unwrap();
+    let mut optimizer = AdamW::new(options);
+    train(&first, &mut optimizer, &batches[..2]);
+    let [weights, state] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    first.save(weights.path()).unwrap();
+    optimizer.to_state().unwrap().save(state.path()).unwrap();
+    let second = LanguageModel::load(weights.path(), &Device::Cpu).unwrap().trainable().unwrap();
+    let loaded = OptimizerState::load(state.path(), &Device::Cpu).unwrap();
+    let mut optimizer = AdamW::from_state(options, &loaded).unwrap();
+    assert_eq!(optimizer.updates(), 2);
+    train(&second, &mut optimizer, &batches[2..]);
+    assert!(bits(&unbroken) == bits(&second));
+}
+
+#[test]
+fn a_tiny_model_learns_a_batch_by_heart() {
+    let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 40 };
+    let architecture = Architecture {
+        architecture: Family::Gpt2,
+        layers: 2,
+        width: 32,
+        heads: None,
+        positions: Some(32),
+        dropout: None,
+    };
+    let model = LanguageModel::init(&architecture, tokenizer, 5, &Device::Cpu).unwrap().trainable().unwrap();
+    let row = |i: u32| {
+        ((0..5).map(|t| 1 + (i * 5 + t * 3) % 39).collect(), (0..6).map(|t| (i * 11 + t * t * 7) % 40).collect())
+    };
+    let rows: Vec<(Vec<u32>, Vec<u32>)> = (0..6).map(row).collect();
+    let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..AdamWOptions::default() });
+    for update in 0..150 {
+        let gradients = gradients(&loss(&model, &rows, tokens(&rows)), model.parameters()).unwrap();
+        let rate = learning_rate(5e-3, Schedule::Constant, Warmup { updates: 10, from_zero: false }, update, 150);
+        let scale = (1.0 / norm(&gradients).unwrap()).min(1.0);
+        optimizer.step(model.parameters(), &gradients, rate, scale).unwrap();
+    }
+    let left = loss(&model, &rows, tokens(&rows)).to_scalar::<f32>().unwrap();
+    assert!(left < 0.02, "{left}");
+    let prompts: Vec<Prompt<'_>> = rows.iter().zip(0..).map(|((ids, _), row)| Prompt { row, ids }).collect();
+    let texts = generate(&model, None, &prompts, &greedy(6, 4), &mut |_| {}).unwrap();
+    for (text, (_, response)) in texts.iter().zip(&rows) {
+        let end = response.iter().position(|id| *id == 0).map_or(response.len(), |at| at + 1);
+        assert_eq!(text.ids, response[..end]);
+    }
+}
