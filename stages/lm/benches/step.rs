@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use contract::TokenizerFile;
+use lm::loss::head_loss;
 use lm::sample::Sampling;
 use lm::{
     AdamW, AdamWOptions, Architecture, Dropout, Family, Generate, LanguageModel, Packed, Prompt, generate, gradients,
@@ -91,9 +92,8 @@ fn tune(model: &LanguageModel, repeats: usize) {
 
 fn cross_entropy(hidden: &Tensor, head: &Tensor, batch: &Packed) -> Tensor {
     let labels: Vec<u32> = batch.ids.iter().map(|id| (id * 7) % 1000).collect();
-    let logits = hidden.matmul(&head.t().expect("a matrix")).expect("logits");
-    let labels = Tensor::new(labels, &Device::Cpu).expect("labels");
-    candle_nn::loss::cross_entropy(&logits, &labels).expect("a loss")
+    let weights = vec![1.0 / labels.len() as f32; labels.len()];
+    head_loss(hidden, head, Some((&labels, 1.0)), &[], &weights).expect("a loss").loss
 }
 
 fn decode(model: &LanguageModel, repeats: usize) {

@@ -97,7 +97,6 @@ pub struct Config {
     /// Rows `V` of the embedding; may be more than the tokenizer has ids.
     pub vocab_size: usize,
     /// Longest sequence in tokens.
-    #[serde(alias = "n_ctx")]
     pub n_positions: usize,
     /// Channels `C` of the hidden state.
     pub n_embd: usize,

@@ -382,3 +382,49 @@ fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], width: usize, att
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use contract::TokenizerFile;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::{Architecture, Family};
+
+    #[test]
+    fn a_step_with_a_cache_gives_the_logits_of_a_whole_pass() {
+        let architecture = Architecture {
+            architecture: Family::Gpt2,
+            layers: 3,
+            width: 32,
+            heads: Some(4),
+            positions: Some(90),
+            dropout: None,
+        };
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 31 };
+        let model = LanguageModel::init(&architecture, tokenizer, 3, &Device::Cpu).unwrap();
+        let soft = Tensor::ones((5, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
+        for soft_prompt in [None, Some(&soft)] {
+            let mut decoder = Decoder::new(&model, soft_prompt).unwrap();
+            let text: Vec<u32> = (0..80).map(|t| (t * 7) % 31).collect();
+            // A row that joins late, one longer than a block of queries, a short one.
+            let row = |index, length| Row::new(index, &Prompt { row: index as u64, ids: &text[..length] }, 8);
+            let mut rows = vec![row(0, 70), row(1, 2)];
+            for step in 0..6 {
+                if step == 3 {
+                    rows.push(row(2, 33));
+                }
+                let plain = decoder.logits_plain(&rows).unwrap();
+                let cached = decoder.logits(&mut rows).unwrap();
+                assert_eq!(plain.len(), cached.len());
+                for (cached, plain) in cached.iter().zip(&plain) {
+                    assert!((cached - plain).abs() < 1e-5, "step {step}: {cached} {plain}");
+                }
+                for row in &mut rows {
+                    row.ids.push((step * 11 + row.index as u32) % 31);
+                }
+            }
+        }
+    }
+}

@@ -300,3 +300,109 @@ fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32
     });
     values
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Activation, Family};
+    use crate::kernels::testing::numbers;
+    use crate::optim::gradients;
+
+    fn model(change: impl FnOnce(&mut Config)) -> LanguageModel {
+        let architecture = Architecture {
+            architecture: Family::Gpt2,
+            layers: 2,
+            width: 24,
+            heads: Some(3),
+            positions: Some(40),
+            dropout: Some(0.2),
+        };
+        let mut config = architecture.config(17, 0).unwrap();
+        change(&mut config);
+        let shapes = config.parameter_shapes().into_iter().zip(0..);
+        let parameters = shapes.map(|((name, shape), seed)| {
+            let values = numbers(seed, shape.iter().product()).into_iter().map(|x| 0.3 * x).collect();
+            (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
+        });
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 17 };
+        LanguageModel { parameters: parameters.collect(), config, tokenizer, device: Device::Cpu }
+    }
+
+    #[test]
+    fn the_fused_model_is_the_plain_one_in_value_and_every_gradient() {
+        let mut batch = Packed::new();
+        batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
+        batch.push(u64::MAX, &[16]);
+        batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
+        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
+        let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        let models = [
+            model(|_| {}),
+            model(|config| config.tie_word_embeddings = false),
+            model(|config| config.activation_function = Activation::Relu),
+            model(|config| (config.scale_attn_by_inverse_layer_idx, config.n_inner) = (true, Some(50))),
+        ];
+        for model in &models {
+            for (prompt, dropout) in
+                [(None, None), (Some(&prompt), None), (None, Some(dropout)), (Some(&prompt), Some(dropout))]
+            {
+                let rows = Rows::new(&batch, if prompt.is_some() { 4 } else { 0 });
+                let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
+                let plain = model.hidden_plain(&rows, prompt, dropout).unwrap();
+                let mut parameters = model.parameters.clone();
+                parameters.shift_remove("lm_head.weight");
+                parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
+                let factors = Tensor::from_vec(numbers(7, 41 * 24), (41, 24), &Device::Cpu).unwrap();
+                let [(fused, found), (plain, expected)] = [fused, plain].map(|hidden| {
+                    let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
+                    (hidden, gradients(&loss, &parameters).unwrap())
+                });
+                let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let near = |what: &str, found: &Tensor, expected: &Tensor| {
+                    let (found, expected) = (flat(found), flat(expected));
+                    let largest = expected.iter().fold(1e-3f32, |a, b| a.max(b.abs()));
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert!((found - expected).abs() < 2e-5 * largest, "{what}: {found}, expected {expected}");
+                    }
+                };
+                near("hidden", &fused, &plain);
+                for (name, gradient) in &expected {
+                    near(name, &found[name], gradient);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fresh_weights_have_their_scale_and_depend_on_the_seed_alone() {
+        let architecture = Architecture {
+            architecture: Family::Gpt2,
+            layers: 8,
+            width: 64,
+            heads: None,
+            positions: None,
+            dropout: None,
+        };
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
+        let values =
+            |model: &LanguageModel, name: &str| model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let model = init(1);
+        for (name, expected) in [
+            ("transformer.wte.weight", 0.02),
+            ("transformer.h.3.attn.c_attn.weight", 0.02),
+            ("transformer.h.3.attn.c_proj.weight", 0.005),
+            ("transformer.h.7.mlp.c_proj.weight", 0.005),
+        ] {
+            let values = values(&model, name);
+            let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
+            assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
+        }
+        assert!(values(&model, "transformer.h.0.ln_1.weight").iter().all(|x| *x == 1.0));
+        assert!(values(&model, "transformer.h.0.ln_1.bias").iter().all(|x| *x == 0.0));
+        let name = "transformer.h.5.mlp.c_fc.weight";
+        assert_eq!(values(&model, name), values(&init(1), name));
+        assert_ne!(values(&model, name), values(&init(2), name));
+        assert_ne!(values(&model, name)[..100], values(&model, "transformer.h.4.mlp.c_fc.weight")[..100]);
+    }
+}

@@ -152,6 +152,17 @@ impl AdamW {
         learning_rate: f64,
         scale: f64,
     ) -> Result<()> {
+        self.step_by(parameters, gradients, learning_rate, scale, apply)
+    }
+
+    fn step_by(
+        &mut self,
+        parameters: &IndexMap<String, Tensor>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        scale: f64,
+        apply: fn(&Tensor, &Tensor, &Tensor, &Tensor, Update) -> TensorResult<()>,
+    ) -> Result<()> {
         for (name, gradient) in gradients {
             let Some(parameter) = parameters.get(name) else { bail!("a gradient of `{name}`, which is no parameter") };
             ensure!(parameter.is_variable(), "a gradient of `{name}`, which is frozen");
@@ -187,16 +198,16 @@ impl AdamW {
                 correction: (1.0 / (1.0 - beta2.powi(exponent)).sqrt()) as f32,
             }
         };
-        let apply = |(name, gradient): (&String, &Tensor)| {
+        let one = |(name, gradient): (&String, &Tensor)| {
             let (first, second) = &self.state.moments[name];
             apply(&parameters[name], first, second, gradient, update(name))
                 .with_context(|| format!("updating `{name}`"))
         };
         if gradients.values().all(|gradient| gradient.device().is_cpu()) {
             // All parameters at once: most are too small to be worth several threads of their own.
-            gradients.iter().collect::<Vec<_>>().into_par_iter().try_for_each(apply)
+            gradients.iter().collect::<Vec<_>>().into_par_iter().try_for_each(one)
         } else {
-            gradients.iter().try_for_each(apply)
+            gradients.iter().try_for_each(one)
         }
     }
 }
@@ -284,5 +295,96 @@ impl Value for OptimizerState {
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{numbers, with_threads};
+
+    fn tensors(seed: u64) -> IndexMap<String, Tensor> {
+        let tensor = |(i, (name, shape)): (usize, (&str, Vec<usize>))| {
+            let values = numbers(seed + i as u64, shape.iter().product());
+            (name.to_owned(), Var::from_vec(values, shape, &Device::Cpu).unwrap().into_inner())
+        };
+        let shapes = [("h.0.ln_1.weight", vec![7]), ("h.0.c_fc.weight", vec![30, 70]), ("h.0.c_fc.bias", vec![70])];
+        shapes.into_iter().enumerate().map(tensor).collect()
+    }
+
+    fn detached(tensors: IndexMap<String, Tensor>) -> Gradients {
+        tensors.into_iter().map(|(name, tensor)| (name, tensor.detach())).collect()
+    }
+
+    #[test]
+    fn what_decays_follows_from_the_name() {
+        let (sound, reference) =
+            (AdamWOptions::default(), AdamWOptions { decay_norms: true, ..AdamWOptions::default() });
+        for (name, decays, decays_in_reference) in [
+            ("transformer.wte.weight", true, true),
+            ("transformer.h.0.attn.c_attn.weight", true, true),
+            ("transformer.h.0.attn.c_attn.bias", false, false),
+            ("transformer.h.0.ln_1.weight", false, false),
+            ("transformer.ln_f.weight", false, false),
+            ("model.decoder.layers.0.self_attn_layer_norm.weight", false, true),
+            ("model.layers.0.input_layernorm.weight", false, true),
+            ("prompt_embeddings", true, true),
+        ] {
+            assert_eq!((sound.decays(name), reference.decays(name)), (decays, decays_in_reference), "{name}");
+        }
+    }
+
+    #[test]
+    fn fused_and_plain_updates_agree() {
+        let [fused, plain] = [(); 2].map(|()| tensors(1));
+        let options = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
+        let (mut one, mut two) = (AdamW::new(options), AdamW::new(options));
+        for update in 0..4 {
+            let gradients = detached(tensors(50 + 10 * update));
+            one.step(&fused, &gradients, 1e-2, 0.7).unwrap();
+            two.step_by(&plain, &gradients, 1e-2, 0.7, apply_plain).unwrap();
+        }
+        for (name, fused) in &fused {
+            let difference = (fused.detach() - plain[name].detach()).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(difference.to_scalar::<f32>().unwrap() < 1e-6, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_first_update_moves_every_weight_by_the_rate() {
+        let parameters: IndexMap<String, Tensor> =
+            [("w".to_owned(), Var::new(&[1.0f32, -2.0], &Device::Cpu).unwrap().into_inner())].into_iter().collect();
+        let gradients: Gradients =
+            [("w".to_owned(), Tensor::new(&[0.5f32, -3.0], &Device::Cpu).unwrap())].into_iter().collect();
+        let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.5, ..AdamWOptions::default() });
+        optimizer.step(&parameters, &gradients, 0.1, 1.0).unwrap();
+        // w (1 - 0.1 * 0.5) - 0.1 sign(g)
+        let found = parameters["w"].to_vec1::<f32>().unwrap();
+        assert!((found[0] - 0.85).abs() < 1e-6 && (found[1] + 1.8).abs() < 1e-6, "{found:?}");
+    }
+
+    #[test]
+    fn the_norm_is_exact_and_the_same_with_any_number_of_threads() {
+        let values = numbers(3, 200_000);
+        let expected = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let gradients: Gradients =
+            [("w".to_owned(), Tensor::from_vec(values, 200_000, &Device::Cpu).unwrap())].into_iter().collect();
+        let one = with_threads(1, || norm(&gradients).unwrap());
+        assert!((one / expected - 1.0).abs() < 1e-12);
+        assert_eq!(one, with_threads(3, || norm(&gradients).unwrap()));
+    }
+
+    #[test]
+    fn gradients_of_strangers_are_errors() {
+        let parameters = tensors(1);
+        let mut optimizer = AdamW::new(AdamWOptions::default());
+        let mut error = |name: &str, parameters: &IndexMap<String, Tensor>, shape: usize| {
+            let gradient = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+            let gradients = [(name.to_owned(), gradient)].into_iter().collect();
+            optimizer.step(parameters, &gradients, 1e-3, 1.0).unwrap_err().to_string()
+        };
+        assert!(error("nobody", &parameters, 3).contains("`nobody`, which is no parameter"));
+        assert!(error("h.0.c_fc.bias", &parameters, 3).contains("has shape [3], expected [70]"));
+        assert!(error("h.0.c_fc.bias", &detached(tensors(1)), 70).contains("which is frozen"));
     }
 }

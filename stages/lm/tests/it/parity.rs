@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use contract::{End, TokenizerFile, Value};
+use lm::loss::head_loss;
 use lm::sample::Sampling;
 use lm::{
     AdamW, AdamWOptions, Architecture, Family, Generate, Gradients, LanguageModel, OptimizerState, Packed, Prompt,
     Schedule, Warmup, accumulate, generate, gradients, learning_rate, norm,
 };
 use serde_json::Value as Json;
+
+use crate::{flat, gap};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity/gpt2").join(name)
@@ -24,10 +27,6 @@ fn json(name: &str) -> Json {
 fn expected() -> BTreeMap<String, Vec<f32>> {
     let tensors = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
     tensors.into_iter().map(|(name, tensor)| (name, flat(&tensor))).collect()
-}
-
-fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn ids(json: &Json) -> Vec<u32> {
@@ -61,23 +60,13 @@ fn batches() -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
 fn loss(model: &LanguageModel, rows: &[(Vec<u32>, Vec<u32>)], count: usize) -> Tensor {
     let (batch, places, labels) = packed(rows);
     let hidden = model.hidden(&batch, None, None).unwrap();
-    let places = Tensor::new(places, &Device::Cpu).unwrap();
-    let logits = hidden.index_select(&places, 0).unwrap().matmul(&model.head().t().unwrap()).unwrap();
-    let labels = Tensor::new(labels, &Device::Cpu).unwrap().unsqueeze(1).unwrap();
-    let log_p = candle_nn::ops::log_softmax(&logits, 1).unwrap().gather(&labels, 1).unwrap();
-    (log_p.sum_all().unwrap() * (-1.0 / count as f64)).unwrap()
+    let hidden = hidden.index_select(&Tensor::new(places, &Device::Cpu).unwrap(), 0).unwrap();
+    let weights = vec![1.0 / count as f32; labels.len()];
+    head_loss(&hidden, model.head(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
 }
 
 fn tokens(rows: &[(Vec<u32>, Vec<u32>)]) -> usize {
     rows.iter().map(|(_, response)| response.len()).sum()
-}
-
-/// Largest difference relative to the largest entry.
-fn gap(found: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let largest = expected.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
-    let difference = found.iter().zip(expected).fold(0f32, |a, (f, e)| a.max((f - e).abs()));
-    f64::from(difference) / f64::from(largest)
 }
 
 /// The gradient of a key's bias is zero: rounding alone decides what AdamW makes of it.

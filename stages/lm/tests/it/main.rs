@@ -1,0 +1,49 @@
+//! The crate from outside: one binary, so that it is linked once.
+
+mod checkpoint;
+mod generation;
+mod parity;
+mod training;
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use contract::TokenizerFile;
+use lm::{Architecture, Family, LanguageModel};
+
+/// A small random model of two layers over 40 ids, the end token being 0.
+fn small_model(dropout: f32) -> LanguageModel {
+    let architecture = Architecture {
+        architecture: Family::Gpt2,
+        layers: 2,
+        width: 32,
+        heads: None,
+        positions: Some(32),
+        dropout: Some(dropout),
+    };
+    let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 40 };
+    let model = LanguageModel::init(&architecture, tokenizer, 5, &Device::Cpu).unwrap();
+    // Larger weights than a fresh model has, so that its distributions are far from uniform.
+    let model = model.trainable().unwrap();
+    for parameter in model.parameters().values().filter(|p| p.rank() == 2) {
+        let var = candle_core::Var::from_tensor(parameter).unwrap();
+        var.set(&(parameter.detach() * 8.0).unwrap()).unwrap();
+    }
+    model.frozen()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Largest difference relative to the largest entry.
+fn gap(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(f32::MIN_POSITIVE, |a, b| a.max(b.abs()));
+    let difference = found.iter().zip(expected).fold(0f32, |a, (f, e)| a.max((f - e).abs()));
+    f64::from(difference) / f64::from(largest)
+}
+
+fn with_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+}
