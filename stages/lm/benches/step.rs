@@ -24,8 +24,8 @@ fn main() {
         ("small 12x768", 12, 768, 12, 50257, 3),
     ] {
         let lines: [(&str, &dyn Fn(&LanguageModel)); 4] = [
-            ("train", &|model| train(model, 0.0, repeats)),
-            ("train with dropout", &|model| train(model, 0.1, repeats)),
+            ("plain train", &|model| train(model, 0.0, repeats)),
+            ("dropout train", &|model| train(model, 0.1, repeats)),
             ("gradient of a soft prompt", &|model| tune(model, repeats)),
             ("decode", &|model| decode(model, repeats.min(10))),
         ];

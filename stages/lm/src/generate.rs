@@ -205,13 +205,20 @@ struct Decoder<'a> {
     model: &'a LanguageModel,
     soft_prompt: Option<Tensor>,
     soft_length: usize,
+    /// `[C, V]`, on the CPU. As the model has it, the matrix product would turn it round for every token.
+    head: Vec<f32>,
 }
 
 impl<'a> Decoder<'a> {
     fn new(model: &'a LanguageModel, soft_prompt: Option<&Tensor>) -> Result<Self> {
         let soft_prompt = soft_prompt.map(|prompt| prompt.detach().contiguous()).transpose()?;
         let soft_length = soft_prompt.as_ref().map_or(0, |prompt| prompt.dims()[0]);
-        Ok(Decoder { model, soft_prompt, soft_length })
+        let head = if model.device().is_cpu() {
+            elementwise::transpose(&elements(model.head())?, model.width())
+        } else {
+            Vec::new()
+        };
+        Ok(Decoder { model, soft_prompt, soft_length, head })
     }
 
     /// Logits of the next token of every row, `[rows, V]`.
@@ -239,8 +246,8 @@ impl<'a> Decoder<'a> {
         for (cache, count) in pass.caches.iter_mut().zip(&pass.counts) {
             cache.length += count;
         }
-        let (head, width) = (elements(self.model.head())?, self.model.width());
-        Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&head, width).transposed()))
+        let (width, vocabulary) = (self.model.width(), self.model.vocab_size());
+        Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&self.head, vocabulary)))
     }
 
     /// The same by a whole forward pass over each row, without a cache: on devices without a kernel, and for tests.

@@ -7,6 +7,8 @@
 //! Which text the rows come from, which rows count and by how much (`weights`), is the caller's: an average over tokens
 //! is weights of 1/N, a policy gradient is a cross-entropy whose weights are advantages.
 
+use std::sync::Mutex;
+
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Shape, Storage, StorageRef, Tensor, Var};
 use schemars::JsonSchema;
@@ -14,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::{Input, InputTarget, head_terms};
+use crate::ops::tape::{Contribution, deliver, is_collecting};
 
 /// How far the trainee's distribution is from a target's.
 ///
@@ -441,6 +444,7 @@ fn attach(value: f64, hidden: &Tensor, head: &Tensor, answer: Answer) -> Result<
     let Answer { hidden_gradient, head_gradient, .. } = answer;
     let dtype = wide(hidden.dtype());
     if matches!(hidden.device(), Device::Cpu) && hidden.dtype() == DType::F32 && head.dtype() == DType::F32 {
+        let head_gradient = Mutex::new(head_gradient);
         return Ok(hidden.apply_op2(head, Ready { value: value as f32, hidden_gradient, head_gradient })?);
     }
     // Elsewhere the same by plain operations: x g - x g is 0, and its derivative by the first x is g.
@@ -458,7 +462,7 @@ fn attach(value: f64, hidden: &Tensor, head: &Tensor, answer: Answer) -> Result<
 struct Ready {
     value: f32,
     hidden_gradient: Option<Tensor>,
-    head_gradient: Option<Tensor>,
+    head_gradient: Mutex<Option<Tensor>>,
 }
 
 impl CustomOp2 for Ready {
@@ -479,7 +483,7 @@ impl CustomOp2 for Ready {
     fn bwd(
         &self,
         _hidden: &Tensor,
-        _head: &Tensor,
+        head: &Tensor,
         _result: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
@@ -488,7 +492,16 @@ impl CustomOp2 for Ready {
             Some(stored) if factor != 1.0 => (stored * factor).map(Some),
             stored => Ok(stored.clone()),
         };
-        Ok((scaled(&self.hidden_gradient)?, scaled(&self.head_gradient)?))
+        let mut head_gradient = self.head_gradient.lock().expect("nothing panics while it is held");
+        if head.is_variable() && is_collecting() && head_gradient.is_some() {
+            // The largest gradient of all: candle would add it to zeros. Scaled or taken out, it is nobody else's.
+            let own = if factor == 1.0 { head_gradient.take() } else { scaled(&head_gradient)? };
+            if let Some(own) = own {
+                deliver(head, Contribution::Dense(own))?;
+            }
+            return Ok((scaled(&self.hidden_gradient)?, None));
+        }
+        Ok((scaled(&self.hidden_gradient)?, scaled(&head_gradient)?))
     }
 }
 

@@ -123,8 +123,8 @@ impl Ops for Tape {
                 let weight = elements(&weight)?;
                 let gradients = layer_norm::backward(&mut dx, &x, &weight, &moments, &dy, parameters.is_some());
                 if let Some(((weight, bias), (dweight, dbias))) = parameters.zip(gradients) {
-                    deliver(&weight, Contribution::Dense(dweight))?;
-                    deliver(&bias, Contribution::Dense(dbias))?;
+                    deliver(&weight, dense(&weight, dweight)?)?;
+                    deliver(&bias, dense(&bias, dbias)?)?;
                 }
                 if let Some(node) = x_node {
                     backward.gradients[node] = Some(Arc::new(dx));
@@ -154,8 +154,8 @@ impl Ops for Tape {
                 let dy = Matrix::new(&dy, width);
                 if let Some(((weight, bias), x)) = kept {
                     let dweight = product(Matrix::new(&x, depth).transposed(), dy);
-                    deliver(&weight, Contribution::Dense(dweight))?;
-                    deliver(&bias, Contribution::Dense(elementwise::sum_rows(dy.elements(), width)))?;
+                    deliver(&weight, dense(&weight, dweight)?)?;
+                    deliver(&bias, dense(&bias, elementwise::sum_rows(dy.elements(), width))?)?;
                 }
                 if let Some(node) = x_node {
                     let weight = elements(&weight)?;
@@ -403,8 +403,8 @@ impl CustomOp2 for Pass {
 
 /// One contribution to the gradient of a parameter.
 pub(crate) enum Contribution {
-    /// All of its elements.
-    Dense(Vec<f32>),
+    /// All of its elements; nobody else holds the tensor.
+    Dense(Tensor),
     /// Some rows: each place is a row of `gradient` and the row of the parameter that it belongs to.
     Rows { places: Vec<(usize, u32)>, gradient: Arc<Vec<f32>> },
 }
@@ -428,29 +428,28 @@ pub(crate) fn merge(
     contributions: Vec<Contribution>,
     parameter: &Tensor,
 ) -> Result<Option<Tensor>> {
+    // Whole gradients first: single rows are then added to one of them, and not to zeros made for them.
+    let (dense, rows): (Vec<_>, Vec<_>) =
+        contributions.into_iter().partition(|contribution| matches!(contribution, Contribution::Dense(_)));
     let mut total = total;
-    for contribution in contributions {
+    for contribution in dense.into_iter().chain(rows) {
         total = Some(match (total, contribution) {
-            (None, Contribution::Dense(gradient)) => Tensor::from_vec(gradient, parameter.shape(), parameter.device())?,
+            (None, Contribution::Dense(gradient)) => gradient,
+            (None, Contribution::Rows { places, gradient }) => {
+                let total = parameter.detach().zeros_like()?;
+                add_rows(&total, &places, &gradient)?;
+                total
+            }
             (Some(total), Contribution::Dense(gradient)) => {
+                let gradient = elements(&gradient)?;
                 change(&total, |total| {
                     elementwise::add(total, &gradient);
                     Ok(())
                 })?;
                 total
             }
-            (total, Contribution::Rows { places, gradient }) => {
-                let total = match total {
-                    Some(total) => total,
-                    None => parameter.detach().zeros_like()?,
-                };
-                let width = parameter.dim(1)?;
-                change(&total, |total| {
-                    for (row, place) in &places {
-                        add_row(total, *place as usize, &gradient, *row, width);
-                    }
-                    Ok(())
-                })?;
+            (Some(total), Contribution::Rows { places, gradient }) => {
+                add_rows(&total, &places, &gradient)?;
                 total
             }
         });
@@ -458,7 +457,27 @@ pub(crate) fn merge(
     Ok(total)
 }
 
-fn deliver(parameter: &Tensor, contribution: Contribution) -> Result<()> {
+fn add_rows(total: &Tensor, places: &[(usize, u32)], gradient: &[f32]) -> Result<()> {
+    let width = total.dim(1)?;
+    change(total, |total| {
+        for (row, place) in places {
+            add_row(total, *place as usize, gradient, *row, width);
+        }
+        Ok(())
+    })
+}
+
+/// Whether gradients of weights are being collected on this thread.
+pub(crate) fn is_collecting() -> bool {
+    COLLECTED.with_borrow(Option::is_some)
+}
+
+fn dense(parameter: &Tensor, gradient: Vec<f32>) -> Result<Contribution> {
+    Ok(Contribution::Dense(Tensor::from_vec(gradient, parameter.shape(), parameter.device())?))
+}
+
+/// Gives a contribution to the gradient of `parameter`, a variable, to who collects them.
+pub(crate) fn deliver(parameter: &Tensor, contribution: Contribution) -> Result<()> {
     COLLECTED.with_borrow_mut(|collected| match collected {
         Some(collected) => {
             collected.entry(parameter.id()).or_default().push(contribution);
