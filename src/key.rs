@@ -2,7 +2,7 @@
 //!
 //! The key of a result is the hash of its preimage. A preimage names kinds and their versions, the configuration, the
 //! content of inputs and of local files, and whether the clock is read. Not in it: names of stages, paths, devices,
-//! threads, how often a loop is cut.
+//! threads, how often a loop is cut, and fields that a kind names as a matter of memory only.
 //!
 //! Two rules keep old keys alive. A value equal to the `default` of its field in the kind's schema is left out, so a new
 //! field at its default changes no key. Turned around: *changing a default changes what old keys mean*, so it needs a new
@@ -100,6 +100,9 @@ impl Maker<'_> {
             })?;
             replace(&mut config, &source.field, json!({"content": digest.to_string()}));
             self.sources.push((source.path, digest));
+        }
+        if let Json::Object(fields) = &mut config {
+            kind.outside_key(&operator.config).into_iter().for_each(|field| drop(fields.shift_remove(field)));
         }
         let mut fields = version_of(kind);
         fields.insert("config".into(), without_defaults(&config, &kind.schema()));
