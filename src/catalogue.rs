@@ -357,6 +357,7 @@ fn report_schema() -> Json {
             "metric": number,
             "metrics": headings,
             "compare": names,
+            "baseline": {"type": "string"},
             "seconds": names,
             "rows": {"type": "object", "additionalProperties": headings},
             "caption": {"type": "string"},

@@ -1,6 +1,6 @@
 //! The table at the end of a run: a row for each compared variant, with intervals.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use cache::Store;
@@ -43,15 +43,23 @@ pub fn table(graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Stor
         }
         Ok::<_, anyhow::Error>(row)
     };
+    let groups = groups(graph, report);
+    let Some(first) = groups.first() else { return Ok(None) };
     let mut rows = Vec::new();
-    for group in groups(graph, report) {
-        rows.push(row(row_label(group[0]), &group, &report.metrics, &report.seconds)?);
+    for group in &groups {
+        rows.push(row(row_label(group[0]), group, &report.metrics, &report.seconds)?);
     }
     for (label, metrics) in &report.rows {
-        rows.push(row(label.clone(), &graph.cells[..1].iter().collect::<Vec<_>>(), metrics, &[])?);
+        rows.push(row(label.clone(), first, metrics, &[])?);
     }
-    if rows.is_empty() {
-        return Ok(None);
+    for (group, baseline) in paired(&groups, report) {
+        let mut row = vec![format!("{} - {}", row_label(group[0]), row_label(baseline[0]))];
+        for heading in &headings {
+            let metric = report.metrics.get(*heading);
+            row.push(metric.map_or(Ok(String::new()), |m| numbers.difference(group, baseline, m, &mut intervals))?);
+        }
+        row.extend((!report.seconds.is_empty()).then(String::new));
+        rows.push(row);
     }
     let label = ["variant".to_owned()].into_iter();
     let seconds = (!report.seconds.is_empty()).then(|| "seconds".to_owned());
@@ -72,8 +80,10 @@ fn further_headings(report: &Report) -> impl Iterator<Item = &String> {
 
 fn caption(report: &Report, intervals: &Intervals) -> Vec<String> {
     let mut caption = Vec::new();
-    if intervals.repeats {
-        caption.push("±: half the width of the 95 % t-interval of the mean over n repeats".to_owned());
+    if !intervals.repeats.is_empty() {
+        let counts: Vec<String> = intervals.repeats.iter().map(usize::to_string).collect();
+        let over = format!("of the mean over {} repeats", counts.join(" or "));
+        caption.push(format!("±: half the width of the 95 % t-interval {over}; differences are paired by repeat"));
     }
     if intervals.own {
         caption.push("[low, high]: 95 % interval, as the stage measured it".to_owned());
@@ -85,7 +95,8 @@ fn caption(report: &Report, intervals: &Intervals) -> Vec<String> {
 /// What sorts of intervals the table shows.
 #[derive(Default)]
 struct Intervals {
-    repeats: bool,
+    /// Over how many repeats there are figures.
+    repeats: BTreeSet<usize>,
     own: bool,
 }
 
@@ -105,6 +116,17 @@ fn groups<'g>(graph: &'g Graph, report: &Report) -> Vec<Vec<&'g Cell>> {
     groups
 }
 
+/// Every group with the one it is measured against: that of the baseline with the same settings.
+fn paired<'a, 'g>(groups: &'a [Vec<&'g Cell>], report: &Report) -> Vec<(&'a [&'g Cell], &'a [&'g Cell])> {
+    let Some(baseline) = &report.baseline else { return Vec::new() };
+    let others = groups.iter().filter(|group| group[0].variant != *baseline);
+    let pair = others.filter_map(|group| {
+        let mut against = groups.iter().filter(|other| other[0].variant == *baseline);
+        Some((group.as_slice(), against.find(|other| other[0].over == group[0].over)?.as_slice()))
+    });
+    pair.collect()
+}
+
 fn row_label(cell: &Cell) -> String {
     let show = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let over = cell.over.iter().map(|(path, value)| format!(" {path}={}", show(value)));
@@ -120,8 +142,12 @@ impl Numbers<'_> {
     /// One figure of the table; `-` when the stage has not run or is not there.
     fn figure(&self, cells: &[&Cell], metric: &MetricRef, intervals: &mut Intervals) -> Result<String> {
         let mut found = Vec::new();
+        let mut seen = BTreeSet::new();
         for cell in cells {
-            found.extend(self.measured(cell, metric)?);
+            // A stage that all repeats share, such as a teacher's score, is one measurement.
+            if cell.names.get(&metric.stage).is_some_and(|node| seen.insert(*node)) {
+                found.extend(self.measured(cell, metric)?);
+            }
         }
         Ok(match found.as_slice() {
             [] => "-".into(),
@@ -132,10 +158,36 @@ impl Numbers<'_> {
             }
             several => {
                 let means: Vec<f64> = several.iter().map(|measured| measured.mean).collect();
-                let (mean, half) = t_interval(&means);
-                intervals.repeats = true;
-                format!("{} ± {} (n={})", figure(mean), figure(half), means.len())
+                self.over_repeats(&means, intervals)
             }
+        })
+    }
+
+    fn over_repeats(&self, numbers: &[f64], intervals: &mut Intervals) -> String {
+        let (mean, half) = t_interval(numbers);
+        intervals.repeats.insert(numbers.len());
+        format!("{} ± {}", figure(mean), figure(half))
+    }
+
+    /// How much more `cells` have than `baseline`, repeat by repeat.
+    fn difference(
+        &self,
+        cells: &[&Cell],
+        baseline: &[&Cell],
+        metric: &MetricRef,
+        intervals: &mut Intervals,
+    ) -> Result<String> {
+        let mut differences = Vec::new();
+        for cell in cells {
+            let Some(other) = baseline.iter().find(|other| other.repeat == cell.repeat) else { continue };
+            if let (Some(own), Some(other)) = (self.measured(cell, metric)?, self.measured(other, metric)?) {
+                differences.push(own.mean - other.mean);
+            }
+        }
+        Ok(match differences.as_slice() {
+            [] => "-".into(),
+            [one] => figure(*one),
+            several => self.over_repeats(several, intervals),
         })
     }
 
@@ -169,13 +221,12 @@ impl Numbers<'_> {
     }
 }
 
-/// A number with as many digits as a table needs: four significant ones, at most four after the point.
+/// A number with as many digits as a table needs: two after the point, four below 1.
 pub fn figure(number: f64) -> String {
     let size = number.abs();
     let digits = match size {
         _ if !number.is_finite() => return number.to_string(),
-        _ if size >= 10.0 => 2,
-        _ if size >= 1.0 => 3,
+        _ if size >= 1.0 => 2,
         _ if size >= 1e-3 || size == 0.0 => 4,
         _ => return format!("{number:.2e}"),
     };

@@ -154,7 +154,7 @@ impl Tracking {
         let params = tree.get("params").and_then(Node::map);
         for (name, entry) in params.into_iter().flatten().filter(|(name, _)| !self.used.contains(*name)) {
             let place = entry.key.place();
-            tracing::warn!(file = place.file, line = place.line, "parameter `{name}` is read by nothing");
+            tracing::debug!(file = place.file, line = place.line, "parameter `{name}` is read by nothing");
         }
         problems.absorb(late, None);
     }

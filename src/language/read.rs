@@ -2,7 +2,7 @@
 
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
 use crate::language::edit::{Removed, removal};
-use crate::yaml::{Map, Node, Span, Value};
+use crate::yaml::{Entry, Map, Node, Span, Value};
 
 /// Names that paths give a meaning.
 const RESERVED: [&str; 11] =
@@ -60,6 +60,11 @@ pub(crate) fn texts(node: &Node, what: &str, problems: &mut Problems) -> Vec<Tex
             Vec::new()
         }
     }
+}
+
+/// An entry that says something: an empty value, which a parameter may bring, counts as left out.
+pub(crate) fn given<'a>(map: &'a Map, key: &str) -> Option<&'a Entry> {
+    map.get(key).filter(|entry| !matches!(entry.node.value, Value::Null))
 }
 
 /// A whole number of `least` or more.

@@ -3,7 +3,7 @@
 use contract::Conventions;
 use indexmap::IndexMap;
 
-use crate::diagnostic::{Diagnostic, Problems};
+use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::graph::{Every, Last, Mode, Order};
 use crate::language::edit::{CARRY_FIELDS, LOOP_WINDOW_FIELDS, Removed};
 use crate::language::read::{self, Text, check_keys, check_name, mapping};
@@ -100,6 +100,7 @@ pub(crate) enum KeepSpec {
 pub(crate) struct ReportSpec {
     pub(crate) metrics: IndexMap<String, Text>,
     pub(crate) compare: Vec<Text>,
+    pub(crate) baseline: Option<String>,
     pub(crate) seconds: Vec<Text>,
     pub(crate) rows: IndexMap<String, IndexMap<String, Text>>,
     pub(crate) caption: Option<String>,
@@ -224,7 +225,7 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> L
         let diagnostic = Diagnostic::new(format!("loop `{name}` has no stages"), "add stages under `loop.stages`");
         problems.push(diagnostic.at(span.clone(), "nothing to repeat"));
     }
-    let rounds = map.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let rounds = read::given(map, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
     let unroll = map.get("unroll").and_then(|entry| read::boolean(&entry.node, "unroll", problems)).unwrap_or(false);
     check_rounds(name, span, map, &windows, problems);
     LoopSpec { span: span.clone(), windows, carry, stages, rounds, unroll, broken }
@@ -234,7 +235,7 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> L
 fn check_rounds(name: &str, span: &Span, map: &Map, windows: &IndexMap<String, WindowSpec>, problems: &mut Problems) {
     let mut counted = windows.iter().filter_map(|(window, spec)| Some((window, spec.fields.epochs.as_ref()?)));
     let Some((first, (_, first_span))) = counted.next() else {
-        if map.get("rounds").is_none() {
+        if read::given(map, "rounds").is_none() {
             let hint = "give one window `epochs`, or the loop `rounds`";
             let diagnostic = Diagnostic::new(format!("nothing says how many rounds loop `{name}` has"), hint);
             problems.push(diagnostic.at(span.clone(), "endless"));
@@ -259,7 +260,7 @@ fn read_window(name: &str, span: &Span, node: &Node, problems: &mut Problems) ->
         problems.push(diagnostic.at(span.clone(), "`of` is missing"));
     }
     let fields = read_window_fields(map, problems);
-    if !map.contains_key("take") {
+    if read::given(map, "take").is_none() {
         problems.push(no_take(&format!("window `{name}`"), span));
     }
     if let Some(repeat) = map.get("repeat") {
@@ -282,7 +283,7 @@ pub(crate) fn no_take(what: &str, span: &Span) -> Diagnostic {
 /// Reads what a mapping holds of a window's fields, with their defaults.
 pub(crate) fn read_window_fields(map: &Map, problems: &mut Problems) -> WindowFields {
     let mut number = |key: &str, least| {
-        let entry = map.get(key)?;
+        let entry = read::given(map, key)?;
         Some((read::whole(&entry.node, key, least, problems)?, entry.key.clone()))
     };
     let rows = number("rows", 1).map(|(rows, _)| rows);
@@ -352,7 +353,7 @@ fn read_metric(node: &Node, what: &str, problems: &mut Problems) -> Option<Text>
 
 fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
     let map = mapping(node, "report", problems)?;
-    check_keys(map, "`report`", &["metric", "metrics", "compare", "seconds", "rows", "caption"], problems);
+    check_keys(map, "`report`", &["metric", "metrics", "compare", "baseline", "seconds", "rows", "caption"], problems);
     let mut metrics = IndexMap::new();
     if let Some(text) = map.get("metric").and_then(|entry| read_metric(&entry.node, "metric", problems)) {
         let heading = text.value.split_once('.').map_or(text.value.as_str(), |(_, metric)| metric);
@@ -366,8 +367,18 @@ fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
     let rows = map.get("rows").and_then(|entry| mapping(&entry.node, "rows", problems));
     let rows = rows.into_iter().flatten();
     let rows = rows.map(|(label, entry)| (label.clone(), read_headings(&entry.node, label, problems))).collect();
+    let baseline = map.get("baseline").and_then(|entry| read::text(&entry.node, "baseline", problems));
+    if let Some(baseline) =
+        baseline.as_ref().filter(|baseline| compare.iter().all(|c: &Text| c.value != baseline.value))
+    {
+        let names: Vec<&str> = compare.iter().map(|text| text.value.as_str()).collect();
+        let hint = did_you_mean(&baseline.value, "variant", &names);
+        let message = format!("`baseline` names `{}`, which `compare` does not list", baseline.value);
+        problems.push(Diagnostic::new(message, hint).at(baseline.span.clone(), "not compared"));
+    }
     let caption = map.get("caption").and_then(|entry| read::text(&entry.node, "caption", problems));
-    Some(ReportSpec { metrics, compare, seconds, rows, caption: caption.map(|text| text.value) })
+    let baseline = baseline.map(|text| text.value);
+    Some(ReportSpec { metrics, compare, baseline, seconds, rows, caption: caption.map(|text| text.value) })
 }
 
 /// `{heading: STAGE.METRIC}`.

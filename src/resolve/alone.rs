@@ -51,7 +51,7 @@ pub(super) fn check<'a>(
         fields.shift_remove("seed");
     }
     let window = read_window(name, spec, &fields, problems);
-    let rounds = with.get("rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let rounds = read::given(with, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
     let check = match contract.valid.and_then(|port| spec.inputs.get(port)) {
         Some(input) => Some(evaluation(all, kinds, &input.port, problems)?),
         None => None,
@@ -61,10 +61,10 @@ pub(super) fn check<'a>(
 
 fn read_window(name: &str, spec: &OperatorSpec, with: &Map, problems: &mut Problems) -> Option<Window> {
     let WindowFields { rows, take, epochs, order, seed, last } = read_window_fields(with, problems);
-    if !with.contains_key("take") {
+    if read::given(with, "take").is_none() {
         problems.push(no_take(&format!("`{name}`"), &spec.span));
     }
-    if !with.contains_key("epochs") && !with.contains_key("rounds") {
+    if ["epochs", "rounds"].iter().all(|field| read::given(with, field).is_none()) {
         let message = format!("nothing says how long `{name}` trains");
         let diagnostic = Diagnostic::new(message, "write `epochs: N` or `rounds: N` under `with:`");
         problems.push(diagnostic.at(spec.span.clone(), "endless"));

@@ -257,6 +257,7 @@ fn resolve_report(
     Report {
         metrics,
         compare: texts(&report.compare),
+        baseline: report.baseline.clone(),
         seconds: texts(&report.seconds),
         rows,
         caption: report.caption.clone(),

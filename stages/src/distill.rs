@@ -126,10 +126,8 @@ impl Stage for Distill {
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
         if config.temperature <= 0.0 {
-            errors.push(ConfigError::at(
-                "temperature",
-                format!("expected a number above 0, got {}", config.temperature),
-            ));
+            errors
+                .push(ConfigError::at("temperature", format!("expected a number above 0, got {}", config.temperature)));
         }
         if let Err(error) = config.divergence.validate() {
             errors.push(ConfigError::at("divergence", format!("{error:#}")));
@@ -150,7 +148,11 @@ impl Stage for Distill {
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
             .input("teacher", PortType::Model, "the teacher, frozen")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
-            .optional("prompt_before", PortType::SoftPrompt, "the prompt as the round found it, for `accumulation_prompt: old`")
+            .optional(
+                "prompt_before",
+                PortType::SoftPrompt,
+                "the prompt as the round found it, for `accumulation_prompt: old`",
+            )
             .output("model", PortType::Model, "the trained student")
             .agree("vocabulary", &["data", "student", "teacher"])
             .agree("width", &["teacher", "prompt"])
@@ -201,7 +203,8 @@ impl Operator for Distilling {
             let target = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C of the teacher]
             let dropout = training::dropout(self.config.dropout, self.config.seed, step, purpose::DROPOUT);
             let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
-            let labels = (self.config.cross_entropy != 0.0).then_some((text.labels.as_slice(), self.config.cross_entropy));
+            let labels =
+                (self.config.cross_entropy != 0.0).then_some((text.labels.as_slice(), self.config.cross_entropy));
             let target = Target {
                 hidden: &target,
                 head: teacher.head(),

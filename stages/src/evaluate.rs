@@ -24,8 +24,8 @@ use contract::{
     Predictions, Result, Row, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Target, divergence_values, log_probs};
-use lm::{Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use lm::sample::Sampling;
+use lm::{Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -162,9 +162,11 @@ impl Stage for Evaluate {
     }
 
     fn ports(&self, config: &Config) -> Ports {
-        let ports = Ports::new()
-            .input("model", PortType::Model, "whose answers are scored")
-            .input("data", PortType::Dataset, "prompts, responses and references");
+        let ports = Ports::new().input("model", PortType::Model, "whose answers are scored").input(
+            "data",
+            PortType::Dataset,
+            "prompts, responses and references",
+        );
         let doc = "the model that `reverse_kl` measures the distance to";
         let ports = if config.metrics.contains(&Metric::ReverseKl) {
             ports.input("teacher", PortType::Model, doc)

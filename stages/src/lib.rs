@@ -30,7 +30,7 @@ mod testing;
 pub mod text;
 pub mod tokenize;
 pub mod train_tokenizer;
-mod training;
+pub mod training;
 
 /// All kinds, by name.
 pub fn registry() -> Registry {

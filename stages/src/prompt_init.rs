@@ -82,7 +82,8 @@ impl Stage for PromptInit {
             ),
             (From::Text, Some(text)) if text.is_empty() => errors.push(ConfigError::at("text", "the text is empty")),
             (From::End | From::Random, Some(_)) => errors.push(
-                ConfigError::at("text", "a text is given, but `from` does not say `text`").hint("remove one of the two"),
+                ConfigError::at("text", "a text is given, but `from` does not say `text`")
+                    .hint("remove one of the two"),
             ),
             _ => {}
         }
@@ -90,9 +91,11 @@ impl Stage for PromptInit {
     }
 
     fn ports(&self, _config: &Config) -> Ports {
-        Ports::new()
-            .input("model", PortType::Model, "the teacher that the prompt is for")
-            .output("prompt", PortType::SoftPrompt, "the prompt, [length, width]")
+        Ports::new().input("model", PortType::Model, "the teacher that the prompt is for").output(
+            "prompt",
+            PortType::SoftPrompt,
+            "the prompt, [length, width]",
+        )
     }
 
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

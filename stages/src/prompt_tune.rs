@@ -148,7 +148,8 @@ impl Stage for PromptTune {
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
-        let divergences = [("divergence", config.divergence), ("regulariser.divergence", config.regulariser.divergence)];
+        let divergences =
+            [("divergence", config.divergence), ("regulariser.divergence", config.regulariser.divergence)];
         for (field, divergence) in divergences {
             if let Err(error) = divergence.validate() {
                 errors.push(ConfigError::at(field, format!("{error:#}")));
@@ -211,7 +212,8 @@ impl Operator for Tuning {
         let mut parts = Parts::default();
         let mut weight_sum = 0.0;
         let mut tokens = 0;
-        let batches = training::micro_batches(&data, self.config.micro_batch, self.config.mean.unwrap_or(Mean::Tokens))?;
+        let batches =
+            training::micro_batches(&data, self.config.micro_batch, self.config.mean.unwrap_or(Mean::Tokens))?;
         if step.round == 0 {
             self.compare_start(&batches, &teacher, vectors.as_tensor(), &mut parts, sink)?;
         }
@@ -250,7 +252,8 @@ impl Tuning {
     ) -> Result<Tensor> {
         let Config { divergence, regulariser, seed, .. } = &self.config;
         let text = &batch.text;
-        let dropout = training::dropout(self.config.teacher_dropout == Some(true), *seed, step, purpose::TEACHER_DROPOUT);
+        let dropout =
+            training::dropout(self.config.teacher_dropout == Some(true), *seed, step, purpose::TEACHER_DROPOUT);
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
@@ -316,8 +319,14 @@ impl Tuning {
         ensure!(prompted.is_finite(), "the prompted teacher's loss is not finite at the start");
         parts.add("plain_teacher_loss", plain);
         parts.add("prompted_teacher_loss", prompted);
-        let words = format!("before tuning, the teacher's loss on this round's text is {plain:.3} plain and {prompted:.3} prompted");
-        if prompted > plain + 0.5 { sink.warn(&format!("{words}: the start prompt harms it")) } else { sink.note(&words) }
+        let words = format!(
+            "before tuning, the teacher's loss on this round's text is {plain:.3} plain and {prompted:.3} prompted"
+        );
+        if prompted > plain + 0.5 {
+            sink.warn(&format!("{words}: the start prompt harms it"))
+        } else {
+            sink.note(&words)
+        }
         Ok(())
     }
 }

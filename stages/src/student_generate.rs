@@ -14,11 +14,11 @@
 
 use contract::random::purpose;
 use contract::{
-    About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Row,
-    Sink, Stage, Step,
+    About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
+    Row, Sink, Stage, Step,
 };
-use lm::{Generate, Generated, LanguageModel, Prompt, generate};
 use lm::sample::Sampling;
+use lm::{Generate, Generated, LanguageModel, Prompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -156,7 +156,8 @@ impl Operator for Generating {
             batch: config.batch,
         };
         let total = prompts.len() as u64;
-        let generated = generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows"))?;
+        let generated =
+            generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows"))?;
         let rows = data.rows.iter().zip(generated).map(|(row, generated)| {
             self::answered(row, generated, config.cut_off == Some(CutOff::ForcedEnd), data.tokenizer.end)
         });

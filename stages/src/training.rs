@@ -84,10 +84,14 @@ pub fn validate_rate(learning_rate: f64, optimizer: &Optimizer, micro_batch: Opt
     }
     let (first, second) = optimizer.betas;
     if !((0.0..1.0).contains(&first) && (0.0..1.0).contains(&second)) {
-        errors.push(ConfigError::at("optimizer.betas", format!("expected two numbers below 1, got [{first}, {second}]")));
+        errors
+            .push(ConfigError::at("optimizer.betas", format!("expected two numbers below 1, got [{first}, {second}]")));
     }
     if micro_batch == Some(0) {
-        errors.push(ConfigError::at("micro_batch", "expected 1 row or more, got 0").hint("leave it out to take all rows at once"));
+        errors.push(
+            ConfigError::at("micro_batch", "expected 1 row or more, got 0")
+                .hint("leave it out to take all rows at once"),
+        );
     }
     errors
 }

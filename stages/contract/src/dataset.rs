@@ -211,7 +211,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 fn words<const N: usize, T>(tensors: &SafeTensors<'_>, name: &str, parse: fn([u8; N]) -> T) -> Result<Vec<T>> {
     let tensor = tensors.tensor(name).with_context(|| format!("dataset without column `{name}`"))?;
     let bytes: Cow<'_, [u8]> = Cow::Borrowed(tensor.data());
-    ensure!(bytes.len() % N == 0, "column `{name}` has a broken length");
+    ensure!(bytes.len().is_multiple_of(N), "column `{name}` has a broken length");
     Ok(bytes.chunks_exact(N).map(|c| parse(c.try_into().expect("chunks are of size N"))).collect())
 }
 

@@ -61,8 +61,8 @@ pub fn normal(a: u32, b: u32) -> (f32, f32) {
 /// A number below `bound`, which must not be 0, without noticeable bias (multiply and shift over 64 bits).
 #[inline]
 pub fn below(high: u32, low: u32, bound: u64) -> u64 {
-    let word = u64::from(high) << 32 | u64::from(low);
-    (u128::from(word) * u128::from(bound) >> 64) as u64
+    let word = (u64::from(high) << 32) | u64::from(low);
+    ((u128::from(word) * u128::from(bound)) >> 64) as u64
 }
 
 /// A permutation of `0..count` for `(seed, purpose, time)` (Fisher and Yates).

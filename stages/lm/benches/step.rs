@@ -16,6 +16,9 @@ use lm::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// What a line of the table runs.
+type Line<'a> = &'a dyn Fn(&LanguageModel);
+
 fn main() {
     let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     for (name, layers, width, heads, vocabulary, repeats) in [
@@ -23,7 +26,7 @@ fn main() {
         ("student 2x32", 2, 32, 2, 1024, 100),
         ("small 12x768", 12, 768, 12, 50257, 3),
     ] {
-        let lines: [(&str, &dyn Fn(&LanguageModel)); 4] = [
+        let lines: [(&str, Line<'_>); 4] = [
             ("plain train", &|model| train(model, 0.0, repeats)),
             ("dropout train", &|model| train(model, 0.1, repeats)),
             ("gradient of a soft prompt", &|model| tune(model, repeats)),

@@ -4,9 +4,10 @@
 //!
 //! - [`LanguageModel`] is a model with its tokenizer, read from and written to a Hugging Face folder;
 //! - [`Packed`] is a batch: sequences laid end to end, without padding;
-//! - [`LanguageModel::hidden`] turns a batch into hidden states, which a loss turns into a number;
+//! - [`LanguageModel::hidden`] turns a batch into hidden states, and [`loss`] those into a number: the logits of a whole
+//!   batch never exist;
 //! - [`gradients`] turns that number into [`Gradients`], and [`AdamW`] into new weights;
-//! - [`generate()`] lets a model write.
+//! - [`generate()`] lets a model write, choosing tokens by [`sample`].
 //!
 //! On the CPU the operations are fused by hand (`kernels`), and give the same bits with any number of threads. On other
 //! devices the same model code runs on candle's own operations.

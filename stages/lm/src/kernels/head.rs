@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 
 use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
+use super::matmul::{Matrix, product_into};
 use crate::loss::Divergence;
 
 /// What is asked for. Matrices are dense and row-major; their lengths must fit together.
@@ -94,14 +95,14 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
         }
         if let Some(gradient) = &mut output.hidden_gradient {
             let mut rows = vec![0.0; chunk.len() * width];
-            multiply(&mut rows, Matrix::new(slopes, vocabulary), Matrix::new(input.head, width), false);
+            product_into(&mut rows, Matrix::new(slopes, vocabulary), Matrix::new(input.head, width), false);
             for (values, &row) in rows.chunks(width).zip(chunk) {
                 gradient[row * width..(row + 1) * width].copy_from_slice(values);
             }
         }
         if let Some(gradient) = &mut output.head_gradient {
             let slopes = Matrix::new(slopes, vocabulary).transposed();
-            multiply(gradient, slopes, Matrix::new(&hidden, width), index > 0);
+            product_into(gradient, slopes, Matrix::new(&hidden, width), index > 0);
         }
     }
     output
@@ -140,7 +141,12 @@ impl Buffers {
     fn terms(&mut self, input: &Input, hidden: &[f32], chunk: &[usize]) -> (Vec<f64>, &[f32]) {
         let vocabulary = self.vocabulary;
         let logits = &mut self.logits[..chunk.len() * vocabulary];
-        multiply(logits, Matrix::new(hidden, input.width), Matrix::new(input.head, input.width).transposed(), false);
+        product_into(
+            logits,
+            Matrix::new(hidden, input.width),
+            Matrix::new(input.head, input.width).transposed(),
+            false,
+        );
         let slopes_length = self.slopes.len().min(logits.len());
         let slopes = &mut self.slopes[..slopes_length];
         slopes.fill(0.0);
@@ -166,7 +172,7 @@ impl Buffers {
             let target_logits = &mut self.target[..chunk.len() * vocabulary];
             let target_hidden = select(target.hidden, target.width, chunk); // [R, D]
             let head = Matrix::new(target.head, target.width);
-            multiply(target_logits, Matrix::new(&target_hidden, target.width), head.transposed(), false);
+            product_into(target_logits, Matrix::new(&target_hidden, target.width), head.transposed(), false);
             slope_rows
                 .par_iter_mut()
                 .zip(logits.par_chunks(vocabulary))
@@ -369,68 +375,4 @@ fn by_rule<R: Rule>(
         *slope += factor * (h - exp(of_logits.log_probability(*logit)) * slope_sum);
     }
     value
-}
-
-/// A dense matrix that is read.
-#[derive(Clone, Copy)]
-struct Matrix<'a> {
-    values: &'a [f32],
-    rows: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
-}
-
-impl<'a> Matrix<'a> {
-    /// Row-major, with `columns` columns.
-    fn new(values: &'a [f32], columns: usize) -> Self {
-        Matrix { values, rows: values.len() / columns, columns, row_stride: columns, column_stride: 1 }
-    }
-
-    fn transposed(self) -> Self {
-        Matrix {
-            rows: self.columns,
-            columns: self.rows,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
-            ..self
-        }
-    }
-}
-
-/// `out = left right`, or with `add` `out += left right`; `out` is row-major. On all threads of the pool.
-///
-/// An element is summed over the inner dimension by one thread, in blocks that depend on the shapes alone: the same
-/// bits for any number of threads (there is a test).
-#[allow(unsafe_code)]
-fn multiply(out: &mut [f32], left: Matrix, right: Matrix, add: bool) {
-    let (m, n, k) = (left.rows, right.columns, left.columns);
-    assert_eq!(k, right.rows, "inner dimensions");
-    assert_eq!(out.len(), m * n, "size of the product");
-    assert!(left.values.len() >= m * k && right.values.len() >= k * n, "sizes of the factors");
-    // SAFETY: `out` is m by n with strides (n, 1) and exclusively ours; `left` and `right` are dense, and their
-    // strides are (columns, 1) or (1, rows), so that every index stays below m * k and k * n, which the slices hold.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            n as isize,
-            add,
-            left.values.as_ptr(),
-            left.column_stride as isize,
-            left.row_stride as isize,
-            right.values.as_ptr(),
-            right.column_stride as isize,
-            right.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::Rayon(0),
-        );
-    }
 }

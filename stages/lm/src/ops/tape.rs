@@ -12,12 +12,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, TensorId, bail};
+use rayon::prelude::*;
 
 use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows, change, elements};
 use crate::config::Activation;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::matmul::{Matrix, product, product_into};
-use crate::kernels::{elementwise, layer_norm, masks};
+use crate::kernels::{ROW_BLOCK, elementwise, layer_norm, masks};
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
 pub(crate) struct Tape {
@@ -283,13 +284,16 @@ fn spec(rows: &Rows, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> At
 }
 
 fn drop_elements(data: &mut [f32], width: usize, rows: &Rows, dropout: &Dropout, rate: f32, site: u32) {
-    let mut mask = vec![0.0; width];
-    for (segment, id) in rows.segments.iter().zip(&rows.ids) {
-        for (line, row) in segment.clone().enumerate() {
-            masks::fill(&mut mask, dropout, rate, site, *id, line as u32);
-            data[row * width..][..width].iter_mut().zip(&mask).for_each(|(x, m)| *x *= m);
+    let keys = rows.segments.iter().zip(&rows.ids);
+    let keys: Vec<(u64, u32)> =
+        keys.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line))).collect();
+    data.par_chunks_mut(ROW_BLOCK * width).zip(keys.par_chunks(ROW_BLOCK)).for_each(|(data, keys)| {
+        let mut mask = vec![0.0; width];
+        for (row, (id, line)) in data.chunks_exact_mut(width).zip(keys) {
+            masks::fill(&mut mask, dropout, rate, site, *id, *line);
+            row.iter_mut().zip(&mask).for_each(|(x, m)| *x *= m);
         }
-    }
+    });
 }
 
 fn add_row(to: &mut [f32], to_row: usize, from: &[f32], from_row: usize, width: usize) {
