@@ -491,6 +491,27 @@ fn a_setting_goes_below_what_is_not_written_yet() {
 }
 
 #[test]
+fn an_empty_value_of_a_window_counts_as_left_out() {
+    let text = EXAMPLE.replace("rows: 1500, take: 16, epochs: 32,", "rows: null, take: 16, epochs: 32, rounds: null,");
+    assert_ne!(text, EXAMPLE);
+    let graph = base(&text);
+    let Subgraph::Loop(alone) = &node(&graph, 0, "student0").subgraph else { panic!("not a loop") };
+    assert_eq!((alone.windows[0].rows, alone.rounds), (None, None));
+}
+
+#[test]
+fn a_baseline_must_be_compared() {
+    let with_baseline = |name: &str| {
+        let report = format!("report: {{metric: score.rouge_l, baseline: {name},");
+        EXAMPLE.replace("report: {metric: score.rouge_l,", &report)
+    };
+    let graph = base(&with_baseline("no-prompt"));
+    assert_eq!(graph.cells[0].report.as_ref().unwrap().baseline.as_deref(), Some("no-prompt"));
+    let errors = load_text(&with_baseline("no-promt"), &Request::default()).unwrap_err().to_string();
+    assert!(errors.contains("`baseline` names `no-promt`") && errors.contains("no-prompt`?"), "{errors}");
+}
+
+#[test]
 fn the_report_is_resolved() {
     let text = EXAMPLE.replace(
         "report: {metric: score.rouge_l,",

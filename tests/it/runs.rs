@@ -295,8 +295,22 @@ fn warnings_of_a_stage_reach_the_user() {
 #[test]
 fn repeats_become_one_row_with_an_interval() {
     let project = Project::new(PROMPTKD);
-    let ran = project.run("run FILE --ablation seeds --markdown").expect(0, &["± ", "| variant |", "t-interval of the mean over 3 repeats"]);
+    let ran = project
+        .run("run FILE --ablation seeds --markdown")
+        .expect(0, &["± ", "| variant |", "t-interval of the mean over 3 repeats"]);
     assert_eq!(ran.stdout.lines().filter(|line| line.starts_with("| base")).count(), 1, "{}", ran.stdout);
+}
+
+#[test]
+fn variants_are_measured_against_the_baseline() {
+    let project = Project::new(&PROMPTKD.replace("compare: [base, slow]", "compare: [base, slow], baseline: base"));
+    let ran = project.run("run FILE --all --markdown").expect(0, &["| slow ", "| slow - base "]);
+    let figure = |label: &str| -> f64 {
+        let row = ran.stdout.lines().find(|line| line.split('|').nth(1).is_some_and(|cell| cell.trim() == label));
+        row.unwrap().split('|').nth(2).unwrap().split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let difference = figure("slow") - figure("base");
+    assert!((figure("slow - base") - difference).abs() < 0.011, "{}", ran.stdout);
 }
 
 #[test]
