@@ -372,7 +372,7 @@ fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
         baseline.as_ref().filter(|baseline| compare.iter().all(|c: &Text| c.value != baseline.value))
     {
         let names: Vec<&str> = compare.iter().map(|text| text.value.as_str()).collect();
-        let hint = did_you_mean(&baseline.value, "variant", &names);
+        let hint = did_you_mean(&baseline.value, "variant", names);
         let message = format!("`baseline` names `{}`, which `compare` does not list", baseline.value);
         problems.push(Diagnostic::new(message, hint).at(baseline.span.clone(), "not compared"));
     }
