@@ -279,7 +279,7 @@ mod tests {
     fn rows_are_aligned_without_colour() {
         let words = Words { width: 7, colours: false };
         let metrics = json!({"round": 3, "score": {"mean": 61.25}}).as_object().unwrap().clone();
-        let (key, reason) = (String::new(), "never run".into());
+        let (key, reason) = (String::new(), "not run before".into());
         let event = Event::StageFinished { stage: "score".into(), key, reason, seconds: 1.25, metrics };
         assert_eq!(words.of(&event).unwrap(), "ran      score     1.25 s  score 61.25");
         let event = Event::StageSkipped { stage: "after".into(), needs: "score".into() };

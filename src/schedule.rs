@@ -440,11 +440,11 @@ pub(crate) fn reason(aliases: &[Alias], action: &Action, why: &Why, history: &Hi
     }
     match history.changes(aliases, action, store) {
         Ok(Some((_, changes))) => match changes.as_slice() {
-            [] => "never run under this name".into(),
+            [] => "not run before under this name".into(),
             [only] => only.line(),
             [first, rest @ ..] => format!("{} (and {} more)", first.line(), rest.len()),
         },
-        Ok(None) => "never run".into(),
+        Ok(None) => "not run before".into(),
         Err(error) => format!("no result; what changed cannot be told: {error:#}"),
     }
 }

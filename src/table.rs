@@ -61,6 +61,11 @@ pub fn table(graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Stor
         row.extend((!report.seconds.is_empty()).then(String::new));
         rows.push(row);
     }
+    // Of a run of some stages only, what they did not reach has nothing to show.
+    rows.retain(|row| row[1..].iter().any(|figure| !matches!(figure.as_str(), "" | "-")));
+    if rows.is_empty() {
+        return Ok(None);
+    }
     let label = ["variant".to_owned()].into_iter();
     let seconds = (!report.seconds.is_empty()).then(|| "seconds".to_owned());
     let headings = label.chain(headings.into_iter().cloned()).chain(seconds).collect();
@@ -82,8 +87,9 @@ fn caption(report: &Report, intervals: &Intervals) -> Vec<String> {
     let mut caption = Vec::new();
     if !intervals.repeats.is_empty() {
         let counts: Vec<String> = intervals.repeats.iter().map(usize::to_string).collect();
-        let over = format!("of the mean over {} repeats", counts.join(" or "));
-        caption.push(format!("±: half the width of the 95 % t-interval {over}; differences are paired by repeat"));
+        let paired = if report.baseline.is_some() { "; differences are paired by repeat" } else { "" };
+        let over = counts.join(" or ");
+        caption.push(format!("±: half the width of the 95 % t-interval of the mean over {over} repeats{paired}"));
     }
     if intervals.own {
         caption.push("[low, high]: 95 % interval, as the stage measured it".to_owned());

@@ -348,7 +348,15 @@ impl Evaluating {
 struct Scores<'a> {
     config: &'a Config,
     rows: usize,
-    by_metric: Vec<(&'static str, Vec<u64>, Vec<Vec<f64>>, Vec<Vec<f64>>)>,
+    by_metric: Vec<Measurement>,
+}
+
+/// One metric: for every seed, the sum and the count of each row.
+struct Measurement {
+    metric: &'static str,
+    seeds: Vec<u64>,
+    sums: Vec<Vec<f64>>,
+    counts: Vec<Vec<f64>>,
 }
 
 impl<'a> Scores<'a> {
@@ -357,15 +365,15 @@ impl<'a> Scores<'a> {
     }
 
     fn add(&mut self, metric: &'static str, seed: u64, sums: Vec<f64>, counts: Vec<f64>) {
-        let found = self.by_metric.iter().position(|(name, ..)| *name == metric);
+        let found = self.by_metric.iter().position(|measurement| measurement.metric == metric);
         let index = found.unwrap_or_else(|| {
-            self.by_metric.push((metric, Vec::new(), Vec::new(), Vec::new()));
+            self.by_metric.push(Measurement { metric, seeds: Vec::new(), sums: Vec::new(), counts: Vec::new() });
             self.by_metric.len() - 1
         });
-        let (_, seeds, all_sums, all_counts) = &mut self.by_metric[index];
-        seeds.push(seed);
-        all_sums.push(sums);
-        all_counts.push(counts);
+        let measurement = &mut self.by_metric[index];
+        measurement.seeds.push(seed);
+        measurement.sums.push(sums);
+        measurement.counts.push(counts);
     }
 
     fn text(
@@ -412,10 +420,10 @@ impl<'a> Scores<'a> {
     }
 
     fn summary(&self) -> Map<String, Json> {
-        let summarised = self.by_metric.iter().map(|(name, seeds, sums, counts)| {
-            let by_seed: Vec<(Option<u64>, f64)> =
-                seeds.iter().zip(sums.iter().zip(counts)).map(|(&seed, (s, c))| (Some(seed), ratio(s, c))).collect();
-            ((*name).to_owned(), summarise(&by_seed, sums, counts))
+        let summarised = self.by_metric.iter().map(|Measurement { metric, seeds, sums, counts }| {
+            let means = sums.iter().zip(counts).map(|(sums, counts)| ratio(sums, counts));
+            let by_seed: Vec<(Option<u64>, f64)> = seeds.iter().copied().map(Some).zip(means).collect();
+            ((*metric).to_owned(), summarise(&by_seed, sums, counts))
         });
         summarised.collect()
     }

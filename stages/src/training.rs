@@ -252,11 +252,11 @@ impl Trainer {
     fn optimizer(&mut self) -> Result<&mut AdamW> {
         if self.optimizer.is_none() {
             let optimizer = match self.restored.take() {
-                None => AdamW::new(self.options.clone()),
+                None => AdamW::new(self.options),
                 Some(value) => {
                     let state = value.into_any().downcast::<OptimizerState>().ok();
                     let state = state.context("the saved state is not that of an optimiser")?;
-                    AdamW::from_state(self.options.clone(), &state)?
+                    AdamW::from_state(self.options, &state)?
                 }
             };
             self.optimizer = Some(optimizer);

@@ -30,7 +30,7 @@ fn plan_says_what_would_run_and_why() {
     let project = Project::new(PROMPTKD);
     project
         .run("plan FILE --check")
-        .expect(3, &["run                 data      never run", "depends-on-result   train"]);
+        .expect(3, &["run                 data      not run before", "depends-on-result   train"]);
     project.run("run FILE").expect(0, &[]);
     project
         .run("plan FILE --set train.learn.rate=0.5")

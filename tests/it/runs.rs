@@ -300,8 +300,9 @@ fn warnings_of_a_stage_reach_the_user() {
 #[test]
 fn repeats_become_one_row_with_an_interval() {
     let project = Project::new(PROMPTKD);
-    let ran =
-        project.run("run FILE --ablation seeds --markdown").expect(0, &["over 3 repeats", "| variant |", "t-interval"]);
+    let ran = project
+        .run("run FILE --ablation seeds --markdown")
+        .expect(0, &["± ", "| variant |", "t-interval of the mean over 3 repeats"]);
     assert_eq!(ran.stdout.lines().filter(|line| line.starts_with("| base")).count(), 1, "{}", ran.stdout);
 }
 
