@@ -138,20 +138,22 @@ fn type_in_words(schema: &Schema, field: &Json) -> String {
 fn example_ports(kind: &dyn Kind) -> Option<Ports> {
     let about = kind.about();
     let tree = yaml::parse(&Source::new("example", about.example)).ok();
-    let with = tree.as_ref().and_then(|tree| find_with(tree, about.name)).unwrap_or_else(|| json!({}));
+    let mut with = tree.as_ref().and_then(|tree| find_with(tree, about.name)).unwrap_or_else(|| json!({}));
+    // A kind used alone has the fields of a window in `with`, too; a kind may also have one of that name itself.
+    let schema = kind.schema();
+    let is_own = |field: &str| schema.pointer(&format!("/properties/{field}")).is_some();
+    if let Some(with) = with.as_object_mut() {
+        with.retain(|field, _| is_own(field) || !WINDOW_FIELDS.contains(&field.as_str()));
+    }
     let config = [with, json!({})].iter().find_map(|with| kind.resolve(with, Conventions::Sound).ok())?;
     Some(kind.ports(&config))
 }
 
-/// The `with` of the first stage of that kind, without the fields of a window that the stage itself lacks.
+/// The `with` of the first stage of that kind.
 fn find_with(node: &Node, kind: &str) -> Option<Json> {
     match &node.value {
         Value::Map(map) if node.get("kind").and_then(Node::text) == Some(kind) => {
-            let mut with = map.get("with").map_or_else(|| json!({}), |entry| entry.node.to_json());
-            if let Some(with) = with.as_object_mut() {
-                with.retain(|field, _| field == "seed" || !WINDOW_FIELDS.contains(&field.as_str()));
-            }
-            Some(with)
+            Some(map.get("with").map_or_else(|| json!({}), |entry| entry.node.to_json()))
         }
         Value::Map(map) => map.values().find_map(|entry| find_with(&entry.node, kind)),
         Value::List(items) => items.iter().find_map(|item| find_with(item, kind)),

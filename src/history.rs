@@ -113,7 +113,9 @@ impl History {
         let Some(earlier) = self.before(aliases, &action.key) else { return Ok(None) };
         let Some(old) = store.preimage(&earlier.stage.key)? else { return Ok(None) };
         let old = key::with_names(&old, &earlier.stage.names);
-        let new = key::with_names(&action.preimage, &key::names_of(&action.subgraph));
+        // The store keeps numbers by value, `1.0` as `1`, so that only equal texts are equal values here.
+        let new: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
+        let new = key::with_names(&new, &key::names_of(&action.subgraph));
         Ok(Some((earlier.run, differences(&old, &new, &action.subgraph))))
     }
 

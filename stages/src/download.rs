@@ -19,7 +19,8 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -27,6 +28,7 @@ use contract::{
     About, AnyValue, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Source,
     Stage, Step, TokenizerFile,
 };
+use safetensors::tensor::Metadata;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
@@ -520,9 +522,34 @@ fn copy_model(from: &Path, end_token: Option<&str>, to: &Path) -> Result<()> {
     };
     for name in names.iter().filter(wanted) {
         let source = from.join(name);
+        if name.ends_with(".safetensors") {
+            check_whole(&source)?;
+        }
         fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
     }
     save_tokenizer(&open_tokenizer(from, end_token)?, from, to)
+}
+
+/// Compares the length of a safetensors file with what its header says, so that a copy cut short is found here and not by
+/// whoever reads it later.
+fn check_whole(path: &Path) -> Result<()> {
+    let name = path.display();
+    let mut file = File::open(path).with_context(|| format!("cannot read `{name}`"))?;
+    let bytes = file.metadata().with_context(|| format!("cannot look at `{name}`"))?.len();
+    let mut prefix = [0; 8];
+    let begun = file.read_exact(&mut prefix).is_ok();
+    let header_length = u64::from_le_bytes(prefix);
+    ensure!(
+        begun && header_length <= bytes - 8,
+        "`{name}` is no safetensors file, or its beginning is all there is of it ({bytes} bytes); copy it again"
+    );
+    let mut header = Vec::new();
+    file.take(header_length).read_to_end(&mut header).with_context(|| format!("cannot read `{name}`"))?;
+    let header: Metadata =
+        serde_json::from_slice(&header).with_context(|| format!("`{name}` is no safetensors file"))?;
+    let expected = 8 + header_length + header.data_len() as u64;
+    ensure!(bytes == expected, "`{name}` is not whole: expected {expected} bytes, got {bytes}; copy it again");
+    Ok(())
 }
 
 /// Writes a tokenizer, with the files that describe it to `transformers` as they were beside it.
@@ -798,6 +825,25 @@ mod tests {
         let with = json!({"tokenizer": gpt2, "end_token": "<eot>"});
         let error = scratch.run(&Download, with, vec![]).err().unwrap().to_string();
         assert!(error.contains("end token `<eot>`"), "{error}");
+    }
+
+    #[test]
+    fn weights_that_are_not_whole_are_named() {
+        let scratch = Scratch::new();
+        let values = [0; 24];
+        let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 3], &values).unwrap();
+        let whole = safetensors::serialize([("w", tensor)], None).unwrap();
+        let check = |bytes: &[u8]| check_whole(&scratch.file("a.safetensors", bytes)).map_err(|e| format!("{e:#}"));
+        assert_eq!(check(&whole), Ok(()));
+        for length in [0, 5, 8, 20] {
+            let error = check(&whole[..length]).unwrap_err();
+            assert!(error.contains("a.safetensors` is no safetensors file"), "{error}");
+        }
+        let error = check(&whole[..whole.len() - 1]).unwrap_err();
+        let (expected, got) = (whole.len(), whole.len() - 1);
+        assert!(error.contains(&format!("not whole: expected {expected} bytes, got {got}")), "{error}");
+        assert!(check(&[&whole[..], &[0]].concat()).unwrap_err().contains("not whole"));
+        assert!(check(b"version https://example.org/pointer").unwrap_err().contains("is no safetensors file"));
     }
 
     #[test]

@@ -10,11 +10,18 @@ use serde_json::Value as Json;
 /// A temporary folder with `p.yaml` in it.
 pub(crate) struct Project {
     folder: tempfile::TempDir,
+    program: PathBuf,
 }
 
 impl Project {
+    /// For the program with fake stages.
     pub(crate) fn new(pipeline: &str) -> Self {
-        let project = Project { folder: tempfile::tempdir().unwrap() };
+        Self::with_program(pipeline, example("fake-stages"))
+    }
+
+    /// For any program with this command line.
+    pub(crate) fn with_program(pipeline: &str, program: impl Into<PathBuf>) -> Self {
+        let project = Project { folder: tempfile::tempdir().unwrap(), program: program.into() };
         project.write("p.yaml", pipeline);
         project
     }
@@ -38,7 +45,7 @@ impl Project {
 
     /// The program with arguments separated by spaces; `FILE` stands for `p.yaml`.
     pub(crate) fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(program());
+        let mut command = Command::new(&self.program);
         command
             .args(arguments.split_whitespace().map(|argument| if argument == "FILE" { "p.yaml" } else { argument }))
             .current_dir(self.folder.path())
@@ -149,11 +156,11 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(text.rsplit_once(") ")?.1.split_whitespace().take(2).map(str::to_owned).collect())
 }
 
-/// The example `fake-stages`, which is built along with the tests.
-fn program() -> PathBuf {
+/// An example of this package, which is built along with the tests.
+pub(crate) fn example(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
     let target = tests.ancestors().find(|folder| folder.join("examples").is_dir()).map(Path::to_owned);
-    let program = target.unwrap_or_default().join("examples/fake-stages");
-    assert!(program.is_file(), "`{}` is missing; build it with `cargo build --example fake-stages`", program.display());
+    let program = target.unwrap_or_default().join("examples").join(name);
+    assert!(program.is_file(), "`{}` is missing; build it with `cargo build --example {name}`", program.display());
     program
 }

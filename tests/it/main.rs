@@ -1,6 +1,11 @@
-//! Tests of the command line: the runner with fake stages as a real process, in a folder of its own.
+//! Tests of the command line as a real process, in a folder of its own: the runner with fake stages, then with the real
+//! ones; and of what the documents promise.
 
 mod commands;
+#[cfg(feature = "stages")]
+mod docs;
 mod harness;
 mod interrupts;
+#[cfg(feature = "stages")]
+mod real;
 mod runs;

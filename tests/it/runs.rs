@@ -185,15 +185,20 @@ fn a_source_is_known_by_its_content_and_not_by_its_path() {
 
 #[test]
 fn a_source_that_changes_while_it_is_read_is_not_published_under_the_old_key() {
-    let project =
-        Project::new("version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n");
-    project.write("a.txt", "1\n2\n3\n");
-    let running = project.start("run FILE");
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    project.write("a.txt", "4\n5\n6\n");
-    Ran::new(running.wait_with_output().unwrap()).expect(1, &["`a.txt` changed while the stage was running"]);
-    project.write("a.txt", "1\n2\n3\n");
-    project.run("plan FILE --check").expect(3, &["run"]);
+    let pipeline = "version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n  other: {kind: init}\n";
+    let edits: [fn(&Project); 2] =
+        [|project| project.write("a.txt", "4\n5\n6\n"), |project| fs::remove_file(project.path("a.txt")).unwrap()];
+    for edit in edits {
+        let project = Project::new(pipeline);
+        project.write("a.txt", "1\n2\n3\n");
+        let running = project.start("run FILE");
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        edit(&project);
+        let said = ["`a.txt` changed while the stage was running", "ran      other"];
+        Ran::new(running.wait_with_output().unwrap()).expect(1, &said);
+        project.write("a.txt", "1\n2\n3\n");
+        project.run("plan FILE --check").expect(3, &["run"]);
+    }
 }
 
 #[test]

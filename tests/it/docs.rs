@@ -1,0 +1,108 @@
+//! What the documents promise about stage kinds, examples and pipelines.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::harness::Project;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The text of a document; empty where there is none, so that a test lists all that is missing from it.
+fn document(name: &str) -> String {
+    fs::read_to_string(root().join(name)).unwrap_or_default()
+}
+
+/// The files of a folder with that extension, in order.
+fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join(folder)).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|found| found == extension)).collect();
+    files.sort();
+    assert!(!files.is_empty(), "there is no `.{extension}` file in `{folder}`");
+    files
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap()
+}
+
+/// The comment that a pipeline file opens with, without the `#`.
+fn head(pipeline: &Path) -> Vec<String> {
+    let text = fs::read_to_string(pipeline).unwrap();
+    text.lines().map_while(|line| line.strip_prefix('#')).map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn every_kind_has_a_file_of_its_own_and_is_named_in_the_documents() {
+    let documents = document("README.md") + &document("ARCHITECTURE.md");
+    let mut missing = Vec::new();
+    for kind in stages::registry().kinds() {
+        let kind = kind.about().name;
+        let file = format!("stages/src/{}.rs", kind.replace('-', "_"));
+        if !root().join(&file).is_file() {
+            missing.push(format!("`{file}`, the file of kind `{kind}`"));
+        }
+        if !documents.contains(&format!("`{kind}`")) {
+            missing.push(format!("`{kind}`, in README.md or ARCHITECTURE.md"));
+        }
+    }
+    assert!(missing.is_empty(), "missing:\n  {}", missing.join("\n  "));
+}
+
+#[test]
+fn every_example_says_how_it_is_run_and_is_in_the_readme() {
+    let readme = document("README.md");
+    let mut missing = Vec::new();
+    for path in files("examples", "rs") {
+        let example = name(&path).trim_end_matches(".rs");
+        let command = format!("cargo run --example {example}");
+        let text = fs::read_to_string(&path).unwrap();
+        if !text.lines().take_while(|line| line.starts_with("//!")).any(|line| line.contains(&command)) {
+            missing.push(format!("`{command}`, at the head of examples/{example}.rs"));
+        }
+        if ![format!("{example}.rs"), format!("--example {example}")].iter().any(|said| readme.contains(said)) {
+            missing.push(format!("`examples/{example}.rs`, in README.md"));
+        }
+    }
+    assert!(missing.is_empty(), "missing:\n  {}", missing.join("\n  "));
+}
+
+#[test]
+fn every_pipeline_is_compiled_in_and_in_the_readme() {
+    let (readme, main) = (document("README.md"), document("src/main.rs"));
+    let mut missing = Vec::new();
+    for path in files("pipelines", "yaml") {
+        for (place, text) in [("README.md", &readme), ("src/main.rs", &main)] {
+            if !text.contains(name(&path)) {
+                missing.push(format!("`{}`, in {place}", name(&path)));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "missing:\n  {}", missing.join("\n  "));
+}
+
+/// Right up to what only a run would find: `check` takes the flags that `run` is documented with.
+#[test]
+fn the_head_of_every_pipeline_names_commands_that_are_right() {
+    let project = Project::with_program("", env!("CARGO_BIN_EXE_pipeline"));
+    for path in files("pipelines", "yaml") {
+        let head = head(&path);
+        let commands: BTreeSet<String> = head.iter().filter_map(|line| pipeline_command(line)).collect();
+        assert!(!commands.is_empty(), "{}: no `pipeline run` or `pipeline compare` in its head", path.display());
+        for command in &commands {
+            assert!(command.contains(name(&path)), "{}: `{command}` names another file", path.display());
+            let (_, arguments) = command.split_once(' ').unwrap();
+            project.run(&format!("check {arguments}")).expect(0, &["ok: "]);
+        }
+        assert!(commands.iter().any(|command| command.starts_with("run ")), "{}: {commands:?}", path.display());
+    }
+}
+
+/// `run FILE ...` from a line such as `pipeline run FILE ...   what it is for`.
+fn pipeline_command(line: &str) -> Option<String> {
+    let command = line.strip_prefix("pipeline ")?;
+    let command = command.split("   ").next().unwrap_or(command).trim();
+    ["run ", "compare "].iter().any(|verb| command.starts_with(verb)).then(|| command.to_owned())
+}

@@ -1,0 +1,497 @@
+//! The real stages behind the real command line: PromptKD in miniature, and what may happen to it. Plus the shipped
+//! pipelines as far as they can be judged without running them, and the examples.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Permissions};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
+
+use cache::{Artifact, Digest, FileEntry, Key, Store};
+use contract::Conventions;
+use contract::random::{below, philox};
+use promptkd::graph::{Operator, Subgraph};
+use promptkd::key::{self, InputDigests};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Map, Value as Json, json};
+
+use crate::harness::{Project, Ran, children, example, is_alive, wait_until};
+
+/// The whole method with the smallest models, nine stages.
+const TINY: &str = include_str!("../fixtures/tiny.yaml");
+
+/// What of [`TINY`] follows from its loop.
+const AFTER_TRAIN: [&str; 3] = ["ran release", "ran score", "ran train"];
+
+fn project(pipeline: &str) -> Project {
+    Project::with_program(pipeline, env!("CARGO_BIN_EXE_pipeline"))
+}
+
+/// Digests of [`TINY`] on one thread when nobody disturbs it.
+fn undisturbed() -> &'static [String] {
+    static DIGESTS: OnceLock<Vec<String>> = OnceLock::new();
+    DIGESTS.get_or_init(|| {
+        let project = project(TINY);
+        project.run("run FILE --threads 1").expect(0, &["done: 9 ran, 0 reused", "ROUGE-L", "reverse KL"]);
+        project.digests("")
+    })
+}
+
+/// The store of a project.
+fn store(project: &Project, name: &str) -> Store {
+    Store::open(&project.path(name)).unwrap()
+}
+
+fn assert_nothing_is_half_done(project: &Project) {
+    assert_eq!(fs::read_dir(project.path(".pipeline/work")).unwrap().count(), 0);
+    project.run("cache verify").expect(0, &[": 0 damaged"]);
+}
+
+// ---- the shipped pipelines and the catalogue
+
+/// Names of a top-level section of a pipeline file.
+fn names_in(section: &str, text: &str) -> Vec<String> {
+    let lines = text.lines().skip_while(|line| *line != format!("{section}:")).skip(1);
+    let inside = lines.take_while(|line| line.is_empty() || line.starts_with([' ', '#']));
+    let names = inside.filter_map(|line| line.strip_prefix("  ")?.split_once(':').map(|(name, _)| name.to_owned()));
+    names.filter(|name| !name.starts_with([' ', '#'])).collect()
+}
+
+#[test]
+fn every_shipped_pipeline_is_right_in_every_profile_and_ablation() {
+    let project = project("");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut checked = 0;
+    for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+        let (file, text) = (path.display(), fs::read_to_string(&path).unwrap());
+        let profiles = names_in("profiles", &text).into_iter().map(|name| format!("--all --profile {name}"));
+        let ablations = names_in("ablations", &text).into_iter().map(|name| format!("--ablation {name}"));
+        for flags in ["--all".to_owned()].into_iter().chain(profiles).chain(ablations) {
+            project.run(&format!("check {file} {flags}")).expect(0, &["ok: "]);
+            checked += 1;
+        }
+    }
+    // Two files, the profiles of Dolly and the ablations of the built-in corpus.
+    assert!(checked > 4, "only {checked} selections were found");
+}
+
+#[test]
+fn every_kind_is_listed_and_described() {
+    let project = project("");
+    let listed = project.run("stages").expect(0, &[]).stdout;
+    let names: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    let registry = stages::registry();
+    assert!(names.iter().copied().eq(registry.kinds().map(|kind| kind.about().name)), "{names:?}");
+    for kind in registry.kinds() {
+        let about = kind.about();
+        let said = [about.summary, "\noutputs\n", "\nfields of `with`\n", "\nexample\n"];
+        project.run(&format!("stages {}", about.name)).expect(0, &said);
+    }
+}
+
+// ---- what runs again and what does not
+
+#[test]
+fn a_second_run_reuses_everything() {
+    let project = project(TINY);
+    let first = project.run("run FILE").expect(0, &["done: 9 ran, 0 reused"]);
+    let second = project.run("run FILE").expect(0, &["done: 0 ran, 9 reused"]);
+    assert_eq!(first.stdout, second.stdout);
+    assert_eq!(project.digests(""), undisturbed());
+}
+
+#[test]
+fn threads_jobs_and_unrolling_change_no_bit() {
+    for arguments in ["--threads 2", "--threads 3 --jobs 2 --cut-every 0", "--threads 2 --unroll"] {
+        let project = project(TINY);
+        project.run(&format!("run FILE {arguments}")).expect(0, &["done: 9 ran"]);
+        assert_eq!(project.digests(""), undisturbed(), "{arguments}");
+    }
+}
+
+#[test]
+fn a_change_inside_the_loop_runs_the_loop_and_what_follows() {
+    let project = project(TINY);
+    project.run("run FILE").expect(0, &[]);
+    let ran = project.run("run FILE --set train.learn.learning_rate=4e-3").expect(0, &["done: 3 ran, 6 reused"]);
+    let mut words = ran.words();
+    words.retain(|word| word.starts_with("ran "));
+    words.sort();
+    assert_eq!(words, AFTER_TRAIN);
+    // And back again.
+    project.run("run FILE").expect(0, &["done: 0 ran, 9 reused"]);
+    project
+        .run("plan FILE --set train.learn.learning_rate=3e-3")
+        .expect(0, &["run                 train      learn.learning_rate: ", "-> 0.003"]);
+}
+
+#[test]
+fn names_comments_order_and_memory_settings_run_nothing_again() {
+    let project = project(TINY);
+    project.run("run FILE").expect(0, &[]);
+    let memory = "--set train.learn.micro_batch=2 --set train.tune.micro_batch=3 --set teacher.micro_batch=5 \
+                  --set train.respond.batch=3 --set train.check.batch=2 --set score.batch=1";
+    project.run(&format!("plan FILE --check {memory}")).expect(0, &["cached"]);
+
+    let edits = [
+        ("version: 1\n", "# The same, in other words.\nversion: 1\n"),
+        ("  corpus: {kind", "  text: {kind"),
+        ("{corpus: corpus}", "{corpus: text}"),
+        ("{corpus: corpus, tokenizer: tokenizer}", "{tokenizer: tokenizer, corpus: text}"),
+        ("rows: 60, limit: {valid: 4, test: 6}", "limit: {test: 6, valid: 4}, rows: 60  "),
+        ("        respond:", "        answer:"),
+        ("data: respond", "data: answer"),
+        ("        check:", "        look:"),
+        ("best: check.loss", "best: look.loss"),
+        ("student: {from: student0", "pupil: {from: student0"),
+        ("carry.student", "carry.pupil"),
+        ("keep_with: student", "keep_with: pupil"),
+        ("train.student", "train.pupil"),
+        ("learning_rate: 5e-3", "learning_rate: 0.005, weight: 1, seed: 0"),
+        ("windows.batch", "windows.part"),
+        ("        batch: {of", "        part: {of"),
+    ];
+    let disguised = edits.iter().fold(TINY.to_owned(), |text, (old, new)| {
+        assert!(text.contains(old), "`{old}` is not in the pipeline");
+        text.replace(old, new)
+    });
+    let (stages, report) = disguised.split_once("\nreport:").unwrap();
+    let (start, score) = stages.split_once("  score:").unwrap();
+    let (head, body) = start.split_once("stages:\n").unwrap();
+    project.write("p.yaml", &format!("report:{report}\n{head}stages:\n  score:{score}\n{body}"));
+    let plan = project.run("plan FILE --check").expect(0, &["text", "cached"]);
+    assert_eq!(plan.stdout.lines().filter(|line| line.starts_with("cached")).count(), 9, "{}", plan.stdout);
+}
+
+// ---- death
+
+fn kill(pid: u32) {
+    // It may have ended by itself.
+    let _ = kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL);
+}
+
+/// Starts a run and waits until the loop `train` has kept its first cut. The rest of its events is still to be read.
+fn start_until_cut(project: &Project, arguments: &str) -> (Child, impl Iterator<Item = Json> + use<>) {
+    let mut running = project.start(&format!("run FILE --json {arguments}"));
+    let lines = BufReader::new(running.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let mut events = lines.map(|line| serde_json::from_str::<Json>(&line).unwrap());
+    let cut = events.find(|event| event["event"] == "stage_cut" && event["stage"] == "train");
+    assert!(cut.is_some(), "the loop was never cut");
+    (running, events)
+}
+
+#[test]
+fn a_killed_coordinator_takes_its_worker_along_and_costs_no_bit() {
+    for arguments in ["--cut-every 0", "--cut-every 0 --unroll"] {
+        let project = project(TINY);
+        let (mut running, _events) = start_until_cut(&project, arguments);
+        let workers = children(running.id());
+        kill(running.id());
+        running.wait().unwrap();
+        wait_until("no worker outlives its coordinator", || workers.iter().all(|worker| !is_alive(*worker)));
+        project.run("run FILE").expect(0, &["resumed  train", "reused   teacher"]);
+        assert_eq!(project.digests(""), undisturbed(), "{arguments}");
+        assert_nothing_is_half_done(&project);
+    }
+}
+
+#[test]
+fn a_killed_worker_fails_its_stage_and_costs_no_bit() {
+    let project = project(TINY);
+    let (mut running, events) = start_until_cut(&project, "--cut-every 0");
+    children(running.id()).into_iter().for_each(kill);
+    let events: Vec<Json> = events.collect();
+    assert_eq!(running.wait().unwrap().code(), Some(1));
+    let failed = events.iter().find(|event| event["event"] == "stage_failed").unwrap();
+    assert_eq!(failed["stage"], "train");
+    assert!(failed["error"].as_str().unwrap().contains("killed"), "{failed}");
+    project.run("run FILE").expect(0, &["resumed  train"]);
+    assert_eq!(project.digests(""), undisturbed());
+    assert_nothing_is_half_done(&project);
+}
+
+#[test]
+fn a_run_killed_at_random_moments_ends_with_the_same_bits() {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let seed = now.as_nanos() as u64;
+    let project = project(TINY);
+    for attempt in 0..12 {
+        let mut running = project.start("run FILE --cut-every 0 --threads 2");
+        let [high, low, ..] = philox(seed, [attempt, 0, 0, 0]);
+        std::thread::sleep(Duration::from_millis(below(high, low, 150)));
+        let workers = children(running.id());
+        match attempt % 3 {
+            0 => workers.iter().copied().for_each(kill),
+            _ => kill(running.id()),
+        }
+        running.wait().unwrap();
+        wait_until("no worker outlives its coordinator", || workers.iter().all(|worker| !is_alive(*worker)));
+    }
+    project.run("run FILE").expect(0, &["done"]);
+    assert_eq!(project.digests(""), undisturbed(), "moments drawn from seed {seed}");
+    assert_nothing_is_half_done(&project);
+}
+
+// ---- two at a time
+
+#[test]
+fn two_runs_at_once_share_the_work() {
+    let project = project(TINY);
+    let both = [project.start("run FILE --json"), project.start("run FILE --json")];
+    let mut ran = Vec::new();
+    for running in both {
+        let events = Ran::new(running.wait_with_output().unwrap()).expect(0, &[]).events();
+        let finished = events.iter().filter(|event| event["event"] == "stage_finished");
+        ran.extend(finished.map(|event| event["key"].as_str().unwrap().to_owned()));
+    }
+    let distinct: BTreeSet<&String> = ran.iter().collect();
+    assert_eq!((ran.len(), distinct.len()), (9, 9), "each key runs once");
+    assert_eq!(project.digests(""), undisturbed());
+}
+
+// ---- damage
+
+/// The blob of the largest file of a stage's first output.
+fn blob(project: &Project, stage: &str) -> PathBuf {
+    let key: Key = project.show("")["stages"][stage]["key"].as_str().unwrap().parse().unwrap();
+    let record = store(project, ".pipeline").lookup(&key).unwrap().hit().unwrap();
+    let artifact = record.outputs.into_values().next().unwrap();
+    let digest = artifact.files.into_iter().max_by_key(|file| file.bytes).unwrap().digest.to_string();
+    project.path(&format!(".pipeline/cas/{}/{}", &digest[..2], &digest[2..]))
+}
+
+/// Flips a bit in the middle of a file.
+fn flip(path: &Path) {
+    let permissions = fs::metadata(path).unwrap().permissions();
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
+    fs::write(path, bytes).unwrap();
+    fs::set_permissions(path, permissions).unwrap();
+}
+
+#[test]
+fn a_flipped_bit_in_the_store_is_computed_again_and_nothing_else() {
+    for stage in ["tokenizer", "data", "teacher", "train", "score"] {
+        let project = project(TINY);
+        project.run("run FILE").expect(0, &[]);
+        flip(&blob(&project, stage));
+        project.run("run FILE").expect(0, &[&format!("ran      {stage}"), "done: 1 ran, 8 reused"]);
+        assert_eq!(project.digests(""), undisturbed(), "{stage}");
+        assert_nothing_is_half_done(&project);
+    }
+}
+
+#[test]
+fn a_bit_that_rots_without_a_trace_is_found_by_verifying() {
+    let project = project(TINY);
+    project.run("run FILE").expect(0, &[]);
+    let path = blob(&project, "teacher");
+    let time = fs::metadata(&path).unwrap().modified().unwrap();
+    flip(&path);
+    File::open(&path).unwrap().set_modified(time).unwrap();
+    project.run("cache verify").expect(4, &["removed file `cas/", " damaged"]);
+    project.run("run FILE").expect(0, &["ran      teacher", "done: 1 ran, 8 reused"]);
+    assert_eq!(project.digests(""), undisturbed());
+    assert_nothing_is_half_done(&project);
+}
+
+// ---- what cannot be read
+
+/// A pipeline that brings in a corpus from a file.
+fn reading(path: &str) -> String {
+    format!("version: 1\nname: reading\nstages:\n  corpus: {{kind: download, with: {{source: {path}}}}}\n")
+}
+
+#[test]
+fn sources_that_cannot_be_read_are_named() {
+    let project = project("");
+    std::os::unix::fs::symlink("gone", project.path("dangling.jsonl")).unwrap();
+    let _socket = UnixListener::bind(project.path("socket.jsonl")).unwrap();
+    project.write("rows.jsonl", "{\"question\": \"a\", \"answer\": \"b\"}\n{\"question\": \"c\", \"answ\n");
+    project.write("fields.jsonl", "{\"question\": \"a\", \"answer\": \"b\"}\n{\"question\": \"c\"}\n");
+    for (path, said) in [
+        ("nowhere.jsonl", "`source` of stage kind `download`: cannot find `nowhere.jsonl`"),
+        ("dangling.jsonl", "`source` of stage kind `download`: cannot find `dangling.jsonl`"),
+        ("socket.jsonl", "`socket.jsonl` is neither a plain file nor a folder"),
+        ("rows.jsonl", "`rows.jsonl:2` is not JSON"),
+        ("fields.jsonl", "`fields.jsonl:2` has no `output`"),
+    ] {
+        project.write("p.yaml", &reading(path));
+        project.run("run FILE").expect(1, &["failed   corpus", "error: stage `corpus` failed: ", said]);
+        assert_eq!(store(&project, ".pipeline").keys().unwrap(), [], "{path}");
+    }
+    project.write("rows.jsonl", "{\"question\": \"a\", \"answer\": \"b\"}\n");
+    project.write("p.yaml", &reading("rows.jsonl"));
+    project.run("run FILE").expect(0, &["done: 1 ran"]);
+}
+
+#[test]
+fn a_checkpoint_that_was_cut_short_is_named_and_not_published() {
+    let project = project(TINY);
+    project.run("run FILE teacher").expect(0, &[]);
+    project.run("export FILE teacher --to checkpoint").expect(0, &[]);
+    let weights = project.path("checkpoint/model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    project.write(
+        "p.yaml",
+        "
+version: 1
+name: checkpoint
+stages:
+  teacher: {kind: download, with: {model: checkpoint}}
+  prompt: {kind: prompt-init, in: {model: teacher}, with: {length: 2, from: end}}
+",
+    );
+    for length in [whole.len() - 100, 40, 0] {
+        fs::write(&weights, &whole[..length]).unwrap();
+        project
+            .run("run FILE --store other")
+            .expect(1, &["failed   teacher", "checkpoint/model.safetensors`", "copy it again", "skipped  prompt"]);
+        assert_eq!(store(&project, "other").keys().unwrap(), []);
+    }
+    fs::write(&weights, &whole).unwrap();
+    project.run("run FILE --store other").expect(0, &["done: 2 ran"]);
+}
+
+// ---- a disk that takes no more
+
+/// Runs `run p.yaml` where no file may grow beyond so many blocks of 512 bytes: to a program the same as a full disk.
+fn run_with_little_disk(project: &Project, blocks: u32, arguments: &str) -> Ran {
+    let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+    let plain = project.command(&format!("run FILE {arguments}"));
+    let mut command = Command::new("sh");
+    command.args(["-c", &limited, "sh"]).arg(plain.get_program()).args(plain.get_args());
+    command.current_dir(plain.get_current_dir().unwrap());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    Ran::new(command.stdin(Stdio::null()).output().unwrap())
+}
+
+#[test]
+fn a_full_disk_fails_the_stage_and_leaves_nothing_behind() {
+    let project = project(TINY);
+    // The teacher's weights take 48 KiB; all that is made before takes less than 30.
+    let ran = run_with_little_disk(&project, 60, "--cut-every 0");
+    let ran = ran.expect(1, &["failed   teacher", "model.safetensors", "File too large", "skipped  train"]);
+    assert!(ran.words().contains(&"ran data".to_owned()), "{:?}", ran.words());
+    assert_nothing_is_half_done(&project);
+    let records = store(&project, ".pipeline").keys().unwrap().len();
+    project.run("run FILE").expect(0, &[&format!("done: {} ran, {records} reused", 9 - records)]);
+    assert_eq!(project.digests(""), undisturbed());
+}
+
+#[test]
+fn a_disk_that_takes_next_to_nothing_fails_the_run_and_the_next_one_goes_on() {
+    // Nothing at all fails the store; with a little more it is a stage that fails first.
+    for (blocks, status) in [(0, 4), (1, 1), (4, 1)] {
+        let project = project(TINY);
+        run_with_little_disk(&project, blocks, "").expect(status, &["error: ", "File too large"]);
+        project.run("run FILE").expect(0, &["done: "]);
+        assert_eq!(project.digests(""), undisturbed(), "{blocks} blocks");
+        assert_nothing_is_half_done(&project);
+    }
+}
+
+// ---- keys
+
+/// One small configuration of every kind.
+fn samples() -> Vec<(&'static str, Conventions, Json)> {
+    let sound = |kind, config| (kind, Conventions::Sound, config);
+    let reference = |kind, config| (kind, Conventions::Reference, config);
+    vec![
+        sound("distill", json!({"divergence": "reverse-kl", "learning_rate": 5e-4, "micro_batch": 4})),
+        reference("distill", json!({"divergence": "forward-kl", "learning_rate": 5e-4, "micro_batch": 4})),
+        sound("download", json!({"source": "builtin:instruct"})),
+        sound("evaluate", json!({"max_new_tokens": 48, "batch": 7})),
+        reference("evaluate", json!({})),
+        sound("export", json!({"dtype": "bf16"})),
+        sound("finetune", json!({"init": {"architecture": "gpt2", "layers": 2, "width": 32}, "learning_rate": 2e-3})),
+        reference("finetune", json!({"learning_rate": 2e-3, "micro_batch": 4})),
+        sound("prompt-init", json!({"length": 7, "text": "Suppose you are a student."})),
+        sound("prompt-tune", json!({"learning_rate": 1e-3})),
+        reference("prompt-tune", json!({"learning_rate": 1e-3})),
+        sound("student-generate", json!({"max_new_tokens": 48, "batch": 7})),
+        reference("student-generate", json!({"max_new_tokens": 48})),
+        sound("tokenize", json!({"template": "task", "max_length": 96})),
+        sound("train-tokenizer", json!({"vocab_size": 1024})),
+    ]
+}
+
+/// Changing this snapshot means that results computed before are not found any more, or worse, that they still are though
+/// the program would now compute others: see what `key` says of defaults and versions.
+#[test]
+fn the_keys_of_every_kind_are_as_reviewed() {
+    let registry = stages::registry();
+    let mut preimages = Map::new();
+    let mut sampled = BTreeSet::new();
+    for (name, conventions, config) in samples() {
+        let kind = registry.get(name).unwrap_or_else(|| panic!("there is no kind `{name}`"));
+        let config = kind.resolve(&config, conventions).unwrap_or_else(|errors| panic!("`{name}`: {errors:?}"));
+        let ports = kind.ports(&config);
+        let inputs: InputDigests = ports.inputs.iter().map(|port| (port.name.clone(), artifact(port))).collect();
+        let operator = Operator { kind: name.into(), config, ports, places: BTreeMap::new() };
+        let mut digest = |path: &Path| Ok(Digest::of(path.as_os_str().as_encoded_bytes()));
+        let action = key::action(&Subgraph::Operator(operator), &inputs, &registry, &mut digest).unwrap();
+        let mut stage = action.preimage["stage"].clone();
+        // Digests of inputs are the same for every kind.
+        stage["inputs"] = stage["inputs"].as_object().unwrap().keys().cloned().collect();
+        preimages.insert(format!("{name}, {}", json!(conventions).as_str().unwrap()), stage);
+        sampled.insert(name);
+    }
+    let without: Vec<&str> =
+        registry.kinds().map(|kind| kind.about().name).filter(|name| !sampled.contains(name)).collect();
+    assert!(without.is_empty(), "kinds without a sample of their key in `samples`: {}", without.join(", "));
+    insta::assert_snapshot!(serde_json::to_string_pretty(&preimages).unwrap());
+}
+
+fn artifact(port: &contract::Port) -> Artifact {
+    let files = vec![FileEntry { path: "file".into(), digest: Digest::of(port.name.as_bytes()), bytes: 1 }];
+    Artifact { digest: Digest::of_tree(&files), port_type: port.port_type.name().into(), bytes: 1, files }
+}
+
+// ---- examples
+
+fn run_example(name: &str) -> String {
+    Ran::new(Command::new(example(name)).output().unwrap()).expect(0, &[]).stdout
+}
+
+#[test]
+fn the_example_of_the_store_computes_finds_explains_and_heals() {
+    let printed = run_example("store");
+    let lines: Vec<&str> = printed.lines().collect();
+    assert_eq!(lines.len(), 4, "{printed}");
+    assert_eq!(lines[0], "computed  longer than 3: no result is recorded for this key");
+    assert_eq!(lines[1], "found     longer than 3");
+    assert!(lines[2].ends_with("; `longer_than` was 3 and is 5"), "{printed}");
+    assert!(lines[3].starts_with("computed  longer than 3: `count.txt` of output `count` is damaged: "), "{printed}");
+}
+
+#[test]
+fn the_example_of_training_learns_its_sentences() {
+    let printed = run_example("train_tiny");
+    let losses: Vec<f64> = printed.lines().filter_map(|line| line.split_once("loss ")?.1.parse().ok()).collect();
+    assert!(losses.len() >= 5 && losses[0] > 3.2 && losses[losses.len() - 1] < 0.05, "{printed}");
+    assert!(printed.ends_with("small models run where large ones do not fit\n"), "{printed}");
+    assert_eq!(printed.lines().filter(|line| !line.starts_with("update ")).count(), 4, "{printed}");
+}
+
+#[test]
+fn the_example_of_a_stage_kind_runs_its_pipeline() {
+    let project = Project::with_program("", example("custom_stage"));
+    project.run("run shortest.yaml").expect(0, &["ran      short ", "done: 6 ran", "longest kept", "loss"]);
+    project.run("run shortest.yaml").expect(0, &["done: 0 ran, 6 reused"]);
+    project
+        .run("stages shortest")
+        .expect(0, &["keeps the rows with the shortest responses", "rows to choose from", "How many"]);
+    project.run("check shortest.yaml --set short.rows=0").expect(2, &["expected 1 row or more, got 0"]);
+}
