@@ -281,12 +281,19 @@ fn stage_schema(kind: &dyn Kind, with: Json, in_loop: bool) -> Json {
     object(properties, &["kind"])
 }
 
+/// A whole number, a parameter that brings one, or nothing at all.
+fn whole_number(least: u64, doc: &str) -> Json {
+    let parameter = json!({"type": "string", "pattern": r"\$\{params\."});
+    json!({"anyOf": [{"type": "integer", "minimum": least}, parameter, {"type": "null"}], "description": doc})
+}
+
+fn rounds_field() -> Json {
+    whole_number(1, "Number of rounds, or a cap on what `epochs` make.")
+}
+
 /// The fields of a window.
 fn window_fields() -> Json {
-    let number = |least: u64, doc: &str| {
-        let parameter = json!({"type": "string", "pattern": r"\$\{params\."});
-        json!({"anyOf": [{"type": "integer", "minimum": least}, parameter], "description": doc})
-    };
+    let number = whole_number;
     json!({
         "rows": number(1, "Only the first so many rows."),
         "take": number(1, "Rows a round."),
@@ -306,7 +313,7 @@ fn with_window(kind: &dyn Kind, mut with: Json) -> Json {
     else {
         return with;
     };
-    for (name, field) in window.into_iter().chain([("rounds".to_owned(), json!({"type": "integer", "minimum": 1}))]) {
+    for (name, field) in window.into_iter().chain([("rounds".to_owned(), rounds_field())]) {
         own.entry(name).or_insert(field);
     }
     with
@@ -329,7 +336,7 @@ fn loop_schema() -> Json {
             "windows": map_of(object(window, &["of", "take"])),
             "carry": map_of(object(carry, &["next"])),
             "stages": map_of(json!({"$ref": "#/$defs/bodyStage"})),
-            "rounds": {"type": "integer", "minimum": 1},
+            "rounds": rounds_field(),
             "unroll": {"type": "boolean"},
         }),
         &["stages"],

@@ -141,7 +141,7 @@ pub(crate) struct RunArgs {
     /// Seconds between two checkpoints of a loop
     #[arg(long, value_name = "SECONDS", env = "PIPELINE_CUT_SECONDS", default_value_t = 30.0)]
     pub(crate) cut_every: f64,
-    /// Save and load everything after every stage run of a loop: slow, with the same results
+    /// Save and load everything after every stage run of a loop: slow, with the same results; keeps no checkpoint by itself
     #[arg(long)]
     pub(crate) unroll: bool,
 }

@@ -185,6 +185,8 @@ pub trait Reporter {
 /// Writes every event to `events.jsonl` and hands it to a reporter.
 pub struct EventLog<'a> {
     file: File,
+    /// Whether a write has failed; said once.
+    failed: bool,
     reporter: &'a mut dyn Reporter,
 }
 
@@ -193,13 +195,15 @@ impl<'a> EventLog<'a> {
     pub fn create(run: &Path, reporter: &'a mut dyn Reporter) -> Result<Self> {
         let path = run.join("events.jsonl");
         let file = File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
-        Ok(EventLog { file, reporter })
+        Ok(EventLog { file, failed: false, reporter })
     }
 
     /// Writes and shows an event. A full disk does not stop a run over its diary: the store will notice by itself.
     pub fn send(&mut self, event: &Event) {
-        if let Err(error) = self.file.write_all(line(event).as_bytes()) {
-            tracing::warn!(%error, "cannot write an event");
+        if let Err(error) = self.file.write_all(line(event).as_bytes())
+            && !std::mem::replace(&mut self.failed, true)
+        {
+            tracing::warn!(%error, "cannot write events; the run goes on without");
         }
         self.reporter.show(event);
     }

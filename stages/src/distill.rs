@@ -15,7 +15,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use candle_core::{Device, Tensor};
 use contract::random::purpose;
 use contract::{
@@ -188,7 +188,7 @@ impl Operator for Distilling {
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let student = match inputs.take_optional::<LanguageModel>("student")? {
             Some(student) => training::own(student)?,
-            None => self.initial(&data)?,
+            None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
         };
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
@@ -236,15 +236,6 @@ impl Operator for Distilling {
 }
 
 impl Distilling {
-    fn initial(&self, data: &Dataset) -> Result<LanguageModel> {
-        let Some(init) = &self.config.init else {
-            bail!("there is no student to train: connect `student`, or give `init` with the shape of a new one");
-        };
-        LanguageModel::init(init, data.tokenizer.clone(), self.config.seed, &self.device)
-            .context("cannot make a student with random weights")?
-            .trainable()
-    }
-
     fn prompt_of(
         &self,
         batch: &MicroBatch,

@@ -347,7 +347,12 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
         Place::One(path) => divide(read_rows(Path::new(path), fields)?, config.split.unwrap_or_default(), path)?,
         Place::Files(files) => read_files(|split| Ok(files.of(split).map(PathBuf::from)), fields)?,
     };
-    ensure!(splits.iter().any(|rows| !rows.is_empty()), "the corpus has no rows");
+    if splits.iter().all(Vec::is_empty) {
+        match source {
+            Place::One(path) => bail!("`{path}` has no rows"),
+            Place::Files(_) => bail!("the files of the corpus have no rows"),
+        }
+    }
     for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
         // Who lists files by split has left the others out on purpose.
         if rows.is_empty() && matches!(source, Place::One(_)) {

@@ -11,7 +11,6 @@
 //! Inputs: `data`, and `model` to start from. Outputs: `model`, and a row of metrics an update.
 //! Cost: one forward and backward pass a round, 6 x parameters x tokens floating-point operations.
 
-use anyhow::{Context, bail};
 use candle_core::Device;
 use contract::random::purpose;
 use contract::{
@@ -127,7 +126,7 @@ impl Operator for Finetuning {
         let data = inputs.take::<Dataset>("data")?;
         let model = match inputs.take_optional::<LanguageModel>("model")? {
             Some(model) => training::own(model)?,
-            None => self.initial(&data)?,
+            None => training::initial(self.config.init.as_ref(), "model", &data, self.config.seed, &self.device)?,
         };
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
@@ -155,16 +154,5 @@ impl Operator for Finetuning {
 
     fn state(&self) -> Result<Option<AnyValue>> {
         self.trainer.state()
-    }
-}
-
-impl Finetuning {
-    fn initial(&self, data: &Dataset) -> Result<LanguageModel> {
-        let Some(init) = &self.config.init else {
-            bail!("there is no model to train: connect `model`, or give `init` with the shape of a new one");
-        };
-        LanguageModel::init(init, data.tokenizer.clone(), self.config.seed, &self.device)
-            .context("cannot make a model with random weights")?
-            .trainable()
     }
 }

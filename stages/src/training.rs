@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
-use candle_core::Tensor;
+use anyhow::{Context, bail, ensure};
+use candle_core::{Device, Tensor};
 use contract::{AnyValue, ConfigError, Conventions, Dataset, Result, Row, Sink, Step};
 use lm::{
     AdamW, AdamWOptions, Architecture, Dropout, Gradients, LanguageModel, OptimizerState, Packed, Schedule, Warmup,
@@ -279,6 +279,21 @@ pub fn own(model: Arc<LanguageModel>) -> Result<LanguageModel> {
         Ok(model) => model.trainable(),
         Err(shared) => shared.deep_clone()?.trainable(),
     }
+}
+
+/// The first value of a model that is trained from nothing. `port` is where one could have been connected.
+pub fn initial(
+    init: Option<&Architecture>,
+    port: &str,
+    data: &Dataset,
+    seed: u64,
+    device: &Device,
+) -> Result<LanguageModel> {
+    let Some(init) = init else {
+        bail!("there is no {port} to train: connect `{port}`, or give `init` with the shape of a new one");
+    };
+    let model = LanguageModel::init(init, data.tokenizer.clone(), seed, device);
+    model.with_context(|| format!("cannot make a {port} with random weights"))?.trainable()
 }
 
 /// Dropout of a training forward pass, at the model's rates.

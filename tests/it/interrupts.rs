@@ -65,7 +65,11 @@ stages:
 ",
     );
     let running = project.start("run FILE --json");
-    wait_until("the stage runs", || children(running.id()).len() == 1 && project.path(".pipeline/runs").exists());
+    // The log is that of the slow stage: the worker of the stage before it comes and goes.
+    let runs = project.path(".pipeline/runs");
+    let has_log =
+        || std::fs::read_dir(&runs).is_ok_and(|mut all| all.any(|run| run.unwrap().path().join("slow.1.log").exists()));
+    wait_until("the slow stage runs", || has_log() && children(running.id()).len() == 1);
     let worker = children(running.id())[0];
     std::thread::sleep(Duration::from_millis(100));
     kill(running.id(), Signal::INT);
