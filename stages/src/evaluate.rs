@@ -14,8 +14,6 @@
 //! Inputs: `model`, `data`, and a `teacher` for `reverse_kl`. Outputs: `metrics`, `predictions`.
 //! Cost: one generation of all rows a seed; a forward pass for `loss`; one of each model a seed for `reverse_kl`.
 
-use std::sync::Arc;
-
 use anyhow::{Context, ensure};
 use candle_core::Tensor;
 use contract::random::{below, philox, purpose};
@@ -292,7 +290,7 @@ impl Evaluating {
             let found = log_probs(&text.hidden(model, prompt, None)?, model.head(), &text.labels)?;
             let mut rest = found.as_slice();
             for row in chunk {
-                let (own, after) = rest.split_at(Aligned::of(std::slice::from_ref(row)).tokens());
+                let (own, after) = rest.split_at(Aligned::tokens_of(row));
                 rest = after;
                 sums.push(-own.iter().map(|&p| f64::from(p)).sum::<f64>());
                 counts.push(own.len() as f64);
@@ -335,7 +333,7 @@ impl Evaluating {
             };
             let mut rest = values.as_slice();
             for row in chunk {
-                let (own, after) = rest.split_at(Aligned::of(std::slice::from_ref(row)).tokens());
+                let (own, after) = rest.split_at(Aligned::tokens_of(row));
                 rest = after;
                 distances.push((own.iter().sum(), own.len() as f64));
             }
@@ -384,7 +382,7 @@ impl<'a> Scores<'a> {
         data: &Dataset,
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
-        let tokenizer = Arc::new(Text::new(&data.tokenizer)?);
+        let tokenizer = Text::new(&data.tokenizer)?;
         let stemming = if self.config.stem { score::Stemming::Porter } else { score::Stemming::Off };
         let scored: Vec<(String, f64, f64)> = rows
             .par_iter()

@@ -121,16 +121,22 @@ impl Aligned {
         let mut text = Aligned { packed: Packed::new(), predicts: Vec::new(), labels: Vec::new() };
         for row in rows {
             let ids: Vec<u32> = row.prompt.iter().chain(&row.response).copied().collect();
-            let first = row.prompt.len().max(1);
-            if ids.len() <= first {
+            let tokens = Aligned::tokens_of(row);
+            if tokens == 0 {
                 continue;
             }
+            let first = ids.len() - tokens;
             let start = text.packed.ids.len();
             text.packed.push(row.id, &ids[..ids.len() - 1]);
             text.predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
             text.labels.extend(&ids[first..]);
         }
         text
+    }
+
+    /// Number of response tokens that a row adds: all of its response, but for the first where there is no prompt.
+    pub fn tokens_of(row: &Row) -> usize {
+        if row.prompt.is_empty() { row.response.len().saturating_sub(1) } else { row.response.len() }
     }
 
     /// Number of response tokens.
