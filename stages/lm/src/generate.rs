@@ -272,9 +272,9 @@ struct Cache {
 }
 
 struct LayerCache {
-    /// `[C, capacity]`: scores of a query are then sums of rows.
+    /// `[G D, capacity]`: scores of a query are then sums of rows.
     keys: Vec<f32>,
-    /// `[capacity, C]`.
+    /// `[capacity, G D]`.
     values: Vec<f32>,
 }
 
@@ -318,17 +318,18 @@ impl Ops for Cached<'_> {
 
     fn attention(&mut self, qkv: Vec<f32>, attend: Attend) -> TensorResult<Vec<f32>> {
         let rows = self.counts.iter().sum::<usize>();
-        let width = qkv.len() / rows / 3;
+        let channels = qkv.len() / rows;
+        let width = attend.heads * attend.head_width(channels);
         let mut out = vec![0.0; rows * width];
         let (mut qkv, mut rest) = (qkv.as_slice(), out.as_mut_slice());
         let mut tasks = Vec::with_capacity(self.counts.len());
         for (cache, count) in self.caches.iter_mut().zip(&self.counts) {
-            let (own, behind) = qkv.split_at(count * 3 * width);
+            let (own, behind) = qkv.split_at(count * channels);
             let (place, free) = rest.split_at_mut(count * width);
             tasks.push((&mut **cache, own, place));
             (qkv, rest) = (behind, free);
         }
-        tasks.into_par_iter().for_each(|(cache, qkv, out)| attend_row(cache, qkv, out, width, attend));
+        tasks.into_par_iter().for_each(|(cache, qkv, out)| attend_row(cache, qkv, out, channels, attend));
         Ok(out)
     }
 
@@ -359,33 +360,36 @@ impl Ops for Cached<'_> {
 }
 
 /// Attention of a row's new tokens over all it has seen.
-fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], width: usize, attend: Attend) {
+fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], channels: usize, attend: Attend) {
     const QUERIES: usize = 32;
     let (length, capacity) = (cache.length, cache.capacity);
     let LayerCache { keys, values } = &mut cache.layers[attend.layer];
+    let d = attend.head_width(channels);
+    let (width, kv_width) = (attend.heads * d, attend.kv_heads * d);
     let count = out.len() / width;
-    for (t, row) in qkv.chunks_exact(3 * width).enumerate() {
-        for (c, key) in row[width..2 * width].iter().enumerate() {
+    for (t, row) in qkv.chunks_exact(channels).enumerate() {
+        let (new_keys, new_values) = row[width..].split_at(kv_width);
+        for (c, key) in new_keys.iter().enumerate() {
             keys[c * capacity + length + t] = *key;
         }
-        values[(length + t) * width..][..width].copy_from_slice(&row[2 * width..]);
+        values[(length + t) * kv_width..][..kv_width].copy_from_slice(new_values);
     }
-    let d = width / attend.heads;
     let mut scores = vec![0.0; QUERIES.min(count) * capacity];
     for head in 0..attend.heads {
-        let keys = &keys[head * d * capacity..];
-        let values = &values[head * d..];
+        let kv_head = head * attend.kv_heads / attend.heads;
+        let keys = &keys[kv_head * d * capacity..];
+        let values = &values[kv_head * d..];
         for start in (0..count).step_by(QUERIES) {
             let block = QUERIES.min(count - start);
             let seen = length + start + block;
             let columns = seen.next_multiple_of(ALIGN);
-            let queries = Left { data: &qkv[start * 3 * width + head * d..], row: 3 * width, depth: 1 };
+            let queries = Left { data: &qkv[start * channels + head * d..], row: channels, depth: 1 };
             tile::product(&mut scores, capacity, queries, keys, capacity, block, columns, d, false);
             for i in 0..block {
                 softmax(&mut scores[i * capacity..][..columns], length + start + i + 1, attend.scale);
             }
             let left = Left { data: &scores, row: capacity, depth: 1 };
-            tile::product(&mut out[start * width + head * d..], width, left, values, width, block, d, seen, false);
+            tile::product(&mut out[start * width + head * d..], width, left, values, kv_width, block, d, seen, false);
         }
     }
 }

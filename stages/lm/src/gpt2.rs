@@ -285,8 +285,8 @@ impl Gpt2<'_> {
 
     fn attend(&self, layer: usize, site: u32) -> Attend {
         let config = self.config;
-        let scale = config.attention_scale(layer);
-        Attend { layer, heads: config.n_head, scale, dropout: config.attn_pdrop, site }
+        let (heads, scale) = (config.n_head, config.attention_scale(layer));
+        Attend { layer, heads, kv_heads: heads, scale, dropout: config.attn_pdrop, site }
     }
 }
 

@@ -88,11 +88,21 @@ pub(crate) struct Linear<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Attend {
     pub(crate) layer: usize,
+    /// Query heads `H`.
     pub(crate) heads: usize,
+    /// Heads of keys and values `G`, a divisor of `H`: each is shared by `H / G` query heads that follow one another.
+    pub(crate) kv_heads: usize,
     pub(crate) scale: f32,
     pub(crate) dropout: f32,
     /// Dropout site of head 0; the other heads follow.
     pub(crate) site: u32,
+}
+
+impl Attend {
+    /// Channels `D` of a head, where queries, keys and values together have `qkv` channels.
+    pub(crate) fn head_width(&self, qkv: usize) -> usize {
+        qkv / (self.heads + 2 * self.kv_heads)
+    }
 }
 
 /// Operations on rows of channels.
@@ -106,7 +116,7 @@ pub(crate) trait Ops {
     fn layer_norm(&mut self, x: &Self::Array, norm: Norm<'_>, eps: f32) -> Result<Self::Array>;
     /// `x weight + bias`.
     fn linear(&mut self, x: &Self::Array, linear: Linear<'_>) -> Result<Self::Array>;
-    /// Causal attention within each sequence, `[N, C]` from queries, keys and values `[N, 3C]`.
+    /// Causal attention within each sequence, `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`.
     fn attention(&mut self, qkv: Self::Array, attend: Attend) -> Result<Self::Array>;
     /// The nonlinearity.
     fn activation(&mut self, x: Self::Array, activation: Activation) -> Result<Self::Array>;
@@ -370,14 +380,15 @@ mod tests {
 
     #[test]
     fn attention_over_long_short_and_single_tokens() {
-        for (heads, d) in [(1, 2), (2, 8), (3, 16), (2, 33)] {
+        for (heads, kv_heads, d) in [(1, 1, 2), (2, 2, 8), (3, 3, 16), (2, 2, 33), (4, 2, 8), (6, 2, 5), (3, 1, 16)] {
             for dropout in [None, Some(DROPOUT)] {
                 let width = heads * d;
                 // Small weights, so that no probability is 1.
-                let weight = (variable(4, width, 3 * width) * 0.3).unwrap();
+                let weight = (variable(4, width, (heads + 2 * kv_heads) * d) * 0.3).unwrap();
                 let weight = Var::from_tensor(&weight).unwrap().into_inner();
-                let bias = variable(5, 0, 3 * width);
-                let attend = Attend { layer: 0, heads, scale: 1.0 / (d as f32).sqrt(), dropout: 0.2, site: 5 };
+                let bias = variable(5, 0, (heads + 2 * kv_heads) * d);
+                let attend =
+                    Attend { layer: 0, heads, kv_heads, scale: 1.0 / (d as f32).sqrt(), dropout: 0.2, site: 5 };
                 let pass = pass!(
                     |ops, x| {
                         let qkv = ops.linear(&x, Linear { weight, bias }).unwrap();

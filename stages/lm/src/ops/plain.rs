@@ -55,8 +55,9 @@ impl Ops for Plain<'_> {
     }
 
     fn attention(&mut self, qkv: Tensor, attend: Attend) -> Result<Tensor> {
-        let (count, width) = (qkv.dim(0)?, qkv.dim(1)? / 3);
-        let (heads, d) = (attend.heads, width / attend.heads);
+        let Attend { heads, kv_heads, .. } = attend;
+        let (count, d) = (qkv.dim(0)?, attend.head_width(qkv.dim(1)?));
+        let width = heads * d;
         let device = qkv.device();
         // Sequences side by side, [B, T]. What stands behind a short one is never read: it comes later than all its
         // queries, and its own results are left out below.
@@ -74,9 +75,14 @@ impl Ops for Plain<'_> {
             }
         }
         let padded = Tensor::from_vec(padded, batch * longest, device)?;
-        let qkv = qkv.index_select(&padded, 0)?.reshape((batch, longest, 3, heads, d))?;
-        let part = |i| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous(); // [B, H, T, D]
-        let (queries, keys, values) = (part(0)?, part(1)?, part(2)?);
+        let qkv = qkv.index_select(&padded, 0)?.reshape((batch, longest, heads + 2 * kv_heads, d))?.transpose(1, 2)?;
+        // Which heads of keys and values the query heads read, `first` being the first of them.
+        let shared = |first: usize| -> Result<Tensor> {
+            let heads = (0..heads).map(|head| (first + head * kv_heads / heads) as u32).collect::<Vec<_>>();
+            qkv.index_select(&Tensor::new(heads, device)?, 1)?.contiguous()
+        };
+        let queries = qkv.narrow(1, 0, heads)?.contiguous()?; // [B, H, T, D]
+        let (keys, values) = (shared(heads)?, shared(heads + kv_heads)?); // [B, H, T, D]
         let scores = (queries.matmul(&keys.t()?)? * f64::from(attend.scale))?; // [B, H, T, T]
         let hidden = (0..longest).flat_map(|i| (0..longest).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 }));
         let hidden = Tensor::from_iter(hidden, device)?.reshape((longest, longest))?;

@@ -169,7 +169,7 @@ impl Ops for Tape {
     }
 
     fn attention(&mut self, qkv: Array, attend: Attend) -> Result<Array> {
-        let width = qkv.width / 3;
+        let width = attend.heads * attend.head_width(qkv.width);
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
         let out = attention::forward(&qkv.data, width, &spec(&self.rows, attend, dropout));
         let out = self.array(out, width, qkv.node.is_some());
@@ -280,7 +280,8 @@ pub(crate) fn embed(
 }
 
 fn spec(rows: &Rows, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> Attention<'_> {
-    Attention { segments: &rows.segments, rows: &rows.ids, heads: attend.heads, scale: attend.scale, dropout }
+    let Attend { heads, kv_heads, scale, .. } = attend;
+    Attention { segments: &rows.segments, rows: &rows.ids, heads, kv_heads, scale, dropout }
 }
 
 fn drop_elements(data: &mut [f32], width: usize, rows: &Rows, dropout: &Dropout, rate: f32, site: u32) {
