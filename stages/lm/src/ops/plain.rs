@@ -76,12 +76,13 @@ impl Ops for Plain<'_> {
         }
         let padded = Tensor::from_vec(padded, batch * longest, device)?;
         let qkv = qkv.index_select(&padded, 0)?.reshape((batch, longest, heads + 2 * kv_heads, d))?.transpose(1, 2)?;
-        // Which heads of keys and values the query heads read, `first` being the first of them.
-        let shared = |first: usize| -> Result<Tensor> {
-            let heads = (0..heads).map(|head| (first + head * kv_heads / heads) as u32).collect::<Vec<_>>();
-            qkv.index_select(&Tensor::new(heads, device)?, 1)?.contiguous()
+        let part = |first, count| qkv.narrow(1, first, count)?.contiguous();
+        // Each head of keys or values as often as query heads read it.
+        let shared = |first| {
+            let shape = (batch, kv_heads, heads / kv_heads, longest, d);
+            part(first, kv_heads)?.unsqueeze(2)?.broadcast_as(shape)?.reshape((batch, heads, longest, d))
         };
-        let queries = qkv.narrow(1, 0, heads)?.contiguous()?; // [B, H, T, D]
+        let queries = part(0, heads)?; // [B, H, T, D]
         let (keys, values) = (shared(heads)?, shared(heads + kv_heads)?); // [B, H, T, D]
         let scores = (queries.matmul(&keys.t()?)? * f64::from(attend.scale))?; // [B, H, T, T]
         let hidden = (0..longest).flat_map(|i| (0..longest).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 }));
