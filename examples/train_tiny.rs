@@ -27,14 +27,7 @@ const UPDATES: u64 = 120;
 const END: u32 = 0;
 
 fn main() -> Result<()> {
-    let shape = Architecture {
-        architecture: Family::Gpt2,
-        layers: 1,
-        width: 64,
-        heads: None,
-        positions: Some(48),
-        dropout: None,
-    };
+    let shape = Architecture { positions: Some(48), ..Architecture::new(Family::Gpt2, 1, 64) };
     let tokenizer = TokenizerFile { json: Arc::default(), end: END, size: 28 };
     let model = LanguageModel::init(&shape, tokenizer, 0, &lm::device("cpu")?)?.trainable()?;
     train(&model)?;

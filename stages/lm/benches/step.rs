@@ -43,12 +43,10 @@ fn main() {
 
 fn model(layers: usize, width: usize, heads: usize, vocabulary: u32) -> LanguageModel {
     let architecture = Architecture {
-        architecture: Family::Gpt2,
-        layers,
-        width,
         heads: Some(heads),
         positions: Some(512),
         dropout: Some(0.1),
+        ..Architecture::new(Family::Gpt2, layers, width)
     };
     let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: vocabulary };
     LanguageModel::init(&architecture, tokenizer, 0, &Device::Cpu).expect("a model")

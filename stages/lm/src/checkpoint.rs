@@ -21,14 +21,11 @@ use crate::gpt2::LanguageModel;
 
 /// Writes everything that [`LanguageModel::load`] and `transformers` read.
 pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {
-    write_json(&folder.join("config.json"), &serde_json::to_value(&model.config)?)?;
+    let config = model.config.to_json()?;
+    write_json(&folder.join("config.json"), &config)?;
     write_tensors(&folder.join("model.safetensors"), model.parameters().iter(), None)?;
-    let generation = json!({
-        "bos_token_id": model.config.bos_token_id,
-        "eos_token_id": model.config.eos_token_id,
-        "pad_token_id": model.config.pad_token_id,
-    });
-    write_json(&folder.join("generation_config.json"), &generation)?;
+    let generation = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| (key.to_owned(), config[key].clone()));
+    write_json(&folder.join("generation_config.json"), &Json::Object(generation.into_iter().collect()))?;
     save_tokenizer(&model.tokenizer, folder)
 }
 
@@ -49,11 +46,11 @@ pub(crate) fn tokenizer(folder: &Path, config: &Config) -> Result<TokenizerFile>
             .with_context(|| format!("`{}` has no numbers `end` and `size`", own.display()))?;
         return Ok(TokenizerFile { json: Arc::new(json), end, size });
     }
-    let end = config.eos_token_id.with_context(|| {
+    let end = config.end().with_context(|| {
         format!("`{}` names no end token: set `eos_token_id`", folder.join("config.json").display())
     })?;
     let size = if json.is_empty() {
-        config.vocab_size as u32
+        config.vocab_size() as u32
     } else {
         let words: Json = serde_json::from_slice(&json).with_context(|| format!("`{}` is not JSON", path.display()))?;
         tokens(&words).keys().next_back().map_or(0, |id| id + 1)
@@ -67,10 +64,11 @@ pub(crate) fn parameters(folder: &Path, config: &Config, device: &Device) -> Res
     let wanted: HashMap<&str, &[usize]> =
         shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
     let mut found: HashMap<String, Tensor> = HashMap::new();
+    let mut head = None;
     let files = weight_files(folder)?;
     for file in &files {
         let mut keep = |stored: &str, shape: &[usize], values: &dyn Fn() -> Result<Vec<f32>>| -> Result<()> {
-            let name = canonical(stored);
+            let name = canonical(stored, config);
             match wanted.get(name.as_str()) {
                 Some(expected) => {
                     ensure!(
@@ -80,6 +78,17 @@ pub(crate) fn parameters(folder: &Path, config: &Config, device: &Device) -> Res
                     );
                     let values = values().with_context(|| format!("in `{}`", file.display()))?;
                     found.insert(name, Tensor::from_vec(values, shape, device)?);
+                }
+                // A tied model that was saved with its head alone.
+                None if name == HEAD && !found.contains_key(config.embedding()) => {
+                    ensure!(
+                        wanted[config.embedding()] == shape,
+                        "tensor `{stored}` in `{}` has shape {shape:?}, expected {:?} by `config.json`",
+                        file.display(),
+                        wanted[config.embedding()]
+                    );
+                    let values = values().with_context(|| format!("in `{}`", file.display()))?;
+                    head = Some(Tensor::from_vec(values, shape, device)?);
                 }
                 None if is_ignored(&name) => {}
                 None => {
@@ -93,6 +102,9 @@ pub(crate) fn parameters(folder: &Path, config: &Config, device: &Device) -> Res
         } else {
             read_safetensors(file, &mut keep)?;
         }
+    }
+    if let Some(head) = head {
+        found.entry(config.embedding().to_owned()).or_insert(head);
     }
     let missing: Vec<&str> =
         shapes.iter().map(|(name, _)| name.as_str()).filter(|name| !found.contains_key(*name)).collect();
@@ -215,17 +227,21 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The name with which a checkpoint of the bare model would have been saved with its head.
-fn canonical(name: &str) -> String {
-    if name.starts_with("transformer.") || name.starts_with("lm_head.") {
+fn canonical(name: &str, config: &Config) -> String {
+    if name.starts_with(config.prefix()) || name == HEAD {
         name.to_owned()
     } else {
-        format!("transformer.{name}")
+        format!("{}{name}", config.prefix())
     }
 }
 
-/// Causal masks that old checkpoints hold, and a head that is the embedding anyway.
+/// The output head, where it is not the input embedding.
+const HEAD: &str = "lm_head.weight";
+
+/// Causal masks and rotary frequencies that old checkpoints hold, and a head that is the embedding anyway.
 fn is_ignored(name: &str) -> bool {
-    name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight"
+    let constants = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+    constants.iter().any(|constant| name.ends_with(constant)) || name == HEAD
 }
 
 /// What is done with each tensor of a file: its name, its shape, and how to get its elements.

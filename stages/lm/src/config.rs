@@ -1,5 +1,8 @@
 //! What a model is made of: [`Config`] as in a Hugging Face `config.json`, [`Architecture`] as a user asks for it.
 
+mod gpt2;
+mod llama;
+
 use std::fs;
 use std::path::Path;
 
@@ -7,6 +10,10 @@ use anyhow::{Context, bail, ensure};
 use contract::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+pub use self::gpt2::Gpt2Config;
+pub use self::llama::{LlamaConfig, RopeScaling};
 
 /// Families of models this crate can compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -14,6 +21,8 @@ use serde::{Deserialize, Serialize};
 pub enum Family {
     /// Radford et al., "Language models are unsupervised multitask learners", 2019.
     Gpt2,
+    /// Touvron et al., "LLaMA: Open and efficient foundation language models", 2023, with what Llama 2 and 3 added.
+    Llama,
 }
 
 /// A model to be made from random weights. What is not said follows from the width.
@@ -33,42 +42,65 @@ pub struct Architecture {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<usize>,
     /// Probability of dropping an element in training, in the three places GPT-2 has: embeddings, attention, residual
-    /// branches. Default: 0, as small models underfit before they overfit.
+    /// branches; in Llama in attention alone. Default: 0, as small models underfit before they overfit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f32>,
+    /// Channels inside the feed-forward layer. Default: 4 times `width` for GPT-2; 8/3 of it for Llama, whose layer has three
+    /// matrices instead of two, rounded up to a multiple of 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inner: Option<usize>,
+    /// Whether the output head is the input embedding. Default: yes, as it is most of a small model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tied: Option<bool>,
+    /// Heads of keys and values, a divisor of `heads`; of Llama alone. Default: as many as `heads`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
+    /// Base of the rotary angles, larger for longer texts; of Llama alone. Default: 10000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
 }
 
 impl Architecture {
+    /// An architecture of which nothing but the size is said.
+    pub fn new(architecture: Family, layers: usize, width: usize) -> Self {
+        Architecture {
+            architecture,
+            layers,
+            width,
+            heads: None,
+            positions: None,
+            dropout: None,
+            inner: None,
+            tied: None,
+            kv_heads: None,
+            rope_theta: None,
+        }
+    }
+
     /// The full configuration over a vocabulary.
     ///
-    /// Errors when the numbers do not fit one another.
+    /// Errors when the numbers do not fit one another, or the family.
     pub fn config(&self, vocab_size: usize, end: u32) -> Result<Config> {
-        let Family::Gpt2 = self.architecture;
-        let dropout = self.dropout.unwrap_or(0.0);
-        let config = Config {
-            architectures: default_architectures(),
-            model_type: default_model_type(),
-            vocab_size,
-            n_positions: self.positions.unwrap_or(512),
-            n_embd: self.width,
-            n_layer: self.layers,
-            n_head: self.heads.unwrap_or((self.width / 32).max(2)),
-            n_inner: None,
-            activation_function: Activation::GeluNew,
-            resid_pdrop: dropout,
-            embd_pdrop: dropout,
-            attn_pdrop: dropout,
-            layer_norm_epsilon: default_epsilon(),
-            initializer_range: default_initializer_range(),
-            scale_attn_weights: true,
-            scale_attn_by_inverse_layer_idx: false,
-            tie_word_embeddings: true,
-            bos_token_id: Some(end),
-            eos_token_id: Some(end),
-            pad_token_id: Some(end),
+        let config = match self.architecture {
+            Family::Gpt2 => {
+                for (name, given) in [("kv_heads", self.kv_heads.is_some()), ("rope_theta", self.rope_theta.is_some())]
+                {
+                    ensure!(!given, "`{name}` is of architecture `llama` alone: leave it out for `gpt2`");
+                }
+                Config::Gpt2(Gpt2Config::of(self, vocab_size, end))
+            }
+            Family::Llama => Config::Llama(LlamaConfig::of(self, vocab_size, end)),
         };
         config.validate()?;
         Ok(config)
+    }
+
+    fn heads(&self) -> usize {
+        self.heads.unwrap_or((self.width / 32).max(2))
+    }
+
+    fn positions(&self) -> usize {
+        self.positions.unwrap_or(512)
     }
 }
 
@@ -85,64 +117,23 @@ pub enum Activation {
     Relu,
 }
 
-/// A Hugging Face `config.json` of the GPT-2 family. Keys this crate has no use for are dropped when it is read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Config {
-    /// Class names, for those who open the folder in Python.
-    #[serde(default = "default_architectures")]
-    pub architectures: Vec<String>,
-    /// Family, `gpt2`.
-    #[serde(default = "default_model_type")]
-    pub model_type: String,
-    /// Rows `V` of the embedding; may be more than the tokenizer has ids.
-    pub vocab_size: usize,
-    /// Longest sequence in tokens.
-    pub n_positions: usize,
-    /// Channels `C` of the hidden state.
-    pub n_embd: usize,
-    /// Transformer blocks.
-    pub n_layer: usize,
-    /// Attention heads `H`.
-    pub n_head: usize,
-    /// Channels inside the feed-forward layer; `None` is `4 C`.
-    #[serde(default)]
-    pub n_inner: Option<usize>,
-    /// Nonlinearity of the feed-forward layer.
-    #[serde(default = "default_activation")]
-    pub activation_function: Activation,
-    /// Dropout of the two residual branches.
-    #[serde(default = "default_dropout")]
-    pub resid_pdrop: f32,
-    /// Dropout of the embeddings.
-    #[serde(default = "default_dropout")]
-    pub embd_pdrop: f32,
-    /// Dropout of attention probabilities.
-    #[serde(default = "default_dropout")]
-    pub attn_pdrop: f32,
-    /// Added to the variance in layer norms.
-    #[serde(default = "default_epsilon")]
-    pub layer_norm_epsilon: f64,
-    /// Standard deviation of initial weights.
-    #[serde(default = "default_initializer_range")]
-    pub initializer_range: f64,
-    /// Whether scores are divided by the square root of the head's width.
-    #[serde(default = "yes")]
-    pub scale_attn_weights: bool,
-    /// Whether scores of layer `i` are divided by `i + 1` as well.
-    #[serde(default)]
-    pub scale_attn_by_inverse_layer_idx: bool,
-    /// Whether the output head is the input embedding.
-    #[serde(default = "yes")]
-    pub tie_word_embeddings: bool,
-    /// Token that begins a text.
-    #[serde(default)]
-    pub bos_token_id: Option<u32>,
-    /// Token that ends a text.
-    #[serde(default)]
-    pub eos_token_id: Option<u32>,
-    /// Token that pads.
-    #[serde(default)]
-    pub pad_token_id: Option<u32>,
+/// A Hugging Face `config.json`, by family.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Config {
+    /// GPT-2.
+    Gpt2(Gpt2Config),
+    /// Llama 1, 2 and 3.
+    Llama(LlamaConfig),
+}
+
+/// The tokens that end a text, as configurations have them: one or several.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum EndTokens {
+    /// The only one.
+    One(u32),
+    /// All of them; the first is the one this crate uses.
+    Several(Vec<u32>),
 }
 
 impl Config {
@@ -150,113 +141,152 @@ impl Config {
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let text = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let json: serde_json::Value =
-            serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
-        if let Some(family) = json.get("model_type").and_then(|f| f.as_str())
-            && family != "gpt2"
-        {
-            bail!("`{}` describes a model of type `{family}`: expected `gpt2`", path.display());
-        }
-        let config: Config = serde_json::from_value(json)
-            .with_context(|| format!("`{}` is not the configuration of a GPT-2 model", path.display()))?;
+        let json: Json = serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+        let family = json.get("model_type").and_then(Json::as_str).unwrap_or("gpt2").to_owned();
+        let config = match family.as_str() {
+            "gpt2" => serde_json::from_value(json).map(Config::Gpt2).map_err(Into::into),
+            "llama" => LlamaConfig::from_json(json).map(Config::Llama),
+            _ => bail!("`{}` describes a model of type `{family}`: expected `gpt2` or `llama`", path.display()),
+        };
+        let config = config
+            .with_context(|| format!("`{}` is not the configuration of a model of type `{family}`", path.display()))?;
         config.validate().with_context(|| format!("`{}` does not add up", path.display()))?;
         Ok(config)
     }
 
-    /// Channels inside the feed-forward layer.
-    pub fn inner(&self) -> usize {
-        self.n_inner.unwrap_or(4 * self.n_embd)
+    /// What [`Config::load`] and `transformers` read.
+    pub(crate) fn to_json(&self) -> Result<Json> {
+        Ok(match self {
+            Config::Gpt2(config) => serde_json::to_value(config)?,
+            Config::Llama(config) => serde_json::to_value(config)?,
+        })
     }
 
-    /// What attention scores of a layer are multiplied by.
-    pub fn attention_scale(&self, layer: usize) -> f32 {
-        let head_width = (self.n_embd / self.n_head) as f32;
-        let by_width = if self.scale_attn_weights { 1.0 / head_width.sqrt() } else { 1.0 };
-        if self.scale_attn_by_inverse_layer_idx { by_width / (layer + 1) as f32 } else { by_width }
+    /// Rows `V` of the embedding; may be more than the tokenizer has ids.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.vocab_size,
+            Config::Llama(config) => config.vocab_size,
+        }
+    }
+
+    /// Longest sequence in tokens.
+    pub fn positions(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.n_positions,
+            Config::Llama(config) => config.max_position_embeddings,
+        }
+    }
+
+    /// Channels `C` of the hidden state.
+    pub fn width(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.n_embd,
+            Config::Llama(config) => config.hidden_size,
+        }
+    }
+
+    /// Transformer blocks.
+    pub fn layers(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.n_layer,
+            Config::Llama(config) => config.num_hidden_layers,
+        }
+    }
+
+    /// Query heads `H`.
+    pub fn heads(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.n_head,
+            Config::Llama(config) => config.num_attention_heads,
+        }
+    }
+
+    /// Channels of the keys of a token, all heads together; its values have as many.
+    pub fn kv_width(&self) -> usize {
+        match self {
+            Config::Gpt2(config) => config.n_embd,
+            Config::Llama(config) => config.kv_heads() * config.head_width(),
+        }
+    }
+
+    /// Whether the output head is the input embedding.
+    pub fn tied(&self) -> bool {
+        match self {
+            Config::Gpt2(config) => config.tie_word_embeddings,
+            Config::Llama(config) => config.tie_word_embeddings,
+        }
+    }
+
+    /// Standard deviation of initial weights.
+    pub fn initializer_range(&self) -> f64 {
+        match self {
+            Config::Gpt2(config) => config.initializer_range,
+            Config::Llama(config) => config.initializer_range,
+        }
+    }
+
+    /// Token that ends a text.
+    pub fn end(&self) -> Option<u32> {
+        match self {
+            Config::Gpt2(config) => config.eos_token_id,
+            Config::Llama(config) => match config.eos_token_id.as_ref()? {
+                EndTokens::One(end) => Some(*end),
+                EndTokens::Several(ends) => ends.first().copied(),
+            },
+        }
+    }
+
+    /// Name of the input embedding, `[V, C]`.
+    pub(crate) fn embedding(&self) -> &'static str {
+        match self {
+            Config::Gpt2(_) => "transformer.wte.weight",
+            Config::Llama(_) => "model.embed_tokens.weight",
+        }
+    }
+
+    /// Before the names of all parameters but the head's.
+    pub(crate) fn prefix(&self) -> &'static str {
+        match self {
+            Config::Gpt2(_) => "transformer.",
+            Config::Llama(_) => "model.",
+        }
+    }
+
+    /// Whether a parameter of that name ends a residual branch.
+    pub(crate) fn ends_branch(&self, name: &str) -> bool {
+        match self {
+            Config::Gpt2(_) => name.ends_with("c_proj.weight"),
+            Config::Llama(_) => name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight"),
+        }
     }
 
     /// Names and shapes of all parameters, in the fixed order in which the model keeps them.
     pub fn parameter_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let (c, inner) = (self.n_embd, self.inner());
-        let mut shapes = vec![
-            ("transformer.wte.weight".to_owned(), vec![self.vocab_size, c]),
-            ("transformer.wpe.weight".to_owned(), vec![self.n_positions, c]),
-        ];
-        for layer in 0..self.n_layer {
-            let of_block: [(&str, Vec<usize>); 12] = [
-                ("ln_1.weight", vec![c]),
-                ("ln_1.bias", vec![c]),
-                ("attn.c_attn.weight", vec![c, 3 * c]),
-                ("attn.c_attn.bias", vec![3 * c]),
-                ("attn.c_proj.weight", vec![c, c]),
-                ("attn.c_proj.bias", vec![c]),
-                ("ln_2.weight", vec![c]),
-                ("ln_2.bias", vec![c]),
-                ("mlp.c_fc.weight", vec![c, inner]),
-                ("mlp.c_fc.bias", vec![inner]),
-                ("mlp.c_proj.weight", vec![inner, c]),
-                ("mlp.c_proj.bias", vec![c]),
-            ];
-            shapes.extend(of_block.map(|(name, shape)| (format!("transformer.h.{layer}.{name}"), shape)));
+        match self {
+            Config::Gpt2(config) => config.parameter_shapes(),
+            Config::Llama(config) => config.parameter_shapes(),
         }
-        shapes.push(("transformer.ln_f.weight".to_owned(), vec![c]));
-        shapes.push(("transformer.ln_f.bias".to_owned(), vec![c]));
-        if !self.tie_word_embeddings {
-            shapes.push(("lm_head.weight".to_owned(), vec![self.vocab_size, c]));
-        }
-        shapes
     }
 
     fn validate(&self) -> Result<()> {
-        let sizes = [
-            ("layers", self.n_layer),
-            ("width", self.n_embd),
-            ("heads", self.n_head),
-            ("positions", self.n_positions),
-            ("vocabulary size", self.vocab_size),
-        ];
-        for (name, size) in sizes {
-            ensure!(size > 0, "number of {name} is 0: expected at least 1");
+        match self {
+            Config::Gpt2(config) => config.validate(),
+            Config::Llama(config) => config.validate(),
         }
-        ensure!(
-            self.n_embd.is_multiple_of(self.n_head),
-            "width {} is not a multiple of {} heads: change one of them",
-            self.n_embd,
-            self.n_head
-        );
-        for rate in [self.resid_pdrop, self.embd_pdrop, self.attn_pdrop] {
-            ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
-        }
-        Ok(())
     }
 }
 
-fn default_architectures() -> Vec<String> {
-    vec!["GPT2LMHeadModel".to_owned()]
+fn at_least_one(sizes: &[(&str, usize)]) -> Result<()> {
+    for (name, size) in sizes {
+        ensure!(*size > 0, "number of {name} is 0: expected at least 1");
+    }
+    Ok(())
 }
 
-fn default_model_type() -> String {
-    "gpt2".to_owned()
-}
-
-fn default_activation() -> Activation {
-    Activation::GeluNew
-}
-
-fn default_dropout() -> f32 {
-    0.1
-}
-
-fn default_epsilon() -> f64 {
-    1e-5
-}
-
-fn default_initializer_range() -> f64 {
-    0.02
-}
-
-fn yes() -> bool {
-    true
+fn multiple(name: &str, size: usize, heads: usize) -> Result<()> {
+    ensure!(size.is_multiple_of(heads), "{name} {size} is not a multiple of {heads} heads: change one of them");
+    Ok(())
 }
 
 #[cfg(test)]
@@ -264,13 +294,24 @@ mod tests {
     use super::*;
 
     fn architecture(width: usize) -> Architecture {
-        Architecture { architecture: Family::Gpt2, layers: 4, width, heads: None, positions: None, dropout: None }
+        Architecture::new(Family::Gpt2, 4, width)
+    }
+
+    fn llama(text: &str) -> Result<LlamaConfig> {
+        let json = r#"{"model_type": "llama", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 1, "num_attention_heads": 4, MORE}"#;
+        let folder = tempfile::tempdir()?;
+        fs::write(folder.path().join("config.json"), json.replace("MORE", text))?;
+        match Config::load(folder.path())? {
+            Config::Llama(config) => Ok(config),
+            Config::Gpt2(_) => bail!("a Llama was read as a GPT-2"),
+        }
     }
 
     #[test]
     fn heads_follow_from_the_width() {
         for (width, heads) in [(32, 2), (64, 2), (96, 3), (192, 6), (768, 24)] {
-            assert_eq!(architecture(width).config(100, 0).unwrap().n_head, heads, "{width}");
+            assert_eq!(architecture(width).config(100, 0).unwrap().heads(), heads, "{width}");
         }
     }
 
@@ -293,6 +334,64 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("config.json"), r#"{"model_type": "opt"}"#).unwrap();
         let error = Config::load(folder.path()).unwrap_err();
-        assert!(error.to_string().contains("`opt`: expected `gpt2`"), "{error}");
+        assert!(error.to_string().contains("`opt`: expected `gpt2` or `llama`"), "{error}");
+    }
+
+    #[test]
+    fn the_shape_of_a_llama_follows_from_its_width() {
+        let shapes = |architecture: Architecture| architecture.config(100, 0).unwrap().parameter_shapes();
+        let small = Architecture { kv_heads: Some(1), ..Architecture::new(Family::Llama, 1, 64) };
+        let shapes_of: std::collections::HashMap<_, _> = shapes(small.clone()).into_iter().collect();
+        assert_eq!(shapes_of["model.layers.0.mlp.gate_proj.weight"], [192, 64]);
+        assert_eq!(shapes_of["model.layers.0.self_attn.k_proj.weight"], [32, 64]);
+        assert!(!shapes_of.contains_key("lm_head.weight"));
+        assert_eq!(shapes(Architecture { tied: Some(false), ..small }).last().unwrap().0, "lm_head.weight");
+    }
+
+    #[test]
+    fn heads_that_cannot_share_and_fields_of_another_family_are_errors() {
+        let error = |architecture: Architecture| architecture.config(100, 0).unwrap_err().to_string();
+        let llama = Architecture::new(Family::Llama, 1, 64);
+        let text = error(Architecture { heads: Some(4), kv_heads: Some(3), ..llama.clone() });
+        assert_eq!(text, "4 heads cannot share 3 heads of keys and values evenly: change one of them");
+        assert!(error(Architecture { heads: Some(64), ..llama }).contains("a head has 1 channels"));
+        let text = error(Architecture { kv_heads: Some(1), ..architecture(64) });
+        assert_eq!(text, "`kv_heads` is of architecture `llama` alone: leave it out for `gpt2`");
+    }
+
+    #[test]
+    fn old_and_new_forms_of_rotary_scaling_are_the_same() {
+        let llama3 =
+            r#""factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64"#;
+        let forms = [
+            format!(r#""rope_theta": 5e5, "rope_scaling": {{"rope_type": "llama3", {llama3}}}"#),
+            format!(r#""rope_theta": 5e5, "rope_scaling": {{"type": "llama3", {llama3}}}"#),
+            format!(r#""rope_parameters": {{"rope_type": "llama3", "rope_theta": 5e5, {llama3}}}"#),
+        ];
+        let [first, rest @ ..] = forms.map(|form| llama(&form).unwrap());
+        assert!(matches!(first.rope_scaling, Some(RopeScaling::Llama3 { original_max_position_embeddings: 64, .. })));
+        assert_eq!(first.rope_theta, 5e5);
+        assert!(rest.iter().all(|config| *config == first));
+        for plain in [r#""rope_scaling": null"#, r#""rope_parameters": {"rope_type": "default", "rope_theta": 1e4}"#] {
+            let config = llama(plain).unwrap();
+            assert_eq!((config.rope_theta, config.rope_scaling), (1e4, None));
+        }
+        let error = llama(r#""rope_scaling": {"rope_type": "yarn", "factor": 2.0}"#).unwrap_err();
+        assert!(format!("{error:#}").contains("rotary positions of type `yarn`"), "{error:#}");
+    }
+
+    #[test]
+    fn linear_scaling_stretches_every_angle() {
+        let plain = llama(r#""rope_theta": 100.0"#).unwrap().rotary_frequencies();
+        assert_eq!(plain, [1.0, 0.1]);
+        let scaled = llama(r#""rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4}"#).unwrap();
+        assert_eq!(scaled.rotary_frequencies(), [0.25, 0.025]);
+    }
+
+    #[test]
+    fn published_oddities_of_token_ids_are_read() {
+        let config = llama(r#""eos_token_id": [7, 8], "pad_token_id": -1"#).unwrap();
+        assert_eq!(Config::Llama(config).end(), Some(7));
+        assert_eq!(Config::Llama(llama(r#""eos_token_id": 5"#).unwrap()).end(), Some(5));
     }
 }

@@ -11,14 +11,15 @@ use contract::random::{philox, uniform};
 use contract::{End, Result};
 use rayon::prelude::*;
 
-use crate::config::Activation;
+use crate::config::{Activation, Config};
 use crate::gpt2::LanguageModel;
 use crate::kernels::attention::softmax;
 use crate::kernels::matmul::{Matrix, product_by_row};
+use crate::kernels::rope::{self, Turn};
 use crate::kernels::tile::{self, Left};
-use crate::kernels::{elementwise, layer_norm};
+use crate::kernels::{elementwise, layer_norm, rms_norm, swiglu};
 use crate::ops::cpu::embed;
-use crate::ops::{Attend, Input, Linear, Norm, Ops, elements};
+use crate::ops::{Attend, Input, Linear, Norm, Ops, Projection, Rotary, elements};
 use crate::packed::Packed;
 use crate::sample::{Choice, Sampling, Scratch, choose};
 
@@ -87,7 +88,7 @@ pub fn generate(
         while rows.len() < options.batch.max(1) {
             let Some(index) = waiting.pop() else { break };
             let prompt = &prompts[index];
-            let room = model.config.n_positions - prompt_length - prompt.ids.len();
+            let room = model.config.positions() - prompt_length - prompt.ids.len();
             let row = Row::new(index, prompt, options.max_new_tokens.min(room));
             rows.push(row);
         }
@@ -134,10 +135,10 @@ fn check(
         ensure!(!prompt.ids.is_empty(), "row {} has an empty prompt: nothing to continue", prompt.row);
         let length = prompt.ids.len() + prompt_length;
         ensure!(
-            length <= model.config.n_positions,
+            length <= model.config.positions(),
             "the prompt of row {} has {length} tokens: the model has {} positions, so shorten it",
             prompt.row,
-            model.config.n_positions
+            model.config.positions()
         );
         if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
             anyhow::bail!(
@@ -232,7 +233,7 @@ impl<'a> Decoder<'a> {
             let capacity = capacity(row);
             let seen = row.cache.length;
             if seen == 0 {
-                row.cache = Cache::new(self.model.config.n_layer, self.model.width(), capacity);
+                row.cache = Cache::new(&self.model.config, capacity);
                 pass.inputs.extend((0..self.soft_length as u32).map(Input::Prompt));
             }
             let new = seen.saturating_sub(self.soft_length);
@@ -242,7 +243,8 @@ impl<'a> Decoder<'a> {
             pass.counts.push(count);
             pass.caches.push(&mut row.cache);
         }
-        let hidden = self.model.gpt2().forward(&mut pass, self.soft_prompt.as_ref())?;
+        let positions = pass.positions.iter().max().map_or(0, |last| *last as usize + 1);
+        let hidden = self.model.forward(&mut pass, self.soft_prompt.as_ref(), positions)?;
         for (cache, count) in pass.caches.iter_mut().zip(&pass.counts) {
             cache.length += count;
         }
@@ -279,10 +281,11 @@ struct LayerCache {
 }
 
 impl Cache {
-    fn new(layers: usize, width: usize, capacity: usize) -> Self {
+    fn new(config: &Config, capacity: usize) -> Self {
+        let width = config.kv_width();
         let capacity = capacity.next_multiple_of(ALIGN);
         let layer = || LayerCache { keys: vec![0.0; width * capacity], values: vec![0.0; width * capacity] };
-        Cache { length: 0, capacity, layers: (0..layers).map(|_| layer()).collect() }
+        Cache { length: 0, capacity, layers: (0..config.layers()).map(|_| layer()).collect() }
     }
 }
 
@@ -301,7 +304,12 @@ struct Cached<'a> {
 impl Ops for Cached<'_> {
     type Array = Vec<f32>;
 
-    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> TensorResult<Vec<f32>> {
+    fn embed(
+        &mut self,
+        tokens: &Tensor,
+        positions: Option<&Tensor>,
+        prompt: Option<&Tensor>,
+    ) -> TensorResult<Vec<f32>> {
         embed(&self.inputs, &self.positions, tokens, positions, prompt)
     }
 
@@ -309,11 +317,44 @@ impl Ops for Cached<'_> {
         Ok(layer_norm::forward(x, &elements(norm.weight)?, &elements(norm.bias)?, eps).0)
     }
 
+    fn rms_norm(&mut self, x: &Vec<f32>, weight: &Tensor, eps: f32) -> TensorResult<Vec<f32>> {
+        Ok(rms_norm::forward(x, &elements(weight)?, eps).0)
+    }
+
     fn linear(&mut self, x: &Vec<f32>, linear: Linear<'_>) -> TensorResult<Vec<f32>> {
         let (depth, width) = linear.weight.dims2()?;
         let mut out = product_by_row(Matrix::new(x, depth), Matrix::new(&elements(linear.weight)?, width));
         elementwise::add_to_rows(&mut out, &elements(linear.bias)?);
         Ok(out)
+    }
+
+    fn project(&mut self, x: &Vec<f32>, layers: &[Projection<'_>]) -> TensorResult<Vec<f32>> {
+        let mut parts = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let (width, depth) = layer.weight.dims2()?;
+            let weight = elements(layer.weight)?;
+            let mut out = product_by_row(Matrix::new(x, depth), Matrix::new(&weight, depth).transposed());
+            if let Some(bias) = layer.bias {
+                elementwise::add_to_rows(&mut out, &elements(bias)?);
+            }
+            parts.push((out, width));
+        }
+        if parts.len() == 1 {
+            return Ok(parts.remove(0).0);
+        }
+        let rows = self.counts.iter().sum();
+        let mut out = Vec::with_capacity(parts.iter().map(|(part, _)| part.len()).sum());
+        for row in 0..rows {
+            parts.iter().for_each(|(part, width)| out.extend_from_slice(&part[row * width..][..*width]));
+        }
+        Ok(out)
+    }
+
+    fn rotary(&mut self, mut x: Vec<f32>, rotary: Rotary<'_>) -> TensorResult<Vec<f32>> {
+        let width = x.len() / self.positions.len();
+        let angles = elements(rotary.angles)?;
+        rope::rotate(&mut x, width, rotary.heads, rotary.head_width, &angles, &self.positions, Turn::Forth);
+        Ok(x)
     }
 
     fn attention(&mut self, qkv: Vec<f32>, attend: Attend) -> TensorResult<Vec<f32>> {
@@ -335,6 +376,10 @@ impl Ops for Cached<'_> {
 
     fn activation(&mut self, x: Vec<f32>, activation: Activation) -> TensorResult<Vec<f32>> {
         Ok(elementwise::activation(&x, activation))
+    }
+
+    fn swiglu(&mut self, gate: Vec<f32>, up: Vec<f32>) -> TensorResult<Vec<f32>> {
+        Ok(swiglu::forward(&gate, &up))
     }
 
     fn add(&mut self, mut x: Vec<f32>, y: Vec<f32>) -> TensorResult<Vec<f32>> {
@@ -405,16 +450,15 @@ mod tests {
 
     #[test]
     fn a_step_with_a_cache_gives_the_logits_of_a_whole_pass() {
-        let architecture = Architecture {
-            architecture: Family::Gpt2,
-            layers: 3,
-            width: 32,
-            heads: Some(4),
-            positions: Some(90),
-            dropout: None,
-        };
+        let shape = |family| Architecture { heads: Some(4), positions: Some(90), ..Architecture::new(family, 3, 32) };
+        for architecture in [shape(Family::Gpt2), Architecture { kv_heads: Some(2), ..shape(Family::Llama) }] {
+            steps_are_whole_passes(&architecture);
+        }
+    }
+
+    fn steps_are_whole_passes(architecture: &Architecture) {
         let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 31 };
-        let model = LanguageModel::init(&architecture, tokenizer, 3, &Device::Cpu).unwrap();
+        let model = LanguageModel::init(architecture, tokenizer, 3, &Device::Cpu).unwrap();
         let soft = Tensor::ones((5, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
         for soft_prompt in [None, Some(&soft)] {
             let mut decoder = Decoder::new(&model, soft_prompt).unwrap();

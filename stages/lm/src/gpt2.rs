@@ -16,7 +16,8 @@ use indexmap::IndexMap;
 use rayon::prelude::*;
 
 use crate::checkpoint;
-use crate::config::{Architecture, Config};
+use crate::config::{Architecture, Config, Gpt2Config};
+use crate::llama::{Angles, Llama};
 use crate::ops::cpu::Cpu;
 use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
@@ -33,6 +34,7 @@ pub struct LanguageModel {
     pub tokenizer: TokenizerFile,
     parameters: IndexMap<String, Tensor>,
     device: Device,
+    angles: Angles,
 }
 
 impl LanguageModel {
@@ -42,7 +44,7 @@ impl LanguageModel {
     /// norm weights are 1, biases 0. Each number depends on the seed, its parameter's index and its place alone.
     pub fn init(architecture: &Architecture, tokenizer: TokenizerFile, seed: u64, device: &Device) -> Result<Self> {
         let config = architecture.config(tokenizer.size as usize, tokenizer.end)?;
-        let residual = 1.0 / (2.0 * config.n_layer as f64).sqrt();
+        let residual = 1.0 / (2.0 * config.layers() as f64).sqrt();
         let mut parameters = IndexMap::new();
         for (index, (name, shape)) in config.parameter_shapes().into_iter().enumerate() {
             let count = shape.iter().product();
@@ -51,31 +53,31 @@ impl LanguageModel {
             } else if shape.len() == 1 {
                 vec![1.0; count]
             } else {
-                let scale = if name.ends_with("c_proj.weight") { residual } else { 1.0 };
-                random_values(seed, index as u32, count, (config.initializer_range * scale) as f32)
+                let scale = if config.ends_branch(&name) { residual } else { 1.0 };
+                random_values(seed, index as u32, count, (config.initializer_range() * scale) as f32)
             };
             parameters.insert(name, Tensor::from_vec(values, shape, device)?);
         }
-        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone(), angles: Angles::default() })
     }
 
     /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
     /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one. Names may lack
-    /// the prefix `transformer.`. Weights of any float type become f32. The model is frozen.
+    /// the prefix `transformer.` or `model.`. Weights of any float type become f32. The model is frozen.
     ///
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = Config::load(folder)?;
         let tokenizer = checkpoint::tokenizer(folder, &config)?;
         ensure!(
-            tokenizer.size as usize <= config.vocab_size,
+            tokenizer.size as usize <= config.vocab_size(),
             "`{}` has a tokenizer of {} ids and a model of {}: expected at least as many",
             folder.display(),
             tokenizer.size,
-            config.vocab_size
+            config.vocab_size()
         );
         let parameters = checkpoint::parameters(folder, &config, device)?;
-        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone(), angles: Angles::default() })
     }
 
     /// An independent, frozen copy with storage of its own.
@@ -105,17 +107,17 @@ impl LanguageModel {
 
     /// Channels `C` of the hidden state.
     pub fn width(&self) -> usize {
-        self.config.n_embd
+        self.config.width()
     }
 
     /// Rows `V` of the embedding and of the head.
     pub fn vocab_size(&self) -> usize {
-        self.config.vocab_size
+        self.config.vocab_size()
     }
 
     /// The input embedding `[V, C]`.
     pub fn embedding(&self) -> &Tensor {
-        &self.parameters["transformer.wte.weight"]
+        &self.parameters[self.config.embedding()]
     }
 
     /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
@@ -137,11 +139,11 @@ impl LanguageModel {
             return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
         }
         let dropout = dropout.copied();
-        let gpt2 = self.gpt2();
         if self.device.is_cpu() {
             let prompt = prompt.map(Tensor::contiguous).transpose()?;
+            let positions = rows.positions_in_use();
             let mut tape = Tape::new(Cpu, rows, dropout);
-            let hidden = gpt2.forward(&mut tape, prompt.as_ref())?;
+            let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
             let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
             return Ok(tape.finish(hidden, anchor, prompt.as_ref())?);
         }
@@ -155,11 +157,27 @@ impl LanguageModel {
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
-        Ok(self.gpt2().forward(&mut Plain { rows, dropout }, prompt)?)
+        Ok(self.forward(&mut Plain { rows, dropout }, prompt, rows.positions_in_use())?)
     }
 
-    /// The parameters by their roles.
-    pub(crate) fn gpt2(&self) -> Gpt2<'_> {
+    /// Final hidden states by the operations of `ops`, whose rows stand at positions below `positions`.
+    pub(crate) fn forward<O: Ops>(
+        &self,
+        ops: &mut O,
+        prompt: Option<&Tensor>,
+        positions: usize,
+    ) -> TensorResult<O::Array> {
+        match &self.config {
+            Config::Gpt2(config) => self.gpt2(config).forward(ops, prompt),
+            Config::Llama(config) => {
+                let angles = self.angles.table(config, positions, &self.device)?;
+                Llama::new(config, angles, |name| self.parameters.get(name)).forward(ops, prompt)
+            }
+        }
+    }
+
+    /// The parameters of a GPT-2 by their roles.
+    fn gpt2<'a>(&'a self, config: &'a Gpt2Config) -> Gpt2<'a> {
         let get = |name: &str| &self.parameters[name];
         let norm = |name: &str| Norm { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
         let linear = |name: &str| Linear { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
@@ -175,10 +193,10 @@ impl LanguageModel {
             }
         };
         Gpt2 {
-            config: &self.config,
+            config,
             wte: get("transformer.wte.weight"),
             wpe: get("transformer.wpe.weight"),
-            blocks: (0..self.config.n_layer).map(block).collect(),
+            blocks: (0..config.n_layer).map(block).collect(),
             ln_f: norm("transformer.ln_f"),
         }
     }
@@ -194,10 +212,10 @@ impl LanguageModel {
         };
         for (segment, row) in batch.segments.iter().zip(&batch.rows) {
             ensure!(
-                segment.len() + prompt_length <= self.config.n_positions,
+                segment.len() + prompt_length <= self.config.positions(),
                 "row {row} has {} tokens with the soft prompt: the model has {} positions, so shorten the text",
                 segment.len() + prompt_length,
-                self.config.n_positions
+                self.config.positions()
             );
         }
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
@@ -213,6 +231,7 @@ impl LanguageModel {
             tokenizer: self.tokenizer.clone(),
             parameters: parameters.collect::<Result<_>>()?,
             device: self.device.clone(),
+            angles: self.angles.clone(),
         })
     }
 }
@@ -237,7 +256,7 @@ impl Value for LanguageModel {
 
 /// The parameters of a model by their roles.
 pub(crate) struct Gpt2<'a> {
-    pub(crate) config: &'a Config,
+    pub(crate) config: &'a Gpt2Config,
     pub(crate) wte: &'a Tensor,
     pub(crate) wpe: &'a Tensor,
     pub(crate) blocks: Vec<Block<'a>>,
@@ -259,7 +278,7 @@ impl Gpt2<'_> {
     pub(crate) fn forward<O: Ops>(&self, ops: &mut O, prompt: Option<&Tensor>) -> TensorResult<O::Array> {
         let config = self.config;
         let eps = config.layer_norm_epsilon as f32;
-        let x = ops.embed(self.wte, self.wpe, prompt)?; // [N, C]
+        let x = ops.embed(self.wte, Some(self.wpe), prompt)?; // [N, C]
         let mut x = ops.dropout(x, config.embd_pdrop, 0)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
@@ -305,28 +324,40 @@ fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Activation, Family};
+    use crate::config::{Activation, Family, LlamaConfig, RopeScaling};
     use crate::kernels::testing::numbers;
     use crate::optim::gradients;
 
-    fn model(change: impl FnOnce(&mut Config)) -> LanguageModel {
-        let architecture = Architecture {
-            architecture: Family::Gpt2,
-            layers: 2,
-            width: 24,
-            heads: Some(3),
-            positions: Some(40),
-            dropout: Some(0.2),
-        };
-        let mut config = architecture.config(17, 0).unwrap();
+    fn gpt2(change: impl FnOnce(&mut Gpt2Config)) -> LanguageModel {
+        let dropout = Some(0.2);
+        let architecture = Architecture { heads: Some(3), dropout, ..Architecture::new(Family::Gpt2, 2, 24) };
+        let Ok(Config::Gpt2(mut config)) = architecture.config(17, 0) else { panic!("not a GPT-2") };
         change(&mut config);
+        model(Config::Gpt2(config))
+    }
+
+    fn llama(change: impl FnOnce(&mut LlamaConfig)) -> LanguageModel {
+        let dropout = Some(0.2);
+        let architecture = Architecture { heads: Some(3), dropout, ..Architecture::new(Family::Llama, 2, 24) };
+        let Ok(Config::Llama(mut config)) = architecture.config(17, 0) else { panic!("not a Llama") };
+        change(&mut config);
+        model(Config::Llama(config))
+    }
+
+    fn model(config: Config) -> LanguageModel {
         let shapes = config.parameter_shapes().into_iter().zip(0..);
         let parameters = shapes.map(|((name, shape), seed)| {
             let values = numbers(seed, shape.iter().product()).into_iter().map(|x| 0.3 * x).collect();
             (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
         });
         let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 17 };
-        LanguageModel { parameters: parameters.collect(), config, tokenizer, device: Device::Cpu }
+        LanguageModel {
+            parameters: parameters.collect(),
+            config,
+            tokenizer,
+            device: Device::Cpu,
+            angles: Angles::default(),
+        }
     }
 
     #[test]
@@ -337,11 +368,21 @@ mod tests {
         batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
         let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
         let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        let scaling = |original_max_position_embeddings| RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings,
+        };
         let models = [
-            model(|_| {}),
-            model(|config| config.tie_word_embeddings = false),
-            model(|config| config.activation_function = Activation::Relu),
-            model(|config| (config.scale_attn_by_inverse_layer_idx, config.n_inner) = (true, Some(50))),
+            gpt2(|_| {}),
+            gpt2(|config| config.tie_word_embeddings = false),
+            gpt2(|config| config.activation_function = Activation::Relu),
+            gpt2(|config| (config.scale_attn_by_inverse_layer_idx, config.n_inner) = (true, Some(50))),
+            llama(|_| {}),
+            llama(|config| (config.tie_word_embeddings, config.num_key_value_heads) = (false, Some(1))),
+            llama(|config| (config.attention_bias, config.mlp_bias, config.head_dim) = (true, true, Some(10))),
+            llama(|config| config.rope_scaling = Some(scaling(16))),
         ];
         for model in &models {
             for (prompt, dropout) in
@@ -376,14 +417,7 @@ mod tests {
 
     #[test]
     fn fresh_weights_have_their_scale_and_depend_on_the_seed_alone() {
-        let architecture = Architecture {
-            architecture: Family::Gpt2,
-            layers: 8,
-            width: 64,
-            heads: None,
-            positions: None,
-            dropout: None,
-        };
+        let architecture = Architecture::new(Family::Gpt2, 8, 64);
         let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
         let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
         let values =
@@ -405,5 +439,26 @@ mod tests {
         assert_eq!(values(&model, name), values(&init(1), name));
         assert_ne!(values(&model, name), values(&init(2), name));
         assert_ne!(values(&model, name)[..100], values(&model, "transformer.h.4.mlp.c_fc.weight")[..100]);
+    }
+
+    #[test]
+    fn a_fresh_llama_begins_like_a_fresh_gpt2() {
+        let architecture = Architecture { tied: Some(false), ..Architecture::new(Family::Llama, 8, 64) };
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let model = LanguageModel::init(&architecture, tokenizer, 1, &Device::Cpu).unwrap();
+        for (name, expected) in [
+            ("model.embed_tokens.weight", 0.02),
+            ("lm_head.weight", 0.02),
+            ("model.layers.3.self_attn.k_proj.weight", 0.02),
+            ("model.layers.3.self_attn.o_proj.weight", 0.005),
+            ("model.layers.7.mlp.up_proj.weight", 0.02),
+            ("model.layers.7.mlp.down_proj.weight", 0.005),
+        ] {
+            let values = model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
+            assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
+        }
+        let norm = model.parameters["model.layers.0.post_attention_layernorm.weight"].to_vec1::<f32>().unwrap();
+        assert!(norm.iter().all(|x| *x == 1.0));
     }
 }

@@ -18,6 +18,7 @@ mod device;
 mod generate;
 mod gpt2;
 mod kernels;
+mod llama;
 pub mod loss;
 mod ops;
 mod optim;
@@ -26,7 +27,7 @@ mod prompt;
 pub mod sample;
 mod schedule;
 
-pub use config::{Activation, Architecture, Config, Family};
+pub use config::{Activation, Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling};
 pub use device::device;
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;

@@ -56,6 +56,11 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
+    /// One more than the last position, or 0 without rows.
+    pub(crate) fn positions_in_use(&self) -> usize {
+        self.positions.iter().max().map_or(0, |last| *last as usize + 1)
+    }
+
     /// The rows of a batch behind a soft prompt of `prompt` vectors.
     pub(crate) fn new(batch: &Packed, prompt: usize) -> Self {
         let mut rows = Rows { ids: batch.rows.clone(), ..Rows::default() };
@@ -88,6 +93,24 @@ pub(crate) struct Linear<'a> {
     pub(crate) bias: &'a Tensor,
 }
 
+/// Weight `[out, in]` of a linear layer as Llama's checkpoints have it, and its bias `[out]` if it has one.
+#[derive(Clone, Copy)]
+pub(crate) struct Projection<'a> {
+    pub(crate) weight: &'a Tensor,
+    pub(crate) bias: Option<&'a Tensor>,
+}
+
+/// What rotary positions turn, and by how much.
+#[derive(Clone, Copy)]
+pub(crate) struct Rotary<'a> {
+    /// Heads at the beginning of each row that are turned.
+    pub(crate) heads: usize,
+    /// Channels `D` of a head.
+    pub(crate) head_width: usize,
+    /// Of each position `D / 2` cosines and then `D / 2` sines: `[positions, D]`.
+    pub(crate) angles: &'a Tensor,
+}
+
 /// How one layer attends.
 #[derive(Clone, Copy)]
 pub(crate) struct Attend {
@@ -114,16 +137,24 @@ pub(crate) trait Ops {
     /// `[rows, channels]`.
     type Array;
 
-    /// The sum of a token's (or the prompt's) vector and its position's, for every row.
-    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Self::Array>;
+    /// A token's (or the prompt's) vector for every row, plus its position's where positions have vectors.
+    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Self::Array>;
     /// Layer norm of each row.
     fn layer_norm(&mut self, x: &Self::Array, norm: Norm<'_>, eps: f32) -> Result<Self::Array>;
+    /// Root mean square norm of each row, times `weight`, `[C]`.
+    fn rms_norm(&mut self, x: &Self::Array, weight: &Tensor, eps: f32) -> Result<Self::Array>;
     /// `x weight + bias`.
     fn linear(&mut self, x: &Self::Array, linear: Linear<'_>) -> Result<Self::Array>;
+    /// `x weight^T + bias` of several layers, side by side.
+    fn project(&mut self, x: &Self::Array, layers: &[Projection<'_>]) -> Result<Self::Array>;
+    /// Turns heads by the positions of their rows.
+    fn rotary(&mut self, x: Self::Array, rotary: Rotary<'_>) -> Result<Self::Array>;
     /// Causal attention within each sequence, `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`.
     fn attention(&mut self, qkv: Self::Array, attend: Attend) -> Result<Self::Array>;
     /// The nonlinearity.
     fn activation(&mut self, x: Self::Array, activation: Activation) -> Result<Self::Array>;
+    /// `silu(gate) * up`.
+    fn swiglu(&mut self, gate: Self::Array, up: Self::Array) -> Result<Self::Array>;
     /// `x + y`.
     fn add(&mut self, x: Self::Array, y: Self::Array) -> Result<Self::Array>;
     /// Drops elements, where this pass has dropout.
@@ -236,12 +267,12 @@ mod tests {
         let prompted = rows.inputs.iter().any(|i| matches!(i, Input::Prompt(_))).then_some(prompt);
         let out = if fused {
             let mut tape = Tape::new(Cpu, rows.clone(), dropout);
-            let x = tape.embed(tokens, positions, prompted).unwrap();
+            let x = tape.embed(tokens, Some(positions), prompted).unwrap();
             let result = pass.tape(&mut tape, x);
             tape.finish(result, tokens, prompted).unwrap()
         } else {
             let mut plain = Plain { rows, dropout };
-            let x = plain.embed(tokens, positions, prompted).unwrap();
+            let x = plain.embed(tokens, Some(positions), prompted).unwrap();
             pass.plain(&mut plain, x)
         };
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
@@ -364,6 +395,73 @@ mod tests {
     }
 
     #[test]
+    fn rms_norm() {
+        for width in [8, 33, 192] {
+            let weight = variable(4, 0, width);
+            let pass = pass!(|ops, x| ops.rms_norm(&x, weight, 1e-5), weight: Tensor = weight.clone());
+            check(&rows(&[30, 17, 20], 0), width, None, &[weight], &pass);
+        }
+    }
+
+    #[test]
+    fn projections_side_by_side() {
+        for (width, outs) in [(8, [8, 4, 4]), (33, [7, 1, 5]), (64, [96, 32, 32])] {
+            let weights = [0, 1, 2].map(|i| variable(4 + i, outs[i as usize], width));
+            let bias = variable(7, 0, outs[1]);
+            let pass = pass!(
+                |ops, x| {
+                    let layer = |i: usize| Projection { weight: &weights[i], bias: (i == 1).then_some(bias) };
+                    ops.project(&x, &[layer(0), layer(1), layer(2)])
+                },
+                weights: [Tensor; 3] = weights.clone(), bias: Tensor = bias.clone()
+            );
+            let leaves: Vec<Tensor> = weights.into_iter().chain([bias]).collect();
+            check(&rows(&[30, 17, 20], 0), width, None, &leaves, &pass);
+        }
+    }
+
+    #[test]
+    fn a_projection_alone() {
+        let (weight, bias) = (variable(4, 11, 12), variable(5, 0, 11));
+        for biased in [false, true] {
+            let pass = pass!(
+                |ops, x| ops.project(&x, &[Projection { weight, bias: bias.as_ref() }]),
+                weight: Tensor = weight.clone(), bias: Option<Tensor> = biased.then(|| bias.clone())
+            );
+            let leaves: Vec<Tensor> = [weight.clone()].into_iter().chain(biased.then(|| bias.clone())).collect();
+            check(&rows(&[3, 5], 2), 12, None, &leaves, &pass);
+        }
+    }
+
+    #[test]
+    fn rotary_positions_of_some_heads() {
+        for (heads, head_width) in [(1, 2), (2, 6), (3, 16)] {
+            let angles = (variable(9, 64, head_width) * 1.0).unwrap().detach();
+            // Two heads more that stay as they are.
+            let width = (heads + 2) * head_width;
+            let pass = pass!(
+                |ops, x| ops.rotary(x, Rotary { heads: *heads, head_width: *head_width, angles }),
+                heads: usize = heads, head_width: usize = head_width, angles: Tensor = angles
+            );
+            check(&rows(&[4, 1, 40], 2), width, None, &[], &pass);
+        }
+    }
+
+    #[test]
+    fn swiglu() {
+        let [gate, up] = [4, 5].map(|seed| variable(seed, 20, 12));
+        let pass = pass!(
+            |ops, x| {
+                let [gate, up] = [gate, up].map(|weight| Projection { weight, bias: None });
+                let (gate, up) = (ops.project(&x, &[gate]).unwrap(), ops.project(&x, &[up]).unwrap());
+                ops.swiglu(gate, up)
+            },
+            gate: Tensor = gate.clone(), up: Tensor = up.clone()
+        );
+        check(&rows(&[4, 9, 40], 0), 12, None, &[gate, up], &pass);
+    }
+
+    #[test]
     fn activations() {
         for activation in [Activation::GeluNew, Activation::Gelu, Activation::Relu] {
             let pass = pass!(|ops, x| ops.activation(x, *activation), activation: Activation = activation);
@@ -430,7 +528,7 @@ mod tests {
         let weight = (variable(4, 8, 8) * 2.0).unwrap();
         let bias = variable(5, 0, 8);
         let mut tape = Tape::new(Cpu, rows(&[3], 0), None);
-        let x = tape.embed(&variable(1, 5, 8), &variable(2, 64, 8), None).unwrap();
+        let x = tape.embed(&variable(1, 5, 8), Some(&variable(2, 64, 8)), None).unwrap();
         let error = tape.linear(&x, Linear { weight: &weight, bias: &bias }).err().unwrap();
         assert!(error.to_string().contains("computed from a variable"), "{error}");
     }

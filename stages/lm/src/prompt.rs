@@ -29,7 +29,7 @@ impl SoftPrompt {
     pub fn new(vectors: Tensor, model: &LanguageModel) -> Result<Self> {
         let (_, width) = vectors.dims2().context("a soft prompt has shape [length, width]")?;
         ensure!(width == model.width(), "soft prompt of width {width} for a model of width {}", model.width());
-        Ok(SoftPrompt { vectors, layers: model.config.n_layer, heads: model.config.n_head })
+        Ok(SoftPrompt { vectors, layers: model.config.layers(), heads: model.config.heads() })
     }
 
     /// Number of vectors `n`.

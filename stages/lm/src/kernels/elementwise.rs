@@ -1,5 +1,7 @@
 //! Loops over single elements: nonlinearities, sums, bias.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::elementary::{exp, tanh};
@@ -85,15 +87,20 @@ pub(crate) fn transpose(x: &[f32], width: usize) -> Vec<f32> {
 
 /// The sum of all rows: the gradient of a bias.
 pub(crate) fn sum_rows(x: &[f32], width: usize) -> Vec<f32> {
+    sum_rows_of(x, width, 0..width)
+}
+
+/// The sums of some of the `width` columns.
+pub(crate) fn sum_rows_of(x: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
     let parts = x.par_chunks(ROW_BLOCK * width).map(|block| {
-        let mut total = vec![0.0; width];
+        let mut total = vec![0.0; columns.len()];
         for row in block.chunks_exact(width) {
-            total.iter_mut().zip(row).for_each(|(t, x)| *t += x);
+            total.iter_mut().zip(&row[columns.clone()]).for_each(|(t, x)| *t += x);
         }
         total
     });
     let total = sum_in_order(parts.collect());
-    if total.is_empty() { vec![0.0; width] } else { total }
+    if total.is_empty() { vec![0.0; columns.len()] } else { total }
 }
 
 #[inline(always)]

@@ -29,6 +29,21 @@ impl<'a> Matrix<'a> {
         Matrix { data, rows: data.len() / columns, columns, row_stride: columns, column_stride: 1 }
     }
 
+    /// `columns` columns, from `first` on, of rows of `stride` elements.
+    pub(crate) fn part(data: &'a [f32], stride: usize, first: usize, columns: usize) -> Self {
+        assert!(columns > 0 && first + columns <= stride, "columns {first}..{} of {stride}", first + columns);
+        let rows = Matrix::new(data, stride).rows;
+        Matrix { data: &data[first.min(data.len())..], rows, columns, row_stride: stride, column_stride: 1 }
+    }
+
+    pub(crate) fn rows(self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(self) -> usize {
+        self.columns
+    }
+
     /// The same elements with rows and columns exchanged.
     pub(crate) fn transposed(self) -> Self {
         Matrix {
@@ -50,7 +65,7 @@ pub(crate) fn product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     let mut out = Vec::with_capacity(length);
     // SAFETY: the capacity is `rows * columns` of the result, and without `accumulate` every element is written, none read.
     unsafe {
-        multiply(out.as_mut_ptr(), a, b, false);
+        multiply(out.as_mut_ptr(), b.columns, a, b, false);
         out.set_len(length);
     }
     out
@@ -81,13 +96,30 @@ pub(crate) fn product_into(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumu
         return;
     }
     // SAFETY: `out` has `rows * columns` elements, all initialised.
-    unsafe { multiply(out.as_mut_ptr(), a, b, accumulate) }
+    unsafe { multiply(out.as_mut_ptr(), b.columns, a, b, accumulate) }
+}
+
+/// The same for some columns of `out`, from `first` on, whose rows have `stride` elements.
+pub(crate) fn product_into_columns(
+    out: &mut [f32],
+    stride: usize,
+    first: usize,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    accumulate: bool,
+) {
+    assert!(out.len() == a.rows * stride && first + b.columns <= stride, "place of a product");
+    assert!(a.columns > 0, "a product has depth");
+    if a.rows > 0 {
+        // SAFETY: the last element written is `first + b.columns - 1` of the last row of `out`; all are initialised.
+        unsafe { multiply(out.as_mut_ptr().add(first), stride, a, b, accumulate) }
+    }
 }
 
 /// # Safety
 ///
-/// `out` must be valid for writes of `a.rows * b.columns` elements, and initialised if `accumulate`.
-unsafe fn multiply(out: *mut f32, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+/// `out` must be valid for writes of `a.rows` times `b.columns` elements, `stride` apart, and initialised if `accumulate`.
+unsafe fn multiply(out: *mut f32, stride: usize, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     assert_eq!(a.columns, b.rows, "depth of a product");
     if a.rows == 0 || b.columns == 0 {
         return;
@@ -105,7 +137,7 @@ unsafe fn multiply(out: *mut f32, a: Matrix<'_>, b: Matrix<'_>, accumulate: bool
                 depth,
                 out,
                 1,
-                b.columns as isize,
+                stride as isize,
                 accumulate || start > 0,
                 a.data.as_ptr().add(start * a.column_stride),
                 a.column_stride as isize,

@@ -21,6 +21,9 @@ pub(crate) mod layer_norm;
 pub(crate) mod masks;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
 pub(crate) mod tile;
 
 /// Rows that one task handles: fixed, because it decides the order of sums.

@@ -5,9 +5,10 @@
 
 use candle_core::{Result, Shape, Storage, Tensor};
 
-use super::{Dropout, Linear, Norm, Rows};
+use super::{Dropout, Linear, Norm, Projection, Rotary, Rows};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
+use crate::kernels::rope::Turn;
 
 /// Loops over buffers of a device. A buffer is `[rows, channels]`, row after row; weights are tensors on that device.
 pub(crate) trait Backend: Clone + Send + Sync + 'static {
@@ -26,8 +27,14 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     /// The buffer as candle's storage, for the result of a custom operation.
     fn storage(&self, x: Self::Buffer) -> Result<Storage>;
 
-    /// The vectors of tokens, prompt and positions, added.
-    fn embed(&self, rows: &Rows, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Self::Buffer>;
+    /// The vectors of tokens, prompt and, where they have some, positions, added.
+    fn embed(
+        &self,
+        rows: &Rows,
+        tokens: &Tensor,
+        positions: Option<&Tensor>,
+        prompt: Option<&Tensor>,
+    ) -> Result<Self::Buffer>;
     /// The gradient of the prompt, `count` elements: the sums of the rows where each of its vectors stands.
     fn embed_backward_prompt(&self, rows: &Rows, dy: &Self::Buffer, width: usize, count: usize)
     -> Result<Self::Buffer>;
@@ -44,6 +51,19 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         parameters: bool,
     ) -> Result<Option<(Tensor, Tensor)>>;
 
+    /// Root mean square norm; its moments have a mean of 0.
+    fn rms_norm(&self, x: &Self::Buffer, weight: &Tensor, eps: f32) -> Result<(Self::Buffer, Self::Moments)>;
+    /// Adds the gradient of `x` to `dx`; gives that of the weight where `parameters`.
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Self::Buffer,
+        x: &Self::Buffer,
+        weight: &Tensor,
+        moments: &Self::Moments,
+        dy: &Self::Buffer,
+        parameters: bool,
+    ) -> Result<Option<Tensor>>;
+
     /// `x weight + bias`.
     fn linear(&self, x: &Self::Buffer, linear: Linear<'_>) -> Result<Self::Buffer>;
     /// `dy weight^T`.
@@ -56,6 +76,25 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         depth: usize,
         width: usize,
     ) -> Result<(Tensor, Tensor)>;
+
+    /// `x weight^T + bias` of each layer, side by side.
+    fn project(&self, x: &Self::Buffer, layers: &[Projection<'_>]) -> Result<Self::Buffer>;
+    /// The sum of `dy_i weight_i`, where `dy` holds the gradients `dy_i` of the layers side by side.
+    fn project_backward_input(&self, dy: &Self::Buffer, weights: &[Tensor]) -> Result<Self::Buffer>;
+    /// `dy_i^T x` of columns of `dy`, `[out, in]`, and the sum of their rows where `bias`. `weight` is the layer's, for its
+    /// shape; its columns of the `channels` begin at `first`.
+    #[expect(clippy::too_many_arguments, reason = "which part of a matrix")]
+    fn project_backward_weight(
+        &self,
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        channels: usize,
+        first: usize,
+        weight: &Tensor,
+        bias: bool,
+    ) -> Result<(Tensor, Option<Tensor>)>;
+    /// Turns heads in place.
+    fn rotate(&self, x: &mut Self::Buffer, width: usize, rotary: Rotary<'_>, rows: &Rows, turn: Turn) -> Result<()>;
 
     /// `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`; `width` is `H D`.
     fn attention(&self, qkv: &Self::Buffer, width: usize, attention: &Attention<'_>) -> Result<Self::Buffer>;
@@ -71,6 +110,11 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     fn activation(&self, x: &Self::Buffer, activation: Activation) -> Result<Self::Buffer>;
     /// Multiplies `dy` by the derivative at `x`.
     fn activation_backward(&self, dy: &mut Self::Buffer, x: &Self::Buffer, activation: Activation) -> Result<()>;
+
+    /// `silu(gate) * up`.
+    fn swiglu(&self, gate: &Self::Buffer, up: &Self::Buffer) -> Result<Self::Buffer>;
+    /// Puts the gradients of `gate` and `up` in their places.
+    fn swiglu_backward(&self, gate: &mut Self::Buffer, up: &mut Self::Buffer, dy: &Self::Buffer) -> Result<()>;
 
     /// `x += y`.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;

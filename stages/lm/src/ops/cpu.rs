@@ -4,12 +4,13 @@ use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::backend::Backend;
-use super::{Dropout, Input, Linear, Norm, Rows, elements};
+use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, elements};
 use crate::config::Activation;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
-use crate::kernels::matmul::{Matrix, product, product_into};
-use crate::kernels::{ROW_BLOCK, elementwise, masks};
+use crate::kernels::matmul::{Matrix, product, product_into, product_into_columns};
+use crate::kernels::rope::{self, Turn};
+use crate::kernels::{ROW_BLOCK, elementwise, masks, rms_norm, swiglu};
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -43,7 +44,13 @@ impl Backend for Cpu {
         Ok(Storage::Cpu(CpuStorage::F32(x)))
     }
 
-    fn embed(&self, rows: &Rows, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Vec<f32>> {
+    fn embed(
+        &self,
+        rows: &Rows,
+        tokens: &Tensor,
+        positions: Option<&Tensor>,
+        prompt: Option<&Tensor>,
+    ) -> Result<Vec<f32>> {
         embed(&rows.inputs, &rows.positions, tokens, positions, prompt)
     }
 
@@ -75,6 +82,23 @@ impl Backend for Cpu {
         gradients.map(|(weight, bias)| Ok((tensor(weight)?, tensor(bias)?))).transpose()
     }
 
+    fn rms_norm(&self, x: &Vec<f32>, weight: &Tensor, eps: f32) -> Result<(Vec<f32>, Vec<Moments>)> {
+        Ok(rms_norm::forward(x, &elements(weight)?, eps))
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Vec<f32>,
+        x: &Vec<f32>,
+        weight: &Tensor,
+        moments: &Vec<Moments>,
+        dy: &Vec<f32>,
+        parameters: bool,
+    ) -> Result<Option<Tensor>> {
+        let gradient = rms_norm::backward(dx, x, &elements(weight)?, moments, dy, parameters);
+        gradient.map(|gradient| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu)).transpose()
+    }
+
     fn linear(&self, x: &Vec<f32>, linear: Linear<'_>) -> Result<Vec<f32>> {
         let (depth, width) = linear.weight.dims2()?;
         let mut out = elementwise::rows_of(&elements(linear.bias)?, x.len() / depth);
@@ -99,6 +123,65 @@ impl Backend for Cpu {
         Ok((Tensor::from_vec(weight, (depth, width), &Device::Cpu)?, Tensor::from_vec(bias, width, &Device::Cpu)?))
     }
 
+    fn project(&self, x: &Vec<f32>, layers: &[Projection<'_>]) -> Result<Vec<f32>> {
+        let (mut width, mut depth) = (0, 0);
+        for layer in layers {
+            (width, depth) = (width + layer.weight.dim(0)?, layer.weight.dim(1)?);
+        }
+        let x = Matrix::new(x, depth);
+        let mut out = vec![0.0; x.rows() * width];
+        let mut first = 0;
+        for layer in layers {
+            let weight = elements(layer.weight)?;
+            let weight = Matrix::new(&weight, depth).transposed();
+            if let Some(bias) = layer.bias {
+                let bias = elements(bias)?;
+                out.chunks_exact_mut(width).for_each(|row| row[first..][..bias.len()].copy_from_slice(&bias));
+            }
+            product_into_columns(&mut out, width, first, x, weight, layer.bias.is_some());
+            first += weight.columns();
+        }
+        Ok(out)
+    }
+
+    fn project_backward_input(&self, dy: &Vec<f32>, weights: &[Tensor]) -> Result<Vec<f32>> {
+        let (mut width, mut depth) = (0, 0);
+        for weight in weights {
+            (width, depth) = (width + weight.dim(0)?, weight.dim(1)?);
+        }
+        let mut out = vec![0.0; dy.len() / width * depth];
+        let mut first = 0;
+        for weight in weights {
+            let weight = elements(weight)?;
+            let weight = Matrix::new(&weight, depth);
+            product_into(&mut out, Matrix::part(dy, width, first, weight.rows()), weight, first > 0);
+            first += weight.rows();
+        }
+        Ok(out)
+    }
+
+    fn project_backward_weight(
+        &self,
+        x: &Vec<f32>,
+        dy: &Vec<f32>,
+        channels: usize,
+        first: usize,
+        weight: &Tensor,
+        bias: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (width, depth) = weight.dims2()?;
+        let gradient = product(Matrix::part(dy, channels, first, width).transposed(), Matrix::new(x, depth));
+        let bias = bias.then(|| elementwise::sum_rows_of(dy, channels, first..first + width));
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, width, &Device::Cpu);
+        Ok((Tensor::from_vec(gradient, (width, depth), &Device::Cpu)?, bias.map(tensor).transpose()?))
+    }
+
+    fn rotate(&self, x: &mut Vec<f32>, width: usize, rotary: Rotary<'_>, rows: &Rows, turn: Turn) -> Result<()> {
+        let Rotary { heads, head_width, angles } = rotary;
+        rope::rotate(x, width, heads, head_width, &elements(angles)?, &rows.positions, turn);
+        Ok(())
+    }
+
     fn attention(&self, qkv: &Vec<f32>, width: usize, attention: &Attention<'_>) -> Result<Vec<f32>> {
         Ok(attention::forward(qkv, width, attention))
     }
@@ -119,6 +202,15 @@ impl Backend for Cpu {
 
     fn activation_backward(&self, dy: &mut Vec<f32>, x: &Vec<f32>, activation: Activation) -> Result<()> {
         elementwise::activation_backward(dy, x, activation);
+        Ok(())
+    }
+
+    fn swiglu(&self, gate: &Vec<f32>, up: &Vec<f32>) -> Result<Vec<f32>> {
+        Ok(swiglu::forward(gate, up))
+    }
+
+    fn swiglu_backward(&self, gate: &mut Vec<f32>, up: &mut Vec<f32>, dy: &Vec<f32>) -> Result<()> {
+        swiglu::backward(gate, up, dy);
         Ok(())
     }
 
@@ -164,19 +256,19 @@ impl Backend for Cpu {
     }
 }
 
-/// The vectors of tokens, prompt and positions, added: `[rows, C]`.
+/// The vectors of tokens, prompt and, where they have some, positions, added: `[rows, C]`.
 pub(crate) fn embed(
     inputs: &[Input],
     at: &[u32],
     tokens: &Tensor,
-    positions: &Tensor,
+    positions: Option<&Tensor>,
     prompt: Option<&Tensor>,
 ) -> Result<Vec<f32>> {
     let width = tokens.dim(1)?;
     if inputs.len() != at.len() {
         bail!("{} positions for {} rows", at.len(), inputs.len());
     }
-    let (tokens, positions) = (elements(tokens)?, elements(positions)?);
+    let (tokens, positions) = (elements(tokens)?, positions.map(elements).transpose()?);
     let prompt = prompt.map(elements).transpose()?;
     let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
     let mut out = Vec::with_capacity(inputs.len() * width);
@@ -185,8 +277,14 @@ pub(crate) fn embed(
             Input::Token(id) => (&*tokens, *id as usize),
             Input::Prompt(i) => (prompt, *i as usize),
         };
-        let position = &positions[*position as usize * width..][..width];
-        out.extend(table[row * width..][..width].iter().zip(position).map(|(a, b)| a + b));
+        let vector = &table[row * width..][..width];
+        match &positions {
+            Some(positions) => {
+                let position = &positions[*position as usize * width..][..width];
+                out.extend(vector.iter().zip(position).map(|(a, b)| a + b));
+            }
+            None => out.extend_from_slice(vector),
+        }
     }
     Ok(out)
 }

@@ -2,9 +2,9 @@
 //!
 //! Uses only operations whose gradients candle computes; its fused softmax and norms lose gradients silently.
 
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{D, Device, Result, Tensor, bail};
 
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows};
+use super::{Attend, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
 use crate::config::Activation;
 use crate::kernels::masks;
 
@@ -14,10 +14,17 @@ pub(crate) struct Plain<'a> {
     pub(crate) dropout: Option<Dropout>,
 }
 
+impl Plain<'_> {
+    /// The position of every row.
+    fn at(&self, device: &Device) -> Result<Tensor> {
+        Tensor::from_slice(&self.rows.positions, self.rows.positions.len(), device)
+    }
+}
+
 impl Ops for Plain<'_> {
     type Array = Tensor;
 
-    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Tensor> {
+    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Tensor> {
         let device = tokens.device();
         let mut ids = Vec::new();
         // Where each row's vector is found in tokens ++ prompt.
@@ -39,8 +46,10 @@ impl Ops for Plain<'_> {
             let places = Tensor::from_vec(places, count, device)?;
             vectors = Tensor::cat(&[&vectors, prompt], 0)?.index_select(&places, 0)?;
         }
-        let at = Tensor::from_slice(&self.rows.positions, self.rows.positions.len(), device)?;
-        vectors + positions.index_select(&at, 0)?
+        match positions {
+            Some(positions) => vectors + positions.index_select(&self.at(device)?, 0)?,
+            None => Ok(vectors),
+        }
     }
 
     fn layer_norm(&mut self, x: &Tensor, norm: Norm<'_>, eps: f32) -> Result<Tensor> {
@@ -50,8 +59,35 @@ impl Ops for Plain<'_> {
         normal.broadcast_mul(norm.weight)?.broadcast_add(norm.bias)
     }
 
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
+        x.broadcast_div(&(mean_square + f64::from(eps))?.sqrt()?)?.broadcast_mul(weight)
+    }
+
     fn linear(&mut self, x: &Tensor, linear: Linear<'_>) -> Result<Tensor> {
         x.matmul(linear.weight)?.broadcast_add(linear.bias)
+    }
+
+    fn project(&mut self, x: &Tensor, layers: &[Projection<'_>]) -> Result<Tensor> {
+        let project = |layer: &Projection<'_>| {
+            let y = x.matmul(&layer.weight.t()?)?;
+            layer.bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+        };
+        Tensor::cat(&layers.iter().map(project).collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    fn rotary(&mut self, x: Tensor, rotary: Rotary<'_>) -> Result<Tensor> {
+        let Rotary { heads, head_width, angles } = rotary;
+        let ((rows, width), half) = (x.dims2()?, head_width / 2);
+        let angles = angles.index_select(&self.at(x.device())?, 0)?.reshape((rows, 1, 2, half))?;
+        let (cosine, sine) = (angles.narrow(2, 0, 1)?, angles.narrow(2, 1, 1)?); // [N, 1, 1, D / 2]
+        let turned = x.narrow(1, 0, heads * head_width)?.reshape((rows, heads, 2, half))?;
+        let (a, b) = (turned.narrow(2, 0, 1)?, turned.narrow(2, 1, 1)?);
+        let first = (a.broadcast_mul(&cosine)? - b.broadcast_mul(&sine)?)?;
+        let second = (b.broadcast_mul(&cosine)? + a.broadcast_mul(&sine)?)?;
+        let turned = Tensor::cat(&[first, second], 2)?.reshape((rows, heads * head_width))?;
+        let rest = width - heads * head_width;
+        if rest == 0 { Ok(turned) } else { Tensor::cat(&[turned, x.narrow(1, width - rest, rest)?], 1) }
     }
 
     fn attention(&mut self, qkv: Tensor, attend: Attend) -> Result<Tensor> {
@@ -108,6 +144,10 @@ impl Ops for Plain<'_> {
             Activation::Gelu => x.gelu_erf(),
             Activation::Relu => x.relu(),
         }
+    }
+
+    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+        gate.silu()? * up
     }
 
     fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {

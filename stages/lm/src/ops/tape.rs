@@ -11,9 +11,10 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor,
 
 use super::backend::Backend;
 use super::collect::{Contribution, deliver};
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows};
+use super::{Attend, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
+use crate::kernels::rope::Turn;
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
 pub(crate) struct Tape<B: Backend> {
@@ -71,10 +72,10 @@ impl<B: Backend> Tape<B> {
 impl<B: Backend> Ops for Tape<B> {
     type Array = Array<B>;
 
-    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Array<B>> {
+    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Array<B>> {
         let width = tokens.dim(1)?;
         let out = self.backend.embed(&self.rows, tokens, positions, prompt)?;
-        let (tokens, positions) = (leaf(tokens)?, leaf(positions)?);
+        let (tokens, positions) = (leaf(tokens)?, positions.map(leaf).transpose()?.flatten());
         let prompt = prompt.filter(|p| p.track_op()).map(|p| p.shape().clone());
         let out = self.array(out, width, tokens.is_some() || positions.is_some() || prompt.is_some());
         if let Some(node) = out.node {
@@ -136,6 +137,33 @@ impl<B: Backend> Ops for Tape<B> {
         Ok(out)
     }
 
+    fn rms_norm(&mut self, x: &Array<B>, weight: &Tensor, eps: f32) -> Result<Array<B>> {
+        let (out, moments) = self.backend.rms_norm(&x.data, weight, eps)?;
+        let parameter = leaf(weight)?;
+        let out = self.array(out, x.width, x.node.is_some() || parameter.is_some());
+        if let Some(node) = out.node {
+            let (weight, x_node, x) = (weight.detach(), x.node, x.data.clone());
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
+                let mut dx = match so_far {
+                    Some(dx) => dx,
+                    None => backward.backend.zeros(B::len(&x))?,
+                };
+                let wanted = parameter.is_some();
+                let gradient = backward.backend.rms_norm_backward(&mut dx, &x, &weight, &moments, &dy, wanted)?;
+                if let Some((weight, gradient)) = parameter.zip(gradient) {
+                    deliver(&weight, Contribution::Dense(gradient))?;
+                }
+                if let Some(node) = x_node {
+                    backward.gradients[node] = Some(Arc::new(dx));
+                }
+                Ok(())
+            });
+        }
+        Ok(out)
+    }
+
     fn linear(&mut self, x: &Array<B>, linear: Linear<'_>) -> Result<Array<B>> {
         let (depth, width) = linear.weight.dims2()?;
         if x.width != depth {
@@ -159,6 +187,64 @@ impl<B: Backend> Ops for Tape<B> {
                     backward.add(node, dx)?;
                 }
                 Ok(())
+            });
+        }
+        Ok(out)
+    }
+
+    fn project(&mut self, x: &Array<B>, layers: &[Projection<'_>]) -> Result<Array<B>> {
+        let mut width = 0;
+        // Of each layer: its first column, and the parameters that want a gradient.
+        let mut parameters = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let (out, depth) = layer.weight.dims2()?;
+            if x.width != depth {
+                bail!("a linear layer over {depth} channels got {}", x.width);
+            }
+            parameters.push((width, leaf(layer.weight)?, layer.bias.map(leaf).transpose()?.flatten()));
+            width += out;
+        }
+        let out = self.backend.project(&x.data, layers)?;
+        let wanted = parameters.iter().any(|(_, weight, bias)| weight.is_some() || bias.is_some());
+        let out = self.array(out, width, x.node.is_some() || wanted);
+        if let Some(node) = out.node {
+            let weights: Vec<Tensor> = layers.iter().map(|layer| layer.weight.detach()).collect();
+            let (x_node, kept) = (x.node, wanted.then(|| x.data.clone()));
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                for (first, weight, bias) in parameters {
+                    let (Some(x), Some(weight)) = (&kept, weight) else { continue };
+                    let backend = &backward.backend;
+                    let (dweight, dbias) =
+                        backend.project_backward_weight(x, &dy, width, first, &weight, bias.is_some())?;
+                    deliver(&weight, Contribution::Dense(dweight))?;
+                    if let Some((bias, dbias)) = bias.zip(dbias) {
+                        deliver(&bias, Contribution::Dense(dbias))?;
+                    }
+                }
+                if let Some(node) = x_node {
+                    let dx = backward.backend.project_backward_input(&dy, &weights)?;
+                    backward.add(node, dx)?;
+                }
+                Ok(())
+            });
+        }
+        Ok(out)
+    }
+
+    fn rotary(&mut self, x: Array<B>, rotary: Rotary<'_>) -> Result<Array<B>> {
+        let (width, from) = (x.width, x.node);
+        let mut data = take(&self.backend, x.data)?;
+        self.backend.rotate(&mut data, width, rotary, &self.rows, Turn::Forth)?;
+        let out = self.array(data, width, from.is_some());
+        if let Some((node, from)) = out.node.zip(from) {
+            let (rows, angles) = (self.rows.clone(), rotary.angles.clone());
+            let (heads, head_width) = (rotary.heads, rotary.head_width);
+            self.record(move |backward| {
+                let mut dy = backward.take_own(node)?;
+                let rotary = Rotary { heads, head_width, angles: &angles };
+                backward.backend.rotate(&mut dy, width, rotary, &rows, Turn::Back)?;
+                backward.add(from, dy)
             });
         }
         Ok(out)
@@ -189,6 +275,26 @@ impl<B: Backend> Ops for Tape<B> {
                 let mut dy = backward.take_own(node)?;
                 backward.backend.activation_backward(&mut dy, &x.data, activation)?;
                 backward.add(from, dy)
+            });
+        }
+        Ok(out)
+    }
+
+    fn swiglu(&mut self, gate: Array<B>, up: Array<B>) -> Result<Array<B>> {
+        let out = self.backend.swiglu(&gate.data, &up.data)?;
+        let out = self.array(out, gate.width, gate.node.is_some() || up.node.is_some());
+        if let Some(node) = out.node {
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let backend = backward.backend.clone();
+                let (mut dgate, mut dup) = (take(&backend, gate.data)?, take(&backend, up.data)?);
+                backend.swiglu_backward(&mut dgate, &mut dup, &dy)?;
+                for (node, gradient) in [(gate.node, dgate), (up.node, dup)] {
+                    if let Some(node) = node {
+                        backward.add(node, gradient)?;
+                    }
+                }
+                Ok(())
             });
         }
         Ok(out)

@@ -51,12 +51,10 @@ fn a_saved_model_reopens_bit_equal_and_saves_the_same_bytes() {
     let json = r#"{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<end>"}]}"#;
     let tokenizer = TokenizerFile { json: Arc::new(json.into()), end: 2, size: 3 };
     let architecture = Architecture {
-        architecture: Family::Gpt2,
-        layers: 1,
-        width: 16,
         heads: Some(4),
         positions: Some(9),
         dropout: Some(0.1),
+        ..Architecture::new(Family::Gpt2, 1, 16)
     };
     let model = LanguageModel::init(&architecture, tokenizer, 1, &Device::Cpu).unwrap();
     let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());

@@ -7,7 +7,7 @@ use lm::loss::log_probs;
 use lm::sample::Sampling;
 use lm::{Generate, Generated, LanguageModel, Packed, Prompt, generate};
 
-use crate::{gap, small_model, with_threads};
+use crate::{gap, small_llama, small_model, with_threads};
 
 fn prompts() -> Vec<(u64, Vec<u32>)> {
     (0..9u32)
@@ -53,11 +53,16 @@ fn a_rows_text_does_not_depend_on_its_company_or_on_threads() {
 
 #[test]
 fn log_probabilities_are_those_of_a_whole_forward_pass() {
-    let model = small_model(0.0);
+    for model in [small_model(0.0), small_llama()] {
+        log_probabilities_are_whole(&model);
+    }
+}
+
+fn log_probabilities_are_whole(model: &LanguageModel) {
     let soft = soft_prompt();
     for soft_prompt in [None, Some(&soft)] {
         for sampling in [Sampling::default(), Sampling { temperature: 0.7, top_k: 9, ..Sampling::default() }] {
-            let texts = write(&model, soft_prompt, &Generate { sampling, ..options(4) });
+            let texts = write(model, soft_prompt, &Generate { sampling, ..options(4) });
             for (text, (row, prompt)) in texts.iter().zip(prompts()) {
                 let all = [prompt.as_slice(), &text.ids].concat();
                 let mut batch = Packed::new();
@@ -72,18 +77,34 @@ fn log_probabilities_are_those_of_a_whole_forward_pass() {
 }
 
 #[test]
+fn a_llamas_rows_do_not_depend_on_their_company_or_on_threads() {
+    let model = small_llama();
+    let alone = write(&model, None, &options(1));
+    assert!(alone.iter().any(|g| g.ids != alone[0].ids));
+    for (batch, threads) in [(1, 3), (2, 1), (5, 2), (16, 3)] {
+        let together = with_threads(threads, || write(&model, None, &options(batch)));
+        assert!(alone == together, "{batch} rows, {threads} threads");
+    }
+}
+
+#[test]
 fn a_soft_prompt_changes_the_text_and_shifts_its_positions() {
-    let model = small_model(0.0);
+    for model in [small_model(0.0), small_llama()] {
+        a_soft_prompt_is_text(&model);
+    }
+}
+
+fn a_soft_prompt_is_text(model: &LanguageModel) {
     let greedy = Generate { sampling: Sampling::greedy(), ..options(4) };
-    assert_ne!(write(&model, None, &greedy), write(&model, Some(&soft_prompt()), &greedy));
+    assert_ne!(write(model, None, &greedy), write(model, Some(&soft_prompt()), &greedy));
     // The vectors of tokens as a soft prompt are those tokens.
     let ids = Tensor::new(&[7u32, 8, 9], &Device::Cpu).unwrap();
     let vectors = model.embedding().index_select(&ids, 0).unwrap();
     let short = [Prompt { row: 1, ids: &[10, 11] }];
     let long = [Prompt { row: 1, ids: &[7, 8, 9, 10, 11] }];
     let mut no_progress = |_| {};
-    let soft = generate(&model, Some(&vectors), &short, &options(1), &mut no_progress).unwrap();
-    assert_eq!(soft, generate(&model, None, &long, &options(1), &mut no_progress).unwrap());
+    let soft = generate(model, Some(&vectors), &short, &options(1), &mut no_progress).unwrap();
+    assert_eq!(soft, generate(model, None, &long, &options(1), &mut no_progress).unwrap());
 }
 
 #[test]

@@ -13,16 +13,19 @@ use lm::{Architecture, Family, LanguageModel};
 
 /// A small random model of two layers over 40 ids, the end token being 0.
 fn small_model(dropout: f32) -> LanguageModel {
-    let architecture = Architecture {
-        architecture: Family::Gpt2,
-        layers: 2,
-        width: 32,
-        heads: None,
-        positions: Some(32),
-        dropout: Some(dropout),
-    };
+    let architecture = Architecture::new(Family::Gpt2, 2, 32);
+    lively(&Architecture { positions: Some(32), dropout: Some(dropout), ..architecture })
+}
+
+/// The same as a Llama whose query heads share keys and values.
+fn small_llama() -> LanguageModel {
+    let architecture = Architecture::new(Family::Llama, 2, 32);
+    lively(&Architecture { positions: Some(32), heads: Some(4), kv_heads: Some(2), ..architecture })
+}
+
+fn lively(architecture: &Architecture) -> LanguageModel {
     let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 40 };
-    let model = LanguageModel::init(&architecture, tokenizer, 5, &Device::Cpu).unwrap();
+    let model = LanguageModel::init(architecture, tokenizer, 5, &Device::Cpu).unwrap();
     // Larger weights than a fresh model has, so that its distributions are far from uniform.
     let model = model.trainable().unwrap();
     for parameter in model.parameters().values().filter(|p| p.rank() == 2) {

@@ -1,4 +1,4 @@
-//! The numbers of PyTorch and `transformers`: `tests/fixtures/parity/gpt2`, described in the README beside it.
+//! The numbers of PyTorch and `transformers`: `tests/fixtures/parity`, described in the README there.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,16 +16,18 @@ use serde_json::Value as Json;
 
 use crate::{flat, gap};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity/gpt2").join(name)
+const LLAMAS: [&str; 2] = ["llama/llama2", "llama/llama3"];
+
+fn fixture(model: &str, name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(model).join(name)
 }
 
-fn json(name: &str) -> Json {
-    serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
+fn json(model: &str, name: &str) -> Json {
+    serde_json::from_slice(&std::fs::read(fixture(model, name)).unwrap()).unwrap()
 }
 
-fn expected() -> BTreeMap<String, Vec<f32>> {
-    let tensors = candle_core::safetensors::load(fixture("expected.safetensors"), &Device::Cpu).unwrap();
+fn expected(model: &str) -> BTreeMap<String, Vec<f32>> {
+    let tensors = candle_core::safetensors::load(fixture(model, "expected.safetensors"), &Device::Cpu).unwrap();
     tensors.into_iter().map(|(name, tensor)| (name, flat(&tensor))).collect()
 }
 
@@ -33,8 +35,8 @@ fn ids(json: &Json) -> Vec<u32> {
     json.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-fn model() -> LanguageModel {
-    LanguageModel::load(&fixture(""), &Device::Cpu).unwrap()
+fn model(name: &str) -> LanguageModel {
+    LanguageModel::load(&fixture(name, ""), &Device::Cpu).unwrap()
 }
 
 /// Rows of (prompt, response) as inputs, the places whose next token is part of a response, and those tokens.
@@ -50,10 +52,10 @@ fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
     (batch, places, labels)
 }
 
-fn batches() -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
+fn batches(model: &str) -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
     let row = |row: &Json| (ids(&row["prompt"]), ids(&row["response"]));
     let batch = |batch: &Json| batch.as_array().unwrap().iter().map(row).collect();
-    json("batch.json").as_array().unwrap().iter().map(batch).collect()
+    json(model, "batch.json").as_array().unwrap().iter().map(batch).collect()
 }
 
 /// The sum of -log p over response tokens, divided by `count`.
@@ -81,25 +83,47 @@ fn without_key_bias(name: &str, values: &[f32]) -> Vec<f32> {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    let (model, expected) = (model(), expected());
-    let (batch, ..) = packed(&batches()[0]);
-    let logits = model.hidden(&batch, None, None).unwrap().matmul(&model.head().t().unwrap()).unwrap();
-    for (i, segment) in batch.segments.iter().enumerate() {
-        let found = flat(&logits.narrow(0, segment.start, segment.len()).unwrap());
-        let gap = gap(&found, &expected[&format!("logits.{i}")]);
-        assert!(gap < 1e-5, "row {i}: {gap}");
+    for name in ["gpt2"].into_iter().chain(LLAMAS) {
+        let (model, expected) = (model(name), expected(name));
+        let (batch, ..) = packed(&batches(name)[0]);
+        let logits = model.hidden(&batch, None, None).unwrap().matmul(&model.head().t().unwrap()).unwrap();
+        for (i, segment) in batch.segments.iter().enumerate() {
+            let found = flat(&logits.narrow(0, segment.start, segment.len()).unwrap());
+            let gap = gap(&found, &expected[&format!("logits.{i}")]);
+            assert!(gap < 1e-5, "{name}, row {i}: {gap}");
+        }
+    }
+}
+
+#[test]
+fn the_loss_and_gradients_of_llamas_are_those_of_pytorch() {
+    for name in LLAMAS {
+        let (model, expected, scalars) =
+            (model(name).trainable().unwrap(), expected(name), json(name, "expected.json"));
+        let rows = &batches(name)[0];
+        let loss = loss(&model, rows, tokens(rows));
+        let gradients = gradients(&loss, model.parameters()).unwrap();
+        let near = |found: f64, expected: &Json| (found / expected[0].as_f64().unwrap() - 1.0).abs() < 1e-5;
+        assert!(near(f64::from(loss.to_scalar::<f32>().unwrap()), &scalars["losses"]), "{name}");
+        assert!(near(norm(&gradients).unwrap(), &scalars["grad_norms"]), "{name}");
+        assert_eq!(gradients.len(), expected.keys().filter(|key| key.starts_with("grad.")).count(), "{name}");
+        for (parameter, gradient) in &gradients {
+            let gap = gap(&flat(gradient), &expected[&format!("grad.{parameter}")]);
+            assert!(gap < 1e-5, "{name}, gradient of {parameter}: {gap}");
+        }
     }
 }
 
 #[test]
 fn loss_gradients_and_five_updates_are_those_of_pytorch() {
-    let (model, expected, scalars) = (model().trainable().unwrap(), expected(), json("expected.json"));
+    let (model, expected, scalars) =
+        (model("gpt2").trainable().unwrap(), expected("gpt2"), json("gpt2", "expected.json"));
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 1e-2, ..AdamWOptions::default() });
     let near = |what: &str, found: f64, expected: &Json| {
         let expected = expected.as_f64().unwrap();
         assert!((found / expected - 1.0).abs() < 1e-5, "{what}: {found}, expected {expected}");
     };
-    for (step, rows) in batches().iter().enumerate() {
+    for (step, rows) in batches("gpt2").iter().enumerate() {
         let loss = loss(&model, rows, tokens(rows));
         near("loss", f64::from(loss.to_scalar::<f32>().unwrap()), &scalars["losses"][step]);
         let gradients = gradients(&loss, model.parameters()).unwrap();
@@ -130,23 +154,25 @@ fn greedy(max_new_tokens: usize, batch: usize) -> Generate {
 
 #[test]
 fn greedy_text_is_that_of_transformers() {
-    let cases = json("expected.json")["greedy"].as_array().unwrap().clone();
-    let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["prompt"])).collect();
-    let prompts: Vec<Prompt<'_>> = prompts.iter().zip(0..).map(|(ids, row)| Prompt { row, ids }).collect();
-    for batch in [1, 3, 4] {
-        let texts = generate(&model(), None, &prompts, &greedy(12, batch), &mut |_| {}).unwrap();
-        for (text, case) in texts.iter().zip(&cases) {
-            assert_eq!(text.ids, ids(&case["response"]));
-            assert_eq!(text.end == End::Stop, text.ids.last() == Some(&0));
-            assert_eq!(text.log_probs.len(), text.ids.len());
+    for name in ["gpt2"].into_iter().chain(LLAMAS) {
+        let cases = json(name, "expected.json")["greedy"].as_array().unwrap().clone();
+        let prompts: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["prompt"])).collect();
+        let prompts: Vec<Prompt<'_>> = prompts.iter().zip(0..).map(|(ids, row)| Prompt { row, ids }).collect();
+        for batch in [1, 3, 4] {
+            let texts = generate(&model(name), None, &prompts, &greedy(12, batch), &mut |_| {}).unwrap();
+            for (text, case) in texts.iter().zip(&cases) {
+                assert_eq!(text.ids, ids(&case["response"]), "{name}");
+                assert_eq!(text.end == End::Stop, text.ids.last() == Some(&0));
+                assert_eq!(text.log_probs.len(), text.ids.len());
+            }
         }
     }
 }
 
 #[test]
 fn gradients_do_not_depend_on_how_a_batch_is_split() {
-    let model = model().trainable().unwrap();
-    let rows = batches().concat();
+    let model = model("gpt2").trainable().unwrap();
+    let rows = batches("gpt2").concat();
     let count = tokens(&rows);
     let by_parts = |size: usize| {
         let mut total = Gradients::new();
@@ -175,12 +201,12 @@ fn an_interrupted_training_ends_with_the_same_bits() {
     };
     let bits = |model: &LanguageModel| model.parameters().values().map(flat).collect::<Vec<_>>();
     let options = AdamWOptions::default();
-    let batches = batches();
+    let batches = batches("gpt2");
 
-    let unbroken = model().trainable().unwrap();
+    let unbroken = model("gpt2").trainable().unwrap();
     train(&unbroken, &mut AdamW::new(options), &batches);
 
-    let first = model().trainable().unwrap();
+    let first = model("gpt2").trainable().unwrap();
     let mut optimizer = AdamW::new(options);
     train(&first, &mut optimizer, &batches[..2]);
     let [weights, state] = [(); 2].map(|()| tempfile::tempdir().unwrap());
@@ -195,17 +221,15 @@ fn an_interrupted_training_ends_with_the_same_bits() {
 }
 
 #[test]
-fn a_tiny_model_learns_a_batch_by_heart() {
+fn tiny_models_learn_a_batch_by_heart() {
+    let shape = |family| Architecture { positions: Some(32), ..Architecture::new(family, 2, 32) };
+    learns_by_heart(&shape(Family::Gpt2));
+    learns_by_heart(&Architecture { kv_heads: Some(1), ..shape(Family::Llama) });
+}
+
+fn learns_by_heart(architecture: &Architecture) {
     let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 40 };
-    let architecture = Architecture {
-        architecture: Family::Gpt2,
-        layers: 2,
-        width: 32,
-        heads: None,
-        positions: Some(32),
-        dropout: None,
-    };
-    let model = LanguageModel::init(&architecture, tokenizer, 5, &Device::Cpu).unwrap().trainable().unwrap();
+    let model = LanguageModel::init(architecture, tokenizer, 5, &Device::Cpu).unwrap().trainable().unwrap();
     let row = |i: u32| {
         ((0..5).map(|t| 1 + (i * 5 + t * 3) % 39).collect(), (0..6).map(|t| (i * 11 + t * t * 7) % 40).collect())
     };

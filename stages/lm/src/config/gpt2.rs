@@ -1,0 +1,183 @@
+//! The configuration of a GPT-2 model.
+
+use anyhow::ensure;
+use contract::Result;
+use serde::{Deserialize, Serialize};
+
+use super::{Activation, Architecture, at_least_one, multiple};
+
+/// A Hugging Face `config.json` of the GPT-2 family. Keys this crate has no use for are dropped when it is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gpt2Config {
+    /// Class names, for those who open the folder in Python.
+    #[serde(default = "default_architectures")]
+    pub architectures: Vec<String>,
+    /// Family, `gpt2`.
+    #[serde(default = "default_model_type")]
+    pub model_type: String,
+    /// Rows `V` of the embedding; may be more than the tokenizer has ids.
+    pub vocab_size: usize,
+    /// Longest sequence in tokens.
+    pub n_positions: usize,
+    /// Channels `C` of the hidden state.
+    pub n_embd: usize,
+    /// Transformer blocks.
+    pub n_layer: usize,
+    /// Attention heads `H`.
+    pub n_head: usize,
+    /// Channels inside the feed-forward layer; `None` is `4 C`.
+    #[serde(default)]
+    pub n_inner: Option<usize>,
+    /// Nonlinearity of the feed-forward layer.
+    #[serde(default = "default_activation")]
+    pub activation_function: Activation,
+    /// Dropout of the two residual branches.
+    #[serde(default = "default_dropout")]
+    pub resid_pdrop: f32,
+    /// Dropout of the embeddings.
+    #[serde(default = "default_dropout")]
+    pub embd_pdrop: f32,
+    /// Dropout of attention probabilities.
+    #[serde(default = "default_dropout")]
+    pub attn_pdrop: f32,
+    /// Added to the variance in layer norms.
+    #[serde(default = "default_epsilon")]
+    pub layer_norm_epsilon: f64,
+    /// Standard deviation of initial weights.
+    #[serde(default = "default_initializer_range")]
+    pub initializer_range: f64,
+    /// Whether scores are divided by the square root of the head's width.
+    #[serde(default = "yes")]
+    pub scale_attn_weights: bool,
+    /// Whether scores of layer `i` are divided by `i + 1` as well.
+    #[serde(default)]
+    pub scale_attn_by_inverse_layer_idx: bool,
+    /// Whether the output head is the input embedding.
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
+    /// Token that begins a text.
+    #[serde(default)]
+    pub bos_token_id: Option<u32>,
+    /// Token that ends a text.
+    #[serde(default)]
+    pub eos_token_id: Option<u32>,
+    /// Token that pads.
+    #[serde(default)]
+    pub pad_token_id: Option<u32>,
+}
+
+impl Gpt2Config {
+    /// The configuration that an architecture asks for.
+    pub(super) fn of(architecture: &Architecture, vocab_size: usize, end: u32) -> Self {
+        let dropout = architecture.dropout.unwrap_or(0.0);
+        Gpt2Config {
+            architectures: default_architectures(),
+            model_type: default_model_type(),
+            vocab_size,
+            n_positions: architecture.positions(),
+            n_embd: architecture.width,
+            n_layer: architecture.layers,
+            n_head: architecture.heads(),
+            n_inner: architecture.inner,
+            activation_function: Activation::GeluNew,
+            resid_pdrop: dropout,
+            embd_pdrop: dropout,
+            attn_pdrop: dropout,
+            layer_norm_epsilon: default_epsilon(),
+            initializer_range: default_initializer_range(),
+            scale_attn_weights: true,
+            scale_attn_by_inverse_layer_idx: false,
+            tie_word_embeddings: architecture.tied.unwrap_or(true),
+            bos_token_id: Some(end),
+            eos_token_id: Some(end),
+            pad_token_id: Some(end),
+        }
+    }
+
+    /// Channels inside the feed-forward layer.
+    pub fn inner(&self) -> usize {
+        self.n_inner.unwrap_or(4 * self.n_embd)
+    }
+
+    /// What attention scores of a layer are multiplied by.
+    pub fn attention_scale(&self, layer: usize) -> f32 {
+        let head_width = (self.n_embd / self.n_head) as f32;
+        let by_width = if self.scale_attn_weights { 1.0 / head_width.sqrt() } else { 1.0 };
+        if self.scale_attn_by_inverse_layer_idx { by_width / (layer + 1) as f32 } else { by_width }
+    }
+
+    pub(super) fn parameter_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let (c, inner) = (self.n_embd, self.inner());
+        let mut shapes = vec![
+            ("transformer.wte.weight".to_owned(), vec![self.vocab_size, c]),
+            ("transformer.wpe.weight".to_owned(), vec![self.n_positions, c]),
+        ];
+        for layer in 0..self.n_layer {
+            let of_block: [(&str, Vec<usize>); 12] = [
+                ("ln_1.weight", vec![c]),
+                ("ln_1.bias", vec![c]),
+                ("attn.c_attn.weight", vec![c, 3 * c]),
+                ("attn.c_attn.bias", vec![3 * c]),
+                ("attn.c_proj.weight", vec![c, c]),
+                ("attn.c_proj.bias", vec![c]),
+                ("ln_2.weight", vec![c]),
+                ("ln_2.bias", vec![c]),
+                ("mlp.c_fc.weight", vec![c, inner]),
+                ("mlp.c_fc.bias", vec![inner]),
+                ("mlp.c_proj.weight", vec![inner, c]),
+                ("mlp.c_proj.bias", vec![c]),
+            ];
+            shapes.extend(of_block.map(|(name, shape)| (format!("transformer.h.{layer}.{name}"), shape)));
+        }
+        shapes.push(("transformer.ln_f.weight".to_owned(), vec![c]));
+        shapes.push(("transformer.ln_f.bias".to_owned(), vec![c]));
+        if !self.tie_word_embeddings {
+            shapes.push(("lm_head.weight".to_owned(), vec![self.vocab_size, c]));
+        }
+        shapes
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_one(&[
+            ("layers", self.n_layer),
+            ("width", self.n_embd),
+            ("inner channels", self.inner()),
+            ("heads", self.n_head),
+            ("positions", self.n_positions),
+            ("vocabulary size", self.vocab_size),
+        ])?;
+        multiple("width", self.n_embd, self.n_head)?;
+        for rate in [self.resid_pdrop, self.embd_pdrop, self.attn_pdrop] {
+            ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
+        }
+        Ok(())
+    }
+}
+
+fn default_architectures() -> Vec<String> {
+    vec!["GPT2LMHeadModel".to_owned()]
+}
+
+fn default_model_type() -> String {
+    "gpt2".to_owned()
+}
+
+fn default_activation() -> Activation {
+    Activation::GeluNew
+}
+
+fn default_dropout() -> f32 {
+    0.1
+}
+
+fn default_epsilon() -> f64 {
+    1e-5
+}
+
+fn default_initializer_range() -> f64 {
+    0.02
+}
+
+fn yes() -> bool {
+    true
+}
