@@ -100,7 +100,7 @@ pub(crate) fn attend<T: Element>(
     }
     Call::of::<T>(device, &MODULE, "combine")
         .write(out)
-        .read(scratch)
+        .write(scratch)
         .read(positions)
         .size(heads.queries)
         .size(heads.width)

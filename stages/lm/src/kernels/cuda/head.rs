@@ -67,11 +67,11 @@ pub(crate) fn head_terms<T: Element>(
     assert!(target.is_none_or(|target| target.logits.len() == logits.len()), "logits of a target");
     let call = Call::of::<T>(device, &MODULE, "head_terms");
     let (call, accumulate) = match slopes {
-        Slopes::Unwanted => (call.read(logits).null(), false),
+        Slopes::Unwanted => (call.write(logits).null(), false),
         Slopes::InPlace => (call.write_twice(logits), false),
         Slopes::Into { slopes, accumulate } => {
             assert_eq!(slopes.len(), logits.len(), "a slope a logit");
-            (call.read(logits).write(slopes), accumulate)
+            (call.write(logits).write(slopes), accumulate)
         }
     };
     let (kind, a, b) = target.map_or((0, 0.0, 0.0), |target| code(target.divergence));

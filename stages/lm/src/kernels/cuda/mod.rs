@@ -10,6 +10,8 @@
 //! - Where nothing is to be done (no rows), nothing is launched.
 //! - Lengths are checked here, and panic: they follow from the shapes of the caller, never from a user.
 
+#![allow(dead_code, reason = "the backend takes these into use one by one")]
+
 pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod decode;
@@ -268,4 +270,21 @@ pub(crate) fn upload<T: DeviceRepr + Default + Clone + 'static>(
 ) -> Result<CudaSlice<T>> {
     numbers.resize(numbers.len().max(1), T::default());
     device.clone_htod(&numbers)
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use candle_core::Device;
+    use candle_core::cuda_backend::CudaDevice;
+
+    /// The first CUDA device, or none with a line that says that a test was skipped.
+    pub(crate) fn device() -> Option<CudaDevice> {
+        match Device::new_cuda(0).and_then(|device| Ok(device.as_cuda_device()?.clone())) {
+            Ok(device) => Some(device),
+            Err(error) => {
+                eprintln!("skipped: no CUDA device ({error})");
+                None
+            }
+        }
+    }
 }
