@@ -23,6 +23,9 @@ pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod sample;
 
+#[cfg(test)]
+mod tests;
+
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -230,8 +233,8 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes.
-const SHARED_WITHOUT_ASKING: usize = 48 * 1024;
+/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes, with room for what is declared.
+const SHARED_WITHOUT_ASKING: usize = 40 * 1024;
 
 /// Blocks of a launch in up to three directions.
 struct Grid((u32, u32, u32));
