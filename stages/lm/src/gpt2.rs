@@ -122,13 +122,14 @@ impl LanguageModel {
         self.parameters.get("lm_head.weight").unwrap_or_else(|| self.embedding())
     }
 
-    /// Final hidden states `[N, C]` of all tokens of a batch, after the last norm.
+    /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
     ///
     /// The `n` vectors of `prompt`, `[n, C]`, stand before every sequence at positions `0..n`; text follows from position
     /// `n`, and only its rows are returned. Gradients flow to parameters and prompt where they are variables; on the CPU,
     /// those of parameters are given by [`crate::gradients`].
     ///
-    /// Errors when a sequence is longer than the model's positions, or an id is not in its vocabulary.
+    /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or a token is wanted
+    /// that is not there.
     pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         let prompt_length = self.check(batch, prompt)?;
         let rows = Rows::new(batch, prompt_length);
@@ -201,6 +202,9 @@ impl LanguageModel {
         }
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
             anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
+        }
+        if let Some(token) = batch.wanted.iter().flatten().find(|token| **token as usize >= batch.ids.len()) {
+            anyhow::bail!("token {token} is wanted of a batch of {}", batch.ids.len());
         }
         Ok(prompt_length)
     }
@@ -279,7 +283,7 @@ impl Gpt2<'_> {
             let m = ops.dropout(m, config.resid_pdrop, mlp_site)?;
             x = ops.add(x, m)?;
         }
-        let x = ops.text(x)?; // [N, C] without the prompt's rows
+        let x = ops.text(x)?; // [wanted, C]
         ops.layer_norm(&x, self.ln_f, eps)
     }
 
