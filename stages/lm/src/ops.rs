@@ -11,6 +11,8 @@
 pub(crate) mod backend;
 pub(crate) mod collect;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod plain;
 pub(crate) mod tape;
 
@@ -239,7 +241,7 @@ mod tests {
         };
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
         let loss = (&out * factors).unwrap().sum_all().unwrap();
-        let (mut store, mut collected) = collect(|| loss.backward()).unwrap();
+        let (mut store, mut collected) = collect(&loss).unwrap();
         let leaves = [tokens, positions].into_iter().chain(prompted).chain(weights);
         let gradients = leaves.filter(|leaf| leaf.is_variable()).map(|leaf| {
             let parts = collected.remove(&leaf.id()).unwrap_or_default();
