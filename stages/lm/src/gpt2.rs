@@ -123,6 +123,11 @@ impl LanguageModel {
         &self.device
     }
 
+    /// What it is computed in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Channels `C` of the hidden state.
     pub fn width(&self) -> usize {
         self.config.n_embd

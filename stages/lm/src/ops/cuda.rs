@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 use candle_core::cuda_backend::CudaDType;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, TensorId,
@@ -50,7 +50,7 @@ struct Batch {
 }
 
 impl<T: Number> Cuda<T> {
-    /// For passes over `rows`, of which there is at least one.
+    /// For passes over `rows`.
     pub(crate) fn new(device: &CudaDevice, rows: &Rows) -> Result<Self> {
         let batch = Batch {
             inputs: upload(device, rows.inputs.iter().map(|input| embed::code(*input)).collect())?,
@@ -60,6 +60,42 @@ impl<T: Number> Cuda<T> {
             text: rows.text.clone().map(|text| upload(device, text)).transpose()?,
         };
         Ok(Cuda { device: device.clone(), batch: Arc::new(batch), converted: Arc::default() })
+    }
+
+    /// For passes over other rows, with the same weights.
+    pub(crate) fn over(&self, rows: &Rows) -> Result<Self> {
+        Ok(Cuda { converted: self.converted.clone(), ..Cuda::new(&self.device, rows)? })
+    }
+
+    /// The position of every row.
+    pub(crate) fn positions(&self) -> &CudaSlice<u32> {
+        &self.batch.positions
+    }
+
+    /// The vectors of coded inputs and of their positions, added.
+    pub(crate) fn embed_inputs(
+        &self,
+        inputs: &impl DevicePtr<i32>,
+        at: &impl DevicePtr<u32>,
+        tokens: &Tensor,
+        positions: &Tensor,
+        prompt: Option<&Tensor>,
+    ) -> Result<CudaSlice<T>> {
+        let width = tokens.dim(1)?;
+        let mut out = self.unset(inputs.len() * width)?;
+        self.matrix(tokens, |tokens| {
+            self.matrix(positions, |positions| {
+                let mut embed = |prompt: Option<&CudaView<'_, T>>| {
+                    let tables = Tables { tokens, prompt, positions: Some(positions) };
+                    embed::embed(&self.device, &mut out, inputs, at, tables, None, width)
+                };
+                match prompt {
+                    Some(prompt) => self.matrix(prompt, |prompt| embed(Some(prompt))),
+                    None => embed(None),
+                }
+            })
+        })?;
+        Ok(out)
     }
 
     fn unset(&self, length: usize) -> Result<CudaSlice<T>> {
@@ -78,7 +114,7 @@ impl<T: Number> Cuda<T> {
     }
 
     /// Lets `f` read a matrix of weights in the type that is computed in.
-    fn matrix<R>(&self, weight: &Tensor, f: impl FnOnce(&CudaView<'_, T>) -> Result<R>) -> Result<R> {
+    pub(crate) fn matrix<R>(&self, weight: &Tensor, f: impl FnOnce(&CudaView<'_, T>) -> Result<R>) -> Result<R> {
         if weight.dtype() == T::DTYPE {
             return view(weight, f);
         }
@@ -131,22 +167,14 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(Storage::Cuda(CudaStorage::wrap_cuda_slice(x, self.device.clone())))
     }
 
-    fn embed(&self, rows: &Rows, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<CudaSlice<T>> {
-        let width = tokens.dim(1)?;
-        let mut out = self.unset(rows.inputs.len() * width)?;
-        self.matrix(tokens, |tokens| {
-            self.matrix(positions, |positions| {
-                let mut embed = |prompt: Option<&CudaView<'_, T>>| {
-                    let tables = Tables { tokens, prompt, positions: Some(positions) };
-                    embed::embed(&self.device, &mut out, &self.batch.inputs, &self.batch.positions, tables, None, width)
-                };
-                match prompt {
-                    Some(prompt) => self.matrix(prompt, |prompt| embed(Some(prompt))),
-                    None => embed(None),
-                }
-            })
-        })?;
-        Ok(out)
+    fn embed(
+        &self,
+        _rows: &Rows,
+        tokens: &Tensor,
+        positions: &Tensor,
+        prompt: Option<&Tensor>,
+    ) -> Result<CudaSlice<T>> {
+        self.embed_inputs(&self.batch.inputs, &self.batch.positions, tokens, positions, prompt)
     }
 
     fn embed_backward_prompt(&self, rows: &Rows, dy: &CudaSlice<T>, width: usize, shape: Shape) -> Result<Tensor> {
