@@ -7,9 +7,9 @@
 
 use std::ops::Range;
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
-use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result as TensorResult, Tensor};
 use contract::{End, Result};
 
@@ -43,9 +43,8 @@ pub(super) fn generate<T: Number>(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Generated>> {
     let soft_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
-    let limit = |prompt: &Prompt<'_>| {
-        options.max_new_tokens.min(model.config.n_positions - soft_length - prompt.ids.len())
-    };
+    let limit =
+        |prompt: &Prompt<'_>| options.max_new_tokens.min(model.config.n_positions - soft_length - prompt.ids.len());
     let nothing = Generated { ids: Vec::new(), log_probs: Vec::new(), end: End::Length };
     let mut finished = vec![nothing; prompts.len()];
     // The longest come last, to be taken first: those admitted together tend to be of one length.
@@ -418,7 +417,8 @@ impl<T: Number> Ops for Pass<'_, T> {
     fn attention(&mut self, qkv: CudaSlice<T>, attend: Attend) -> TensorResult<CudaSlice<T>> {
         let (device, capacity) = (self.device, self.cache.capacity);
         let width = self.cache.row / capacity;
-        let heads = Heads { queries: attend.heads, keys: attend.heads, width: width / attend.heads, scale: attend.scale };
+        let heads =
+            Heads { queries: attend.heads, keys: attend.heads, width: width / attend.heads, scale: attend.scale };
         let (keys, values) = &mut self.cache.layers[attend.layer];
         let count = qkv.len() / heads.row();
         let mut out = unset::<T>(device, count * width)?;

@@ -125,10 +125,8 @@ mod tests {
                 (0..columns * rows).map(|i| x[i % rows * columns + i / rows]).collect()
             };
             let upload = |x: &[f32]| device.clone_htod(x).unwrap();
-            let (straight, turned) = (
-                (upload(&a), upload(&b)),
-                (upload(&transpose(&a, m, k)), upload(&transpose(&b, k, n))),
-            );
+            let (straight, turned) =
+                ((upload(&a), upload(&b)), (upload(&transpose(&a, m, k)), upload(&transpose(&b, k, n))));
             for (left, right) in [
                 (Matrix::new(&straight.0, k), Matrix::new(&straight.1, n)),
                 (Matrix::new(&turned.0, m).transposed(), Matrix::new(&straight.1, n)),
@@ -142,7 +140,8 @@ mod tests {
                     assert!((found - 2.0 * plain(i / n, i % n)).abs() < 1e-4, "{m} {k} {n}: {found}");
                 }
             }
-            let half = |x: &[f32]| device.clone_htod(&x.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>()).unwrap();
+            let half =
+                |x: &[f32]| device.clone_htod(&x.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>()).unwrap();
             let (left, right) = (half(&a), half(&b));
             let mut out = device.alloc_zeros::<f32>(m * n).unwrap();
             product(&device, &mut out, Matrix::new(&left, k), Matrix::new(&right, n), false).unwrap();
