@@ -114,6 +114,24 @@ fn threads_jobs_and_unrolling_change_no_bit() {
 }
 
 #[test]
+fn llamas_go_the_same_way_and_unrolling_changes_no_bit() {
+    let llamas = TINY.replace("architecture: gpt2,", "architecture: llama, kv_heads: 1,");
+    let [at_once, unrolled] = ["--threads 1", "--threads 3 --unroll"].map(|arguments| {
+        let project = project(&llamas);
+        project.run(&format!("run FILE {arguments}")).expect(0, &["done: 9 ran", "ROUGE-L"]);
+        project.run("export FILE train.student --to student").expect(0, &[]);
+        let config = fs::read_to_string(project.path("student/config.json")).unwrap();
+        assert!(
+            config.contains("\"model_type\": \"llama\"") && config.contains("\"num_key_value_heads\": 1"),
+            "{config}"
+        );
+        project.digests("")
+    });
+    assert_eq!(at_once, unrolled);
+    assert_ne!(at_once, undisturbed());
+}
+
+#[test]
 fn a_change_inside_the_loop_runs_the_loop_and_what_follows() {
     let project = project(TINY);
     project.run("run FILE").expect(0, &[]);

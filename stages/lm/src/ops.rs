@@ -91,7 +91,7 @@ pub(crate) struct Norm<'a> {
     pub(crate) bias: &'a Tensor,
 }
 
-/// Weight `[in, out]` and bias `[out]` of a linear layer.
+/// Weight `[in, out]` and bias `[out]` of a linear layer as GPT-2's checkpoints have it.
 #[derive(Clone, Copy)]
 pub(crate) struct Linear<'a> {
     pub(crate) weight: &'a Tensor,
