@@ -86,7 +86,6 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     fn project_backward_input(&self, dy: &Self::Buffer, weights: &[Tensor]) -> Result<Self::Buffer>;
     /// `dy_i^T x` of columns of `dy`, `[out, in]`, and the sum of their rows where `bias`. `weight` is the layer's, for its
     /// shape; its columns of the `channels` begin at `first`.
-    #[expect(clippy::too_many_arguments, reason = "which part of a matrix")]
     fn project_backward_weight(
         &self,
         x: &Self::Buffer,

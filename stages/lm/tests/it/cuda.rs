@@ -11,7 +11,7 @@ use lm::{
     gradients, norm,
 };
 
-use crate::{gap, small_model};
+use crate::{gap, small_llama, small_model};
 
 /// The first GPU.
 fn gpu() -> Option<Device> {
@@ -38,7 +38,16 @@ fn on(device: &Device, model: &LanguageModel) -> LanguageModel {
 
 /// The small model, with matrices rounded to bf16, so that converting them loses nothing.
 fn model() -> LanguageModel {
-    let model = small_model(0.1).trainable().unwrap();
+    rounded(small_model(0.1))
+}
+
+/// One of each family.
+fn models() -> [LanguageModel; 2] {
+    [model(), rounded(small_llama())]
+}
+
+fn rounded(model: LanguageModel) -> LanguageModel {
+    let model = model.trainable().unwrap();
     for parameter in model.parameters().values() {
         let rounded = parameter.detach().to_dtype(candle_core::DType::BF16).unwrap();
         Var::from_tensor(parameter).unwrap().set(&rounded.to_dtype(candle_core::DType::F32).unwrap()).unwrap();
@@ -105,9 +114,15 @@ fn prompt(device: &Device) -> Tensor {
 #[test]
 fn cuda_step_in_f32_is_that_of_the_cpu() {
     let Some(device) = gpu() else { return };
-    let [here, there] = [Device::Cpu, device].map(|device| {
-        let model = on(&device, &model());
-        step(&model.deep_clone().unwrap().trainable().unwrap(), &model, &prompt(&device), 5)
+    for model in models() {
+        step_in_f32(&device, &model);
+    }
+}
+
+fn step_in_f32(device: &Device, model: &LanguageModel) {
+    let [here, there] = [&Device::Cpu, device].map(|device| {
+        let model = on(device, model);
+        step(&model.deep_clone().unwrap().trainable().unwrap(), &model, &prompt(device), 5)
     });
     for (found, expected) in there.0.iter().zip(&here.0) {
         assert!((found - expected).abs() < 1e-5 * expected.abs().max(0.1), "{found}, expected {expected}");
@@ -123,14 +138,17 @@ fn cuda_step_in_f32_is_that_of_the_cpu() {
 #[test]
 fn cuda_step_in_bf16_is_near_that_of_the_cpu() {
     let Some(device) = gpu() else { return };
-    let here = {
-        let model = model();
-        step(&model.deep_clone().unwrap().trainable().unwrap(), &model, &prompt(&Device::Cpu), 5)
-    };
-    let model = on(&device, &model());
+    for model in models() {
+        step_in_bf16(&device, &model);
+    }
+}
+
+fn step_in_bf16(device: &Device, model: &LanguageModel) {
+    let here = step(&model.deep_clone().unwrap().trainable().unwrap(), model, &prompt(&Device::Cpu), 5);
+    let model = on(device, model);
     let student = model.deep_clone().unwrap().trainable().unwrap().computed_in(Dtype::Bf16).unwrap();
     let teacher = model.computed_in(Dtype::Bf16).unwrap();
-    let there = step(&student, &teacher, &prompt(&device), 5);
+    let there = step(&student, &teacher, &prompt(device), 5);
     for (found, expected) in there.0.iter().zip(&here.0) {
         assert!((found - expected).abs() < 0.02 * expected.abs().max(0.1), "{found}, expected {expected}");
     }
@@ -228,6 +246,12 @@ fn prompts() -> Vec<Vec<u32>> {
 #[test]
 fn cuda_writes_what_the_cpu_writes() {
     let Some(device) = gpu() else { return };
+    for model in models() {
+        writes_the_same(&device, &model);
+    }
+}
+
+fn writes_the_same(device: &Device, model: &LanguageModel) {
     let plain = Sampling::default();
     let all = [
         Sampling::greedy(),
@@ -239,7 +263,7 @@ fn cuda_writes_what_the_cpu_writes() {
     let prompts = prompts();
     let prompts: Vec<Prompt<'_>> =
         prompts.iter().zip(7u64..).map(|(ids, row)| Prompt { row: row << 33 | row, ids }).collect();
-    let models = [Device::Cpu, device].map(|device| on(&device, &model()));
+    let models = [&Device::Cpu, device].map(|device| on(device, model));
     let soft = models.each_ref().map(|model| prompt(model.device()).detach());
     for (index, sampling) in all.into_iter().enumerate() {
         for (batch, prompted) in [(8, false), (3, true)] {
