@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use anyhow::Context;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
@@ -366,7 +367,11 @@ impl<T: Number> Cache<T> {
     fn new(device: &CudaDevice, model: &LanguageModel, slots: usize, capacity: usize) -> Result<Self> {
         let row = model.width() * capacity;
         // Zeros, since slots without a row are computed too.
-        let half = || device.alloc_zeros::<T>(slots * row);
+        let half = || {
+            device.alloc_zeros::<T>(slots * row).with_context(|| {
+                format!("no memory for the keys and values of {slots} rows of {capacity} tokens: set a smaller `batch`")
+            })
+        };
         let layers = (0..model.config.n_layer).map(|_| Ok((half()?, half()?))).collect::<Result<_>>()?;
         Ok(Cache { layers, capacity, row })
     }
