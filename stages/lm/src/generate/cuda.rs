@@ -286,15 +286,14 @@ impl<'a, T: Number> Writer<'a, T> {
             return Ok(Vec::new());
         }
         let counts = self.device.clone_dtoh(&self.writing.counts)?;
-        let history = self.device.clone_dtoh(&self.writing.history)?;
-        let log_probs = self.device.clone_dtoh(&self.writing.log_probs)?;
         let Sizes { room, most, .. } = self.sizes;
         let mut rows = Vec::with_capacity(slots.len());
         for slot in slots {
             let Some(index) = self.occupied[slot].take() else { continue };
             let (prompt, count) = (prompts[index].ids.len(), counts[slot] as usize);
-            let ids = history[slot * room..][prompt..count].to_vec();
-            let log_probs = log_probs[slot * most..][..count - prompt].to_vec();
+            let ids = self.writing.history.slice(slot * room + prompt..slot * room + count);
+            let log_probs = self.writing.log_probs.slice(slot * most..slot * most + count - prompt);
+            let (ids, log_probs) = (self.device.clone_dtoh(&ids)?, self.device.clone_dtoh(&log_probs)?);
             let end = if ids.last() == Some(&self.model.tokenizer.end) { End::Stop } else { End::Length };
             rows.push((index, Generated { ids, log_probs, end }));
         }
