@@ -27,7 +27,7 @@ pub mod sample;
 mod schedule;
 
 pub use config::{Activation, Architecture, Config, Family};
-pub use device::device;
+pub use device::{device, gpus};
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;
 pub use ops::Dropout;

@@ -49,7 +49,7 @@ kernels() { # file.cu: one library a file, because two files may use one name fo
         # Dynamic shared memory has the name that the kernel gives it; all names of a file are the same memory.
         echo 'extern "C" { __attribute__((aligned(1024))) thread_local char software_dynamic[software::DYNAMIC_BYTES]; }'
         echo 'static char *software_shared() { return software_dynamic; }'
-        grep -oP 'extern\s*"C"\s*__global__\s+(?:void\s+|__launch_bounds__\s*\([^)]*\)\s*)+\K\w+(?=\s*\()' <<<"$text" | sort -u |
+        { grep -oP 'extern\s*"C"\s*__global__\s+(?:void\s+|__launch_bounds__\s*\([^)]*\)\s*)+\K\w+(?=\s*\()' <<<"$text" || true; } | sort -u |
             awk '{ printf "static software::Announce software_announce_%d({\"%s\", [](void **a) { return software::bind(%s, a); }, software_shared});\n", NR, $1, $1 }'
     } >"$made.cpp"
     local aliases=()

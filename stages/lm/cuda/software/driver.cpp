@@ -88,8 +88,15 @@ using SharedGraph = std::shared_ptr<Graph>;
 struct Stream {
     SharedGraph capture;
     bool spoiled = false; // by a call that cannot be captured
+    CUstreamCaptureMode mode;
 };
-unsigned captures;
+// Captures that forbid calls outside of their stream: of any thread, or of this one.
+unsigned captures_of_all;
+thread_local unsigned captures_of_this;
+unsigned &captures(CUstreamCaptureMode mode) {
+    static unsigned relaxed;
+    return mode == CU_STREAM_CAPTURE_MODE_GLOBAL ? captures_of_all : mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL ? captures_of_this : relaxed;
+}
 
 Stream &stream_of(CUstream handle) {
     static Stream legacy;
@@ -105,7 +112,7 @@ CUresult refuse(CUresult code, const char *why) {
 }
 
 #define NOT_WHILE_CAPTURING(what)                                                                                      \
-    if (captures) return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, what " while a stream is captured")
+    if (captures_of_all + captures_of_this) return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, what " while a stream is captured")
 
 // ---- kernels
 
@@ -390,14 +397,14 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent from, CUevent to) {
     *milliseconds = 1e3 * (*reinterpret_cast<double *>(to) - *reinterpret_cast<double *>(from));
     return CUDA_SUCCESS;
 }
-CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
+CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
     std::lock_guard guard(mutex);
     Stream &stream = stream_of(handle);
     if (&stream == &stream_of(nullptr)) return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "capturing the default stream");
     if (stream.capture) return CUDA_ERROR_ILLEGAL_STATE;
     stream.capture = std::make_shared<Graph>();
     stream.spoiled = false;
-    captures++;
+    captures(stream.mode = mode)++;
     return CUDA_SUCCESS;
 }
 CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
@@ -405,7 +412,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
     Stream &stream = stream_of(handle);
     *out = nullptr;
     if (!stream.capture) return CUDA_ERROR_ILLEGAL_STATE;
-    captures--;
+    captures(stream.mode)--;
     SharedGraph graph = std::move(stream.capture);
     stream.capture = nullptr;
     if (stream.spoiled) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;

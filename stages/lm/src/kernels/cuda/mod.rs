@@ -3,6 +3,8 @@
 //! A kernel is `extern "C" __global__` with a name of its own, so that the software device (`stages/lm/cuda/software`) finds
 //! it by that name.
 
+pub(crate) mod driver;
+
 /// The PTX of `NAME.cu`.
 #[cfg_attr(not(test), expect(unused_macros, reason = "no operation has a kernel yet"))]
 macro_rules! ptx {
