@@ -232,7 +232,7 @@ void Processor::run_block(dim3 block) {
     }
     for (size_t i = 0; i < GUARD; i++)
         if (static_cast<unsigned char>(dynamic[launch->shared_bytes + i]) != POISON)
-            misuse("wrote %zu bytes behind its %zu bytes of dynamic shared memory", i, launch->shared_bytes);
+            misuse("wrote %zu bytes past the %zu bytes of its dynamic shared memory", i + 1, launch->shared_bytes);
 }
 
 // Processor threads that live as long as the program, so that blocks find their stacks and shared memory again.

@@ -18,6 +18,8 @@ if [ ${#sources[@]} = 0 ]; then
     for name in affine binary cast fill indexing reduce sort ternary unary; do sources+=("$candle/src/$name.cu"); done
 fi
 
+for i in "${!sources[@]}"; do sources[i]=$(realpath "${sources[i]}"); done
+
 common=(-std=c++17 -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
 checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,float-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"}
 newer() { # whether a file must be made again from the others
@@ -35,7 +37,6 @@ library() { # name, sources
     mv "$out/$name.new" "$out/$name"
 }
 kernels() { # file.cu: one library a file, because two files may use one name for different functions
-    set -- "$(realpath "$1")"
     local name
     name=$(basename "$1" .cu)
     case $1 in "$candle"/*) name=candle-$name ;; esac
@@ -74,3 +75,6 @@ for source in "${sources[@]}"; do
     fi
 done
 for job in "${running[@]}"; do wait "$job"; done
+
+# Kernels that are in the sources no longer.
+for made in "$out"/kernels/*.so; do [ -e "$made.cpp" ] && grep -qxFf <(printf '#include "%s"\n' "${sources[@]}") "$made.cpp" || rm -f "$made" "$made.cpp"; done

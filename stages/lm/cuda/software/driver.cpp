@@ -116,8 +116,10 @@ CUresult refuse(CUresult code, const char *why) {
 
 // ---- kernels
 
-std::map<std::string, Kernel> &kernels() {
-    static std::map<std::string, Kernel> all;
+// Of each library of kernels, by name. Two modules may have kernels of the same name.
+using Library = std::map<std::string, Kernel>;
+std::map<std::string, Library> &libraries() {
+    static std::map<std::string, Library> all;
     return all;
 }
 
@@ -128,13 +130,22 @@ struct Function {
 };
 struct Module {
     std::string text;
+    const Library *library = nullptr;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
 
-// What the PTX says of a kernel: whether it is there, the threads it is compiled for, its static shared memory.
-bool read_ptx(const std::string &text, Function &function) {
+// The library compiled from the source of this PTX: the one that has all of its kernels.
+const Library *library_of(const std::string &text) {
+    static const std::regex entry(R"(\.entry (\w+)\()");
+    std::sregex_iterator first(text.begin(), text.end(), entry), none;
+    for (auto &[file, library] : libraries())
+        if (std::all_of(first, none, [&](auto &name) { return library.count(name[1]); })) return &library;
+    return nullptr;
+}
+
+// What the PTX says of a kernel: the threads it is compiled for, its static shared memory.
+void read_ptx(const std::string &text, Function &function) {
     size_t begin = text.find(".entry " + std::string(function.kernel.name) + "(");
-    if (begin == std::string::npos) return false;
     size_t end = text.find("\n}", begin);
     std::string body = text.substr(begin, end - begin);
     std::smatch match;
@@ -147,7 +158,6 @@ bool read_ptx(const std::string &text, Function &function) {
     for (std::sregex_iterator variable(text.begin(), text.end(), shared), none; variable != none; ++variable)
         if (body.find((*variable)[2]) != std::string::npos)
             function.static_shared += std::stoul((*variable)[1]) / 8 * ((*variable)[3].matched ? std::stoul((*variable)[3]) : 1);
-    return true;
 }
 
 void open_kernels() {
@@ -162,7 +172,7 @@ void open_kernels() {
     if (glob((folder + "/kernels/*.so").c_str(), 0, nullptr, &found) == 0)
         for (size_t i = 0; i < found.gl_pathc; i++)
             if (!dlopen(found.gl_pathv[i], RTLD_NOW | RTLD_LOCAL)) misuse("%s", dlerror());
-    fprintf(stderr, "software GPU: %zu kernels of %s\n", kernels().size(), folder.c_str());
+    fprintf(stderr, "software GPU: kernels of %zu files in %s\n", libraries().size(), folder.c_str());
 }
 
 CUresult launch(CUfunction handle, dim3 blocks, dim3 threads, size_t shared, CUstream stream, void **arguments) {
@@ -201,7 +211,9 @@ auto only_context = reinterpret_cast<CUcontext>(&device);
 namespace software {
 
 Announce::Announce(Kernel kernel) {
-    if (!kernels().emplace(kernel.name, kernel).second) misuse("two kernels are called `%s`", kernel.name);
+    Dl_info library;
+    dladdr(reinterpret_cast<void *>(kernel.bind), &library);
+    libraries()[library.dli_fname].emplace(kernel.name, kernel);
 }
 
 void submit(CUstream handle, std::function<void()> work) {
@@ -441,24 +453,23 @@ CUresult cuGraphExecDestroy(CUgraphExec graph) { return cuGraphDestroy(reinterpr
 // ---- kernels
 
 CUresult cuModuleLoadData(CUmodule *out, const void *image) {
+    std::lock_guard guard(mutex);
     auto module = new Module;
     module->text = static_cast<const char *>(image);
+    module->library = library_of(module->text);
     return *out = reinterpret_cast<CUmodule>(module), CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) { return delete reinterpret_cast<Module *>(module), CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char *name) {
     std::lock_guard guard(mutex);
     auto &module = *reinterpret_cast<Module *>(handle);
+    if (module.text.find(".entry " + std::string(name) + "(") == std::string::npos)
+        return refuse(CUDA_ERROR_NOT_FOUND, ("no kernel `" + std::string(name) + "` in this module").c_str());
+    if (!module.library) return refuse(CUDA_ERROR_NOT_FOUND, ("the module of `" + std::string(name) + "` is not compiled for the software GPU").c_str());
     auto &function = module.functions[name];
     if (!function) {
-        auto found = kernels().find(name);
-        std::string why = "no kernel `" + std::string(name) + "` among those compiled for the software GPU";
-        if (found == kernels().end()) return refuse(CUDA_ERROR_NOT_FOUND, why.c_str());
-        function = std::make_unique<Function>(Function{found->second});
-        if (!read_ptx(module.text, *function)) {
-            function = nullptr;
-            return refuse(CUDA_ERROR_NOT_FOUND, ("no kernel `" + std::string(name) + "` in this module").c_str());
-        }
+        function = std::make_unique<Function>(Function{module.library->at(name)});
+        read_ptx(module.text, *function);
     }
     return *out = reinterpret_cast<CUfunction>(function.get()), CUDA_SUCCESS;
 }
