@@ -22,26 +22,29 @@ for i in "${!sources[@]}"; do sources[i]=$(realpath "${sources[i]}"); done
 
 common=(-std=c++17 -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
 checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,float-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"}
-newer() { # whether a file must be made again from the others
+stale() { # whether a file was made of other sources than these
     local made=$1
     shift
-    for source in "$@"; do [ "$made" -nt "$source" ] || return 0; done
-    return 1
+    stamp=$(cat "$@" "$here"/*.h "$here"/include/* "$0" | sha256sum)$checks
+    [ ! -e "$made" ] || [ "$(cat "$made.stamp" 2>/dev/null)" != "$stamp" ]
 }
 
 library() { # name, sources
     local name=$1
     shift
-    newer "$out/$name" "$@" "$here"/*.h "$0" || return 0
+    local stamp
+    stale "$out/$name" "$@" || return 0
     g++ -O3 -march=native "${common[@]}" -Wall -shared -o "$out/$name.new" "$@" -ldl
     mv "$out/$name.new" "$out/$name"
+    echo "$stamp" >"$out/$name.stamp"
 }
 kernels() { # file.cu: one library a file, because two files may use one name for different functions
     local name
     name=$(basename "$1" .cu)
     case $1 in "$candle"/*) name=candle-$name ;; esac
     local made=$out/kernels/$name.so
-    newer "$made" "$1" "$(dirname "$1")"/*.cuh "$here"/*.h "$here"/include/* "$0" || return 0
+    local stamp
+    stale "$made" "$1" "$(dirname "$1")"/*.cuh || return 0
     local flags=("${common[@]}" -include "$here/kernel.h" -I "$(dirname "$1")")
     local text
     text=$(g++ "${flags[@]}" -DSOFTWARE_LIST -x c++ -E -P "$1" | tr '\n' ' ')
@@ -58,6 +61,7 @@ kernels() { # file.cu: one library a file, because two files may use one name fo
         grep -oP 'extern\s*__shared__[^;]*?\K\w+(?=\s*\[\s*\]\s*;)' <<<"$text" | sort -u)
     g++ -O2 -march=native $checks "${flags[@]}" -shared "${aliases[@]}" -o "$made.new" "$made.cpp"
     mv "$made.new" "$made"
+    echo "$stamp" >"$made.stamp"
 }
 
 # Two at a time.
@@ -76,5 +80,7 @@ for source in "${sources[@]}"; do
 done
 for job in "${running[@]}"; do wait "$job"; done
 
-# Kernels that are in the sources no longer.
-for made in "$out"/kernels/*.so; do [ -e "$made.cpp" ] && grep -qxFf <(printf '#include "%s"\n' "${sources[@]}") "$made.cpp" || rm -f "$made" "$made.cpp"; done
+# Kernels whose sources are gone.
+for made in "$out"/kernels/*.so; do
+    [ -e "$(sed -n '1s/#include "\(.*\)"/\1/p' "$made.cpp")" ] || rm -f "$made"*
+done
