@@ -20,7 +20,7 @@ fi
 
 for i in "${!sources[@]}"; do sources[i]=$(realpath "${sources[i]}"); done
 
-common=(-std=c++17 -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
+common=(-std=c++17 -fno-strict-aliasing -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
 checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,float-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"}
 stale() { # whether a file was made of other sources than these
     local made=$1

@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr};
 use half::bf16;
 
 use super::{Call, Module, THREADS, module};
@@ -14,13 +14,16 @@ static MODULE: Module = module!("adamw");
 const CHUNK: usize = 8192;
 
 /// A parameter, its gradient and its moments, elements side by side.
+///
+/// All but the gradient are changed, through views of which tensors give several at once: what reads or writes them is
+/// launched on the same stream, before this or after it.
 pub(crate) struct Parameter<'a> {
-    pub(crate) weight: CudaViewMut<'a, f32>,
-    pub(crate) first: CudaViewMut<'a, f32>,
-    pub(crate) second: CudaViewMut<'a, f32>,
+    pub(crate) weight: CudaView<'a, f32>,
+    pub(crate) first: CudaView<'a, f32>,
+    pub(crate) second: CudaView<'a, f32>,
     pub(crate) gradient: CudaView<'a, f32>,
     /// A copy of the weight to compute with, written along with it.
-    pub(crate) copy: Option<CudaViewMut<'a, bf16>>,
+    pub(crate) copy: Option<CudaView<'a, bf16>>,
     /// The weight is multiplied by this: `1 - rate * decay`.
     pub(crate) keep: f32,
 }
@@ -29,22 +32,22 @@ pub(crate) struct Parameter<'a> {
 /// `scale` and `keep` of `update` are not looked at.
 pub(crate) fn adamw(
     device: &CudaDevice,
-    parameters: &mut [Parameter<'_>],
+    parameters: &[Parameter<'_>],
     update: Update,
     scale: &impl DevicePtr<f32>,
 ) -> Result<()> {
     let stream = device.cuda_stream();
     let mut table = Vec::with_capacity(parameters.len() * 6);
-    for p in parameters.iter_mut() {
+    for p in parameters {
         let count = p.weight.len();
         assert_eq!([p.first.len(), p.second.len(), p.gradient.len()], [count; 3], "elements side by side");
         assert!(p.copy.as_ref().is_none_or(|copy| copy.len() == count), "elements side by side");
         table.extend([
-            p.weight.device_ptr_mut(&stream).0,
-            p.first.device_ptr_mut(&stream).0,
-            p.second.device_ptr_mut(&stream).0,
+            p.weight.device_ptr(&stream).0,
+            p.first.device_ptr(&stream).0,
+            p.second.device_ptr(&stream).0,
             p.gradient.device_ptr(&stream).0,
-            p.copy.as_mut().map_or(0, |copy| copy.device_ptr_mut(&stream).0),
+            p.copy.as_ref().map_or(0, |copy| copy.device_ptr(&stream).0),
             count as u64 | u64::from(p.keep.to_bits()) << 32,
         ]);
     }

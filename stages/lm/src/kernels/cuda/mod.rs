@@ -19,6 +19,7 @@ pub(crate) mod driver;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod head;
+pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;
@@ -231,8 +232,8 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes.
-const SHARED_WITHOUT_ASKING: usize = 48 * 1024;
+/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes, with room for what is declared.
+const SHARED_WITHOUT_ASKING: usize = 40 * 1024;
 
 /// Blocks of a launch in up to three directions.
 struct Grid((u32, u32, u32));
@@ -262,6 +263,12 @@ impl From<(u32, u32, u32)> for Grid {
 fn rows_of(elements: usize, width: usize) -> usize {
     assert!(width > 0 && elements.is_multiple_of(width), "{elements} elements in rows of {width}");
     elements / width
+}
+
+/// A buffer whose elements are not set: for what will be written before it is read.
+pub(crate) fn unset<T: DeviceRepr>(device: &CudaDevice, length: usize) -> Result<CudaSlice<T>> {
+    // SAFETY: elements are numbers, any bits of which are valid; whoever reads them before they are written gets nonsense.
+    unsafe { device.alloc::<T>(length) }
 }
 
 /// A copy on the device of numbers of the host, of at least one element.
