@@ -4,7 +4,8 @@ use anyhow::bail;
 use candle_core::Device;
 use contract::Result;
 
-/// The device called `cpu` or `cuda:N`. A name gives the same device every time: tensors of two calls can meet.
+/// The device called `cpu` or `cuda:N`. A thread gets the same device for a name every time, so that
+/// tensors of two calls can meet; another thread gets a stream of work of its own.
 ///
 /// Errors when the name is neither, when the program was built without CUDA, or when there is no such GPU.
 pub fn device(name: &str) -> Result<Device> {
@@ -27,18 +28,24 @@ pub fn gpus() -> Option<Result<usize>> {
 
 #[cfg(feature = "cuda")]
 fn gpu(ordinal: usize) -> Result<Device> {
-    use anyhow::Context;
+    use std::cell::RefCell;
     use std::collections::BTreeMap;
-    use std::sync::Mutex;
 
-    static OPEN: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
-    let mut open = OPEN.lock().expect("nobody panics while a device is opened");
-    if let Some(device) = open.get(&ordinal) {
-        return Ok(device.clone());
+    use anyhow::Context;
+
+    use crate::kernels::cuda::driver;
+
+    thread_local! {
+        static OPEN: RefCell<BTreeMap<usize, Device>> = const { RefCell::new(BTreeMap::new()) };
     }
-    crate::kernels::cuda::driver::gpus()?;
-    let device = crate::kernels::cuda::driver::open(ordinal).with_context(|| format!("cannot open GPU {ordinal}"))?;
-    Ok(open.entry(ordinal).or_insert(Device::Cuda(device)).clone())
+    OPEN.with_borrow_mut(|open| {
+        if let Some(device) = open.get(&ordinal) {
+            return Ok(device.clone());
+        }
+        driver::gpus()?;
+        let device = driver::open(ordinal).with_context(|| format!("cannot open device `cuda:{ordinal}`"))?;
+        Ok(open.entry(ordinal).or_insert(Device::Cuda(device)).clone())
+    })
 }
 
 #[cfg(not(feature = "cuda"))]

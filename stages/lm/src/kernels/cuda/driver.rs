@@ -33,7 +33,7 @@ pub(crate) fn gpus() -> Result<usize> {
 
 /// Opens a GPU whose freed memory is kept for the next allocation: training allocates the same sizes again and again.
 ///
-/// All of its work goes into one stream, whichever thread asks for it.
+/// All work on it goes into one stream.
 pub(crate) fn open(ordinal: usize) -> Result<CudaDevice> {
     let device = CudaDevice::new_with_stream(ordinal)?;
     let context = device.cuda_stream().context().clone();
