@@ -6,6 +6,7 @@
 # A program of build.sh runs on it with CUDA_SHIM_PATH=FOLDER. Kernels are src/kernels/cuda/*.cu and those of candle that work on
 # tensors. SOFTWARE_GPU_CHECKS are the checks compiled into kernels: alignment, bounds of arrays and more; empty for none.
 set -euo pipefail
+shopt -s nullglob
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../toolkit.sh"
 out=$(mkdir -p "$1/kernels" && cd "$1" && pwd)
@@ -20,8 +21,9 @@ fi
 
 for i in "${!sources[@]}"; do sources[i]=$(realpath "${sources[i]}"); done
 
-common=(-std=c++17 -fno-strict-aliasing -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
-checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,float-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"}
+common=(-std=c++17 -fno-strict-aliasing -fPIC -pthread -fno-extern-tls-init -w
+    -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl")
+checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,signed-integer-overflow -fno-sanitize-recover=all"}
 stale() { # whether a file was made of other sources than these
     local made=$1
     shift
@@ -51,10 +53,13 @@ kernels() { # file.cu: one library a file, because two files may use one name fo
     {
         echo "#include \"$1\""
         # Dynamic shared memory has the name that the kernel gives it; all names of a file are the same memory.
-        echo 'extern "C" { __attribute__((aligned(1024))) thread_local char software_dynamic[software::DYNAMIC_BYTES]; }'
+        echo 'extern "C" { alignas(1024) thread_local char software_dynamic[software::DYNAMIC_BYTES]; }'
         echo 'static char *software_shared() { return software_dynamic; }'
-        { grep -oP 'extern\s*"C"\s*__global__\s+(?:void\s+|__launch_bounds__\s*\([^)]*\)\s*)+\K\w+(?=\s*\()' <<<"$text" || true; } | sort -u |
-            awk '{ printf "static software::Announce software_announce_%d({\"%s\", [](void **a) { return software::bind(%s, a); }, software_shared});\n", NR, $1, $1 }'
+        local kernel='extern\s*"C"\s*__global__\s+(?:void\s+|__launch_bounds__\s*\([^)]*\)\s*)+\K\w+(?=\s*\()'
+        { grep -oP "$kernel" <<<"$text" || true; } | sort -u | while read -r name; do
+            echo "static software::Announce announce_$name({\"$name\","
+            echo "    [](void **arguments) { return software::bind($name, arguments); }, software_shared});"
+        done
     } >"$made.cpp"
     local aliases=()
     while read -r variable; do [ -z "$variable" ] || aliases+=("-Wl,--defsym=$variable=software_dynamic"); done < <(
