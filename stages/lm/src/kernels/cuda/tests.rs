@@ -210,11 +210,11 @@ fn norms() {
 
                 let (mut by_weight, mut by_bias) = (zeros::<f32>(device, width), zeros::<f32>(device, width));
                 for times in [1.0, 2.0] {
-                    let (accumulate, by_bias) = (times == 2.0, layer.then_some(&mut by_bias));
+                    let accumulate = times == 2.0;
                     super::norm::backward_parameters(
                         device,
                         &mut by_weight,
-                        by_bias,
+                        layer.then_some(&mut by_bias),
                         &there,
                         &moments,
                         &dy_there,
@@ -224,7 +224,7 @@ fn norms() {
                     let scaled = |v: &[f32]| v.iter().map(|x| x * times).collect::<Vec<_>>();
                     near_by("gradient of weight", &get(device, &by_weight), &scaled(&dweight), 1e-5);
                     if layer {
-                        near_by("gradient of bias", &get(device, by_bias.unwrap()), &scaled(&dbias), 1e-5);
+                        near_by("gradient of bias", &get(device, &by_bias), &scaled(&dbias), 1e-5);
                     }
                 }
 
@@ -374,7 +374,7 @@ fn rotary_positions_turn_pairs_and_turn_them_back() {
         let (x, _) = random::<T>(device, 1, rows * stride);
         let mut turned = put::<T>(device, &x);
         let (angles, positions_there) = (put::<f32>(device, &angles), upload(device, positions.clone()).unwrap());
-        let mut turn = |x: &mut CudaSlice<T>, back| {
+        let turn = |x: &mut CudaSlice<T>, back| {
             super::rope::rope(device, x, &positions_there, &angles, heads, width, stride, back).unwrap();
         };
         turn(&mut turned, false);
@@ -443,17 +443,14 @@ fn terms_of_losses_and_their_slopes() {
                 let target =
                     Some(super::head::TargetLogits { logits: &target_view, divergence, coefficient: 0.7, temperature });
                 let name = divergence.name();
-                let mut run =
-                    |labels, target, found: &mut CudaSlice<f64>, column, slopes: super::head::Slopes<'_, T>| {
-                        let mut own = put::<T>(device, &logits);
-                        let compared = super::head::Compared { labels, target };
-                        let weights = &weights_there;
-                        super::head::head_terms(
-                            device, &mut own, vocabulary, compared, weights, found, 2, column, slopes,
-                        )
+                let run = |labels, target, found: &mut CudaSlice<f64>, column, slopes: super::head::Slopes<'_, T>| {
+                    let mut own = put::<T>(device, &logits);
+                    let compared = super::head::Compared { labels, target };
+                    let weights = &weights_there;
+                    super::head::head_terms(device, &mut own, vocabulary, compared, weights, found, 2, column, slopes)
                         .unwrap();
-                        get(device, &own)
-                    };
+                    get(device, &own)
+                };
                 let terms_of = |found: &CudaSlice<f64>| -> Vec<f32> {
                     device.clone_dtoh(found).unwrap().into_iter().map(|x| x as f32).collect()
                 };
@@ -754,7 +751,10 @@ fn sampling_chooses_as_on_the_cpu() {
                     .into_iter()
                     .map(|x| (x * 8.0).round() * 0.25)
                     .collect();
-                for (r, logits) in logits.chunks(vocabulary).enumerate().filter(|(r, _)| !done[*r]) {
+                for (r, logits) in logits.chunks(vocabulary).enumerate() {
+                    if done[r] {
+                        continue;
+                    }
                     let [word, ..] = philox(9, [log_probs[r].len() as u32, fold(ids[r]), 5, 2]);
                     let scratch = &mut Scratch::default();
                     let Choice { token, log_prob } = choose(logits, &histories[r], sampling, uniform(word), scratch);
