@@ -411,7 +411,7 @@ fn terms_of_losses_and_their_slopes() {
             Divergence::TotalVariation,
             Divergence::AlphaBeta { alpha: 0.4, beta: 0.7 },
         ];
-        for (vocabulary, rows) in [(11, 4), (517, 3), (5003, 2)] {
+        for (vocabulary, rows) in [(11, 4), (517, 3), (2003, 1)] {
             for (i, divergence) in divergences.into_iter().enumerate() {
                 let temperature = [1.0, 2.0][i % 2];
                 let count = rows * vocabulary;
@@ -718,7 +718,7 @@ fn sampling_chooses_as_on_the_cpu() {
     ];
     const ROOM: usize = 24;
     const MOST: usize = 12;
-    for vocabulary in [3, 40, 1000, 5003] {
+    for vocabulary in [3, 40, 2003] {
         for (which, sampling) in settings.iter().enumerate() {
             let rows = 4;
             let ids: Vec<u64> = (0..rows as u64).map(|i| i << 34 | 77).collect();
