@@ -33,7 +33,11 @@ pub(crate) fn product(
         let left = columns - column;
         let b = &b[column.min(b.len())..];
         let out = &mut out[column..];
-        if left >= 16 {
+        if left >= 64 && rows < 4 {
+            // Few rows: more columns side by side, so that no addition waits for the one before.
+            strip::<64>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
+            column += 64;
+        } else if left >= 16 {
             strip::<16>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
             column += 16;
         } else if left >= 8 {
@@ -109,7 +113,9 @@ mod tests {
 
     #[test]
     fn products_are_right_for_every_remainder() {
-        for (rows, depth, columns) in [(1, 1, 1), (4, 8, 16), (5, 7, 25), (7, 32, 43), (3, 0, 9), (36, 32, 48)] {
+        for (rows, depth, columns) in
+            [(1, 1, 1), (4, 8, 16), (5, 7, 25), (7, 32, 43), (2, 9, 150), (3, 0, 9), (36, 32, 48)]
+        {
             let (a, b) = (numbers(1, rows * depth), numbers(2, depth * columns));
             for (row, along) in [(depth, 1), (1, rows)] {
                 let left = Left { data: &a, row, depth: along };
