@@ -303,8 +303,7 @@ impl Ops for Cached<'_> {
     }
 
     fn linear(&mut self, x: &Vec<f32>, linear: Linear<'_>) -> TensorResult<Vec<f32>> {
-        let (depth, width) = linear.weight.dims2()?;
-        Ok(by_row::product(x, &elements(linear.weight)?, Some(&elements(linear.bias)?), depth, width))
+        Ok(by_row::product(x, &elements(linear.weight)?, &elements(linear.bias)?, linear.weight.dim(0)?))
     }
 
     fn attention(&mut self, qkv: Vec<f32>, attend: Attend) -> TensorResult<Vec<f32>> {
