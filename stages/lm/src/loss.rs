@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::{Input, InputTarget, head_terms};
-use crate::ops::tape::{Contribution, deliver, is_collecting};
+use crate::ops::collect::{Contribution, deliver, is_collecting};
 
 /// How far the trainee's distribution is from a target's.
 ///
