@@ -68,6 +68,13 @@ fn main() {
     let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("?").trim();
     println!(
         "{layers}x{width} 8x{length}: best {:.1} median {:.1} ms {:.1} GFLOP/s HWM {peak}; forward {:.1} head {:.1} backward {:.1} norm {:.1} adamw {:.1}",
-        times[0] * 1e3, median * 1e3, flops / median / 1e9, parts[0], parts[1], parts[2], parts[3], parts[4]
+        times[0] * 1e3,
+        median * 1e3,
+        flops / median / 1e9,
+        parts[0],
+        parts[1],
+        parts[2],
+        parts[3],
+        parts[4]
     );
 }

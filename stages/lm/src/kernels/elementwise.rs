@@ -3,12 +3,15 @@
 use rayon::prelude::*;
 
 use super::elementary::{exp, tanh};
-use super::{BLOCK, ROW_BLOCK, sum_in_order};
+use super::{BLOCK, ROW_BLOCK, buffer, sum_in_order};
 use crate::config::Activation;
 
 /// sqrt(2 / pi), of the tanh approximation of GELU.
 const ROOT: f32 = 0.797_884_6;
 const CUBIC: f32 = 0.044_715;
+
+/// Elements of a row, where rows mean nothing.
+const ROW: usize = 512;
 
 /// The nonlinearity of every element.
 pub(crate) fn activation(x: &[f32], activation: Activation) -> Vec<f32> {
@@ -47,11 +50,7 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 
 /// Writes `bias` into every row.
 pub(crate) fn rows_of(bias: &[f32], rows: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(rows * bias.len());
-    for _ in 0..rows {
-        out.extend_from_slice(bias);
-    }
-    out
+    buffer::matrix(rows, bias.len(), |_| |c| bias[c])
 }
 
 /// Adds `bias` to every row.
@@ -96,12 +95,15 @@ pub(crate) fn sum_rows(x: &[f32], width: usize) -> Vec<f32> {
     if total.is_empty() { vec![0.0; width] } else { total }
 }
 
+/// The function of every element.
 #[inline(always)]
 fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(out, x)| {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = f(*x));
+    let f = &f;
+    let mut out = buffer::matrix(x.len() / ROW, ROW, |r| {
+        let x = &x[r * ROW..][..ROW];
+        move |c| f(x[c])
     });
+    out.extend(x[out.len()..].iter().map(|x| f(*x)));
     out
 }
 
