@@ -18,7 +18,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::head_loss;
-use lm::{Architecture, Gradients, LanguageModel, Schedule};
+use lm::{Architecture, Dtype, Gradients, LanguageModel, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,9 @@ pub struct Config {
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of initial weights and dropout.
     #[serde(default)]
     pub seed: u64,
@@ -132,7 +135,8 @@ impl Operator for Finetuning {
             Some(model) => training::own(model)?,
             None => training::initial(self.config.init.as_ref(), "model", &data, self.config.seed, &self.device)?,
         };
-        let model = model.with_activation_checkpointing(self.config.activation_checkpointing);
+        let model =
+            model.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
         let mut gradients = Gradients::default();

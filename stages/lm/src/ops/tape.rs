@@ -127,8 +127,7 @@ impl<B: Backend> Ops for Tape<B> {
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(shape) = prompt {
-                    let gradient = backward.backend.embed_backward_prompt(&rows, &dy, width, shape.elem_count())?;
-                    backward.prompt = Some(backward.backend.tensor(gradient, shape)?);
+                    backward.prompt = Some(backward.backend.embed_backward_prompt(&rows, &dy, width, shape)?);
                 }
                 if tokens.is_none() && positions.is_none() {
                     return Ok(());
@@ -218,14 +217,14 @@ impl<B: Backend> Ops for Tape<B> {
     fn attention(&mut self, qkv: Array<B>, attend: Attend) -> Result<Array<B>> {
         let width = qkv.width / 3;
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
-        let out = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
-        let out = self.array(out, width, qkv.node.is_some());
+        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
+        let out = self.shared(out, width, qkv.node.is_some());
         if let Some((node, from)) = out.node.zip(qkv.node) {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let attention = spec(&rows, attend, dropout);
-                let dx = backward.backend.attention_backward(&qkv.data, &dy, width, &attention)?;
+                let dx = backward.backend.attention_backward(&qkv.data, &attended, &dy, width, &attention)?;
                 backward.add(from, dx)
             });
         }
