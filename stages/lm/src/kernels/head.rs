@@ -83,8 +83,10 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
         hidden_gradient: hidden_gradient.then(|| vec![0.0; input.hidden.len()]),
         head_gradient: None,
     };
+    // Without targets there is one buffer in place of three, for three times the rows.
+    let most = rows_per_chunk(if input.targets.is_empty() { vocabulary.div_ceil(3) } else { vocabulary });
     // Chunks of equal size: a last one of a single row would be slow, and a long sum for it less accurate.
-    let chunks = active.len().div_ceil(rows_per_chunk(vocabulary));
+    let chunks = active.len().div_ceil(most);
     let rows = active.len().div_ceil(chunks.max(1));
     let mut buffers = Buffers::new(rows, vocabulary, input.targets.is_empty(), hidden_gradient || head_gradient);
     for chunk in active.chunks(rows.max(1)) {
