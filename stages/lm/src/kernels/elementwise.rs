@@ -2,16 +2,14 @@
 
 use rayon::prelude::*;
 
+use super::buffer::{map, matrix};
 use super::elementary::{exp, tanh};
-use super::{BLOCK, ROW_BLOCK, buffer, sum_in_order};
+use super::{BLOCK, ROW_BLOCK, sum_in_order};
 use crate::config::Activation;
 
 /// sqrt(2 / pi), of the tanh approximation of GELU.
 const ROOT: f32 = 0.797_884_6;
 const CUBIC: f32 = 0.044_715;
-
-/// Elements of a row, where rows mean nothing.
-const ROW: usize = 512;
 
 /// The nonlinearity of every element.
 pub(crate) fn activation(x: &[f32], activation: Activation) -> Vec<f32> {
@@ -50,7 +48,7 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 
 /// Writes `bias` into every row.
 pub(crate) fn rows_of(bias: &[f32], rows: usize) -> Vec<f32> {
-    buffer::matrix(rows, bias.len(), |_| |c| bias[c])
+    matrix(rows, bias.len(), |_| |c| bias[c])
 }
 
 /// Adds `bias` to every row.
@@ -93,18 +91,6 @@ pub(crate) fn sum_rows(x: &[f32], width: usize) -> Vec<f32> {
     });
     let total = sum_in_order(parts.collect());
     if total.is_empty() { vec![0.0; width] } else { total }
-}
-
-/// The function of every element.
-#[inline(always)]
-fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let f = &f;
-    let mut out = buffer::matrix(x.len() / ROW, ROW, |r| {
-        let x = &x[r * ROW..][..ROW];
-        move |c| f(x[c])
-    });
-    out.extend(x[out.len()..].iter().map(|x| f(*x)));
-    out
 }
 
 #[inline(always)]

@@ -182,10 +182,11 @@ pub(crate) fn embed(
     }
     let (tokens, positions) = (elements(tokens)?, elements(positions)?);
     let prompt = prompt.map(elements).transpose()?;
+    let (tokens, positions): (&[f32], &[f32]) = (&tokens, &positions);
     let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
     Ok(buffer::matrix(inputs.len(), width, |row| {
         let (table, place) = match inputs[row] {
-            Input::Token(id) => (&*tokens, id as usize),
+            Input::Token(id) => (tokens, id as usize),
             Input::Prompt(i) => (prompt, i as usize),
         };
         let vector = &table[place * width..][..width];
