@@ -48,7 +48,7 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 
 /// Writes `bias` into every row.
 pub(crate) fn rows_of(bias: &[f32], rows: usize) -> Vec<f32> {
-    matrix(rows, bias.len(), |_| |c| bias[c])
+    matrix(rows, bias.len(), |_| move |c| bias[c])
 }
 
 /// Adds `bias` to every row.
