@@ -15,6 +15,7 @@
 pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod decode;
+pub(crate) mod driver;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod head;
@@ -23,6 +24,9 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod sample;
+
+#[cfg(test)]
+mod tests;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
