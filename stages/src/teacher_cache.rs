@@ -156,3 +156,195 @@ impl Operator for Caching {
         Ok(Outputs::new().with("cache", cache.finish()?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use contract::{End, Kind, TokenizerFile};
+    use lm::{Architecture, Family, TeacherCache};
+    use serde_json::{Value as Json, json};
+
+    use super::*;
+    use crate::distill::Distill;
+    use crate::testing::{Scratch, output};
+
+    const VOCABULARY: u32 = 40;
+
+    fn tokenizer() -> TokenizerFile {
+        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: VOCABULARY }
+    }
+
+    fn model(layers: usize, width: usize, seed: u64) -> AnyValue {
+        let shape = Architecture {
+            architecture: Family::Gpt2,
+            layers,
+            width,
+            heads: Some(2),
+            positions: Some(32),
+            dropout: Some(0.1),
+        };
+        Arc::new(LanguageModel::init(&shape, tokenizer(), seed, &Device::Cpu).unwrap())
+    }
+
+    fn teacher() -> AnyValue {
+        model(3, 24, 1)
+    }
+
+    /// Nine rows of many lengths; one has no response, one no prompt, one is a single token.
+    fn data() -> Dataset {
+        let ids = |seed: u32, count: u32| (0..count).map(|i| (seed * 7 + i * i + 3 * i) % VOCABULARY).collect();
+        let lengths = [(3, 4), (1, 1), (5, 9), (4, 0), (0, 6), (8, 2), (2, 7), (1, 3), (6, 5)];
+        let row = |(index, (prompt, response)): (usize, (u32, u32))| Row {
+            id: (1 << 40) - index as u64,
+            prompt: ids(index as u32, prompt),
+            response: ids(index as u32 + 20, response),
+            end: End::Stop,
+            log_probs: None,
+            references: Vec::new(),
+        };
+        Dataset { rows: lengths.into_iter().enumerate().map(row).collect(), tokenizer: tokenizer() }
+    }
+
+    fn soft_prompt() -> AnyValue {
+        let Ok(teacher) = teacher().into_any().downcast::<LanguageModel>() else { panic!("a model") };
+        let vectors = teacher.embedding().narrow(0, 3, 4).unwrap().contiguous().unwrap();
+        Arc::new(SoftPrompt::new(vectors, &teacher).unwrap())
+    }
+
+    fn cache(scratch: &Scratch, config: Json, prompted: bool) -> AnyValue {
+        let mut inputs: Vec<(&str, AnyValue)> = vec![("teacher", teacher()), ("data", Arc::new(data()))];
+        inputs.extend(prompted.then(|| ("prompt", soft_prompt())));
+        output::<TeacherCache>(&scratch.run(&TeacherCaching, config, inputs).unwrap().0, "cache")
+    }
+
+    /// The files of a value, by name.
+    fn files(value: &AnyValue) -> Vec<(String, Vec<u8>)> {
+        let folder = tempfile::tempdir().unwrap();
+        value.save(folder.path()).unwrap();
+        let entries = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> = entries.map(|path| (name(&path), std::fs::read(&path).unwrap())).collect();
+        files.sort();
+        files
+    }
+
+    fn name(path: &Path) -> String {
+        path.file_name().unwrap().to_str().unwrap().to_owned()
+    }
+
+    /// What a student has become after an update on all of the data, the second half first, and its metrics.
+    fn learn(scratch: &Scratch, config: &Json, inputs: &[(&'static str, AnyValue)]) -> contract::Result<(AnyValue, Json)> {
+        let mut data = data();
+        data.rows.rotate_left(4);
+        let mut all: Vec<(&str, AnyValue)> = vec![("data", Arc::new(data)), ("student", model(1, 16, 2))];
+        all.extend(inputs.iter().cloned());
+        let (outputs, log) = scratch.run(&Distill, config.clone(), all)?;
+        Ok((outputs.0["model"].clone(), json!(log.rows)))
+    }
+
+    #[test]
+    fn a_student_of_the_cache_has_the_bits_of_one_of_the_teacher() {
+        let scratch = Scratch::new();
+        for (prompted, change) in [
+            (false, json!({"divergence": "reverse-kl"})),
+            (false, json!({"divergence": "forward-kl", "temperature": 2.0, "weight": 0.5, "cross_entropy": 0.5})),
+            (true, json!({"divergence": {"jsd": {"beta": 0.3}}})),
+        ] {
+            for (micro_batch, batch) in [(json!(null), 16), (json!(1), 4), (json!(4), 1)] {
+                let mut config = change.clone();
+                config["learning_rate"] = json!(1e-2);
+                config["micro_batch"] = micro_batch;
+                let mut plain = vec![("teacher", teacher())];
+                plain.extend(prompted.then(|| ("prompt", soft_prompt())));
+                let right = learn(&scratch, &config, &plain).unwrap();
+                let kept = [("teacher", teacher()), ("cache", cache(&scratch, json!({"batch": batch}), prompted))];
+                let found = learn(&scratch, &config, &kept).unwrap();
+                assert!(files(&found.0) == files(&right.0), "{config}: other weights");
+                assert_eq!(found.1, right.1, "{config}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_go_through_the_teacher_together_change_no_bit() {
+        let scratch = Scratch::new();
+        for keep in [json!("hidden"), json!({"top_k": 5})] {
+            let made = |batch| files(&cache(&scratch, json!({"keep": keep, "batch": batch}), true));
+            let right = made(16);
+            assert!(right.iter().any(|(name, bytes)| name == "shard-00000.safetensors" && bytes.len() > 1000));
+            assert!([1, 2, 5].into_iter().all(|batch| made(batch) == right), "{keep}");
+        }
+    }
+
+    #[test]
+    fn likeliest_tokens_teach_without_a_teacher() {
+        let scratch = Scratch::new();
+        let config = json!({"divergence": "forward-kl", "temperature": 1.5, "learning_rate": 1e-2, "micro_batch": 4});
+        let (_, right) = learn(&scratch, &config, &[("teacher", teacher())]).unwrap();
+        let loss = |k: u32| {
+            let kept = cache(&scratch, json!({"keep": {"top_k": k}, "temperature": 1.5}), false);
+            let (_, rows) = learn(&scratch, &config, &[("cache", kept)]).unwrap();
+            [rows[0]["forward_kl"].as_f64().unwrap(), rows[0]["gradient_norm"].as_f64().unwrap()]
+        };
+        let right = [right[0]["forward_kl"].as_f64().unwrap(), right[0]["gradient_norm"].as_f64().unwrap()];
+        let all = loss(VOCABULARY);
+        assert!(all.iter().zip(right).all(|(all, right)| (all / right - 1.0).abs() < 1e-3), "{all:?} {right:?}");
+        let few = loss(3);
+        assert!(few[0] > 0.0 && few[0] < right[0], "{few:?}, not below {right:?}");
+    }
+
+    #[test]
+    fn half_the_bytes_lose_little() {
+        let scratch = Scratch::new();
+        let config = json!({"divergence": "forward-kl", "learning_rate": 1e-2});
+        let norm = |storage: &str| {
+            let made = cache(&scratch, json!({"storage": storage}), false);
+            let bytes = files(&made).iter().find(|(name, _)| name.starts_with("shard")).unwrap().1.len();
+            let (_, rows) = learn(&scratch, &config, &[("teacher", teacher()), ("cache", made)]).unwrap();
+            (bytes, rows[0]["gradient_norm"].as_f64().unwrap())
+        };
+        let ((whole, right), (half, found)) = (norm("f32"), norm("bf16"));
+        assert!(half < whole * 55 / 100, "{half} of {whole} bytes");
+        assert!(found != right && (found / right - 1.0).abs() < 1e-2, "{found} {right}");
+    }
+
+    #[test]
+    fn what_does_not_go_together_says_what_to_do() {
+        let scratch = Scratch::new();
+        let config = json!({"divergence": "forward-kl", "learning_rate": 1e-2});
+        let hidden = || ("cache", cache(&scratch, json!({}), false));
+        let top_k = || ("cache", cache(&scratch, json!({"keep": {"top_k": 3}}), false));
+        let few = || ("cache", cache(&scratch, json!({"rows": 3}), false));
+        let error = |inputs: &[(&'static str, AnyValue)], config: &Json| {
+            learn(&scratch, config, inputs).err().map(|error| format!("{error:#}")).expect("an error")
+        };
+        let warm = json!({"divergence": "forward-kl", "learning_rate": 1e-2, "temperature": 2.0});
+        for (inputs, config, said) in [
+            (vec![], &config, "connect `teacher`, or `cache`"),
+            (vec![hidden()], &config, "connect `teacher`, the model that made the cache"),
+            (vec![hidden(), ("teacher", model(3, 24, 5))], &config, "was made by another model than this teacher"),
+            (vec![hidden(), ("teacher", model(1, 16, 5))], &config, "was made by another model than this teacher"),
+            (vec![hidden(), ("teacher", teacher()), ("prompt", soft_prompt())], &config, "`prompt` does nothing beside"),
+            (vec![top_k(), ("teacher", teacher())], &config, "remove the input `teacher`"),
+            (vec![top_k()], &warm, "`temperature` is 2, and the cache keeps the likeliest tokens at temperature 1"),
+            (vec![few(), ("teacher", teacher())], &config, "is not in the teacher cache, which holds 3 rows"),
+        ] {
+            let found = error(&inputs, config);
+            assert!(found.contains(said), "{found}");
+        }
+    }
+
+    #[test]
+    fn fields_that_disagree_are_named() {
+        let faults = |config: Json| {
+            let errors = Kind::resolve(&TeacherCaching, &config, contract::Conventions::Sound).err().unwrap_or_default();
+            errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>()
+        };
+        assert_eq!(faults(json!({"keep": {"top_k": 0}})), ["keep.top_k"]);
+        assert_eq!(faults(json!({"keep": {"top_k": 2}, "storage": "bf16"})), ["storage"]);
+        assert_eq!(faults(json!({"temperature": 2.0})), ["temperature"]);
+        assert_eq!(faults(json!({"rows": 0, "batch": 0})), ["rows", "batch"]);
+        assert_eq!(faults(json!({"keep": {"top_k": 2}, "temperature": 2.0})), [""; 0]);
+    }
+}

@@ -451,3 +451,140 @@ fn fingerprint_of_head(model: &LanguageModel) -> Result<u64> {
 fn words<const N: usize, T>(bytes: &[u8], parse: impl Fn([u8; N]) -> T) -> Vec<T> {
     bytes.chunks_exact(N).map(|word| parse(word.try_into().expect("chunks are of size N"))).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::numbers;
+
+    const WIDTH: usize = 6;
+
+    fn tokenizer() -> TokenizerFile {
+        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 9 }
+    }
+
+    fn facts(keep: Keep, storage: Storage) -> Facts {
+        Facts { keep, storage, temperature: 1.0, width: WIDTH, head: 77 }
+    }
+
+    /// Rows of several lengths, one after the other.
+    const RESPONSES: [Response<'_>; 4] = [(9, &[1, 2, 3]), (2, &[4]), (u64::MAX, &[5, 6]), (3, &[1, 2, 3, 7, 8])];
+    const TOKENS: usize = 11;
+
+    fn hidden() -> Tensor {
+        Tensor::from_vec(numbers(1, TOKENS * WIDTH), (TOKENS, WIDTH), &Device::Cpu).unwrap()
+    }
+
+    fn top_k() -> TopK {
+        let tokens = (0..TOKENS * 2).map(|i| (i * 5 % 9) as u32).collect();
+        TopK { k: 2, tokens, log_probs: numbers(2, TOKENS * 2), log_rest: numbers(3, TOKENS) }
+    }
+
+    /// A cache of [`RESPONSES`] in shards of a few tokens, written in pieces of one and three rows.
+    fn cache(scratch: &Path, facts: Facts, said: &Said) -> TeacherCache {
+        let shard_bytes = 4 * facts.bytes_per_token();
+        let mut writer =
+            TeacherCacheWriter::with_shards_of(shard_bytes, scratch, facts, tokenizer(), &RESPONSES).unwrap();
+        for (rows, start, tokens) in [(1, 0, 3), (3, 3, 8)] {
+            let part = match said {
+                Said::Hidden(hidden) => Said::Hidden(hidden.narrow(0, start, tokens).unwrap()),
+                Said::TopK(kept) => {
+                    Said::TopK(kept.select(&(start as u32..(start + tokens) as u32).collect::<Vec<_>>()))
+                }
+            };
+            writer.push(rows, &part).unwrap();
+        }
+        writer.finish().unwrap()
+    }
+
+    /// What is kept of the rows of [`RESPONSES`] at `places`, in the order of `places`.
+    fn assert_holds(cache: &TeacherCache, places: &[usize]) {
+        let rows: Vec<Response<'_>> = places.iter().map(|place| RESPONSES[*place]).collect();
+        let starts = [0, 3, 4, 6];
+        let tokens = places.iter().flat_map(|&place| starts[place]..starts[place] + RESPONSES[place].1.len());
+        let tokens: Vec<u32> = tokens.map(|token| token as u32).collect();
+        match cache.read(&rows, &Device::Cpu).unwrap() {
+            Said::TopK(found) => assert_eq!(found, top_k().select(&tokens)),
+            Said::Hidden(found) => {
+                let count = tokens.len();
+                let right = hidden().index_select(&Tensor::from_vec(tokens, count, &Device::Cpu).unwrap(), 0).unwrap();
+                let exact = cache.facts.storage == Storage::F32;
+                let right = if exact { right } else { right.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap() };
+                assert_eq!(found.to_vec2::<f32>().unwrap(), right.to_vec2::<f32>().unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_saved_cache_loads_bit_equal_and_any_rows_are_read_in_any_order() {
+        for (keep, storage) in
+            [(Keep::Hidden, Storage::F32), (Keep::Hidden, Storage::Bf16), (Keep::TopK(2), Storage::F32)]
+        {
+            let said = if keep == Keep::Hidden { Said::Hidden(hidden()) } else { Said::TopK(top_k()) };
+            let [scratch, saved] = [0, 1].map(|_| tempfile::tempdir().unwrap());
+            let made = cache(scratch.path(), facts(keep, storage), &said);
+            made.save(saved.path()).unwrap();
+            assert_holds(&made, &[0, 1, 2, 3]);
+            drop(made);
+            assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "a value leaves nothing behind");
+            let loaded = TeacherCache::load(saved.path()).unwrap();
+            assert_eq!((loaded.facts, loaded.rows()), (facts(keep, storage), 4));
+            assert_eq!(loaded.fact("vocabulary"), Some(tokenizer().vocabulary()));
+            assert!(loaded.shards.len() > 1);
+            for places in [&[0, 1, 2, 3][..], &[3, 0], &[2], &[1, 1], &[]] {
+                assert_holds(&loaded, places);
+            }
+        }
+    }
+
+    #[test]
+    fn shards_are_safetensors_that_others_read() {
+        let scratch = tempfile::tempdir().unwrap();
+        let made = cache(scratch.path(), facts(Keep::TopK(2), Storage::F32), &Said::TopK(top_k()));
+        let bytes = fs::read(made.folder.join("shard-00000.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let log_probs = tensors.tensor("log_prob").unwrap();
+        assert_eq!((log_probs.dtype(), log_probs.shape()), (Dtype::F32, &[4, 2][..]));
+        assert_eq!(words(log_probs.data(), f32::from_le_bytes), top_k().log_probs[..8]);
+        assert_eq!(tensors.tensor("log_rest").unwrap().shape(), [4, 1]);
+    }
+
+    #[test]
+    fn another_text_is_an_error_that_says_what_to_do() {
+        let scratch = tempfile::tempdir().unwrap();
+        let cache = cache(scratch.path(), facts(Keep::Hidden, Storage::F32), &Said::Hidden(hidden()));
+        let error = |row: Response<'_>| cache.read(&[row], &Device::Cpu).unwrap_err().to_string();
+        assert!(error((5, &[1])).starts_with("row 5 is not in the teacher cache, which holds 4 rows: make the cache"));
+        for other in [&[1, 2, 4][..], &[1, 2], &[2, 1, 3], &[]] {
+            assert!(error((9, other)).starts_with("the response of row 9 is not the one in the teacher cache: "));
+        }
+    }
+
+    #[test]
+    fn what_is_written_must_be_what_was_announced() {
+        let scratch = tempfile::tempdir().unwrap();
+        let facts = facts(Keep::Hidden, Storage::F32);
+        let writer = || TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &RESPONSES).unwrap();
+        let error = |rows, said: &Said| writer().push(rows, said).unwrap_err().to_string();
+        let all = Said::Hidden(hidden());
+        assert_eq!(error(3, &all), "`hidden` of 6 tokens has 264 bytes, expected 144");
+        assert_eq!(error(5, &all), "these are more rows than the cache has");
+        assert_eq!(error(4, &Said::TopK(top_k())), "this is not what the cache keeps");
+        let broken = Said::Hidden((hidden() * f64::NAN).unwrap());
+        assert_eq!(error(4, &broken), "the teacher's hidden states are not finite");
+        assert_eq!(writer().finish().err().unwrap().to_string(), "0 of 4 rows were written");
+        let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[(4, &[1]), (4, &[1])]);
+        assert!(twice.err().unwrap().to_string().starts_with("rows 0 and 1 of the text have the same id 4"));
+    }
+
+    #[test]
+    fn a_shard_that_was_cut_short_is_named() {
+        let scratch = tempfile::tempdir().unwrap();
+        let made = cache(scratch.path(), facts(Keep::Hidden, Storage::F32), &Said::Hidden(hidden()));
+        let path = made.folder.join("shard-00001.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        let error = format!("{:#}", TeacherCache::load(&made.folder).err().unwrap());
+        assert!(error.contains("shard-00001.safetensors`") && error.contains("make the cache again"), "{error}");
+    }
+}
