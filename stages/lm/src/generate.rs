@@ -17,7 +17,7 @@ use crate::kernels::attention::softmax;
 use crate::kernels::matmul::{Matrix, product_by_row};
 use crate::kernels::tile::{self, Left};
 use crate::kernels::{elementwise, layer_norm};
-use crate::ops::tape::embed;
+use crate::ops::cpu::embed;
 use crate::ops::{Attend, Input, Linear, Norm, Ops, elements};
 use crate::packed::Packed;
 use crate::sample::{Choice, Sampling, Scratch, choose};

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::checkpoint;
 use crate::config::{Architecture, Config};
+use crate::ops::cpu::Cpu;
 use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
 use crate::ops::{Attend, Dropout, Linear, Norm, Ops, Rows};
@@ -139,7 +140,7 @@ impl LanguageModel {
         let gpt2 = self.gpt2();
         if self.device.is_cpu() {
             let prompt = prompt.map(Tensor::contiguous).transpose()?;
-            let mut tape = Tape::new(rows, dropout);
+            let mut tape = Tape::new(Cpu, rows, dropout);
             let hidden = gpt2.forward(&mut tape, prompt.as_ref())?;
             let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
             return Ok(tape.finish(hidden, anchor, prompt.as_ref())?);

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::{Input, InputSource, InputTarget, head_terms};
-use crate::ops::tape::{Contribution, deliver, is_collecting};
+use crate::ops::collect::{Contribution, deliver, is_collecting};
 pub use crate::top_k::TopK;
 
 /// How far the trainee's distribution is from a target's.

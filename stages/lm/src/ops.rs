@@ -4,9 +4,13 @@
 //!
 //! - [`plain::Plain`]: candle's own tensor operations, on any device, differentiated by candle. The meaning of every
 //!   operation, and what the others are tested against;
-//! - [`tape::Tape`]: fused loops on the CPU, which remember what their backward pass needs;
-//! - `generate::Cached`: the same loops, one step at a time, with the keys and values of earlier steps.
+//! - [`tape::Tape`]: the fused loops of a [`backend::Backend`], which remembers what the backward pass needs;
+//!   [`cpu::Cpu`] is one;
+//! - `generate::Cached`: the loops of the CPU, one step at a time, with the keys and values of earlier steps.
 
+pub(crate) mod backend;
+pub(crate) mod collect;
+pub(crate) mod cpu;
 pub(crate) mod plain;
 pub(crate) mod tape;
 
@@ -183,10 +187,13 @@ fn contiguous(layout: &TensorLayout) -> Result<Range<usize>> {
 mod tests {
     use candle_core::{Device, Var};
 
+    use super::collect::{collect, merge};
+    use super::cpu::Cpu;
     use super::plain::Plain;
-    use super::tape::{Tape, collect, merge};
     use super::*;
     use crate::kernels::testing::{numbers, with_threads};
+
+    type Tape = tape::Tape<Cpu>;
 
     const DROPOUT: Dropout = Dropout { seed: 11, update: 3, purpose: 0x100 };
 
@@ -218,7 +225,7 @@ mod tests {
         let [tokens, positions, prompt] = inputs;
         let prompted = rows.inputs.iter().any(|i| matches!(i, Input::Prompt(_))).then_some(prompt);
         let out = if fused {
-            let mut tape = Tape::new(rows.clone(), dropout);
+            let mut tape = Tape::new(Cpu, rows.clone(), dropout);
             let x = tape.embed(tokens, positions, prompted).unwrap();
             let result = pass.tape(&mut tape, x);
             tape.finish(result, tokens, prompted).unwrap()
@@ -411,7 +418,7 @@ mod tests {
     fn a_weight_computed_from_a_variable_is_an_error() {
         let weight = (variable(4, 8, 8) * 2.0).unwrap();
         let bias = variable(5, 0, 8);
-        let mut tape = Tape::new(rows(&[3], 0), None);
+        let mut tape = Tape::new(Cpu, rows(&[3], 0), None);
         let x = tape.embed(&variable(1, 5, 8), &variable(2, 64, 8), None).unwrap();
         let error = tape.linear(&x, Linear { weight: &weight, bias: &bias }).err().unwrap();
         assert!(error.to_string().contains("computed from a variable"), "{error}");

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::checkpoint::{read_tensors, write_tensors};
 use crate::kernels::adamw::{self, Update};
 use crate::kernels::{BLOCK, elementwise};
-use crate::ops::{change, elements, tape};
+use crate::ops::{change, collect, elements};
 
 /// Gradients by parameter name, in the order of the parameters. Each has storage of its own.
 pub type Gradients = IndexMap<String, Tensor>;
@@ -23,13 +23,13 @@ pub type Gradients = IndexMap<String, Tensor>;
 /// Errors when one of them gets no gradient, and names all such: a parameter that training would silently leave alone.
 pub fn gradients(loss: &Tensor, parameters: &IndexMap<String, Tensor>) -> Result<Gradients> {
     ensure!(loss.elem_count() == 1, "a loss is one number, got shape {:?}", loss.dims());
-    let (mut store, mut collected) = tape::collect(|| loss.backward())?;
+    let (mut store, mut collected) = collect::collect(|| loss.backward())?;
     let mut gradients = Gradients::new();
     let mut without = Vec::new();
     for (name, parameter) in parameters.iter().filter(|(_, parameter)| parameter.is_variable()) {
         let direct = store.remove(parameter).map(|gradient| gradient.contiguous()).transpose()?;
         let contributions = collected.remove(&parameter.id()).unwrap_or_default();
-        match tape::merge(direct, contributions, parameter)? {
+        match collect::merge(direct, contributions, parameter)? {
             Some(gradient) => drop(gradients.insert(name.clone(), gradient)),
             None => without.push(format!("`{name}`")),
         }
