@@ -234,7 +234,11 @@ mod tests {
     }
 
     /// What a student has become after an update on all of the data, the second half first, and its metrics.
-    fn learn(scratch: &Scratch, config: &Json, inputs: &[(&'static str, AnyValue)]) -> contract::Result<(AnyValue, Json)> {
+    fn learn(
+        scratch: &Scratch,
+        config: &Json,
+        inputs: &[(&'static str, AnyValue)],
+    ) -> contract::Result<(AnyValue, Json)> {
         let mut data = data();
         data.rows.rotate_left(4);
         let mut all: Vec<(&str, AnyValue)> = vec![("data", Arc::new(data)), ("student", model(1, 16, 2))];
@@ -325,7 +329,11 @@ mod tests {
             (vec![hidden()], &config, "connect `teacher`, the model that made the cache"),
             (vec![hidden(), ("teacher", model(3, 24, 5))], &config, "was made by another model than this teacher"),
             (vec![hidden(), ("teacher", model(1, 16, 5))], &config, "was made by another model than this teacher"),
-            (vec![hidden(), ("teacher", teacher()), ("prompt", soft_prompt())], &config, "`prompt` does nothing beside"),
+            (
+                vec![hidden(), ("teacher", teacher()), ("prompt", soft_prompt())],
+                &config,
+                "`prompt` does nothing beside",
+            ),
             (vec![top_k(), ("teacher", teacher())], &config, "remove the input `teacher`"),
             (vec![top_k()], &warm, "`temperature` is 2, and the cache keeps the likeliest tokens at temperature 1"),
             (vec![few(), ("teacher", teacher())], &config, "is not in the teacher cache, which holds 3 rows"),
@@ -338,7 +346,8 @@ mod tests {
     #[test]
     fn fields_that_disagree_are_named() {
         let faults = |config: Json| {
-            let errors = Kind::resolve(&TeacherCaching, &config, contract::Conventions::Sound).err().unwrap_or_default();
+            let errors =
+                Kind::resolve(&TeacherCaching, &config, contract::Conventions::Sound).err().unwrap_or_default();
             errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>()
         };
         assert_eq!(faults(json!({"keep": {"top_k": 0}})), ["keep.top_k"]);

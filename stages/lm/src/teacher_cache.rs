@@ -509,7 +509,8 @@ mod tests {
                 let count = tokens.len();
                 let right = hidden().index_select(&Tensor::from_vec(tokens, count, &Device::Cpu).unwrap(), 0).unwrap();
                 let exact = cache.facts.storage == Storage::F32;
-                let right = if exact { right } else { right.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap() };
+                let right =
+                    if exact { right } else { right.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap() };
                 assert_eq!(found.to_vec2::<f32>().unwrap(), right.to_vec2::<f32>().unwrap());
             }
         }
