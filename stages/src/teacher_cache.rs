@@ -18,7 +18,6 @@
 //! or 8 bytes a kept token.
 
 use anyhow::ensure;
-use candle_core::Device;
 use contract::{
     About, AnyValue, ConfigError, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Row, Sink, Stage,
     Step,
@@ -162,6 +161,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
+    use candle_core::Device;
     use contract::{End, Kind, TokenizerFile};
     use lm::{Architecture, Family, TeacherCache};
     use serde_json::{Value as Json, json};

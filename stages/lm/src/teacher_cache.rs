@@ -76,19 +76,36 @@ impl Facts {
         Ok(Facts { keep, storage, temperature, width: model.width(), head: fingerprint_of_head(model)? })
     }
 
-    /// Name, type and elements a token of each tensor of a shard.
-    fn columns(&self) -> Vec<(&'static str, Dtype, usize)> {
+    /// The tensors of a shard.
+    fn columns(&self) -> Vec<Column> {
+        let column = |name, dtype, width| Column { name, dtype, width };
         match (self.keep, self.storage) {
-            (Keep::Hidden, Storage::F32) => vec![("hidden", Dtype::F32, self.width)],
-            (Keep::Hidden, Storage::Bf16) => vec![("hidden", Dtype::BF16, self.width)],
-            (Keep::TopK(k), _) => {
-                vec![("token", Dtype::U32, k), ("log_prob", Dtype::F32, k), ("log_rest", Dtype::F32, 1)]
-            }
+            (Keep::Hidden, Storage::F32) => vec![column("hidden", Dtype::F32, self.width)],
+            (Keep::Hidden, Storage::Bf16) => vec![column("hidden", Dtype::BF16, self.width)],
+            (Keep::TopK(k), _) => vec![
+                column("token", Dtype::U32, k),
+                column("log_prob", Dtype::F32, k),
+                column("log_rest", Dtype::F32, 1),
+            ],
         }
     }
 
     fn bytes_per_token(&self) -> usize {
-        self.columns().iter().map(|(_, dtype, width)| dtype.size() * width).sum()
+        self.columns().iter().map(Column::bytes).sum()
+    }
+}
+
+/// A tensor of a shard, `[tokens, width]`.
+struct Column {
+    name: &'static str,
+    dtype: Dtype,
+    width: usize,
+}
+
+impl Column {
+    /// Of a token.
+    fn bytes(&self) -> usize {
+        self.dtype.bitsize() / 8 * self.width
     }
 }
 
@@ -140,8 +157,7 @@ impl TeacherCache {
     pub fn read(&self, rows: &[Response<'_>], device: &Device) -> Result<Said> {
         let places = rows.iter().map(|row| self.place(row)).collect::<Result<Vec<_>>>()?;
         let column = |index: usize| -> Result<Vec<u8>> {
-            let (_, dtype, width) = self.facts.columns()[index];
-            let bytes = dtype.size() * width;
+            let bytes = self.facts.columns()[index].bytes();
             let mut all = vec![0; places.iter().map(|place| place.tokens * bytes).sum()];
             let mut rest = all.as_mut_slice();
             for place in &places {
@@ -287,9 +303,10 @@ impl ShardLayout {
     fn new(facts: &Facts, tokens: usize) -> Result<Self> {
         let mut offset = 0;
         let tensors: Vec<(String, TensorInfo)> = (facts.columns().into_iter())
-            .map(|(name, dtype, width)| {
+            .map(|column| {
                 let start = offset;
-                offset += tokens * width * dtype.size();
+                offset += tokens * column.bytes();
+                let Column { name, dtype, width } = column;
                 (name.to_owned(), TensorInfo { dtype, shape: vec![tokens, width], data_offsets: (start, offset) })
             })
             .collect();
@@ -388,8 +405,8 @@ impl TeacherCacheWriter {
         };
         let next = self.rows.get(self.done..self.done + rows).context("these are more rows than the cache has")?;
         let tokens: usize = next.iter().map(|(_, tokens, ..)| tokens).sum();
-        for (values, (name, dtype, width)) in columns.iter().zip(self.facts.columns()) {
-            let (found, expected) = (values.len(), tokens * width * dtype.size());
+        for (values, column) in columns.iter().zip(self.facts.columns()) {
+            let (name, found, expected) = (column.name, values.len(), tokens * column.bytes());
             ensure!(found == expected, "`{name}` of {tokens} tokens has {found} bytes, expected {expected}");
         }
         let mut before = 0;
@@ -397,8 +414,8 @@ impl TeacherCacheWriter {
             let first_of_shard = self.done + offset == 0 || self.rows[self.done + offset - 1].3 != *shard;
             self.start = if first_of_shard { 0 } else { self.start };
             let Shard { file, columns: starts } = &self.shards[*shard];
-            for ((values, (_, dtype, width)), start) in columns.iter().zip(self.facts.columns()).zip(starts) {
-                let bytes = dtype.size() * width;
+            for ((values, column), start) in columns.iter().zip(self.facts.columns()).zip(starts) {
+                let bytes = column.bytes();
                 let own = &values[before * bytes..(before + tokens) * bytes];
                 file.write_all_at(own, start + (self.start * bytes) as u64).context("cannot write a teacher cache")?;
             }
