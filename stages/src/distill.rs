@@ -28,7 +28,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Gradients, Keep, LanguageModel, Said, Schedule, SoftPrompt, TeacherCache};
+use lm::{Architecture, Dtype, Gradients, Keep, LanguageModel, Said, Schedule, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -79,6 +79,9 @@ pub struct Config {
     /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
     #[serde(default)]
     pub accumulation_prompt: Option<AccumulationPrompt>,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of initial weights and dropout.
     #[serde(default)]
     pub seed: u64,
@@ -193,7 +196,7 @@ struct Distilling {
 impl Operator for Distilling {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take_optional::<LanguageModel>("teacher")?.map(|teacher| teacher.frozen());
+        let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
@@ -201,10 +204,12 @@ impl Operator for Distilling {
             Some(student) => training::own(student)?,
             None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
         };
+        let student = student.computed_in(self.config.dtype)?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
         if let Some(cache) = &cache {
-            self.check_cache(cache, teacher.as_ref(), prompt.is_some())?;
+            self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;
         }
+        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(self.config.dtype)).transpose()?;
 
         let name = self.config.divergence.name();
         let mean = self.config.mean.unwrap_or(Mean::Tokens);

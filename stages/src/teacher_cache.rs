@@ -23,7 +23,7 @@ use contract::{
     Step,
 };
 use lm::loss::TopK;
-use lm::{CacheFacts, Keep, LanguageModel, Said, SoftPrompt, Storage, TeacherCacheWriter};
+use lm::{CacheFacts, Dtype, Keep, LanguageModel, Said, SoftPrompt, Storage, TeacherCacheWriter};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +48,9 @@ pub struct Config {
     /// Rows that go through the teacher at once: a matter of memory.
     #[serde(default = "default_batch")]
     pub batch: u64,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU.
+    #[serde(default)]
+    pub dtype: Dtype,
 }
 
 fn one() -> f64 {
@@ -76,7 +79,7 @@ impl Stage for TeacherCaching {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let Config { keep, storage, temperature, rows, batch } = config;
+        let Config { keep, storage, temperature, rows, batch, .. } = config;
         let mut errors = Vec::new();
         match keep {
             Keep::TopK(0) => errors.push(ConfigError::at("keep.top_k", "expected 1 token or more, got 0")),
@@ -127,8 +130,8 @@ struct Caching {
 
 impl Operator for Caching {
     fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        let Config { keep, storage, temperature, rows, batch } = self.config;
-        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen();
+        let Config { keep, storage, temperature, rows, batch, dtype } = self.config;
+        let teacher = inputs.take::<LanguageModel>("teacher")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
         let rows: Vec<&Row> = (data.rows.iter())
@@ -139,6 +142,7 @@ impl Operator for Caching {
 
         let responses: Vec<_> = rows.iter().map(|row| (row.id, Aligned::response_of(row))).collect();
         let facts = CacheFacts::of(&teacher, keep, storage, temperature)?;
+        let teacher = teacher.frozen().computed_in(dtype)?;
         let mut cache = TeacherCacheWriter::new(&self.env.scratch, facts, data.tokenizer.clone(), &responses)?;
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {

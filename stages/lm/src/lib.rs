@@ -10,12 +10,13 @@
 //! - [`TeacherCache`] keeps what a frozen model says of a text, so that it need not run again;
 //! - [`generate()`] lets a model write, choosing tokens by [`sample`].
 //!
-//! On the CPU the operations are fused by hand (`kernels`), and give the same bits with any number of threads. On other
-//! devices the same model code runs on candle's own operations.
+//! The operations are fused by hand (`kernels`), on the CPU, where they give the same bits with any number of threads, and on
+//! NVIDIA's GPUs.
 
 mod checkpoint;
 mod config;
 mod device;
+mod dtype;
 mod generate;
 mod gpt2;
 mod kernels;
@@ -31,6 +32,7 @@ mod top_k;
 
 pub use config::{Activation, Architecture, Config, Family};
 pub use device::device;
+pub use dtype::Dtype;
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;
 pub use ops::Dropout;

@@ -40,11 +40,11 @@ impl TopK {
         let mut kept = TopK { k, tokens: vec![0; rows * k], log_probs: vec![0.0; rows * k], log_rest: vec![0.0; rows] };
         let scale = (1.0 / temperature) as f32;
         let chunk = rows_per_chunk(vocabulary);
-        let transposed = head.detach().t()?;
+        let transposed = head.detach().to_dtype(DType::F32)?.t()?;
         for start in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - start);
-            let logits = hidden.detach().narrow(0, start, count)?.matmul(&transposed)?; // [R, V]
-            let mut logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let logits = hidden.detach().narrow(0, start, count)?.to_dtype(DType::F32)?;
+            let mut logits = logits.matmul(&transposed)?.flatten_all()?.to_vec1::<f32>()?;
             let places = start * k..(start + count) * k;
             let tokens = kept.tokens[places.clone()].par_chunks_mut(k);
             let outputs =

@@ -56,11 +56,15 @@ impl<B: Backend> Tape<B> {
     }
 
     fn array(&mut self, data: B::Buffer, width: usize, tracked: bool) -> Array<B> {
+        self.shared(Arc::new(data), width, tracked)
+    }
+
+    fn shared(&mut self, data: Arc<B::Buffer>, width: usize, tracked: bool) -> Array<B> {
         let node = tracked.then(|| {
             self.nodes += 1;
             self.nodes - 1
         });
-        Array { data: Arc::new(data), width, node }
+        Array { data, width, node }
     }
 
     fn record(&mut self, step: impl FnOnce(&mut Backward<B>) -> Result<()> + Send + 'static) {
@@ -82,8 +86,7 @@ impl<B: Backend> Ops for Tape<B> {
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(shape) = prompt {
-                    let gradient = backward.backend.embed_backward_prompt(&rows, &dy, width, shape.elem_count())?;
-                    backward.prompt = Some(backward.backend.tensor(gradient, shape)?);
+                    backward.prompt = Some(backward.backend.embed_backward_prompt(&rows, &dy, width, shape)?);
                 }
                 if tokens.is_none() && positions.is_none() {
                     return Ok(());
@@ -113,7 +116,7 @@ impl<B: Backend> Ops for Tape<B> {
         let parameters = leaf(norm.weight)?.zip(leaf(norm.bias)?);
         let out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node, x) = (norm.weight.detach(), x.node, x.data.clone());
+            let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
@@ -145,7 +148,7 @@ impl<B: Backend> Ops for Tape<B> {
         let parameters = leaf(linear.weight)?.zip(leaf(linear.bias)?);
         let out = self.array(out, width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node) = (linear.weight.detach(), x.node);
+            let (weight, x_node) = (linear.weight.clone(), x.node);
             let kept = parameters.map(|parameters| (parameters, x.data.clone()));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
@@ -167,14 +170,14 @@ impl<B: Backend> Ops for Tape<B> {
     fn attention(&mut self, qkv: Array<B>, attend: Attend) -> Result<Array<B>> {
         let width = qkv.width / 3;
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
-        let out = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
-        let out = self.array(out, width, qkv.node.is_some());
+        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
+        let out = self.shared(out, width, qkv.node.is_some());
         if let Some((node, from)) = out.node.zip(qkv.node) {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let attention = spec(&rows, attend, dropout);
-                let dx = backward.backend.attention_backward(&qkv.data, &dy, width, &attention)?;
+                let dx = backward.backend.attention_backward(&qkv.data, &attended, &dy, width, &attention)?;
                 backward.add(from, dx)
             });
         }
