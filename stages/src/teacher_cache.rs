@@ -193,7 +193,7 @@ mod tests {
     }
 
     fn teacher() -> AnyValue {
-        model(3, 24, 1)
+        model(2, 64, 1)
     }
 
     /// Nine rows of many lengths; one has no response, one no prompt, one is a single token.
@@ -331,7 +331,7 @@ mod tests {
         for (inputs, config, said) in [
             (vec![], &config, "connect `teacher`, or `cache`"),
             (vec![hidden()], &config, "connect `teacher`, the model that made the cache"),
-            (vec![hidden(), ("teacher", model(3, 24, 5))], &config, "was made by another model than this teacher"),
+            (vec![hidden(), ("teacher", model(2, 64, 5))], &config, "was made by another model than this teacher"),
             (vec![hidden(), ("teacher", model(1, 16, 5))], &config, "was made by another model than this teacher"),
             (
                 vec![hidden(), ("teacher", teacher()), ("prompt", soft_prompt())],

@@ -6,7 +6,9 @@ use rayon::prelude::*;
 
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::rows_per_chunk;
+use crate::kernels::matmul::{Matrix, product_by_row};
 use crate::kernels::top_k::{Classes, most_likely};
+use crate::ops::elements;
 
 /// The K most likely tokens of N distributions, and the mass of all others.
 ///
@@ -33,18 +35,19 @@ impl TopK {
     ///
     /// Errors when shapes do not fit, `k` is not within 1 to V, or a distribution is not made of numbers.
     pub fn of(hidden: &Tensor, head: &Tensor, k: usize, temperature: f64) -> Result<Self> {
-        let (rows, _) = hidden.dims2().context("`hidden` of a model must be [rows, width]")?;
-        let (vocabulary, _) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
+        let (rows, width) = hidden.dims2().context("`hidden` of a model must be [rows, width]")?;
+        let (vocabulary, head_width) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
+        ensure!(width == head_width, "`head` has width {head_width}, expected {width} as in `hidden`");
         ensure!(k > 0 && k <= vocabulary, "`k` is {k}, expected 1 to {vocabulary}, the size of the vocabulary");
         ensure!(temperature > 0.0 && temperature.is_finite(), "temperature is {temperature}, expected one above 0");
         let mut kept = TopK { k, tokens: vec![0; rows * k], log_probs: vec![0.0; rows * k], log_rest: vec![0.0; rows] };
         let scale = (1.0 / temperature) as f32;
         let chunk = rows_per_chunk(vocabulary);
-        let transposed = head.detach().to_dtype(DType::F32)?.t()?;
+        let head = head.detach().to_dtype(DType::F32)?;
         for start in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - start);
-            let logits = hidden.detach().narrow(0, start, count)?.to_dtype(DType::F32)?;
-            let mut logits = logits.matmul(&transposed)?.flatten_all()?.to_vec1::<f32>()?;
+            let hidden = hidden.detach().narrow(0, start, count)?.to_dtype(DType::F32)?; // [R, D]
+            let mut logits = logits(&hidden, &head)?; // [R, V]
             let places = start * k..(start + count) * k;
             let tokens = kept.tokens[places.clone()].par_chunks_mut(k);
             let outputs =
@@ -120,6 +123,16 @@ impl TopK {
         }
         Ok(())
     }
+}
+
+/// `hidden headᵀ`, row after row. On the CPU a row's bits do not depend on the rows beside it.
+fn logits(hidden: &Tensor, head: &Tensor) -> Result<Vec<f32>> {
+    if !hidden.device().is_cpu() {
+        return Ok(hidden.matmul(&head.t()?)?.flatten_all()?.to_vec1()?);
+    }
+    let (width, hidden, head) = (hidden.dim(1)?, hidden.contiguous()?, head.contiguous()?);
+    let (hidden, head) = (elements(&hidden)?, elements(&head)?);
+    Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&head, width).transposed()))
 }
 
 #[cfg(test)]
