@@ -18,7 +18,7 @@ if [ ${#sources[@]} = 0 ]; then
     for name in affine binary cast fill indexing reduce sort ternary unary; do sources+=("$candle/src/$name.cu"); done
 fi
 
-common=(-std=c++17 -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
+common=(-std=c++17 -fno-strict-aliasing -fPIC -pthread -fno-extern-tls-init -I "$here/include" -I "$CUDA_HOME/include" -I "$CUDA_HOME/include/cccl" -w)
 checks=${SOFTWARE_GPU_CHECKS-"-fsanitize=undefined -fno-sanitize=vptr,float-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"}
 newer() { # whether a file must be made again from the others
     local made=$1

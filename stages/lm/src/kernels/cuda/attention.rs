@@ -20,7 +20,7 @@ const TILE: usize = 64;
 const THREADS: u32 = 128;
 
 /// Widths of heads that kernels are made for: a head is filled up with zeros to the next one.
-const WIDTHS: [usize; 6] = [16, 32, 64, 80, 96, 128];
+const WIDTHS: [usize; 4] = [32, 64, 96, 128];
 
 /// The heads of one layer.
 #[derive(Clone, Copy, Debug)]
@@ -220,7 +220,7 @@ fn forward_bytes<T: Element>(padded: usize) -> usize {
 }
 
 fn backward_bytes<T: Element>(padded: usize) -> usize {
-    4 * tile_bytes::<T>(padded) + 4 * 2 * 16 * 24 * size_of::<T>()
+    4 * tile_bytes::<T>(padded) + 4 * 2 * 16 * 40 * size_of::<T>()
 }
 
 fn tile_bytes<T: Element>(padded: usize) -> usize {

@@ -231,8 +231,8 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes.
-const SHARED_WITHOUT_ASKING: usize = 48 * 1024;
+/// Dynamic shared memory that a launch gets without an attribute of the function, in bytes, with room for what is declared.
+const SHARED_WITHOUT_ASKING: usize = 40 * 1024;
 
 /// Blocks of a launch in up to three directions.
 struct Grid((u32, u32, u32));
