@@ -31,7 +31,7 @@ mod teacher_cache;
 mod top_k;
 
 pub use config::{Activation, Architecture, Config, Family};
-pub use device::device;
+pub use device::{device, gpus};
 pub use dtype::Dtype;
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;

@@ -156,3 +156,65 @@ fn select<'a, T: Number>(
     rows::gather(device, &mut rows, &whole.view()?, picked, width)?;
     Ok(Operand::Own(rows))
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::{Divergence, Target};
+    use super::*;
+    use crate::kernels::cuda::testing::device;
+    use crate::kernels::testing::numbers;
+
+    /// Rows of weight 0, two targets, labels: the same however rows are cut into chunks, and as on the CPU.
+    #[test]
+    fn chunks_change_nothing() {
+        let Some(gpu) = device() else { return };
+        let (rows, vocabulary) = (11, 19);
+        let labels: Vec<u32> = (0..rows as u32).map(|row| row * 3 % 19).collect();
+        let weights: Vec<f32> = (0..rows).map(|row| if row % 4 == 1 { 0.0 } else { 0.1 * row as f32 }).collect();
+        let answers = [Device::Cpu, Device::Cuda(gpu.clone())].map(|device| {
+            let tensor = |seed, rows: usize, width: usize| {
+                Tensor::from_vec(numbers(seed, rows * width), (rows, width), &device).unwrap()
+            };
+            let (hidden, head) = (tensor(1, rows, 8), tensor(2, vocabulary, 8));
+            let (other, other_head) = (tensor(3, rows, 5), tensor(4, vocabulary, 5));
+            let target = |divergence, temperature| Target {
+                source: Source::Head { hidden: &other, head: &other_head },
+                divergence,
+                coefficient: 0.7,
+                temperature,
+            };
+            let targets = [target(Divergence::ForwardKl, 1.0), target(Divergence::Jsd { beta: 0.3 }, 2.0)];
+            for targets in [&targets[..0], &targets[..1], &targets] {
+                let request = Request::new(&hidden, &head, Some((&labels, 0.4)), targets, &weights).unwrap();
+                let whole = request.answer(true, true).unwrap();
+                if device.is_cuda() {
+                    let parts = request.on_gpu::<f32>(&gpu, 4 * vocabulary, [true, true]).unwrap();
+                    near(&parts.terms, &whole.terms);
+                    near(&flat(&parts.hidden_gradient), &flat(&whole.hidden_gradient));
+                    near(&flat(&parts.head_gradient), &flat(&whole.head_gradient));
+                }
+            }
+            let request = Request::new(&hidden, &head, Some((&labels, 0.4)), &targets, &weights).unwrap();
+            let Answer { terms, hidden_gradient, head_gradient } = request.answer(true, true).unwrap();
+            (terms, flat(&hidden_gradient), flat(&head_gradient))
+        });
+        let [here, there] = answers;
+        near(&there.0, &here.0);
+        near(&there.1, &here.1);
+        near(&there.2, &here.2);
+    }
+
+    fn flat(tensor: &Option<Tensor>) -> Vec<f64> {
+        let tensor = tensor.as_ref().unwrap().to_device(&Device::Cpu).unwrap();
+        tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
+    }
+
+    fn near(found: &[f64], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 2e-5, "{found}, expected {expected}");
+        }
+    }
+}
