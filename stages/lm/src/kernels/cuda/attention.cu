@@ -121,8 +121,8 @@ struct Shape {
 struct Tile {
     int start, length, first;
     unsigned id;
-    __device__ __forceinline__ Tile(const unsigned *tiles) {
-        const unsigned *tile = tiles + 4 * blockIdx.x;
+    __device__ __forceinline__ Tile(const unsigned *tiles, int index) {
+        const unsigned *tile = tiles + 4 * index;
         start = tile[0], length = tile[1], first = tile[2], id = tile[3];
     }
 };
@@ -185,7 +185,7 @@ __device__ void attention(T *out, float *normalisers, Matrix<const T> q, Matrix<
     T *probabilities = reinterpret_cast<T *>(scores);
     constexpr int PROBABILITIES = SCORES * sizeof(float) / sizeof(T);
 
-    Tile tile(tiles);
+    Tile tile(tiles, blockIdx.x);
     Places<T> places;
     int head = blockIdx.y, shared_head = head * shape.keys / shape.queries;
     fetch<D>(queries, q.at(tile.start + tile.first, head, shape.width), q.stride, tile.length - tile.first, shape.width);
@@ -296,7 +296,7 @@ __device__ void attention_queries(Matrix<T> dq, Matrix<const T> q, Matrix<const 
     T *keys = gradients + TILE * ROW<D>, *values = keys + TILE * ROW<D>;
     T *slopes = values + TILE * ROW<D> + warp * 2 * SQUARE * SLOPES;
 
-    Tile tile(tiles);
+    Tile tile(tiles, blockIdx.x);
     Places<T> places;
     int head = blockIdx.y, shared_head = head * shape.keys / shape.queries;
     long long begin = tile.start + tile.first;
@@ -351,7 +351,8 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
     T *queries = values + TILE * ROW<D>, *gradients = queries + TILE * ROW<D>;
     T *probabilities = gradients + TILE * ROW<D> + warp * 2 * SQUARE * SLOPES, *slopes = probabilities + SQUARE * SLOPES;
 
-    Tile tile(tiles);
+    // The other way round than queries: the first keys of a sequence have the most queries.
+    Tile tile(tiles, gridDim.x - 1 - blockIdx.x);
     Places<T> places;
     int shared_head = blockIdx.y, group = shape.queries / shape.keys;
     long long begin = tile.start + tile.first;
