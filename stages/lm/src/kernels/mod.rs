@@ -24,6 +24,7 @@ pub(crate) mod masks;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
 pub(crate) mod tile;
+pub(crate) mod top_k;
 
 /// Rows that one task handles: fixed, because it decides the order of sums.
 pub(crate) const ROW_BLOCK: usize = 32;
