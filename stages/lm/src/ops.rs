@@ -11,6 +11,8 @@
 pub(crate) mod backend;
 pub(crate) mod collect;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod plain;
 pub(crate) mod tape;
 
@@ -51,7 +53,7 @@ pub(crate) struct Rows {
     pub(crate) positions: Vec<u32>,
     pub(crate) segments: Vec<Range<usize>>,
     pub(crate) ids: Vec<u64>,
-    /// Which rows are text, where not all are.
+    /// Which rows' final hidden states are wanted, where not all are: never those of the prompt.
     pub(crate) text: Option<Vec<u32>>,
 }
 
@@ -69,7 +71,10 @@ impl Rows {
             rows.positions.extend(batch.positions[segment.clone()].iter().map(|p| p + prompt as u32));
             rows.segments.push(start..rows.inputs.len());
         }
-        rows.text = (prompt > 0).then_some(text);
+        rows.text = match &batch.wanted {
+            Some(wanted) => Some(wanted.iter().map(|token| text[*token as usize]).collect()),
+            None => (prompt > 0).then_some(text),
+        };
         rows
     }
 }
@@ -99,8 +104,14 @@ pub(crate) struct Attend {
     pub(crate) site: u32,
 }
 
+/// A part of a model that may be run a second time in the backward pass. It holds its weights: a clone of a tensor is a
+/// handle.
+pub(crate) trait Block: Clone + Send + 'static {
+    fn forward<O: Ops>(&self, ops: &mut O, x: O::Array) -> Result<O::Array>;
+}
+
 /// Operations on rows of channels.
-pub(crate) trait Ops {
+pub(crate) trait Ops: Sized {
     /// `[rows, channels]`.
     type Array;
 
@@ -118,8 +129,12 @@ pub(crate) trait Ops {
     fn add(&mut self, x: Self::Array, y: Self::Array) -> Result<Self::Array>;
     /// Drops elements, where this pass has dropout.
     fn dropout(&mut self, x: Self::Array, rate: f32, site: u32) -> Result<Self::Array>;
-    /// The rows that are text, not prompt.
+    /// The rows that are wanted: text, not prompt.
     fn text(&mut self, x: Self::Array) -> Result<Self::Array>;
+    /// Runs a block.
+    fn block<T: Block>(&mut self, x: Self::Array, block: &T) -> Result<Self::Array> {
+        block.forward(self, x)
+    }
 }
 
 /// The elements of an `f32` tensor in main memory, without a copy.
@@ -236,7 +251,7 @@ mod tests {
         };
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
         let loss = (&out * factors).unwrap().sum_all().unwrap();
-        let (mut store, mut collected) = collect(|| loss.backward()).unwrap();
+        let (mut store, mut collected) = collect(&loss).unwrap();
         let leaves = [tokens, positions].into_iter().chain(prompted).chain(weights);
         let gradients = leaves.filter(|leaf| leaf.is_variable()).map(|leaf| {
             let parts = collected.remove(&leaf.id()).unwrap_or_default();

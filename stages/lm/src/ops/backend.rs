@@ -3,6 +3,8 @@
 //!
 //! The tape knows the order of things and who needs a gradient; a backend knows buffers and loops.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Shape, Storage, Tensor};
 
 use super::{Dropout, Linear, Norm, Rows};
@@ -15,6 +17,8 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     type Buffer: Send + Sync + 'static;
     /// What the way back of a norm wants to know of each row.
     type Moments: Send + 'static;
+    /// What the way back of attention wants to know beside its input.
+    type Attended: Send + 'static;
 
     /// Elements of a buffer.
     fn len(buffer: &Self::Buffer) -> usize;
@@ -28,9 +32,8 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
 
     /// The vectors of tokens, prompt and positions, added.
     fn embed(&self, rows: &Rows, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Self::Buffer>;
-    /// The gradient of the prompt, `count` elements: the sums of the rows where each of its vectors stands.
-    fn embed_backward_prompt(&self, rows: &Rows, dy: &Self::Buffer, width: usize, count: usize)
-    -> Result<Self::Buffer>;
+    /// The gradient of the prompt, of `shape` and in f32: the sums of the rows where each of its vectors stands.
+    fn embed_backward_prompt(&self, rows: &Rows, dy: &Self::Buffer, width: usize, shape: Shape) -> Result<Tensor>;
 
     fn layer_norm(&self, x: &Self::Buffer, norm: Norm<'_>, eps: f32) -> Result<(Self::Buffer, Self::Moments)>;
     /// Adds the gradient of `x` to `dx`; gives those of weight and bias where `parameters`.
@@ -58,11 +61,17 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     ) -> Result<(Tensor, Tensor)>;
 
     /// `[N, C]` from queries, keys and values `[N, 3C]`.
-    fn attention(&self, qkv: &Self::Buffer, width: usize, attention: &Attention<'_>) -> Result<Self::Buffer>;
-    /// The gradient of `qkv`.
+    fn attention(
+        &self,
+        qkv: &Self::Buffer,
+        width: usize,
+        attention: &Attention<'_>,
+    ) -> Result<(Arc<Self::Buffer>, Self::Attended)>;
+    /// The gradient of `qkv`, from that of the result.
     fn attention_backward(
         &self,
         qkv: &Self::Buffer,
+        attended: &Self::Attended,
         dy: &Self::Buffer,
         width: usize,
         attention: &Attention<'_>,

@@ -6,6 +6,9 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, bail};
 
 use super::{change, elements};
@@ -19,17 +22,23 @@ pub(crate) enum Contribution {
     Rows { places: Vec<(usize, u32)>, gradient: Tensor },
 }
 
-thread_local! {
-    /// Where gradients of weights go during a backward pass on this thread.
-    static COLLECTED: RefCell<Option<HashMap<TensorId, Vec<Contribution>>>> = const { RefCell::new(None) };
+/// A backward pass that is running.
+struct Collected {
+    loss: TensorId,
+    contributions: HashMap<TensorId, Vec<Contribution>>,
 }
 
-/// Runs a backward pass; gives what it contributed to each parameter beside what candle keeps.
-pub(crate) fn collect<T>(backward: impl FnOnce() -> Result<T>) -> Result<(T, HashMap<TensorId, Vec<Contribution>>)> {
-    COLLECTED.replace(Some(HashMap::new()));
-    let result = backward();
-    let collected = COLLECTED.take().unwrap_or_default();
-    Ok((result?, collected))
+thread_local! {
+    /// Where gradients of weights go during a backward pass on this thread.
+    static COLLECTED: RefCell<Option<Collected>> = const { RefCell::new(None) };
+}
+
+/// Runs the backward pass of `loss`; gives what it contributed to each parameter beside what candle keeps.
+pub(crate) fn collect(loss: &Tensor) -> Result<(GradStore, HashMap<TensorId, Vec<Contribution>>)> {
+    COLLECTED.replace(Some(Collected { loss: loss.id(), contributions: HashMap::new() }));
+    let store = loss.backward();
+    let collected = COLLECTED.take().map(|collected| collected.contributions).unwrap_or_default();
+    Ok((store?, collected))
 }
 
 /// Adds the contributions to `total`, the gradient so far, which nobody else may hold.
@@ -51,11 +60,7 @@ pub(crate) fn merge(
                 total
             }
             (Some(total), Contribution::Dense(gradient)) => {
-                let gradient = elements(&gradient)?;
-                change(&total, |total| {
-                    elementwise::add(total, &gradient);
-                    Ok(())
-                })?;
+                add(&total, &gradient)?;
                 total
             }
             (Some(total), Contribution::Rows { places, gradient }) => {
@@ -67,8 +72,27 @@ pub(crate) fn merge(
     Ok(total)
 }
 
+/// `total += other`, in place; both f32 and on one device.
+pub(crate) fn add(total: &Tensor, other: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = total.device() {
+        use super::cuda;
+        use crate::kernels::cuda::elementwise;
+        return cuda::view(other, |other| cuda::change(total, |total| elementwise::add::<f32>(device, total, other)));
+    }
+    let other = elements(other)?;
+    change(total, |total| {
+        elementwise::add(total, &other);
+        Ok(())
+    })
+}
+
 fn add_rows(total: &Tensor, places: &[(usize, u32)], gradient: &Tensor) -> Result<()> {
     let width = total.dim(1)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = total.device() {
+        return super::cuda::add_rows(device, total, places, gradient, width);
+    }
     let gradient = elements(gradient)?;
     change(total, |total| {
         for (row, place) in places {
@@ -83,11 +107,16 @@ pub(crate) fn is_collecting() -> bool {
     COLLECTED.with_borrow(Option::is_some)
 }
 
+/// Whether the backward pass that is running on this thread is that of `tensor`: then its gradient is 1.
+pub(crate) fn is_differentiated(tensor: &Tensor) -> bool {
+    COLLECTED.with_borrow(|collected| collected.as_ref().is_some_and(|collected| collected.loss == tensor.id()))
+}
+
 /// Gives a contribution to the gradient of `parameter`, a variable, to who collects them.
 pub(crate) fn deliver(parameter: &Tensor, contribution: Contribution) -> Result<()> {
     COLLECTED.with_borrow_mut(|collected| match collected {
         Some(collected) => {
-            collected.entry(parameter.id()).or_default().push(contribution);
+            collected.contributions.entry(parameter.id()).or_default().push(contribution);
             Ok(())
         }
         None => bail!("gradients of a model's weights are given by `lm::gradients`, not by `backward` alone"),

@@ -1,5 +1,7 @@
 //! [`Backend`] by the fused loops of [`kernels`](crate::kernels), on `f32` in main memory.
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -9,7 +11,7 @@ use crate::config::Activation;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
 use crate::kernels::matmul::{Matrix, product, product_into};
-use crate::kernels::{ROW_BLOCK, elementwise, masks};
+use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks};
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -18,6 +20,7 @@ pub(crate) struct Cpu;
 impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Moments = Vec<Moments>;
+    type Attended = ();
 
     fn len(buffer: &Vec<f32>) -> usize {
         buffer.len()
@@ -47,14 +50,14 @@ impl Backend for Cpu {
         embed(&rows.inputs, &rows.positions, tokens, positions, prompt)
     }
 
-    fn embed_backward_prompt(&self, rows: &Rows, dy: &Vec<f32>, width: usize, count: usize) -> Result<Vec<f32>> {
-        let mut gradient = vec![0.0; count];
+    fn embed_backward_prompt(&self, rows: &Rows, dy: &Vec<f32>, width: usize, shape: Shape) -> Result<Tensor> {
+        let mut gradient = vec![0.0; shape.elem_count()];
         for (input, dy) in rows.inputs.iter().zip(dy.chunks_exact(width)) {
             if let Input::Prompt(i) = input {
                 elementwise::add_to_row(&mut gradient, *i as usize, dy);
             }
         }
-        Ok(gradient)
+        Tensor::from_vec(gradient, shape, &Device::Cpu)
     }
 
     fn layer_norm(&self, x: &Vec<f32>, norm: Norm<'_>, eps: f32) -> Result<(Vec<f32>, Vec<Moments>)> {
@@ -99,13 +102,14 @@ impl Backend for Cpu {
         Ok((Tensor::from_vec(weight, (depth, width), &Device::Cpu)?, Tensor::from_vec(bias, width, &Device::Cpu)?))
     }
 
-    fn attention(&self, qkv: &Vec<f32>, width: usize, attention: &Attention<'_>) -> Result<Vec<f32>> {
-        Ok(attention::forward(qkv, width, attention))
+    fn attention(&self, qkv: &Vec<f32>, width: usize, attention: &Attention<'_>) -> Result<(Arc<Vec<f32>>, ())> {
+        Ok((Arc::new(attention::forward(qkv, width, attention)), ()))
     }
 
     fn attention_backward(
         &self,
         qkv: &Vec<f32>,
+        _attended: &(),
         dy: &Vec<f32>,
         width: usize,
         attention: &Attention<'_>,
@@ -178,15 +182,15 @@ pub(crate) fn embed(
     }
     let (tokens, positions) = (elements(tokens)?, elements(positions)?);
     let prompt = prompt.map(elements).transpose()?;
+    let (tokens, positions): (&[f32], &[f32]) = (&tokens, &positions);
     let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
-    let mut out = Vec::with_capacity(inputs.len() * width);
-    for (input, position) in inputs.iter().zip(at) {
-        let (table, row) = match input {
-            Input::Token(id) => (&*tokens, *id as usize),
-            Input::Prompt(i) => (prompt, *i as usize),
+    Ok(buffer::matrix(inputs.len(), width, |row| {
+        let (table, place) = match inputs[row] {
+            Input::Token(id) => (tokens, id as usize),
+            Input::Prompt(i) => (prompt, i as usize),
         };
-        let position = &positions[*position as usize * width..][..width];
-        out.extend(table[row * width..][..width].iter().zip(position).map(|(a, b)| a + b));
-    }
-    Ok(out)
+        let vector = &table[place * width..][..width];
+        let position = &positions[at[row] as usize * width..][..width];
+        move |c| vector[c] + position[c]
+    }))
 }

@@ -4,6 +4,10 @@
 //! does for every intermediate (a zeroed buffer and an addition each), lets gradients be added where they lie, and frees
 //! each activation as soon as nothing needs it. Only what leads to a variable is recorded; frozen weights cost no
 //! gradient. Gradients of weights are [delivered](super::collect).
+//!
+//! What is cheap to compute again is not kept: results of norms and nonlinearities. With activation checkpointing (Chen et
+//! al., "Training deep nets with sublinear memory cost", 2016) nothing within a block is kept either: the backward pass runs
+//! each block again, from its input. Everything comes out with the bits it had, since dropout draws from counters.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +15,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor,
 
 use super::backend::Backend;
 use super::collect::{Contribution, deliver};
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows};
+use super::{Attend, Block, Dropout, Input, Linear, Norm, Ops, Rows};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
 
@@ -22,6 +26,17 @@ pub(crate) struct Tape<B: Backend> {
     dropout: Option<Dropout>,
     steps: Vec<Step<B>>,
     nodes: usize,
+    keeping: Keeping,
+}
+
+/// What is kept of a forward pass for the way back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keeping {
+    /// All that is not cheap to compute again.
+    Activations,
+    /// The inputs of blocks.
+    BlockInputs,
+    Nothing,
 }
 
 /// A result of the tape.
@@ -30,7 +45,12 @@ pub(crate) struct Array<B: Backend> {
     width: usize,
     /// Where its gradient goes; `None` when it depends on no variable.
     node: Option<usize>,
+    /// How to get the data again from what is kept anyway, if it is cheap.
+    again: Option<Again<B>>,
 }
+
+/// Computes a result a second time.
+type Again<B> = Arc<dyn Fn(&B) -> Result<<B as Backend>::Buffer> + Send + Sync>;
 
 /// One operation's way back.
 type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
@@ -38,7 +58,16 @@ type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
 impl<B: Backend> Tape<B> {
     /// A tape for a forward pass over `rows`.
     pub(crate) fn new(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
-        Tape { backend, rows: Arc::new(rows), dropout, steps: Vec::new(), nodes: 0 }
+        Tape::keeping(Keeping::Activations, backend, Arc::new(rows), dropout)
+    }
+
+    /// The same, keeping only the inputs of blocks: their insides are computed again on the way back.
+    pub(crate) fn checkpointing(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
+        Tape::keeping(Keeping::BlockInputs, backend, Arc::new(rows), dropout)
+    }
+
+    fn keeping(keeping: Keeping, backend: B, rows: Arc<Rows>, dropout: Option<Dropout>) -> Self {
+        Tape { backend, rows, dropout, steps: Vec::new(), nodes: 0, keeping }
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
@@ -50,21 +79,37 @@ impl<B: Backend> Tape<B> {
             return self.backend.tensor(data, shape);
         };
         let output = (self.backend.storage(data)?, shape);
-        let recorded = Recorded { backend: self.backend, steps: self.steps, nodes: self.nodes, last: node };
-        let pass = Pass { output: Mutex::new(Some(output)), tape: Mutex::new(Some(recorded)) };
+        let pass = Pass { output: Mutex::new(Some(output)), tape: Mutex::new(Some((self, node))) };
         anchor.apply_op2(prompt.unwrap_or(anchor), pass)
     }
 
     fn array(&mut self, data: B::Buffer, width: usize, tracked: bool) -> Array<B> {
+        self.shared(Arc::new(data), width, tracked)
+    }
+
+    fn shared(&mut self, data: Arc<B::Buffer>, width: usize, tracked: bool) -> Array<B> {
         let node = tracked.then(|| {
             self.nodes += 1;
             self.nodes - 1
         });
-        Array { data: Arc::new(data), width, node }
+        Array { data, width, node, again: None }
     }
 
     fn record(&mut self, step: impl FnOnce(&mut Backward<B>) -> Result<()> + Send + 'static) {
-        self.steps.push(Box::new(step));
+        if self.keeping != Keeping::Nothing {
+            self.steps.push(Box::new(step));
+        }
+    }
+
+    /// The gradients of what was recorded, from that of its last result.
+    fn backward(self, last: usize, gradient: Arc<B::Buffer>) -> Result<Backward<B>> {
+        let gradients = (0..self.nodes).map(|_| None).collect();
+        let mut backward = Backward { backend: self.backend, gradients, prompt: None };
+        backward.gradients[last] = Some(gradient);
+        for step in self.steps.into_iter().rev() {
+            step(&mut backward)?;
+        }
+        Ok(backward)
     }
 }
 
@@ -82,8 +127,7 @@ impl<B: Backend> Ops for Tape<B> {
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(shape) = prompt {
-                    let gradient = backward.backend.embed_backward_prompt(&rows, &dy, width, shape.elem_count())?;
-                    backward.prompt = Some(backward.backend.tensor(gradient, shape)?);
+                    backward.prompt = Some(backward.backend.embed_backward_prompt(&rows, &dy, width, shape)?);
                 }
                 if tokens.is_none() && positions.is_none() {
                     return Ok(());
@@ -111,9 +155,14 @@ impl<B: Backend> Ops for Tape<B> {
     fn layer_norm(&mut self, x: &Array<B>, norm: Norm<'_>, eps: f32) -> Result<Array<B>> {
         let (out, moments) = self.backend.layer_norm(&x.data, norm, eps)?;
         let parameters = leaf(norm.weight)?.zip(leaf(norm.bias)?);
-        let out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
+        let mut out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node, x) = (norm.weight.detach(), x.node, x.data.clone());
+            let (x_again, weight, bias) = (x.data.clone(), norm.weight.clone(), norm.bias.clone());
+            out.again = Some(Arc::new(move |backend| {
+                let norm = Norm { weight: &weight, bias: &bias };
+                Ok(backend.layer_norm(&x_again, norm, eps)?.0)
+            }));
+            let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
@@ -145,11 +194,12 @@ impl<B: Backend> Ops for Tape<B> {
         let parameters = leaf(linear.weight)?.zip(leaf(linear.bias)?);
         let out = self.array(out, width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node) = (linear.weight.detach(), x.node);
-            let kept = parameters.map(|parameters| (parameters, x.data.clone()));
+            let (weight, x_node) = (linear.weight.clone(), x.node);
+            let kept = parameters.map(|parameters| (parameters, Kept::of(x)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(((weight, bias), x)) = kept {
+                    let x = x.get(&backward.backend)?;
                     let (dweight, dbias) = backward.backend.linear_backward_weight(&x, &dy, depth, width)?;
                     deliver(&weight, Contribution::Dense(dweight))?;
                     deliver(&bias, Contribution::Dense(dbias))?;
@@ -167,14 +217,14 @@ impl<B: Backend> Ops for Tape<B> {
     fn attention(&mut self, qkv: Array<B>, attend: Attend) -> Result<Array<B>> {
         let width = qkv.width / 3;
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
-        let out = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
-        let out = self.array(out, width, qkv.node.is_some());
+        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
+        let out = self.shared(out, width, qkv.node.is_some());
         if let Some((node, from)) = out.node.zip(qkv.node) {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let attention = spec(&rows, attend, dropout);
-                let dx = backward.backend.attention_backward(&qkv.data, &dy, width, &attention)?;
+                let dx = backward.backend.attention_backward(&qkv.data, &attended, &dy, width, &attention)?;
                 backward.add(from, dx)
             });
         }
@@ -183,8 +233,10 @@ impl<B: Backend> Ops for Tape<B> {
 
     fn activation(&mut self, x: Array<B>, activation: Activation) -> Result<Array<B>> {
         let out = self.backend.activation(&x.data, activation)?;
-        let out = self.array(out, x.width, x.node.is_some());
+        let mut out = self.array(out, x.width, x.node.is_some());
         if let Some((node, from)) = out.node.zip(x.node) {
+            let x_again = x.data.clone();
+            out.again = Some(Arc::new(move |backend| backend.activation(&x_again, activation)));
             self.record(move |backward| {
                 let mut dy = backward.take_own(node)?;
                 backward.backend.activation_backward(&mut dy, &x.data, activation)?;
@@ -243,6 +295,56 @@ impl<B: Backend> Ops for Tape<B> {
             });
         }
         Ok(out)
+    }
+
+    fn block<T: Block>(&mut self, x: Array<B>, block: &T) -> Result<Array<B>> {
+        if self.keeping != Keeping::BlockInputs {
+            return block.forward(self, x);
+        }
+        let start = |keeping| Tape::keeping(keeping, self.backend.clone(), self.rows.clone(), self.dropout);
+        let (input, width, from) = (x.data.clone(), x.width, x.node);
+        let out = block.forward(&mut start(Keeping::Nothing), x)?;
+        let mut again = start(Keeping::Activations);
+        let out = self.shared(out.data, out.width, out.node.is_some());
+        if let Some(node) = out.node {
+            let block = block.clone();
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let x = again.shared(input, width, from.is_some());
+                let entry = x.node;
+                let Some(last) = block.forward(&mut again, x)?.node else {
+                    bail!("a block that was run again led to no variable any more");
+                };
+                let mut inside = again.backward(last, dy)?;
+                match entry.zip(from) {
+                    Some((entry, from)) => backward.share(from, &inside.take(entry)?),
+                    None => Ok(()),
+                }
+            });
+        }
+        Ok(out)
+    }
+}
+
+/// Data that a step wants to have again.
+enum Kept<B: Backend> {
+    Data(Arc<B::Buffer>),
+    Again(Again<B>),
+}
+
+impl<B: Backend> Kept<B> {
+    fn of(x: &Array<B>) -> Self {
+        match &x.again {
+            Some(again) => Kept::Again(again.clone()),
+            None => Kept::Data(x.data.clone()),
+        }
+    }
+
+    fn get(self, backend: &B) -> Result<Arc<B::Buffer>> {
+        match self {
+            Kept::Data(data) => Ok(data),
+            Kept::Again(again) => Ok(Arc::new(again(backend)?)),
+        }
     }
 }
 
@@ -320,14 +422,8 @@ impl<B: Backend> Backward<B> {
 /// A forward pass that was run, as one operation of candle: of the anchor and the prompt.
 struct Pass<B: Backend> {
     output: Mutex<Option<(Storage, Shape)>>,
-    tape: Mutex<Option<Recorded<B>>>,
-}
-
-struct Recorded<B: Backend> {
-    backend: B,
-    steps: Vec<Step<B>>,
-    nodes: usize,
-    last: usize,
+    /// With the node of the last result.
+    tape: Mutex<Option<(Tape<B>, usize)>>,
 }
 
 impl<B: Backend> Pass<B> {
@@ -364,16 +460,10 @@ impl<B: Backend> CustomOp2 for Pass<B> {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Some(recorded) = self.tape.lock().expect("nothing panics while it is held").take() else {
+        let Some((tape, last)) = self.tape.lock().expect("nothing panics while it is held").take() else {
             bail!("a second backward pass through the same hidden states: compute them again first");
         };
-        let gradient = recorded.backend.buffer(&gradient.contiguous()?)?;
-        let gradients = (0..recorded.nodes).map(|_| None).collect();
-        let mut backward = Backward { backend: recorded.backend, gradients, prompt: None };
-        backward.gradients[recorded.last] = Some(Arc::new(gradient));
-        for step in recorded.steps.into_iter().rev() {
-            step(&mut backward)?;
-        }
-        Ok((None, backward.prompt))
+        let gradient = tape.backend.buffer(&gradient.contiguous()?)?;
+        Ok((None, tape.backward(last, Arc::new(gradient))?.prompt))
     }
 }
