@@ -4,9 +4,9 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use crate::kernels::by_row;
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::rows_per_chunk;
-use crate::kernels::matmul::{Matrix, product_by_row};
 use crate::kernels::top_k::{Classes, most_likely};
 use crate::ops::elements;
 
@@ -132,7 +132,7 @@ fn logits(hidden: &Tensor, head: &Tensor) -> Result<Vec<f32>> {
     }
     let (width, hidden, head) = (hidden.dim(1)?, hidden.contiguous()?, head.contiguous()?);
     let (hidden, head) = (elements(&hidden)?, elements(&head)?);
-    Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&head, width).transposed()))
+    Ok(by_row::product_transposed(&hidden, &head, width))
 }
 
 #[cfg(test)]

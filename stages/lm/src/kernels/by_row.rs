@@ -367,10 +367,10 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
                 }
             }
             let w: [V; C] = std::array::from_fn(|c| V::load(w.add(c * V::LANES)));
-            for r in 0..R {
+            for (r, sums) in sums.iter_mut().enumerate() {
                 let a = V::splat(*a.get_unchecked(k * R + r));
-                for c in 0..C {
-                    sums[r][c] = a.fused(w[c], sums[r][c]);
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = a.fused(w, *sum);
                 }
             }
         }
@@ -464,10 +464,10 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(
         // SAFETY: `k + LANES` is at most `depth`, the length of all.
         unsafe {
             let w: [V; C] = std::array::from_fn(|c| V::load(w[c].as_ptr().add(k)));
-            for r in 0..R {
-                let a = V::load(a[r].as_ptr().add(k));
-                for c in 0..C {
-                    sums[r][c] = a.fused(w[c], sums[r][c]);
+            for (sums, a) in sums.iter_mut().zip(&a) {
+                let a = V::load(a.as_ptr().add(k));
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = a.fused(w, *sum);
                 }
             }
         }
