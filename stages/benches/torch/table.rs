@@ -1,0 +1,135 @@
+//! The table: a row for every line and way of PyTorch's.
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+
+use crate::roofline::{Rates, phases};
+use crate::{Measured, Runs};
+
+const HEADINGS: [&str; 12] = [
+    "line",
+    "PyTorch's way",
+    "ours ms",
+    "theirs ms",
+    "ours/theirs",
+    "ours tok/s",
+    "theirs tok/s",
+    "of roofline",
+    "ours MiB (above idle)",
+    "theirs MiB (above idle)",
+    "memory ours/theirs",
+    "same",
+];
+
+/// Prints the figures of all lines.
+pub(crate) fn print(measured: &[Measured], rates: Rates) {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(HEADINGS);
+    for measured in measured {
+        for row in rows(measured, rates) {
+            table.add_row(row);
+        }
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}\n");
+    println!(
+        "* the fastest of PyTorch's ways; times are medians; ours/theirs is the median of neighbours' ratios [least, most]"
+    );
+    println!(
+        "memory is the largest of the process, its models' loading included; in brackets what is above an idle one"
+    );
+    println!(
+        "roofline: products of matrices at {:.0} GFLOP/s, memory at {:.1} GB/s, as measured in this run",
+        rates.operations / 1e9,
+        rates.bytes / 1e9
+    );
+}
+
+fn rows(measured: &Measured, rates: Rates) -> Vec<Vec<String>> {
+    let (ours, theirs) = measured.sides.split_first().expect("our side is always there");
+    let own = median(ours.seconds());
+    let share = rates.bound(&phases(&measured.line, measured.element)) / own;
+    let fastest = theirs.iter().map(|side| median(side.seconds())).fold(f64::INFINITY, f64::min);
+    let row = |theirs: Option<&Runs>| {
+        let beside = |cell: &dyn Fn(&Runs) -> String| theirs.map_or(String::new(), cell);
+        vec![
+            measured.line.name.clone(),
+            beside(&|side| format!("{}{}", side.way, if median(side.seconds()) == fastest { " *" } else { "" })),
+            milliseconds(own),
+            beside(&|side| milliseconds(median(side.seconds()))),
+            beside(&|side| ratio(ours, side)),
+            format!("{:.0}", ours.rate()),
+            beside(&|side| format!("{:.0}", side.rate())),
+            format!("{:.0} %", 100.0 * share),
+            memory(ours),
+            beside(&memory),
+            beside(&|side| {
+                let above = ours.above_idle() as f64 / side.above_idle() as f64;
+                format!("{:.2} ({above:.2})", ours.peak() as f64 / side.peak() as f64)
+            }),
+            beside(&|side| agreement(&ours.checks, &side.checks)),
+        ]
+    };
+    if theirs.is_empty() { vec![row(None)] } else { theirs.iter().map(|side| row(Some(side))).collect() }
+}
+
+impl Runs {
+    fn seconds(&self) -> Vec<f64> {
+        self.runs.iter().map(|ran| ran.seconds).collect()
+    }
+
+    /// Tokens a second.
+    fn rate(&self) -> f64 {
+        let tokens: usize = self.runs.iter().map(|ran| ran.tokens).sum();
+        tokens as f64 / self.seconds().iter().sum::<f64>()
+    }
+
+    fn peak(&self) -> u64 {
+        self.ended.peak_kib + self.ended.device_kib
+    }
+
+    fn above_idle(&self) -> u64 {
+        self.peak() - self.idle_kib
+    }
+}
+
+fn milliseconds(seconds: f64) -> String {
+    let digits = if seconds < 0.1 { 1 } else { 0 };
+    format!("{:.digits$}", 1e3 * seconds)
+}
+
+fn memory(side: &Runs) -> String {
+    format!("{} ({})", side.peak() >> 10, side.above_idle() >> 10)
+}
+
+fn ratio(ours: &Runs, theirs: &Runs) -> String {
+    let ratios: Vec<f64> = ours.seconds().iter().zip(theirs.seconds()).map(|(own, other)| own / other).collect();
+    let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = ratios.iter().copied().fold(0.0, f64::max);
+    format!("{:.2} [{least:.2}, {most:.2}]", median(ratios))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+/// How far the two sides' numbers are apart: the largest relative difference, `yes` where it is 0.
+fn agreement(ours: &[f64], theirs: &[f64]) -> String {
+    if ours.len() != theirs.len() {
+        return format!("NO: {} and {} numbers", ours.len(), theirs.len());
+    }
+    if ours.is_empty() {
+        return "-".to_owned();
+    }
+    let worst = ours.iter().zip(theirs).map(|(own, other)| (own - other).abs() / other.abs().max(1e-30));
+    let worst = worst.fold(0.0, f64::max);
+    match worst {
+        0.0 => "yes".to_owned(),
+        close if close <= 1e-4 => format!("to {close:.0e}"),
+        far => format!("NO: {far:.1e}"),
+    }
+}
