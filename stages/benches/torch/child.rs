@@ -15,7 +15,7 @@ pub(crate) struct Ready {
     pub idle_kib: u64,
 }
 
-/// The answer to `run`.
+/// The answer to `run` and `check`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ran {
     /// What the work took.
@@ -60,9 +60,9 @@ impl Side {
         Ok(side)
     }
 
-    /// Lets it do its work once.
-    pub(crate) fn run(&mut self) -> Result<Ran> {
-        self.ask("run")
+    /// Lets it do its work once; as a check, on what is given instead of what is drawn.
+    pub(crate) fn run(&mut self, check: bool) -> Result<Ran> {
+        self.ask(if check { "check" } else { "run" })
     }
 
     /// Ends it.

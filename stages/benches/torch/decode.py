@@ -11,52 +11,82 @@ class Decoder:
     every token is the same graph, which is compiled and captured once.
     """
 
-    def __init__(self, model, rows, length):
+    def __init__(self, model, rows, length, dtype=None):
         self.transformer = model.transformer
         self.heads = model.config.n_head
-        width = model.config.n_embd
         weight = model.transformer.wte.weight
         self.fixed = weight.device.type != "cpu"
-        shape = (rows, self.heads, length, width // self.heads)
-        self.cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.transformer.h]
-        self.steps = torch.arange(length, device=weight.device)
+        shape = (rows, self.heads, length, model.config.n_embd // self.heads)
+        empty = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+        self.cache = [(empty.clone(), empty.clone()) for _ in model.transformer.h]
+        self.places = torch.arange(length, device=weight.device)
         self.next = torch.compile(self.logits, mode="reduce-overhead") if self.fixed else self.logits
 
-    def logits(self, ids, positions, end):
-        """Logits after the last of `ids` (rows, T), which stand at `positions` (T,); the last of them is `end` - 1."""
+    def logits(self, ids, positions, places, mask, end):
+        """Logits after the last of `ids` (rows, T).
+
+        They stand at `positions` of their row and at `places` (T,) of the cache, the last of which is `end` - 1; `mask`
+        (rows, 1, T, seen) says what attention sees, and None that it sees all before.
+        """
         t = self.transformer
         rows, count = ids.shape
         x = F.embedding(ids, t.wte.weight) + F.embedding(positions, t.wpe.weight)
-        mask = self.steps <= positions[:, None] if self.fixed else None
-        for block, (keys, values) in zip(t.h, self.cache):
+        for block, (all_keys, all_values) in zip(t.h, self.cache):
             h = F.layer_norm(x, x.shape[-1:], block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
             qkv = linear(h, block.attn.c_attn).view(rows, count, 3, self.heads, -1)
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+            keys, values = all_keys[:rows], all_values[:rows]
             if self.fixed:
-                keys.index_copy_(2, positions, k)
-                values.index_copy_(2, positions, v)
-                a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+                keys.index_copy_(2, places, k)
+                values.index_copy_(2, places, v)
             else:
                 keys[:, :, end - count : end] = k
                 values[:, :, end - count : end] = v
-                a = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=count > 1)
+                keys, values = keys[:, :, :end], values[:, :, :end]
+            causal = mask is None and count > 1
+            a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
             x = x + linear(a.transpose(1, 2).reshape(rows, count, -1), block.attn.c_proj)
             h = F.layer_norm(x, x.shape[-1:], block.ln_2.weight, block.ln_2.bias, block.ln_2.eps)
             x = x + linear(F.gelu(linear(h, block.mlp.c_fc), approximate="tanh"), block.mlp.c_proj)
         x = F.layer_norm(x[:, -1], x.shape[-1:], t.ln_f.weight, t.ln_f.bias, t.ln_f.eps)
         return F.linear(x, t.wte.weight)
 
-    def write(self, ids, length, sampling):
-        """Continues `ids` (rows, T) by `length` tokens: (rows, `length`)."""
-        start = ids.shape[1]
-        logits = self.logits(ids, self.steps[:start], start)
-        written = ids.new_empty(len(ids), length)
+    def write(self, ids, length, sampling, given=None, stop=None):
+        """Continues `ids` (rows, T) by up to `length` tokens.
+
+        `given` (rows, T) is 0 where a row is padded on its left. A row that has written `stop` writes only `stop`, and
+        when all have, the writing ends.
+        """
+        rows, start = ids.shape
+        if given is None:
+            offset = ids.new_zeros(rows)
+        else:
+            offset = start - given.sum(1)
+        padded = bool(offset.any())
+        finished = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+        written = ids.new_full((rows, length), 0 if stop is None else stop)
+
+        def feed(compute, tokens, places, end):
+            positions = (places - offset[:, None]).clamp(min=0)
+            mask = None
+            if padded or self.fixed:
+                seen = self.places if self.fixed else self.places[:end]
+                mask = (seen <= places[:, None]) & (seen >= offset[:, None, None])
+                # A place in the padding sees itself, so that no row of the softmax is empty.
+                mask = (mask | (seen == places[:, None]))[:, None]
+            return compute(tokens, positions, places, mask, 0 if self.fixed else end)
+
+        logits = feed(self.logits, ids, self.places[:start], start)
         for t in range(length):
-            written[:, t] = choose(logits.float(), sampling)
-            if t + 1 < length:
-                end = start + t + 1
-                logits = self.next(written[:, t : t + 1], self.steps[end - 1 : end], end if not self.fixed else 0)
-        return written
+            chosen = choose(logits.float(), sampling)
+            if stop is not None:
+                chosen = chosen.masked_fill(finished, stop)
+                finished |= chosen == stop
+            written[:, t] = chosen
+            if t + 1 == length or (stop is not None and bool(finished.all())):
+                return written[:, : t + 1]
+            end = start + t + 1
+            logits = feed(self.next, written[:, t : t + 1].contiguous(), self.places[end - 1 : end], end)
 
 
 def linear(x, layer):

@@ -28,7 +28,7 @@ def prepare(task, way):
             return decoder.write(ids, length, sampling)
 
     @torch.inference_mode()
-    def work():
+    def work(check):
         written = write()
         return written.numel(), written.flatten().tolist() if greedy else []
 

@@ -1,7 +1,8 @@
 //! Time and memory of training, distillation and generation beside PyTorch's, on the same weights and token ids:
 //!
 //! ```text
-//! cargo bench --profile dev --workspace --bench torch -- [CASE ...] [--scale tiny|small] [--python PATH]
+//! cargo bench --profile dev --workspace --bench torch -- [CASE ...] [--scale tiny|small|published] \
+//!     [--device cpu|cuda:0] [--growth] [--python PATH]
 //! ```
 //!
 //! For every line of the table each side is a process of its own, which loads its models and then waits. They are asked in
@@ -41,7 +42,7 @@ struct Arguments {
     /// Cases to measure; none: all.
     #[arg(value_enum)]
     cases: Vec<Case>,
-    /// Scales to measure; none: both.
+    /// Scales to measure; none: `tiny` and `small` on the CPU, `published` on a GPU.
     #[arg(long = "scale", alias = "shape", value_enum)]
     scales: Vec<Scale>,
     /// Only lines whose name contains this.
@@ -50,6 +51,9 @@ struct Arguments {
     /// Only this way of PyTorch's; none: all.
     #[arg(long)]
     way: Option<String>,
+    /// How time and memory grow with rows, length, vocabulary and width, instead of the table.
+    #[arg(long)]
+    growth: bool,
     /// Where to compute: `cpu` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -89,14 +93,33 @@ fn compare(arguments: &Arguments) -> Result<()> {
     let with_torch = has_packages(arguments);
     let rates = rates(arguments, with_torch)?;
     let cases = if arguments.cases.is_empty() { Case::value_variants() } else { &arguments.cases };
-    let scales = if arguments.scales.is_empty() { Scale::value_variants() } else { &arguments.scales };
+    let usual: &[Scale] = if arguments.device == "cpu" { &[Scale::Tiny, Scale::Small] } else { &[Scale::Published] };
+    let scales = if arguments.scales.is_empty() { usual } else { &arguments.scales };
     let lines = cases.iter().flat_map(|case| scales.iter().flat_map(|scale| task::lines(*case, *scale)));
+    let lines: Vec<Line> = lines.filter(|line| line.name.contains(&arguments.only)).collect();
+    if arguments.growth {
+        return lines.iter().try_for_each(|line| growth(line, arguments, with_torch));
+    }
     let mut measured = Vec::new();
-    for line in lines.filter(|line| line.name.contains(&arguments.only)) {
-        eprintln!("{} ...", line.name);
+    for line in lines {
         measured.push(measure(line, arguments, with_torch)?);
+        // The table comes at the end; whoever waits for it sees how far it is.
+        table::rows(measured.last().expect("it was just measured"), rates)
+            .iter()
+            .for_each(|row| eprintln!("{}", row.join(" | ")));
     }
     table::print(&measured, rates);
+    Ok(())
+}
+
+/// How time and memory of a line grow when one of its sizes is doubled, and doubled again.
+fn growth(line: &Line, arguments: &Arguments, with_torch: bool) -> Result<()> {
+    let mut measured = Vec::new();
+    for (size, factor, line) in task::doubled(line) {
+        eprintln!("{} ...", line.name);
+        measured.push((size, factor, measure(line, arguments, with_torch)?));
+    }
+    table::print_growth(line, &measured);
     Ok(())
 }
 
@@ -172,9 +195,6 @@ pub(crate) struct Measured {
     pub sides: Vec<Runs>,
 }
 
-/// Runs of a side before it is timed.
-const WARM_UP: usize = 2;
-
 fn measure(line: Line, arguments: &Arguments, with_torch: bool) -> Result<Measured> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let task = Task::write(&line, &arguments.device, arguments.threads, folder.path())?;
@@ -186,24 +206,23 @@ fn measure(line: Line, arguments: &Arguments, with_torch: bool) -> Result<Measur
         sides.push(((*way).to_owned(), Side::start(way, command.arg(&path).arg(way))?));
     }
     let mut runs: Vec<Vec<Ran>> = vec![Vec::new(); sides.len()];
-    let mut turn = |runs: &mut Vec<Vec<Ran>>| -> Result<f64> {
+    let mut turn = |runs: &mut Vec<Vec<Ran>>, check: bool| -> Result<f64> {
         for ((_, side), runs) in sides.iter_mut().zip(runs.iter_mut()) {
             // The threads of the side before go to sleep first.
             thread::sleep(Duration::from_millis(20));
-            runs.push(side.run()?);
+            runs.push(side.run(check)?);
         }
         Ok(runs.iter().filter_map(|runs| runs.last()).map(|ran| ran.seconds).sum())
     };
-    for _ in 0..WARM_UP - 1 {
-        turn(&mut runs)?;
-    }
-    let once = turn(&mut runs)?;
+    // Two turns of warm-up, not timed.
+    turn(&mut runs, true)?;
+    let once = turn(&mut runs, false)?;
     for _ in 0..((arguments.seconds / once) as usize).clamp(3, 15) {
-        turn(&mut runs)?;
+        turn(&mut runs, false)?;
     }
     let sides = sides.into_iter().zip(runs).map(|((way, side), mut runs)| {
         let checks = runs.iter().flat_map(|ran| ran.checks.iter().copied()).collect();
-        runs.drain(..WARM_UP);
+        runs.drain(..2);
         Ok(Runs { way, runs, idle_kib: side.idle_kib, ended: side.end()?, checks })
     });
     let element = if task.dtype == "f32" { 4.0 } else { 2.0 };

@@ -41,16 +41,19 @@ def mixed(task):
     return torch.autocast(kind, TYPES[task["dtype"]], enabled=task["dtype"] != "f32")
 
 
-def update(model, optimizer, loss):
+def update(parameters, optimizer, loss):
     """Backward, clipping at norm 1, AdamW."""
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def serve(prepare):
-    """Answers requests until the input ends. `prepare(task, way)` gives the work: a function to (tokens, checks)."""
+    """Answers requests until the input ends.
+
+    `prepare(task, way)` gives the work: a function of whether it is a check, to (tokens, checks).
+    """
     out, sys.stdout = sys.stdout, sys.stderr
 
     def say(**answer):
@@ -71,7 +74,7 @@ def serve(prepare):
             # Worker processes of the compiler may hold the interpreter back.
             os._exit(0)
         start = time.perf_counter()
-        tokens, checks = work()
+        tokens, checks = work(request.strip() == "check")
         if on_gpu:
             torch.cuda.synchronize()
         say(seconds=time.perf_counter() - start, tokens=tokens, checks=checks)

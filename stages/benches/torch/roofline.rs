@@ -81,6 +81,12 @@ impl Model {
         vec![pass, update]
     }
 
+    /// A forward pass without a backward one.
+    fn reading(self, tokens: f64, seen: f64, predicted: f64, size: f64) -> Phase {
+        let operations = self.forward(tokens, seen) + self.logits(predicted);
+        Phase { operations, bytes: (self.blocks() + self.head()) * size }
+    }
+
     /// Writing `response` tokens after `prompt` in each of `rows` rows. `size` is the bytes of an element.
     fn writing(self, rows: f64, prompt: usize, response: usize, size: f64) -> Vec<Phase> {
         let weights = (self.blocks() + self.head()) * size;
@@ -99,12 +105,52 @@ impl Model {
 
 /// What a line must do at least. `size` is the bytes of an element in what is frozen.
 pub(crate) fn phases(line: &Line, size: f64) -> Vec<Phase> {
+    let Line { student, teacher, prompt, response, .. } = *line;
     let rows = line.rows as f64;
-    let length = (line.prompt + line.response - 1) as f64;
+    let length = (prompt + response - 1) as f64;
+    let (tokens, seen, predicted) = (rows * length, (length + 1.0) / 2.0, rows * response as f64);
+    let mut phases = Vec::new();
     match line.case {
-        Case::Step => line.student.training(rows * length, (length + 1.0) / 2.0, rows * length),
-        Case::Generate => line.student.writing(rows, line.prompt, line.response, size),
+        Case::Step => phases = student.training(tokens, seen, tokens),
+        Case::Distill => {
+            phases.push(teacher.reading(tokens, seen, predicted, size));
+            phases.extend(student.training(tokens, seen, predicted));
+        }
+        Case::Cached => {
+            let operations = teacher.logits(predicted);
+            phases.push(Phase { operations, bytes: teacher.head() * size });
+            phases.extend(student.training(tokens, seen, predicted));
+        }
+        Case::Promptkd => {
+            let (tokens, seen, predicted, written) = mean_sizes(line);
+            let reading = |model: Model| model.reading(tokens, seen, predicted, size);
+            phases = student.writing(rows, prompt * 3 / 4, written as usize, size);
+            // Plain teacher, student, prompted teacher and its backward pass, which is for activations only; the prompted
+            // teacher again.
+            phases.extend([reading(teacher), reading(student), reading(teacher), reading(teacher), reading(teacher)]);
+            phases.extend(student.training(tokens, seen, predicted));
+        }
+        Case::Generate => phases = student.writing(rows, prompt, response, size),
+        Case::Evaluate => {
+            let (.., written) = mean_sizes(line);
+            for _ in 0..SEEDS {
+                phases.extend(student.writing(rows, prompt * 3 / 4, written as usize, size));
+            }
+        }
     }
+    phases
+}
+
+/// Seeds of an evaluation.
+pub(crate) const SEEDS: u64 = 3;
+
+/// Where responses end by themselves: mean tokens fed, tokens seen, tokens predicted of all rows, and tokens a row.
+fn mean_sizes(line: &Line) -> (f64, f64, f64, f64) {
+    let rows = line.rows as f64;
+    // A token ends the response with probability 3 / response; it is cut off at response.
+    let written = (1.0 - (-3.0f64).exp()) * line.response as f64 / 3.0;
+    let length = 0.75 * line.prompt as f64 + written - 1.0;
+    (rows * length, (length + 1.0) / 2.0, rows * written, written)
 }
 
 /// The machine's rates by our product of matrices, and by all threads reading.

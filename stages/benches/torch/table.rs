@@ -3,6 +3,7 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::roofline::{Rates, phases};
+use crate::task::Line;
 use crate::{Measured, Runs};
 
 const HEADINGS: [&str; 12] = [
@@ -47,7 +48,8 @@ pub(crate) fn print(measured: &[Measured], rates: Rates) {
     );
 }
 
-fn rows(measured: &Measured, rates: Rates) -> Vec<Vec<String>> {
+/// The rows of a line, one for each of PyTorch's ways.
+pub(crate) fn rows(measured: &Measured, rates: Rates) -> Vec<Vec<String>> {
     let (ours, theirs) = measured.sides.split_first().expect("our side is always there");
     let own = median(ours.seconds());
     let share = rates.bound(&phases(&measured.line, measured.element)) / own;
@@ -73,6 +75,34 @@ fn rows(measured: &Measured, rates: Rates) -> Vec<Vec<String>> {
         ]
     };
     if theirs.is_empty() { vec![row(None)] } else { theirs.iter().map(|side| row(Some(side))).collect() }
+}
+
+/// Prints time and memory of a line with one size larger, each beside the line itself.
+pub(crate) fn print_growth(line: &Line, measured: &[(&str, usize, Measured)]) {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([&line.name, "ours ms", "theirs ms", "ours MiB above idle", "theirs MiB above idle"]);
+    let figures = |measured: &Measured| -> Vec<f64> {
+        let (ours, theirs) = measured.sides.split_first().expect("our side is always there");
+        let fastest = theirs.iter().min_by(|a, b| median(a.seconds()).total_cmp(&median(b.seconds())));
+        let of = |figure: &dyn Fn(&Runs) -> f64| [figure(ours), fastest.map_or(f64::NAN, figure)];
+        let [times, memories] =
+            [of(&|side| 1e3 * median(side.seconds())), of(&|side| side.above_idle() as f64 / 1024.0)];
+        [times, memories].concat()
+    };
+    let start = figures(&measured[0].2);
+    for (size, factor, measured) in measured {
+        let cells = figures(measured).into_iter().zip(&start).map(|(figure, start)| match *factor {
+            1 => format!("{figure:.0}"),
+            _ => format!("{figure:.0} (x {:.2})", figure / start),
+        });
+        let label = if *factor == 1 { "as it is".to_owned() } else { format!("{size} x {factor}") };
+        table.add_row(std::iter::once(label).chain(cells));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}\n");
 }
 
 impl Runs {
