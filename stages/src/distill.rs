@@ -23,7 +23,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Target, head_loss};
-use lm::{Architecture, Gradients, LanguageModel, Schedule, SoftPrompt};
+use lm::{Architecture, Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +74,9 @@ pub struct Config {
     /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
     #[serde(default)]
     pub accumulation_prompt: Option<AccumulationPrompt>,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of initial weights and dropout.
     #[serde(default)]
     pub seed: u64,
@@ -183,13 +186,14 @@ struct Distilling {
 impl Operator for Distilling {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen();
+        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let student = match inputs.take_optional::<LanguageModel>("student")? {
             Some(student) => training::own(student)?,
             None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
         };
+        let student = student.computed_in(self.config.dtype)?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
         let name = self.config.divergence.name();

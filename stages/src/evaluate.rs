@@ -23,7 +23,7 @@ use contract::{
 };
 use lm::loss::{Divergence, Target, divergence_values, log_probs};
 use lm::sample::Sampling;
-use lm::{Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
+use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,9 @@ pub struct Config {
     /// Whether words are stemmed before ROUGE-L compares them, as in the published figures.
     #[serde(default = "yes")]
     pub stem: bool,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Rows that go through the model at once: a matter of memory.
     #[serde(default = "default_batch")]
     pub batch: usize,
@@ -209,8 +212,9 @@ struct Evaluating(Config);
 impl Operator for Evaluating {
     fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let Evaluating(config) = &*self;
-        let model = inputs.take::<LanguageModel>("model")?.frozen();
-        let teacher = inputs.take_optional::<LanguageModel>("teacher")?.map(|teacher| teacher.frozen());
+        let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
+        let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
+        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
         let rows = evaluated_rows(&data, config);

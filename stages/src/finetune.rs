@@ -18,7 +18,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::head_loss;
-use lm::{Architecture, Gradients, LanguageModel, Schedule};
+use lm::{Architecture, Dtype, Gradients, LanguageModel, Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +54,9 @@ pub struct Config {
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of initial weights and dropout.
     #[serde(default)]
     pub seed: u64,
@@ -128,6 +131,7 @@ impl Operator for Finetuning {
             Some(model) => training::own(model)?,
             None => training::initial(self.config.init.as_ref(), "model", &data, self.config.seed, &self.device)?,
         };
+        let model = model.computed_in(self.config.dtype)?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
         let mut gradients = Gradients::default();

@@ -21,7 +21,7 @@ use contract::{
 };
 use indexmap::IndexMap;
 use lm::loss::{Divergence, Target, head_loss, log_probs};
-use lm::{Gradients, LanguageModel, Schedule, SoftPrompt};
+use lm::{Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
@@ -61,6 +61,9 @@ pub struct Config {
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of the teacher's dropout.
     #[serde(default)]
     pub seed: u64,
@@ -200,8 +203,8 @@ const PROMPT: &str = "prompt_embeddings";
 impl Operator for Tuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen();
-        let student = inputs.take::<LanguageModel>("student")?.frozen();
+        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
+        let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(self.config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 

@@ -18,7 +18,7 @@ use contract::{
     Row, Sink, Stage, Step,
 };
 use lm::sample::Sampling;
-use lm::{Generate, Generated, LanguageModel, Prompt, generate};
+use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,9 @@ pub struct Config {
     /// Rows that are decoded together: a matter of memory.
     #[serde(default = "default_batch")]
     pub batch: usize,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+    #[serde(default)]
+    pub dtype: Dtype,
     /// Seed of the draws.
     #[serde(default)]
     pub seed: u64,
@@ -144,7 +147,7 @@ struct Generating(Config);
 impl Operator for Generating {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let Generating(config) = self;
-        let model = inputs.take::<LanguageModel>("model")?.frozen();
+        let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
         let data = inputs.take::<Dataset>("data")?;
         let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
         let options = Generate {

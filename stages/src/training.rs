@@ -107,10 +107,9 @@ pub fn validate_init(init: Option<&Architecture>) -> Vec<ConfigError> {
 /// A response token is found by its place in its own response, so teacher and student agree on it whatever stands before
 /// the prompt.
 pub struct Aligned {
-    /// Prompt and response without the last id, which is only predicted.
+    /// Prompt and response without the last id, which is only predicted. Wanted are the tokens before each response
+    /// token: those that predict one.
     pub packed: Packed,
-    /// For every response token of every row, the row of hidden states that predicts it.
-    pub predicts: Vec<u32>,
     /// The response tokens.
     pub labels: Vec<u32>,
 }
@@ -118,7 +117,8 @@ pub struct Aligned {
 impl Aligned {
     /// Lays out `rows`. A row without response tokens adds nothing; one without a prompt cannot predict its first token.
     pub fn of(rows: &[Row]) -> Self {
-        let mut text = Aligned { packed: Packed::new(), predicts: Vec::new(), labels: Vec::new() };
+        let mut text = Aligned { packed: Packed::new(), labels: Vec::new() };
+        let mut predicts = Vec::new();
         for row in rows {
             let ids: Vec<u32> = row.prompt.iter().chain(&row.response).copied().collect();
             let tokens = Aligned::tokens_of(row);
@@ -128,9 +128,10 @@ impl Aligned {
             let first = ids.len() - tokens;
             let start = text.packed.ids.len();
             text.packed.push(row.id, &ids[..ids.len() - 1]);
-            text.predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
+            predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
             text.labels.extend(&ids[first..]);
         }
+        text.packed.wanted = Some(predicts);
         text
     }
 
@@ -144,15 +145,9 @@ impl Aligned {
         self.labels.len()
     }
 
-    /// The hidden states that predict response tokens, `[tokens, width]`.
-    pub fn predicting(&self, hidden: &Tensor) -> Result<Tensor> {
-        let indices = Tensor::from_slice(&self.predicts, self.predicts.len(), hidden.device())?;
-        Ok(hidden.index_select(&indices, 0)?)
-    }
-
     /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
     pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
-        self.predicting(&model.hidden(&self.packed, prompt, dropout)?)
+        model.hidden(&self.packed, prompt, dropout)
     }
 }
 
@@ -353,7 +348,7 @@ mod tests {
     fn every_response_token_is_predicted_from_the_place_before_it() {
         let text = Aligned::of(&[row(0, &[1, 2, 3], &[4, 5]), row(1, &[6], &[]), row(2, &[], &[7, 8])]);
         assert_eq!(text.packed.ids, [1, 2, 3, 4, 7]);
-        assert_eq!(text.predicts, [2, 3, 4]);
+        assert_eq!(text.packed.wanted, Some(vec![2, 3, 4]));
         assert_eq!(text.labels, [4, 5, 8]);
     }
 

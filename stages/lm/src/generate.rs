@@ -12,15 +12,20 @@ use contract::{End, Result};
 use rayon::prelude::*;
 
 use crate::config::Activation;
+#[cfg(feature = "cuda")]
+use crate::dtype::Dtype;
 use crate::gpt2::LanguageModel;
 use crate::kernels::attention::softmax;
 use crate::kernels::matmul::{Matrix, product_by_row};
 use crate::kernels::tile::{self, Left};
 use crate::kernels::{elementwise, layer_norm};
-use crate::ops::tape::embed;
+use crate::ops::cpu::embed;
 use crate::ops::{Attend, Input, Linear, Norm, Ops, elements};
 use crate::packed::Packed;
 use crate::sample::{Choice, Sampling, Scratch, choose};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// How to write.
 #[derive(Clone, Debug)]
@@ -73,6 +78,13 @@ pub fn generate(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Generated>> {
     check(model, soft_prompt, prompts, options)?;
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = model.device() {
+        return match model.dtype() {
+            Dtype::F32 => cuda::generate::<f32>(device, model, soft_prompt, prompts, options, progress),
+            Dtype::Bf16 => cuda::generate::<half::bf16>(device, model, soft_prompt, prompts, options, progress),
+        };
+    }
     let prompt_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
     let end = model.tokenizer.end;
     let mut waiting: Vec<usize> = (0..prompts.len()).collect();

@@ -17,6 +17,11 @@ use rayon::prelude::*;
 
 use crate::checkpoint;
 use crate::config::{Architecture, Config};
+use crate::dtype::Dtype;
+use crate::ops::backend::Backend;
+use crate::ops::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::Cuda;
 use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
 use crate::ops::{Attend, Dropout, Linear, Norm, Ops, Rows};
@@ -32,6 +37,7 @@ pub struct LanguageModel {
     pub tokenizer: TokenizerFile,
     parameters: IndexMap<String, Tensor>,
     device: Device,
+    dtype: Dtype,
 }
 
 impl LanguageModel {
@@ -55,7 +61,7 @@ impl LanguageModel {
             };
             parameters.insert(name, Tensor::from_vec(values, shape, device)?);
         }
-        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone(), dtype: Dtype::F32 })
     }
 
     /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
@@ -74,7 +80,7 @@ impl LanguageModel {
             config.vocab_size
         );
         let parameters = checkpoint::parameters(folder, &config, device)?;
-        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone() })
+        Ok(LanguageModel { config, tokenizer, parameters, device: device.clone(), dtype: Dtype::F32 })
     }
 
     /// An independent, frozen copy with storage of its own.
@@ -92,6 +98,21 @@ impl LanguageModel {
         self.map(|parameter| Ok(parameter.detach())).expect("detaching a tensor cannot fail")
     }
 
+    /// The model, to be computed in `dtype`. Matrices of a frozen model are converted now; those that are trained stay f32
+    /// and are converted in every pass.
+    ///
+    /// Errors when its device does not compute in that type.
+    pub fn computed_in(self, dtype: Dtype) -> Result<Self> {
+        dtype.check(&self.device)?;
+        let convert = |parameter: &Tensor| {
+            if parameter.rank() == 2 && !parameter.is_variable() {
+                return parameter.to_dtype(dtype.candle());
+            }
+            Ok(parameter.clone())
+        };
+        Ok(LanguageModel { dtype, ..self.map(convert)? })
+    }
+
     /// All parameters, by their names in Hugging Face checkpoints, in a fixed order.
     pub fn parameters(&self) -> &IndexMap<String, Tensor> {
         &self.parameters
@@ -100,6 +121,11 @@ impl LanguageModel {
     /// Where the parameters are.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// What it is computed in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// Channels `C` of the hidden state.
@@ -122,13 +148,14 @@ impl LanguageModel {
         self.parameters.get("lm_head.weight").unwrap_or_else(|| self.embedding())
     }
 
-    /// Final hidden states `[N, C]` of all tokens of a batch, after the last norm.
+    /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
     ///
     /// The `n` vectors of `prompt`, `[n, C]`, stand before every sequence at positions `0..n`; text follows from position
     /// `n`, and only its rows are returned. Gradients flow to parameters and prompt where they are variables; on the CPU,
     /// those of parameters are given by [`crate::gradients`].
     ///
-    /// Errors when a sequence is longer than the model's positions, or an id is not in its vocabulary.
+    /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or a token is wanted
+    /// that is not there.
     pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         let prompt_length = self.check(batch, prompt)?;
         let rows = Rows::new(batch, prompt_length);
@@ -136,15 +163,33 @@ impl LanguageModel {
             return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
         }
         let dropout = dropout.copied();
-        let gpt2 = self.gpt2();
-        if self.device.is_cpu() {
-            let prompt = prompt.map(Tensor::contiguous).transpose()?;
-            let mut tape = Tape::new(rows, dropout);
-            let hidden = gpt2.forward(&mut tape, prompt.as_ref())?;
-            let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
-            return Ok(tape.finish(hidden, anchor, prompt.as_ref())?);
+        match (&self.device, self.dtype) {
+            (Device::Cpu, _) => self.hidden_by(Cpu, rows, prompt, dropout),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), Dtype::F32) => {
+                self.hidden_by(Cuda::<f32>::new(device, &rows)?, rows, prompt, dropout)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), Dtype::Bf16) => {
+                self.hidden_by(Cuda::<half::bf16>::new(device, &rows)?, rows, prompt, dropout)
+            }
+            #[allow(unreachable_patterns, reason = "with cuda, the device of other systems is left")]
+            _ => self.hidden_plain(&rows, prompt, dropout),
         }
-        self.hidden_plain(&rows, prompt, dropout)
+    }
+
+    fn hidden_by<B: Backend>(
+        &self,
+        backend: B,
+        rows: Rows,
+        prompt: Option<&Tensor>,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let prompt = prompt.map(Tensor::contiguous).transpose()?;
+        let mut tape = Tape::new(backend, rows, dropout);
+        let hidden = self.gpt2().forward(&mut tape, prompt.as_ref())?;
+        let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
+        Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
     }
 
     /// [`LanguageModel::hidden`] by candle's own operations.
@@ -202,6 +247,9 @@ impl LanguageModel {
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
             anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
         }
+        if let Some(token) = batch.wanted.iter().flatten().find(|token| **token as usize >= batch.ids.len()) {
+            anyhow::bail!("token {token} is wanted of a batch of {}", batch.ids.len());
+        }
         Ok(prompt_length)
     }
 
@@ -212,6 +260,7 @@ impl LanguageModel {
             tokenizer: self.tokenizer.clone(),
             parameters: parameters.collect::<Result<_>>()?,
             device: self.device.clone(),
+            dtype: self.dtype,
         })
     }
 }
@@ -279,7 +328,7 @@ impl Gpt2<'_> {
             let m = ops.dropout(m, config.resid_pdrop, mlp_site)?;
             x = ops.add(x, m)?;
         }
-        let x = ops.text(x)?; // [N, C] without the prompt's rows
+        let x = ops.text(x)?; // [wanted, C]
         ops.layer_norm(&x, self.ln_f, eps)
     }
 
@@ -325,7 +374,7 @@ mod tests {
             (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
         });
         let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 17 };
-        LanguageModel { parameters: parameters.collect(), config, tokenizer, device: Device::Cpu }
+        LanguageModel { parameters: parameters.collect(), config, tokenizer, device: Device::Cpu, dtype: Dtype::F32 }
     }
 
     #[test]

@@ -9,12 +9,13 @@
 //! - [`gradients`] turns that number into [`Gradients`], and [`AdamW`] into new weights;
 //! - [`generate()`] lets a model write, choosing tokens by [`sample`].
 //!
-//! On the CPU the operations are fused by hand (`kernels`), and give the same bits with any number of threads. On other
-//! devices the same model code runs on candle's own operations.
+//! The operations are fused by hand (`kernels`), on the CPU, where they give the same bits with any number of threads, and on
+//! NVIDIA's GPUs.
 
 mod checkpoint;
 mod config;
 mod device;
+mod dtype;
 mod generate;
 mod gpt2;
 mod kernels;
@@ -28,6 +29,7 @@ mod schedule;
 
 pub use config::{Activation, Architecture, Config, Family};
 pub use device::device;
+pub use dtype::Dtype;
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;
 pub use ops::Dropout;

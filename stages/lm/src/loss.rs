@@ -16,7 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::{Input, InputTarget, head_terms};
-use crate::ops::tape::{Contribution, deliver, is_collecting};
+use crate::ops::collect::{Contribution, deliver, is_collecting, is_differentiated};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// How far the trainee's distribution is from a target's.
 ///
@@ -136,8 +139,8 @@ pub struct HeadLoss {
 /// `hidden` is `[N, C]`, `head` `[V, C]`; `labels` are N tokens below V with the coefficient of their cross-entropy;
 /// `weights` has one number a row, in which any average is expressed, and rows of weight 0 cost nothing.
 ///
-/// On a CPU in f32 a fused kernel does it; elsewhere plain operations do, chunk by chunk, in f32 at least. Either way
-/// gradients are computed here and only scaled in the backward pass.
+/// On a CPU in f32 and on a GPU fused kernels do it, with logits of the type of `hidden`; else plain operations do, chunk by
+/// chunk, in f32 at least. Either way gradients are computed here and only scaled in the backward pass.
 ///
 /// Errors when shapes do not fit, a label is not below V, a parameter is out of range, or there is neither label nor
 /// target.
@@ -260,6 +263,10 @@ impl<'a> Request<'a> {
 
     /// Computes terms and the gradients asked for, by the kernel where there is one.
     fn answer(&self, hidden_gradient: bool, head_gradient: bool) -> Result<Answer> {
+        #[cfg(feature = "cuda")]
+        if let (Device::Cuda(device), DType::F32 | DType::BF16) = (self.hidden.device(), self.hidden.dtype()) {
+            return self.on_gpu_by_type(device, [hidden_gradient, head_gradient]);
+        }
         let fits = |tensor: &Tensor| tensor.dtype() == DType::F32 && matches!(tensor.device(), Device::Cpu);
         let all_fit = |target: &Target| fits(target.hidden) && fits(target.head);
         if fits(self.hidden) && fits(self.head) && self.targets.iter().all(all_fit) {
@@ -443,7 +450,8 @@ impl<'a> Request<'a> {
 fn attach(value: f64, hidden: &Tensor, head: &Tensor, answer: Answer) -> Result<Tensor> {
     let Answer { hidden_gradient, head_gradient, .. } = answer;
     let dtype = wide(hidden.dtype());
-    if matches!(hidden.device(), Device::Cpu) && hidden.dtype() == DType::F32 && head.dtype() == DType::F32 {
+    let on_cpu = matches!(hidden.device(), Device::Cpu) && hidden.dtype() == DType::F32 && head.dtype() == DType::F32;
+    if on_cpu || hidden.device().is_cuda() {
         let head_gradient = Mutex::new(head_gradient);
         return Ok(hidden.apply_op2(head, Ready { value: value as f32, hidden_gradient, head_gradient })?);
     }
@@ -480,14 +488,27 @@ impl CustomOp2 for Ready {
         Ok((CpuStorage::F32(vec![self.value]), Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        hidden: &candle_core::CudaStorage,
+        _hidden_layout: &Layout,
+        _head: &candle_core::CudaStorage,
+        _head_layout: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let value = hidden.device.clone_htod(&[self.value])?;
+        Ok((candle_core::CudaStorage::wrap_cuda_slice(value, hidden.device.clone()), Shape::from(())))
+    }
+
     fn bwd(
         &self,
         _hidden: &Tensor,
         head: &Tensor,
-        _result: &Tensor,
+        result: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let factor = f64::from(gradient.to_scalar::<f32>()?);
+        // To read the factor is to wait for the device: not where it is known.
+        let factor = if is_differentiated(result) { 1.0 } else { f64::from(gradient.to_scalar::<f32>()?) };
         let scaled = |stored: &Option<Tensor>| match stored {
             Some(stored) if factor != 1.0 => (stored * factor).map(Some),
             stored => Ok(stored.clone()),

@@ -4,9 +4,15 @@
 //!
 //! - [`plain::Plain`]: candle's own tensor operations, on any device, differentiated by candle. The meaning of every
 //!   operation, and what the others are tested against;
-//! - [`tape::Tape`]: fused loops on the CPU, which remember what their backward pass needs;
-//! - `generate::Cached`: the same loops, one step at a time, with the keys and values of earlier steps.
+//! - [`tape::Tape`]: the fused loops of a [`backend::Backend`], which remembers what the backward pass needs;
+//!   [`cpu::Cpu`] is one;
+//! - `generate::Cached`: the loops of the CPU, one step at a time, with the keys and values of earlier steps.
 
+pub(crate) mod backend;
+pub(crate) mod collect;
+pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod plain;
 pub(crate) mod tape;
 
@@ -47,7 +53,7 @@ pub(crate) struct Rows {
     pub(crate) positions: Vec<u32>,
     pub(crate) segments: Vec<Range<usize>>,
     pub(crate) ids: Vec<u64>,
-    /// Which rows are text, where not all are.
+    /// Which rows' final hidden states are wanted, where not all are: never those of the prompt.
     pub(crate) text: Option<Vec<u32>>,
 }
 
@@ -65,7 +71,10 @@ impl Rows {
             rows.positions.extend(batch.positions[segment.clone()].iter().map(|p| p + prompt as u32));
             rows.segments.push(start..rows.inputs.len());
         }
-        rows.text = (prompt > 0).then_some(text);
+        rows.text = match &batch.wanted {
+            Some(wanted) => Some(wanted.iter().map(|token| text[*token as usize]).collect()),
+            None => (prompt > 0).then_some(text),
+        };
         rows
     }
 }
@@ -114,7 +123,7 @@ pub(crate) trait Ops {
     fn add(&mut self, x: Self::Array, y: Self::Array) -> Result<Self::Array>;
     /// Drops elements, where this pass has dropout.
     fn dropout(&mut self, x: Self::Array, rate: f32, site: u32) -> Result<Self::Array>;
-    /// The rows that are text, not prompt.
+    /// The rows that are wanted: text, not prompt.
     fn text(&mut self, x: Self::Array) -> Result<Self::Array>;
 }
 
@@ -183,10 +192,13 @@ fn contiguous(layout: &TensorLayout) -> Result<Range<usize>> {
 mod tests {
     use candle_core::{Device, Var};
 
+    use super::collect::{collect, merge};
+    use super::cpu::Cpu;
     use super::plain::Plain;
-    use super::tape::{Tape, collect, merge};
     use super::*;
     use crate::kernels::testing::{numbers, with_threads};
+
+    type Tape = tape::Tape<Cpu>;
 
     const DROPOUT: Dropout = Dropout { seed: 11, update: 3, purpose: 0x100 };
 
@@ -218,7 +230,7 @@ mod tests {
         let [tokens, positions, prompt] = inputs;
         let prompted = rows.inputs.iter().any(|i| matches!(i, Input::Prompt(_))).then_some(prompt);
         let out = if fused {
-            let mut tape = Tape::new(rows.clone(), dropout);
+            let mut tape = Tape::new(Cpu, rows.clone(), dropout);
             let x = tape.embed(tokens, positions, prompted).unwrap();
             let result = pass.tape(&mut tape, x);
             tape.finish(result, tokens, prompted).unwrap()
@@ -229,7 +241,7 @@ mod tests {
         };
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
         let loss = (&out * factors).unwrap().sum_all().unwrap();
-        let (mut store, mut collected) = collect(|| loss.backward()).unwrap();
+        let (mut store, mut collected) = collect(&loss).unwrap();
         let leaves = [tokens, positions].into_iter().chain(prompted).chain(weights);
         let gradients = leaves.filter(|leaf| leaf.is_variable()).map(|leaf| {
             let parts = collected.remove(&leaf.id()).unwrap_or_default();
@@ -411,7 +423,7 @@ mod tests {
     fn a_weight_computed_from_a_variable_is_an_error() {
         let weight = (variable(4, 8, 8) * 2.0).unwrap();
         let bias = variable(5, 0, 8);
-        let mut tape = Tape::new(rows(&[3], 0), None);
+        let mut tape = Tape::new(Cpu, rows(&[3], 0), None);
         let x = tape.embed(&variable(1, 5, 8), &variable(2, 64, 8), None).unwrap();
         let error = tape.linear(&x, Linear { weight: &weight, bias: &bias }).err().unwrap();
         assert!(error.to_string().contains("computed from a variable"), "{error}");

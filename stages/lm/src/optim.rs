@@ -5,15 +5,23 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
-use candle_core::{Device, Result as TensorResult, Tensor, Var};
+#[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
+#[cfg(test)]
+use candle_core::Var;
+use candle_core::{Device, Result as TensorResult, Tensor};
 use contract::{PortType, Result, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
 use crate::checkpoint::{read_tensors, write_tensors};
+#[cfg(feature = "cuda")]
+use crate::kernels;
+use crate::kernels::BLOCK;
 use crate::kernels::adamw::{self, Update};
-use crate::kernels::{BLOCK, elementwise};
-use crate::ops::{change, elements, tape};
+#[cfg(feature = "cuda")]
+use crate::ops::cuda;
+use crate::ops::{change, collect, elements};
 
 /// Gradients by parameter name, in the order of the parameters. Each has storage of its own.
 pub type Gradients = IndexMap<String, Tensor>;
@@ -23,13 +31,13 @@ pub type Gradients = IndexMap<String, Tensor>;
 /// Errors when one of them gets no gradient, and names all such: a parameter that training would silently leave alone.
 pub fn gradients(loss: &Tensor, parameters: &IndexMap<String, Tensor>) -> Result<Gradients> {
     ensure!(loss.elem_count() == 1, "a loss is one number, got shape {:?}", loss.dims());
-    let (mut store, mut collected) = tape::collect(|| loss.backward())?;
+    let (mut store, mut collected) = collect::collect(loss)?;
     let mut gradients = Gradients::new();
     let mut without = Vec::new();
     for (name, parameter) in parameters.iter().filter(|(_, parameter)| parameter.is_variable()) {
         let direct = store.remove(parameter).map(|gradient| gradient.contiguous()).transpose()?;
         let contributions = collected.remove(&parameter.id()).unwrap_or_default();
-        match tape::merge(direct, contributions, parameter)? {
+        match collect::merge(direct, contributions, parameter)? {
             Some(gradient) => drop(gradients.insert(name.clone(), gradient)),
             None => without.push(format!("`{name}`")),
         }
@@ -49,32 +57,34 @@ pub fn accumulate(total: &mut Gradients, other: Gradients) -> Result<()> {
     ensure!(total.len() == other.len(), "gradients of {} parameters added to those of {}", other.len(), total.len());
     for (name, gradient) in other {
         let Some(so_far) = total.get_mut(&name) else { bail!("a gradient of `{name}` is added to none") };
-        if so_far.device().is_cpu() {
-            let gradient = elements(&gradient)?;
-            change(so_far, |so_far| {
-                elementwise::add(so_far, &gradient);
-                Ok(())
-            })?;
-        } else {
-            *so_far = (&*so_far + gradient)?;
-        }
+        collect::add(so_far, &gradient)?;
     }
     Ok(())
 }
 
 /// The 2-norm of all gradients together. The same bits with any number of threads.
 pub fn norm(gradients: &Gradients) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if let Some(device) = gpu(gradients) {
+        let held: Vec<_> = gradients.values().map(Tensor::storage_and_layout).collect();
+        let views =
+            held.iter().map(|(storage, layout)| cuda::view_of(storage, layout)).collect::<TensorResult<Vec<_>>>()?;
+        let (norm, _) = kernels::cuda::adamw::norm(device, &views, 0.0)?;
+        return Ok(device.clone_dtoh(&norm)?[0]);
+    }
     let mut squares = 0.0;
     for gradient in gradients.values() {
-        squares += if gradient.device().is_cpu() {
-            let gradient = elements(gradient)?;
-            let parts: Vec<f64> = gradient.par_chunks(BLOCK).map(sum_of_squares).collect();
-            parts.iter().sum::<f64>()
-        } else {
-            f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?)
-        };
+        let gradient = elements(gradient)?;
+        let parts: Vec<f64> = gradient.par_chunks(BLOCK).map(sum_of_squares).collect();
+        squares += parts.iter().sum::<f64>();
     }
     Ok(squares.sqrt())
+}
+
+/// The GPU that gradients are on, if they are on one.
+#[cfg(feature = "cuda")]
+fn gpu(gradients: &Gradients) -> Option<&CudaDevice> {
+    gradients.values().next().and_then(|gradient| gradient.device().as_cuda_device().ok())
 }
 
 fn sum_of_squares(block: &[f32]) -> f64 {
@@ -152,17 +162,27 @@ impl AdamW {
         learning_rate: f64,
         scale: f64,
     ) -> Result<()> {
-        self.step_by(parameters, gradients, learning_rate, scale, apply)
+        let updates = self.begin(parameters, gradients, learning_rate, scale)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = gpu(gradients) {
+            return Ok(self.apply_on_gpu(device, parameters, gradients, &updates)?);
+        }
+        // All parameters at once: most are too small to be worth several threads of their own.
+        let all: Vec<_> = gradients.iter().zip(&updates).collect();
+        all.into_par_iter().try_for_each(|((name, gradient), update)| {
+            let (first, second) = &self.state.moments[name];
+            apply(&parameters[name], first, second, gradient, *update).with_context(|| format!("updating `{name}`"))
+        })
     }
 
-    fn step_by(
+    /// Checks the gradients, makes moments where there are none yet, and gives the update of each parameter.
+    fn begin(
         &mut self,
         parameters: &IndexMap<String, Tensor>,
         gradients: &Gradients,
         learning_rate: f64,
         scale: f64,
-        apply: fn(&Tensor, &Tensor, &Tensor, &Tensor, Update) -> TensorResult<()>,
-    ) -> Result<()> {
+    ) -> Result<Vec<Update>> {
         for (name, gradient) in gradients {
             let Some(parameter) = parameters.get(name) else { bail!("a gradient of `{name}`, which is no parameter") };
             ensure!(parameter.is_variable(), "a gradient of `{name}`, which is frozen");
@@ -198,24 +218,58 @@ impl AdamW {
                 correction: (1.0 / (1.0 - beta2.powi(exponent)).sqrt()) as f32,
             }
         };
-        let one = |(name, gradient): (&String, &Tensor)| {
+        Ok(gradients.keys().map(|name| update(name)).collect())
+    }
+
+    /// All parameters in one launch.
+    #[cfg(feature = "cuda")]
+    fn apply_on_gpu(
+        &self,
+        device: &CudaDevice,
+        parameters: &IndexMap<String, Tensor>,
+        gradients: &Gradients,
+        updates: &[Update],
+    ) -> TensorResult<()> {
+        let tensors = gradients.iter().map(|(name, gradient)| {
             let (first, second) = &self.state.moments[name];
-            apply(&parameters[name], first, second, gradient, update(name))
-                .with_context(|| format!("updating `{name}`"))
-        };
-        if gradients.values().all(|gradient| gradient.device().is_cpu()) {
-            // All parameters at once: most are too small to be worth several threads of their own.
-            gradients.iter().collect::<Vec<_>>().into_par_iter().try_for_each(one)
-        } else {
-            gradients.iter().try_for_each(one)
+            [&parameters[name], first, second, gradient].map(Tensor::storage_and_layout)
+        });
+        let held: Vec<_> = tensors.collect();
+        let mut changed = Vec::with_capacity(held.len());
+        for ([weight, first, second, gradient], update) in held.iter().zip(updates) {
+            changed.push(kernels::cuda::adamw::Parameter {
+                weight: cuda::view_of(&weight.0, weight.1)?,
+                first: cuda::view_of(&first.0, first.1)?,
+                second: cuda::view_of(&second.0, second.1)?,
+                gradient: cuda::view_of(&gradient.0, gradient.1)?,
+                copy: None,
+                keep: update.keep,
+            });
         }
+        let Some(update) = updates.first() else { return Ok(()) };
+        let scale = kernels::cuda::upload(device, vec![update.scale])?;
+        kernels::cuda::adamw::adamw(device, &changed, *update, &scale)
+    }
+
+    /// [`AdamW::step`] by tensor operations: what it is tested against.
+    #[cfg(test)]
+    fn step_plain(
+        &mut self,
+        parameters: &IndexMap<String, Tensor>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        scale: f64,
+    ) -> Result<()> {
+        let updates = self.begin(parameters, gradients, learning_rate, scale)?;
+        for ((name, gradient), update) in gradients.iter().zip(updates) {
+            let (first, second) = &self.state.moments[name];
+            apply_plain(&parameters[name], first, second, gradient, update)?;
+        }
+        Ok(())
     }
 }
 
 fn apply(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor, u: Update) -> TensorResult<()> {
-    if !parameter.device().is_cpu() {
-        return apply_plain(parameter, first, second, gradient, u);
-    }
     let gradient = elements(gradient)?;
     change(parameter, |weights| {
         change(first, |first| {
@@ -227,7 +281,8 @@ fn apply(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor,
     })
 }
 
-/// The update by tensor operations, for devices without a kernel.
+/// The update by tensor operations.
+#[cfg(test)]
 fn apply_plain(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor, u: Update) -> TensorResult<()> {
     let [scale, beta1, beta2, rest1, rest2, eps, keep, step, correction] =
         [u.scale, u.beta1, u.beta2, u.rest1, u.rest2, u.eps, u.keep, u.step, u.correction].map(f64::from);
@@ -342,7 +397,7 @@ mod tests {
         for update in 0..4 {
             let gradients = detached(tensors(50 + 10 * update));
             one.step(&fused, &gradients, 1e-2, 0.7).unwrap();
-            two.step_by(&plain, &gradients, 1e-2, 0.7, apply_plain).unwrap();
+            two.step_plain(&plain, &gradients, 1e-2, 0.7).unwrap();
         }
         for (name, fused) in &fused {
             let difference = (fused.detach() - plain[name].detach()).unwrap().abs().unwrap().max_all().unwrap();

@@ -16,6 +16,8 @@ pub struct Packed {
     pub segments: Vec<Range<usize>>,
     /// Row id of each sequence: what its dropout is keyed by.
     pub rows: Vec<u64>,
+    /// Which tokens' hidden states are wanted, each at most once; `None` for all of them.
+    pub wanted: Option<Vec<u32>>,
 }
 
 impl Packed {

@@ -61,6 +61,12 @@ pub(crate) fn add_to_rows(x: &mut [f32], bias: &[f32]) {
     }
 }
 
+/// Adds `row` to the row of `matrix` at `place`.
+pub(crate) fn add_to_row(matrix: &mut [f32], place: usize, row: &[f32]) {
+    let to = &mut matrix[place * row.len()..][..row.len()];
+    to.iter_mut().zip(row).for_each(|(to, x)| *to += x);
+}
+
 /// A matrix of `width` columns with rows and columns exchanged.
 pub(crate) fn transpose(x: &[f32], width: usize) -> Vec<f32> {
     /// Columns that are read together: a cache line.

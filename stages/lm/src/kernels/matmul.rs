@@ -29,11 +29,6 @@ impl<'a> Matrix<'a> {
         Matrix { data, rows: data.len() / columns, columns, row_stride: columns, column_stride: 1 }
     }
 
-    /// The elements as they lie.
-    pub(crate) fn elements(self) -> &'a [f32] {
-        self.data
-    }
-
     /// The same elements with rows and columns exchanged.
     pub(crate) fn transposed(self) -> Self {
         Matrix {

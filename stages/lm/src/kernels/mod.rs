@@ -11,6 +11,9 @@
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "launches kernels")]
+pub(crate) mod cuda;
 pub(crate) mod elementary;
 pub(crate) mod elementwise;
 pub(crate) mod head;

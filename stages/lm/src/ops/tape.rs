@@ -1,110 +1,109 @@
-//! [`Ops`] by the fused loops of [`kernels`](crate::kernels), with a tape for the way back.
+//! [`Ops`] by the fused loops of a [`Backend`], with a tape for the way back.
 //!
 //! To candle a whole forward pass is one operation: its backward pass runs the tape. That saves what candle's own engine
 //! does for every intermediate (a zeroed buffer and an addition each), lets gradients be added where they lie, and frees
 //! each activation as soon as nothing needs it. Only what leads to a variable is recorded; frozen weights cost no
-//! gradient.
-//!
-//! Gradients of weights do not travel through candle but through [`collect`], which adds up all contributions.
+//! gradient. Gradients of weights are [delivered](super::collect).
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, TensorId, bail};
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
 
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows, change, elements};
+use super::backend::Backend;
+use super::collect::{Contribution, deliver};
+use super::{Attend, Dropout, Input, Linear, Norm, Ops, Rows};
 use crate::config::Activation;
-use crate::kernels::attention::{self, Attention};
-use crate::kernels::matmul::{Matrix, product, product_into};
-use crate::kernels::{ROW_BLOCK, elementwise, layer_norm, masks};
+use crate::kernels::attention::Attention;
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
-pub(crate) struct Tape {
+pub(crate) struct Tape<B: Backend> {
+    backend: B,
     rows: Arc<Rows>,
     dropout: Option<Dropout>,
-    steps: Vec<Step>,
+    steps: Vec<Step<B>>,
     nodes: usize,
 }
 
 /// A result of the tape.
-pub(crate) struct Array {
-    data: Arc<Vec<f32>>,
+pub(crate) struct Array<B: Backend> {
+    data: Arc<B::Buffer>,
     width: usize,
     /// Where its gradient goes; `None` when it depends on no variable.
     node: Option<usize>,
 }
 
 /// One operation's way back.
-type Step = Box<dyn FnOnce(&mut Backward) -> Result<()> + Send>;
+type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
 
-impl Tape {
+impl<B: Backend> Tape<B> {
     /// A tape for a forward pass over `rows`.
-    pub(crate) fn new(rows: Rows, dropout: Option<Dropout>) -> Self {
-        Tape { rows: Arc::new(rows), dropout, steps: Vec::new(), nodes: 0 }
+    pub(crate) fn new(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
+        Tape { backend, rows: Arc::new(rows), dropout, steps: Vec::new(), nodes: 0 }
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
     /// variables, if any is, or any other tensor.
-    pub(crate) fn finish(self, result: Array, anchor: &Tensor, prompt: Option<&Tensor>) -> Result<Tensor> {
-        let shape = Shape::from((result.data.len() / result.width, result.width));
+    pub(crate) fn finish(self, result: Array<B>, anchor: &Tensor, prompt: Option<&Tensor>) -> Result<Tensor> {
+        let shape = Shape::from((B::len(&result.data) / result.width, result.width));
+        let data = take(&self.backend, result.data)?;
         let Some(node) = result.node else {
-            return Tensor::from_vec(take(result.data), shape, anchor.device());
+            return self.backend.tensor(data, shape);
         };
-        let pass = Pass {
-            output: Mutex::new(Some((take(result.data), shape))),
-            tape: Mutex::new(Some(Recorded { steps: self.steps, nodes: self.nodes, last: node })),
-        };
+        let output = (self.backend.storage(data)?, shape);
+        let recorded = Recorded { backend: self.backend, steps: self.steps, nodes: self.nodes, last: node };
+        let pass = Pass { output: Mutex::new(Some(output)), tape: Mutex::new(Some(recorded)) };
         anchor.apply_op2(prompt.unwrap_or(anchor), pass)
     }
 
-    fn array(&mut self, data: Vec<f32>, width: usize, tracked: bool) -> Array {
+    fn array(&mut self, data: B::Buffer, width: usize, tracked: bool) -> Array<B> {
+        self.shared(Arc::new(data), width, tracked)
+    }
+
+    fn shared(&mut self, data: Arc<B::Buffer>, width: usize, tracked: bool) -> Array<B> {
         let node = tracked.then(|| {
             self.nodes += 1;
             self.nodes - 1
         });
-        Array { data: Arc::new(data), width, node }
+        Array { data, width, node }
     }
 
-    fn record(&mut self, step: impl FnOnce(&mut Backward) -> Result<()> + Send + 'static) {
+    fn record(&mut self, step: impl FnOnce(&mut Backward<B>) -> Result<()> + Send + 'static) {
         self.steps.push(Box::new(step));
     }
 }
 
-impl Ops for Tape {
-    type Array = Array;
+impl<B: Backend> Ops for Tape<B> {
+    type Array = Array<B>;
 
-    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Array> {
+    fn embed(&mut self, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Array<B>> {
         let width = tokens.dim(1)?;
-        let out = embed(&self.rows.inputs, &self.rows.positions, tokens, positions, prompt)?;
+        let out = self.backend.embed(&self.rows, tokens, positions, prompt)?;
         let (tokens, positions) = (leaf(tokens)?, leaf(positions)?);
-        let prompt = prompt.filter(|p| p.track_op()).map(|p| p.elem_count());
+        let prompt = prompt.filter(|p| p.track_op()).map(|p| p.shape().clone());
         let out = self.array(out, width, tokens.is_some() || positions.is_some() || prompt.is_some());
         if let Some(node) = out.node {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
+                if let Some(shape) = prompt {
+                    backward.prompt = Some(backward.backend.embed_backward_prompt(&rows, &dy, width, shape)?);
+                }
+                if tokens.is_none() && positions.is_none() {
+                    return Ok(());
+                }
+                let dy = take(&backward.backend, dy)?;
+                let gradient = backward.backend.tensor(dy, Shape::from((rows.inputs.len(), width)))?;
                 if let Some(tokens) = tokens {
                     let id = |(row, input): (usize, &Input)| match input {
                         Input::Token(id) => Some((row, *id)),
                         Input::Prompt(_) => None,
                     };
                     let places = rows.inputs.iter().enumerate().filter_map(id).collect();
-                    deliver(&tokens, Contribution::Rows { places, gradient: dy.clone() })?;
+                    deliver(&tokens, Contribution::Rows { places, gradient: gradient.clone() })?;
                 }
                 if let Some(positions) = positions {
                     let places = rows.positions.iter().copied().enumerate().collect();
-                    deliver(&positions, Contribution::Rows { places, gradient: dy.clone() })?;
-                }
-                if let Some(length) = prompt {
-                    let mut gradient = vec![0.0; length];
-                    for (row, input) in rows.inputs.iter().enumerate() {
-                        if let Input::Prompt(i) = input {
-                            add_row(&mut gradient, *i as usize, &dy, row, width);
-                        }
-                    }
-                    backward.prompt = Some(gradient);
+                    deliver(&positions, Contribution::Rows { places, gradient })?;
                 }
                 Ok(())
             });
@@ -112,20 +111,24 @@ impl Ops for Tape {
         Ok(out)
     }
 
-    fn layer_norm(&mut self, x: &Array, norm: Norm<'_>, eps: f32) -> Result<Array> {
-        let (out, moments) = layer_norm::forward(&x.data, &elements(norm.weight)?, &elements(norm.bias)?, eps);
+    fn layer_norm(&mut self, x: &Array<B>, norm: Norm<'_>, eps: f32) -> Result<Array<B>> {
+        let (out, moments) = self.backend.layer_norm(&x.data, norm, eps)?;
         let parameters = leaf(norm.weight)?.zip(leaf(norm.bias)?);
         let out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node, x) = (norm.weight.detach(), x.node, x.data.clone());
+            let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let mut dx = x_node.and_then(|node| backward.owned(node)).unwrap_or_else(|| vec![0.0; x.len()]);
-                let weight = elements(&weight)?;
-                let gradients = layer_norm::backward(&mut dx, &x, &weight, &moments, &dy, parameters.is_some());
+                let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
+                let mut dx = match so_far {
+                    Some(dx) => dx,
+                    None => backward.backend.zeros(B::len(&x))?,
+                };
+                let wanted = parameters.is_some();
+                let gradients = backward.backend.layer_norm_backward(&mut dx, &x, &weight, &moments, &dy, wanted)?;
                 if let Some(((weight, bias), (dweight, dbias))) = parameters.zip(gradients) {
-                    deliver(&weight, dense(&weight, dweight)?)?;
-                    deliver(&bias, dense(&bias, dbias)?)?;
+                    deliver(&weight, Contribution::Dense(dweight))?;
+                    deliver(&bias, Contribution::Dense(dbias))?;
                 }
                 if let Some(node) = x_node {
                     backward.gradients[node] = Some(Arc::new(dx));
@@ -136,31 +139,27 @@ impl Ops for Tape {
         Ok(out)
     }
 
-    fn linear(&mut self, x: &Array, linear: Linear<'_>) -> Result<Array> {
+    fn linear(&mut self, x: &Array<B>, linear: Linear<'_>) -> Result<Array<B>> {
         let (depth, width) = linear.weight.dims2()?;
         if x.width != depth {
             bail!("a linear layer over {depth} channels got {}", x.width);
         }
-        let mut out = elementwise::rows_of(&elements(linear.bias)?, x.data.len() / depth);
-        let weight = elements(linear.weight)?;
-        product_into(&mut out, Matrix::new(&x.data, depth), Matrix::new(&weight, width), true);
-        drop(weight);
+        let out = self.backend.linear(&x.data, linear)?;
         let parameters = leaf(linear.weight)?.zip(leaf(linear.bias)?);
         let out = self.array(out, width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node) = (linear.weight.detach(), x.node);
+            let (weight, x_node) = (linear.weight.clone(), x.node);
             let kept = parameters.map(|parameters| (parameters, x.data.clone()));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let dy = Matrix::new(&dy, width);
                 if let Some(((weight, bias), x)) = kept {
-                    let dweight = product(Matrix::new(&x, depth).transposed(), dy);
-                    deliver(&weight, dense(&weight, dweight)?)?;
-                    deliver(&bias, dense(&bias, elementwise::sum_rows(dy.elements(), width))?)?;
+                    let (dweight, dbias) = backward.backend.linear_backward_weight(&x, &dy, depth, width)?;
+                    deliver(&weight, Contribution::Dense(dweight))?;
+                    deliver(&bias, Contribution::Dense(dbias))?;
                 }
                 if let Some(node) = x_node {
-                    let weight = elements(&weight)?;
-                    backward.add(node, product(dy, Matrix::new(&weight, width).transposed()));
+                    let dx = backward.backend.linear_backward_input(&dy, &weight)?;
+                    backward.add(node, dx)?;
                 }
                 Ok(())
             });
@@ -168,45 +167,46 @@ impl Ops for Tape {
         Ok(out)
     }
 
-    fn attention(&mut self, qkv: Array, attend: Attend) -> Result<Array> {
+    fn attention(&mut self, qkv: Array<B>, attend: Attend) -> Result<Array<B>> {
         let width = qkv.width / 3;
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
-        let out = attention::forward(&qkv.data, width, &spec(&self.rows, attend, dropout));
-        let out = self.array(out, width, qkv.node.is_some());
+        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
+        let out = self.shared(out, width, qkv.node.is_some());
         if let Some((node, from)) = out.node.zip(qkv.node) {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                backward.add(from, attention::backward(&qkv.data, &dy, width, &spec(&rows, attend, dropout)));
-                Ok(())
+                let attention = spec(&rows, attend, dropout);
+                let dx = backward.backend.attention_backward(&qkv.data, &attended, &dy, width, &attention)?;
+                backward.add(from, dx)
             });
         }
         Ok(out)
     }
 
-    fn activation(&mut self, x: Array, activation: Activation) -> Result<Array> {
-        let out = self.array(elementwise::activation(&x.data, activation), x.width, x.node.is_some());
+    fn activation(&mut self, x: Array<B>, activation: Activation) -> Result<Array<B>> {
+        let out = self.backend.activation(&x.data, activation)?;
+        let out = self.array(out, x.width, x.node.is_some());
         if let Some((node, from)) = out.node.zip(x.node) {
             self.record(move |backward| {
-                let mut dy = take(backward.take(node)?);
-                elementwise::activation_backward(&mut dy, &x.data, activation);
-                backward.add(from, dy);
-                Ok(())
+                let mut dy = backward.take_own(node)?;
+                backward.backend.activation_backward(&mut dy, &x.data, activation)?;
+                backward.add(from, dy)
             });
         }
         Ok(out)
     }
 
-    fn add(&mut self, x: Array, y: Array) -> Result<Array> {
+    fn add(&mut self, x: Array<B>, y: Array<B>) -> Result<Array<B>> {
         let tracked = x.node.is_some() || y.node.is_some();
-        let mut sum = take(y.data);
-        elementwise::add(&mut sum, &x.data);
+        let mut sum = take(&self.backend, y.data)?;
+        self.backend.add(&mut sum, &x.data)?;
         let out = self.array(sum, x.width, tracked);
         if let Some(node) = out.node {
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 for node in [x.node, y.node].into_iter().flatten() {
-                    backward.share(node, &dy);
+                    backward.share(node, &dy)?;
                 }
                 Ok(())
             });
@@ -214,96 +214,48 @@ impl Ops for Tape {
         Ok(out)
     }
 
-    fn dropout(&mut self, x: Array, rate: f32, site: u32) -> Result<Array> {
+    fn dropout(&mut self, x: Array<B>, rate: f32, site: u32) -> Result<Array<B>> {
         let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
         let (width, from) = (x.width, x.node);
-        let mut data = take(x.data);
-        drop_elements(&mut data, width, &self.rows, &dropout, rate, site);
+        let mut data = take(&self.backend, x.data)?;
+        self.backend.dropout(&mut data, width, &self.rows, &dropout, rate, site)?;
         let out = self.array(data, width, from.is_some());
         if let Some((node, from)) = out.node.zip(from) {
             let rows = self.rows.clone();
             self.record(move |backward| {
-                let mut dy = take(backward.take(node)?);
-                drop_elements(&mut dy, width, &rows, &dropout, rate, site);
-                backward.add(from, dy);
-                Ok(())
+                let mut dy = backward.take_own(node)?;
+                backward.backend.dropout(&mut dy, width, &rows, &dropout, rate, site)?;
+                backward.add(from, dy)
             });
         }
         Ok(out)
     }
 
-    fn text(&mut self, x: Array) -> Result<Array> {
-        let rows = self.rows.clone();
-        let Some(text) = &rows.text else { return Ok(x) };
-        let (width, length) = (x.width, x.data.len());
-        let mut out = Vec::with_capacity(text.len() * width);
-        text.iter().for_each(|row| out.extend_from_slice(&x.data[*row as usize * width..][..width]));
+    fn text(&mut self, x: Array<B>) -> Result<Array<B>> {
+        let Some(text) = &self.rows.text else { return Ok(x) };
+        let width = x.width;
+        let out = self.backend.select(&x.data, width, text)?;
         let out = self.array(out, width, x.node.is_some());
         if let Some((node, from)) = out.node.zip(x.node) {
             let rows = self.rows.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let mut dx = vec![0.0; length];
-                for (row, dy) in rows.text.iter().flatten().zip(dy.chunks_exact(width)) {
-                    dx[*row as usize * width..][..width].copy_from_slice(dy);
-                }
-                backward.add(from, dx);
-                Ok(())
+                let text = rows.text.as_deref().unwrap_or_default();
+                let dx = backward.backend.select_backward(&dy, width, text, rows.inputs.len())?;
+                backward.add(from, dx)
             });
         }
         Ok(out)
     }
-}
-
-/// The vectors of tokens, prompt and positions, added: `[rows, C]`.
-pub(crate) fn embed(
-    inputs: &[Input],
-    at: &[u32],
-    tokens: &Tensor,
-    positions: &Tensor,
-    prompt: Option<&Tensor>,
-) -> Result<Vec<f32>> {
-    let width = tokens.dim(1)?;
-    let (tokens, positions) = (elements(tokens)?, elements(positions)?);
-    let prompt = prompt.map(elements).transpose()?;
-    let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
-    let mut out = Vec::with_capacity(inputs.len() * width);
-    for (input, position) in inputs.iter().zip(at) {
-        let (table, row) = match input {
-            Input::Token(id) => (&*tokens, *id as usize),
-            Input::Prompt(i) => (prompt, *i as usize),
-        };
-        let position = &positions[*position as usize * width..][..width];
-        out.extend(table[row * width..][..width].iter().zip(position).map(|(a, b)| a + b));
-    }
-    Ok(out)
 }
 
 fn spec(rows: &Rows, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> Attention<'_> {
     Attention { segments: &rows.segments, rows: &rows.ids, heads: attend.heads, scale: attend.scale, dropout }
 }
 
-fn drop_elements(data: &mut [f32], width: usize, rows: &Rows, dropout: &Dropout, rate: f32, site: u32) {
-    let keys = rows.segments.iter().zip(&rows.ids);
-    let keys: Vec<(u64, u32)> =
-        keys.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line))).collect();
-    data.par_chunks_mut(ROW_BLOCK * width).zip(keys.par_chunks(ROW_BLOCK)).for_each(|(data, keys)| {
-        let mut mask = vec![0.0; width];
-        for (row, (id, line)) in data.chunks_exact_mut(width).zip(keys) {
-            masks::fill(&mut mask, dropout, rate, site, *id, *line);
-            row.iter_mut().zip(&mask).for_each(|(x, m)| *x *= m);
-        }
-    });
-}
-
-fn add_row(to: &mut [f32], to_row: usize, from: &[f32], from_row: usize, width: usize) {
-    let to = &mut to[to_row * width..][..width];
-    to.iter_mut().zip(&from[from_row * width..][..width]).for_each(|(t, f)| *t += f);
-}
-
 /// The data itself where nobody else holds it, else a copy.
-fn take(data: Arc<Vec<f32>>) -> Vec<f32> {
-    Arc::try_unwrap(data).unwrap_or_else(|shared| shared.to_vec())
+fn take<B: Backend>(backend: &B, data: Arc<B::Buffer>) -> Result<B::Buffer> {
+    Arc::try_unwrap(data).or_else(|shared| backend.copy(&shared))
 }
 
 /// A weight that wants a gradient; `None` for a frozen one.
@@ -317,176 +269,114 @@ fn leaf(weight: &Tensor) -> Result<Option<Tensor>> {
 }
 
 /// Gradients on their way back.
-struct Backward {
-    gradients: Vec<Option<Arc<Vec<f32>>>>,
-    prompt: Option<Vec<f32>>,
+struct Backward<B: Backend> {
+    backend: B,
+    gradients: Vec<Option<Arc<B::Buffer>>>,
+    prompt: Option<Tensor>,
 }
 
-impl Backward {
+impl<B: Backend> Backward<B> {
     /// The whole gradient of a node: all its readers came later, and have run.
-    fn take(&mut self, node: usize) -> Result<Arc<Vec<f32>>> {
+    fn take(&mut self, node: usize) -> Result<Arc<B::Buffer>> {
         match self.gradients[node].take() {
             Some(gradient) => Ok(gradient),
             None => bail!("a result of the model was computed and not used"),
         }
     }
 
-    /// What has been added to a node so far, to add more in place.
-    fn owned(&mut self, node: usize) -> Option<Vec<f32>> {
-        self.gradients[node].take().map(take)
+    /// The same, to change.
+    fn take_own(&mut self, node: usize) -> Result<B::Buffer> {
+        let gradient = self.take(node)?;
+        take(&self.backend, gradient)
     }
 
-    fn add(&mut self, node: usize, gradient: Vec<f32>) {
-        let gradient = match self.owned(node) {
+    /// What has been added to a node so far, to add more in place.
+    fn owned(&mut self, node: usize) -> Result<Option<B::Buffer>> {
+        self.gradients[node].take().map(|gradient| take(&self.backend, gradient)).transpose()
+    }
+
+    fn add(&mut self, node: usize, gradient: B::Buffer) -> Result<()> {
+        let gradient = match self.owned(node)? {
             Some(mut so_far) => {
-                elementwise::add(&mut so_far, &gradient);
+                self.backend.add(&mut so_far, &gradient)?;
                 so_far
             }
             None => gradient,
         };
         self.gradients[node] = Some(Arc::new(gradient));
+        Ok(())
     }
 
-    fn share(&mut self, node: usize, gradient: &Arc<Vec<f32>>) {
-        match self.owned(node) {
+    fn share(&mut self, node: usize, gradient: &Arc<B::Buffer>) -> Result<()> {
+        let gradient = match self.owned(node)? {
             Some(mut so_far) => {
-                elementwise::add(&mut so_far, gradient);
-                self.gradients[node] = Some(Arc::new(so_far));
+                self.backend.add(&mut so_far, gradient)?;
+                Arc::new(so_far)
             }
-            None => self.gradients[node] = Some(gradient.clone()),
-        }
+            None => gradient.clone(),
+        };
+        self.gradients[node] = Some(gradient);
+        Ok(())
     }
 }
 
 /// A forward pass that was run, as one operation of candle: of the anchor and the prompt.
-struct Pass {
-    output: Mutex<Option<(Vec<f32>, Shape)>>,
-    tape: Mutex<Option<Recorded>>,
+struct Pass<B: Backend> {
+    output: Mutex<Option<(Storage, Shape)>>,
+    tape: Mutex<Option<Recorded<B>>>,
 }
 
-struct Recorded {
-    steps: Vec<Step>,
+struct Recorded<B: Backend> {
+    backend: B,
+    steps: Vec<Step<B>>,
     nodes: usize,
     last: usize,
 }
 
-impl CustomOp2 for Pass {
+impl<B: Backend> Pass<B> {
+    fn output(&self) -> (Storage, Shape) {
+        let output = self.output.lock().expect("nothing panics while it is held").take();
+        output.expect("an operation is applied once")
+    }
+}
+
+impl<B: Backend> CustomOp2 for Pass<B> {
     fn name(&self) -> &'static str {
         "language-model"
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let output = self.output.lock().expect("nothing panics while it is held").take();
-        let (data, shape) = output.expect("an operation is applied once");
-        Ok((CpuStorage::F32(data), shape))
+        match self.output() {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            _ => bail!("weights on the cpu with results elsewhere"),
+        }
     }
 
-    fn bwd(
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
         &self,
-        _: &Tensor,
-        prompt: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        match self.output() {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => bail!("weights on a gpu with results elsewhere"),
+        }
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Some(recorded) = self.tape.lock().expect("nothing panics while it is held").take() else {
             bail!("a second backward pass through the same hidden states: compute them again first");
         };
-        let gradient = elements(&gradient.contiguous()?)?.to_vec();
-        let mut backward = Backward { gradients: vec![None; recorded.nodes], prompt: None };
+        let gradient = recorded.backend.buffer(&gradient.contiguous()?)?;
+        let gradients = (0..recorded.nodes).map(|_| None).collect();
+        let mut backward = Backward { backend: recorded.backend, gradients, prompt: None };
         backward.gradients[recorded.last] = Some(Arc::new(gradient));
         for step in recorded.steps.into_iter().rev() {
             step(&mut backward)?;
         }
-        let prompt = match backward.prompt {
-            Some(gradient) => Some(Tensor::from_vec(gradient, prompt.shape(), prompt.device())?),
-            None => None,
-        };
-        Ok((None, prompt))
+        Ok((None, backward.prompt))
     }
-}
-
-/// One contribution to the gradient of a parameter.
-pub(crate) enum Contribution {
-    /// All of its elements; nobody else holds the tensor.
-    Dense(Tensor),
-    /// Some rows: each place is a row of `gradient` and the row of the parameter that it belongs to.
-    Rows { places: Vec<(usize, u32)>, gradient: Arc<Vec<f32>> },
-}
-
-thread_local! {
-    /// Where gradients of weights go during a backward pass on this thread.
-    static COLLECTED: RefCell<Option<HashMap<TensorId, Vec<Contribution>>>> = const { RefCell::new(None) };
-}
-
-/// Runs a backward pass; gives what it contributed to each parameter beside what candle keeps.
-pub(crate) fn collect<T>(backward: impl FnOnce() -> Result<T>) -> Result<(T, HashMap<TensorId, Vec<Contribution>>)> {
-    COLLECTED.replace(Some(HashMap::new()));
-    let result = backward();
-    let collected = COLLECTED.take().unwrap_or_default();
-    Ok((result?, collected))
-}
-
-/// Adds the contributions to `total`, the gradient so far, which nobody else may hold.
-pub(crate) fn merge(
-    total: Option<Tensor>,
-    contributions: Vec<Contribution>,
-    parameter: &Tensor,
-) -> Result<Option<Tensor>> {
-    // Whole gradients first: single rows are then added to one of them, and not to zeros made for them.
-    let (dense, rows): (Vec<_>, Vec<_>) =
-        contributions.into_iter().partition(|contribution| matches!(contribution, Contribution::Dense(_)));
-    let mut total = total;
-    for contribution in dense.into_iter().chain(rows) {
-        total = Some(match (total, contribution) {
-            (None, Contribution::Dense(gradient)) => gradient,
-            (None, Contribution::Rows { places, gradient }) => {
-                let total = parameter.detach().zeros_like()?;
-                add_rows(&total, &places, &gradient)?;
-                total
-            }
-            (Some(total), Contribution::Dense(gradient)) => {
-                let gradient = elements(&gradient)?;
-                change(&total, |total| {
-                    elementwise::add(total, &gradient);
-                    Ok(())
-                })?;
-                total
-            }
-            (Some(total), Contribution::Rows { places, gradient }) => {
-                add_rows(&total, &places, &gradient)?;
-                total
-            }
-        });
-    }
-    Ok(total)
-}
-
-fn add_rows(total: &Tensor, places: &[(usize, u32)], gradient: &[f32]) -> Result<()> {
-    let width = total.dim(1)?;
-    change(total, |total| {
-        for (row, place) in places {
-            add_row(total, *place as usize, gradient, *row, width);
-        }
-        Ok(())
-    })
-}
-
-/// Whether gradients of weights are being collected on this thread.
-pub(crate) fn is_collecting() -> bool {
-    COLLECTED.with_borrow(Option::is_some)
-}
-
-fn dense(parameter: &Tensor, gradient: Vec<f32>) -> Result<Contribution> {
-    Ok(Contribution::Dense(Tensor::from_vec(gradient, parameter.shape(), parameter.device())?))
-}
-
-/// Gives a contribution to the gradient of `parameter`, a variable, to who collects them.
-pub(crate) fn deliver(parameter: &Tensor, contribution: Contribution) -> Result<()> {
-    COLLECTED.with_borrow_mut(|collected| match collected {
-        Some(collected) => {
-            collected.entry(parameter.id()).or_default().push(contribution);
-            Ok(())
-        }
-        None => bail!("gradients of a model's weights are given by `lm::gradients`, not by `backward` alone"),
-    })
 }

@@ -1,6 +1,8 @@
 //! The crate from outside: one binary, so that it is linked once.
 
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod generation;
 mod parity;
 mod training;

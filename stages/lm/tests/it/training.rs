@@ -131,6 +131,30 @@ fn a_prompt_is_trained_through_a_frozen_model() {
 }
 
 #[test]
+fn wanted_tokens_are_those_of_the_whole_batch() {
+    let model = small_model(0.1).trainable().unwrap();
+    let dropout = Dropout { seed: 3, update: 7, purpose: purpose::DROPOUT };
+    let prompt = model.embedding().detach().narrow(0, 5, 3).unwrap();
+    let mut whole = Packed::new();
+    rows().iter().zip(100..).for_each(|(ids, id)| whole.push(id, ids));
+    let wanted = vec![2, 6, 7, 30];
+    let part = Packed { wanted: Some(wanted.clone()), ..whole.clone() };
+    let indices = Tensor::new(wanted.as_slice(), &Device::Cpu).unwrap();
+    for prompt in [None, Some(&prompt)] {
+        let whole = model.hidden(&whole, prompt, Some(&dropout)).unwrap().index_select(&indices, 0).unwrap();
+        let part = model.hidden(&part, prompt, Some(&dropout)).unwrap();
+        assert_eq!(flat(&whole), flat(&part));
+        let [whole, part] = [whole, part].map(|hidden| {
+            let loss = head_loss(&hidden, model.head(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
+            gradients(&loss, model.parameters()).unwrap()
+        });
+        for (name, gradient) in &whole {
+            assert!(gap(&flat(&part[name]), &flat(gradient)) < 1e-6, "{name}");
+        }
+    }
+}
+
+#[test]
 fn a_batch_that_does_not_fit_is_an_error() {
     let model = small_model(0.0);
     let error = |ids: &[u32], prompt: Option<&Tensor>| {
@@ -143,6 +167,8 @@ fn a_batch_that_does_not_fit_is_an_error() {
     assert!(error(&[1; 30], Some(&prompt(32))).contains("row 8 has 34 tokens with the soft prompt"));
     assert!(error(&[1, 40], None).contains("token id 40"));
     assert!(error(&[1], Some(&prompt(8))).contains("soft prompt of width 8 for a model of width 32"));
+    let wanted = Packed { wanted: Some(vec![1]), ids: vec![1], ..Packed::new() };
+    assert!(model.hidden(&wanted, None, None).unwrap_err().to_string().contains("token 1 is wanted of a batch of 1"));
     let empty = model.hidden(&Packed::new(), None, None).unwrap();
     assert_eq!(empty.dims(), [0, 32]);
 }

@@ -1,0 +1,228 @@
+//! Causal attention over packed sequences: softmax(Q Kᵀ scale) V for each sequence and head, with the softmax taken block by
+//! block of keys, so that memory grows with the number of rows (Dao et al., "FlashAttention", 2022).
+//!
+//! Heads of queries may share heads of keys and values (Ainslie et al., "GQA", 2023): head `h` of `Hq` takes those of
+//! `h Hkv / Hq`.
+
+use std::ops::Range;
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use candle_core::{Result, bail};
+
+use super::{Call, Element, Module, fold, module, rows_of, upload};
+use crate::ops::Dropout;
+
+static MODULE: Module = module!("attention");
+
+/// Rows of a tile of queries or keys, and threads of a block. The same numbers stand in `attention.cu`.
+const TILE: usize = 64;
+const THREADS: u32 = 128;
+
+/// Widths of heads that kernels are made for: a head is filled up with zeros to the next one.
+const WIDTHS: [usize; 4] = [32, 64, 96, 128];
+
+/// The heads of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heads {
+    /// Heads of queries, `Hq`.
+    pub(crate) queries: usize,
+    /// Heads of keys and values, `Hkv`: a divisor of `Hq`.
+    pub(crate) keys: usize,
+    /// Channels of a head, `d`, at most 128.
+    pub(crate) width: usize,
+    /// What scores are multiplied by.
+    pub(crate) scale: f32,
+}
+
+impl Heads {
+    /// Elements of a row of packed queries, keys and values.
+    pub(crate) fn row(&self) -> usize {
+        (self.queries + 2 * self.keys) * self.width
+    }
+}
+
+/// Queries, keys and values of all N rows, or their gradients. `S` is a buffer, read or written.
+pub(crate) enum Qkv<S> {
+    /// `[N, (Hq + 2 Hkv) d]`: a row's queries, then its keys, then its values.
+    Packed(S),
+    /// `[N, Hq d]`, `[N, Hkv d]` and `[N, Hkv d]`.
+    Separate(S, S, S),
+}
+
+/// The sequences of a batch, cut into tiles, on the device.
+pub(crate) struct Sequences {
+    /// For each tile: first row and length of its sequence, its own first row within it, and the folded row id.
+    tiles: CudaSlice<u32>,
+    count: usize,
+    rows: usize,
+}
+
+impl Sequences {
+    /// Of sequences that lie at `segments` and have these row ids.
+    pub(crate) fn new(device: &CudaDevice, segments: &[Range<usize>], ids: &[u64]) -> Result<Self> {
+        let mut tiles: Vec<[u32; 4]> = Vec::new();
+        for (segment, id) in segments.iter().zip(ids) {
+            let tile = |first| [segment.start as u32, segment.len() as u32, first as u32, fold(*id)];
+            tiles.extend((0..segment.len()).step_by(TILE).map(tile));
+        }
+        // Those with the most to do begin first: the last queries of the longest sequences.
+        tiles.sort_by_key(|tile| std::cmp::Reverse(tile[2]));
+        let (count, rows) = (tiles.len(), segments.iter().map(|segment| segment.end).max().unwrap_or(0));
+        Ok(Sequences { tiles: upload(device, tiles.concat())?, count, rows })
+    }
+}
+
+/// Dropout of probabilities: rate, and the site of head 0; the others follow.
+pub(crate) type ProbabilityDropout = Option<(Dropout, f32, u32)>;
+
+/// Writes the result, `out` `[N, Hq d]`, and for the way back the logarithm of each softmax' denominator, `normalisers`
+/// `[Hq, N]`.
+///
+/// Errors where heads are wider than 128.
+pub(crate) fn forward<T: Element>(
+    device: &CudaDevice,
+    out: &mut impl DevicePtrMut<T>,
+    normalisers: &mut impl DevicePtrMut<f32>,
+    qkv: &Qkv<&CudaSlice<T>>,
+    sequences: &Sequences,
+    heads: Heads,
+    dropout: ProbabilityDropout,
+) -> Result<()> {
+    let padded = padded(heads.width)?;
+    let rows = rows_of(out.len(), heads.queries * heads.width);
+    assert!(rows >= sequences.rows && normalisers.len() == rows * heads.queries, "rows of attention");
+    Call::of::<T>(device, &MODULE, &format!("attention_{padded}"))
+        .write(out)
+        .write(normalisers)
+        .parts(qkv.parts(device, rows, heads))
+        .read(&sequences.tiles)
+        .heads(heads, rows)
+        .dropout(dropout)
+        .size(usize::from(dropout.is_some()))
+        .launch((sequences.count as u32, heads.queries as u32), THREADS, forward_bytes::<T>(padded))
+}
+
+/// Writes the gradients of queries, keys and values from that of the result, `dout`. Rows in no sequence stay as they are.
+#[expect(clippy::too_many_arguments, reason = "what goes in and what comes out")]
+pub(crate) fn backward<T: Element>(
+    device: &CudaDevice,
+    mut gradients: Qkv<&mut CudaSlice<T>>,
+    qkv: &Qkv<&CudaSlice<T>>,
+    out: &impl DevicePtr<T>,
+    dout: &impl DevicePtr<T>,
+    normalisers: &impl DevicePtr<f32>,
+    sequences: &Sequences,
+    heads: Heads,
+    dropout: ProbabilityDropout,
+) -> Result<()> {
+    let padded = padded(heads.width)?;
+    let rows = rows_of(out.len(), heads.queries * heads.width);
+    assert!(rows >= sequences.rows && normalisers.len() == rows * heads.queries, "rows of attention");
+    assert_eq!(out.len(), dout.len(), "a gradient of every element");
+    // SAFETY: every element is written before it is read.
+    let mut products = unsafe { device.alloc::<f32>((rows * heads.queries).max(1)) }?;
+    Call::of::<T>(device, &MODULE, "attention_products")
+        .write(&mut products)
+        .read(out)
+        .read(dout)
+        .size(rows)
+        .size(heads.queries)
+        .size(heads.width)
+        .launch((rows * heads.queries).div_ceil(4) as u32, THREADS, 0)?;
+    let [dq, dk, dv] = gradients.parts_mut(device, rows, heads);
+    for (kernel, gradients, blocks) in [("queries", vec![dq], heads.queries), ("keys", vec![dk, dv], heads.keys)] {
+        Call::of::<T>(device, &MODULE, &format!("attention_{kernel}_{padded}"))
+            .parts(gradients)
+            .parts(qkv.parts(device, rows, heads))
+            .read(dout)
+            .read(normalisers)
+            .read(&products)
+            .read(&sequences.tiles)
+            .heads(heads, rows)
+            .dropout(dropout)
+            .size(usize::from(dropout.is_some()))
+            .launch((sequences.count as u32, blocks as u32), THREADS, backward_bytes::<T>(padded))?;
+    }
+    Ok(())
+}
+
+fn padded(width: usize) -> Result<usize> {
+    match WIDTHS.into_iter().find(|padded| width <= *padded) {
+        Some(padded) => Ok(padded),
+        None => bail!("heads of {width} channels: attention on a GPU is made for at most 128"),
+    }
+}
+
+/// Address of the first row and distance of rows, in elements.
+#[derive(Clone, Copy)]
+struct Part {
+    address: u64,
+    stride: usize,
+}
+
+impl Call<'_> {
+    fn parts(self, parts: impl IntoIterator<Item = Part>) -> Self {
+        parts.into_iter().fold(self, |call, part| call.size(part.address as usize).size(part.stride))
+    }
+
+    fn heads(self, heads: Heads, rows: usize) -> Self {
+        self.size(rows).size(heads.queries).size(heads.keys).size(heads.width).float(heads.scale)
+    }
+}
+
+fn packed_parts<T>(address: u64, length: usize, rows: usize, heads: Heads) -> [Part; 3] {
+    assert_eq!(length, rows * heads.row(), "packed queries, keys and values");
+    let (queries, keys) = (heads.queries * heads.width, heads.keys * heads.width);
+    [0, queries, queries + keys]
+        .map(|offset| Part { address: address + (offset * size_of::<T>()) as u64, stride: heads.row() })
+}
+
+impl<T: Element> Qkv<&CudaSlice<T>> {
+    fn parts(&self, device: &CudaDevice, rows: usize, heads: Heads) -> [Part; 3] {
+        let stream = device.cuda_stream();
+        match self {
+            Qkv::Packed(qkv) => packed_parts::<T>(qkv.device_ptr(&stream).0, qkv.len(), rows, heads),
+            Qkv::Separate(q, k, v) => {
+                [(q, heads.queries), (k, heads.keys), (v, heads.keys)].map(|(part, heads_of_part)| {
+                    let stride = heads_of_part * heads.width;
+                    assert_eq!(part.len(), rows * stride, "queries, keys or values");
+                    Part { address: part.device_ptr(&stream).0, stride }
+                })
+            }
+        }
+    }
+}
+
+impl<T: Element> Qkv<&mut CudaSlice<T>> {
+    fn parts_mut(&mut self, device: &CudaDevice, rows: usize, heads: Heads) -> [Part; 3] {
+        let stream = device.cuda_stream();
+        match self {
+            Qkv::Packed(qkv) => {
+                let length = qkv.len();
+                packed_parts::<T>(qkv.device_ptr_mut(&stream).0, length, rows, heads)
+            }
+            Qkv::Separate(q, k, v) => {
+                [(q, heads.queries), (k, heads.keys), (v, heads.keys)].map(|(part, heads_of_part)| {
+                    let stride = heads_of_part * heads.width;
+                    assert_eq!(part.len(), rows * stride, "gradients of queries, keys or values");
+                    Part { address: part.device_ptr_mut(&stream).0, stride }
+                })
+            }
+        }
+    }
+}
+
+/// Shared memory of the kernels, in bytes: tiles of rows that are a little longer than a head, so that rows begin in
+/// different banks, and what each of four warps keeps for itself. The same sums are in `attention.cu`.
+fn forward_bytes<T: Element>(padded: usize) -> usize {
+    3 * tile_bytes::<T>(padded) + 4 * 16 * 72 * 4
+}
+
+fn backward_bytes<T: Element>(padded: usize) -> usize {
+    4 * tile_bytes::<T>(padded) + 4 * 2 * 16 * 40 * size_of::<T>()
+}
+
+fn tile_bytes<T: Element>(padded: usize) -> usize {
+    TILE * (padded + 8) * size_of::<T>()
+}

@@ -1,0 +1,29 @@
+// Rotary positions (Su et al., "RoFormer", 2021): channels i and i + d / 2 of a head turn together.
+
+#include "common.cuh"
+
+// Turns the first `heads` heads of each row of `x`, in place; a thread has a pair of channels. `angles` hold cosine and sine
+// of each position and pair, `[P, 2, d / 2]`.
+template <class T>
+__device__ void rope(T *x, const unsigned *positions, const float *angles, int heads, int width, int stride, float sign,
+                     long long count) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    int half = width / 2;
+    int pair = i % half, head = i / half % heads;
+    long long row = i / half / heads;
+    const float *cosines = angles + static_cast<long long>(positions[row]) * width;
+    float c = cosines[pair], s = sign * cosines[half + pair];
+    T *at = x + row * stride + head * width + pair;
+    float a = to_float(at[0]), b = to_float(at[half]);
+    at[0] = from_float<T>(a * c - b * s);
+    at[half] = from_float<T>(b * c + a * s);
+}
+extern "C" __global__ void rope_f32(float *x, const unsigned *positions, const float *angles, int heads, int width,
+                                    int stride, float sign, long long count) {
+    rope(x, positions, angles, heads, width, stride, sign, count);
+}
+extern "C" __global__ void rope_bf16(bf16 *x, const unsigned *positions, const float *angles, int heads, int width,
+                                     int stride, float sign, long long count) {
+    rope(x, positions, angles, heads, width, stride, sign, count);
+}

@@ -1,0 +1,196 @@
+//! [`Backend`] by the fused loops of [`kernels`](crate::kernels), on `f32` in main memory.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
+use rayon::prelude::*;
+
+use super::backend::Backend;
+use super::{Dropout, Input, Linear, Norm, Rows, elements};
+use crate::config::Activation;
+use crate::kernels::attention::{self, Attention};
+use crate::kernels::layer_norm::{self, Moments};
+use crate::kernels::matmul::{Matrix, product, product_into};
+use crate::kernels::{ROW_BLOCK, elementwise, masks};
+
+/// The CPU. Gives the same bits with any number of threads.
+#[derive(Clone, Copy)]
+pub(crate) struct Cpu;
+
+impl Backend for Cpu {
+    type Buffer = Vec<f32>;
+    type Moments = Vec<Moments>;
+    type Attended = ();
+
+    fn len(buffer: &Vec<f32>) -> usize {
+        buffer.len()
+    }
+
+    fn zeros(&self, length: usize) -> Result<Vec<f32>> {
+        Ok(vec![0.0; length])
+    }
+
+    fn copy(&self, x: &Vec<f32>) -> Result<Vec<f32>> {
+        Ok(x.clone())
+    }
+
+    fn buffer(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(elements(tensor)?.to_vec())
+    }
+
+    fn tensor(&self, x: Vec<f32>, shape: Shape) -> Result<Tensor> {
+        Tensor::from_vec(x, shape, &Device::Cpu)
+    }
+
+    fn storage(&self, x: Vec<f32>) -> Result<Storage> {
+        Ok(Storage::Cpu(CpuStorage::F32(x)))
+    }
+
+    fn embed(&self, rows: &Rows, tokens: &Tensor, positions: &Tensor, prompt: Option<&Tensor>) -> Result<Vec<f32>> {
+        embed(&rows.inputs, &rows.positions, tokens, positions, prompt)
+    }
+
+    fn embed_backward_prompt(&self, rows: &Rows, dy: &Vec<f32>, width: usize, shape: Shape) -> Result<Tensor> {
+        let mut gradient = vec![0.0; shape.elem_count()];
+        for (input, dy) in rows.inputs.iter().zip(dy.chunks_exact(width)) {
+            if let Input::Prompt(i) = input {
+                elementwise::add_to_row(&mut gradient, *i as usize, dy);
+            }
+        }
+        Tensor::from_vec(gradient, shape, &Device::Cpu)
+    }
+
+    fn layer_norm(&self, x: &Vec<f32>, norm: Norm<'_>, eps: f32) -> Result<(Vec<f32>, Vec<Moments>)> {
+        Ok(layer_norm::forward(x, &elements(norm.weight)?, &elements(norm.bias)?, eps))
+    }
+
+    fn layer_norm_backward(
+        &self,
+        dx: &mut Vec<f32>,
+        x: &Vec<f32>,
+        weight: &Tensor,
+        moments: &Vec<Moments>,
+        dy: &Vec<f32>,
+        parameters: bool,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let gradients = layer_norm::backward(dx, x, &elements(weight)?, moments, dy, parameters);
+        let tensor = |gradient| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu);
+        gradients.map(|(weight, bias)| Ok((tensor(weight)?, tensor(bias)?))).transpose()
+    }
+
+    fn linear(&self, x: &Vec<f32>, linear: Linear<'_>) -> Result<Vec<f32>> {
+        let (depth, width) = linear.weight.dims2()?;
+        let mut out = elementwise::rows_of(&elements(linear.bias)?, x.len() / depth);
+        product_into(&mut out, Matrix::new(x, depth), Matrix::new(&elements(linear.weight)?, width), true);
+        Ok(out)
+    }
+
+    fn linear_backward_input(&self, dy: &Vec<f32>, weight: &Tensor) -> Result<Vec<f32>> {
+        let width = weight.dim(1)?;
+        Ok(product(Matrix::new(dy, width), Matrix::new(&elements(weight)?, width).transposed()))
+    }
+
+    fn linear_backward_weight(
+        &self,
+        x: &Vec<f32>,
+        dy: &Vec<f32>,
+        depth: usize,
+        width: usize,
+    ) -> Result<(Tensor, Tensor)> {
+        let weight = product(Matrix::new(x, depth).transposed(), Matrix::new(dy, width));
+        let bias = elementwise::sum_rows(dy, width);
+        Ok((Tensor::from_vec(weight, (depth, width), &Device::Cpu)?, Tensor::from_vec(bias, width, &Device::Cpu)?))
+    }
+
+    fn attention(&self, qkv: &Vec<f32>, width: usize, attention: &Attention<'_>) -> Result<(Arc<Vec<f32>>, ())> {
+        Ok((Arc::new(attention::forward(qkv, width, attention)), ()))
+    }
+
+    fn attention_backward(
+        &self,
+        qkv: &Vec<f32>,
+        _attended: &(),
+        dy: &Vec<f32>,
+        width: usize,
+        attention: &Attention<'_>,
+    ) -> Result<Vec<f32>> {
+        Ok(attention::backward(qkv, dy, width, attention))
+    }
+
+    fn activation(&self, x: &Vec<f32>, activation: Activation) -> Result<Vec<f32>> {
+        Ok(elementwise::activation(x, activation))
+    }
+
+    fn activation_backward(&self, dy: &mut Vec<f32>, x: &Vec<f32>, activation: Activation) -> Result<()> {
+        elementwise::activation_backward(dy, x, activation);
+        Ok(())
+    }
+
+    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>) -> Result<()> {
+        elementwise::add(x, y);
+        Ok(())
+    }
+
+    fn dropout(
+        &self,
+        x: &mut Vec<f32>,
+        width: usize,
+        rows: &Rows,
+        dropout: &Dropout,
+        rate: f32,
+        site: u32,
+    ) -> Result<()> {
+        let keys = rows.segments.iter().zip(&rows.ids);
+        let keys: Vec<(u64, u32)> =
+            keys.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line))).collect();
+        x.par_chunks_mut(ROW_BLOCK * width).zip(keys.par_chunks(ROW_BLOCK)).for_each(|(data, keys)| {
+            let mut mask = vec![0.0; width];
+            for (row, (id, line)) in data.chunks_exact_mut(width).zip(keys) {
+                masks::fill(&mut mask, dropout, rate, site, *id, *line);
+                row.iter_mut().zip(&mask).for_each(|(x, m)| *x *= m);
+            }
+        });
+        Ok(())
+    }
+
+    fn select(&self, x: &Vec<f32>, width: usize, rows: &[u32]) -> Result<Vec<f32>> {
+        let mut out = Vec::with_capacity(rows.len() * width);
+        rows.iter().for_each(|row| out.extend_from_slice(&x[*row as usize * width..][..width]));
+        Ok(out)
+    }
+
+    fn select_backward(&self, dy: &Vec<f32>, width: usize, rows: &[u32], count: usize) -> Result<Vec<f32>> {
+        let mut dx = vec![0.0; count * width];
+        for (row, dy) in rows.iter().zip(dy.chunks_exact(width)) {
+            dx[*row as usize * width..][..width].copy_from_slice(dy);
+        }
+        Ok(dx)
+    }
+}
+
+/// The vectors of tokens, prompt and positions, added: `[rows, C]`.
+pub(crate) fn embed(
+    inputs: &[Input],
+    at: &[u32],
+    tokens: &Tensor,
+    positions: &Tensor,
+    prompt: Option<&Tensor>,
+) -> Result<Vec<f32>> {
+    let width = tokens.dim(1)?;
+    if inputs.len() != at.len() {
+        bail!("{} positions for {} rows", at.len(), inputs.len());
+    }
+    let (tokens, positions) = (elements(tokens)?, elements(positions)?);
+    let prompt = prompt.map(elements).transpose()?;
+    let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
+    let mut out = Vec::with_capacity(inputs.len() * width);
+    for (input, position) in inputs.iter().zip(at) {
+        let (table, row) = match input {
+            Input::Token(id) => (&*tokens, *id as usize),
+            Input::Prompt(i) => (prompt, *i as usize),
+        };
+        let position = &positions[*position as usize * width..][..width];
+        out.extend(table[row * width..][..width].iter().zip(position).map(|(a, b)| a + b));
+    }
+    Ok(out)
+}

@@ -1,0 +1,445 @@
+//! [`Backend`] by the kernels of [`kernels::cuda`](crate::kernels::cuda), on `f32` or `bf16` in a GPU's memory.
+//!
+//! Weights are `f32` tensors, or tensors of the type that is computed in; matrices of another type are converted once a
+//! pass. Biases, weights of norms and all gradients of weights are f32. Nothing here waits for the device.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex};
+
+use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, TensorId,
+    WithDType, bail,
+};
+
+use super::backend::Backend;
+use super::{Dropout, Input, Linear, Norm, Rows, contiguous};
+use crate::config::Activation;
+use crate::kernels::attention::Attention;
+use crate::kernels::cuda::attention::{self, Heads, Qkv, Sequences};
+use crate::kernels::cuda::embed::{self, Groups, Tables};
+use crate::kernels::cuda::matmul::{Matrix, Scalar, product};
+use crate::kernels::cuda::{Mask, elementwise, norm, row_keys, rows as row_kernels, unset, upload};
+
+/// What a GPU computes in.
+pub(crate) trait Number: Scalar + CudaDType + WithDType {}
+
+impl<T: Scalar + CudaDType + WithDType> Number for T {}
+
+/// A GPU, and what it has been told of the batch that it computes.
+#[derive(Clone)]
+pub(crate) struct Cuda<T> {
+    device: CudaDevice,
+    batch: Arc<Batch>,
+    /// Weights that were converted.
+    converted: Arc<Mutex<HashMap<TensorId, Arc<CudaSlice<T>>>>>,
+}
+
+/// The rows of a pass on the device.
+struct Batch {
+    inputs: CudaSlice<i32>,
+    positions: CudaSlice<u32>,
+    /// What dropout is keyed by.
+    keys: CudaSlice<u32>,
+    sequences: Sequences,
+    /// Rows that are wanted.
+    text: Option<CudaSlice<u32>>,
+}
+
+impl<T: Number> Cuda<T> {
+    /// For passes over `rows`.
+    pub(crate) fn new(device: &CudaDevice, rows: &Rows) -> Result<Self> {
+        let batch = Batch {
+            inputs: upload(device, rows.inputs.iter().map(|input| embed::code(*input)).collect())?,
+            positions: upload(device, rows.positions.clone())?,
+            keys: upload(device, row_keys(&rows.segments, &rows.ids))?,
+            sequences: Sequences::new(device, &rows.segments, &rows.ids)?,
+            text: rows.text.clone().map(|text| upload(device, text)).transpose()?,
+        };
+        Ok(Cuda { device: device.clone(), batch: Arc::new(batch), converted: Arc::default() })
+    }
+
+    /// For passes over other rows, with the same weights.
+    pub(crate) fn over(&self, rows: &Rows) -> Result<Self> {
+        Ok(Cuda { converted: self.converted.clone(), ..Cuda::new(&self.device, rows)? })
+    }
+
+    /// The position of every row.
+    pub(crate) fn positions(&self) -> &CudaSlice<u32> {
+        &self.batch.positions
+    }
+
+    /// The vectors of coded inputs and of their positions, added.
+    pub(crate) fn embed_inputs(
+        &self,
+        inputs: &impl DevicePtr<i32>,
+        at: &impl DevicePtr<u32>,
+        tokens: &Tensor,
+        positions: &Tensor,
+        prompt: Option<&Tensor>,
+    ) -> Result<CudaSlice<T>> {
+        let width = tokens.dim(1)?;
+        let mut out = self.unset(inputs.len() * width)?;
+        self.matrix(tokens, |tokens| {
+            self.matrix(positions, |positions| {
+                let mut embed = |prompt: Option<&CudaView<'_, T>>| {
+                    let tables = Tables { tokens, prompt, positions: Some(positions) };
+                    embed::embed(&self.device, &mut out, inputs, at, tables, None, width)
+                };
+                match prompt {
+                    Some(prompt) => self.matrix(prompt, |prompt| embed(Some(prompt))),
+                    None => embed(None),
+                }
+            })
+        })?;
+        Ok(out)
+    }
+
+    fn unset(&self, length: usize) -> Result<CudaSlice<T>> {
+        unset(&self.device, length)
+    }
+
+    fn text(&self) -> Result<&CudaSlice<u32>> {
+        match &self.batch.text {
+            Some(text) => Ok(text),
+            None => bail!("rows selected from a batch of which all are wanted"),
+        }
+    }
+
+    fn mask(&self, dropout: &Dropout, rate: f32, site: u32) -> Mask<'_> {
+        Mask { dropout: *dropout, rate, site, keys: &self.batch.keys }
+    }
+
+    /// Lets `f` read a matrix of weights in the type that is computed in.
+    pub(crate) fn matrix<R>(&self, weight: &Tensor, f: impl FnOnce(&CudaView<'_, T>) -> Result<R>) -> Result<R> {
+        if weight.dtype() == T::DTYPE {
+            return view(weight, f);
+        }
+        let known = self.converted.lock().expect("nothing panics while it is held").get(&weight.id()).cloned();
+        let converted = match known {
+            Some(known) => known,
+            None => {
+                let converted = Arc::new(converted(&self.device, weight)?);
+                self.converted.lock().expect("nothing panics while it is held").insert(weight.id(), converted.clone());
+                converted
+            }
+        };
+        f(&converted.as_view())
+    }
+}
+
+impl<T: Number> Backend for Cuda<T> {
+    type Buffer = CudaSlice<T>;
+    type Moments = CudaSlice<f32>;
+    /// The result, and the logarithm of each softmax' denominator, `[H, N]`.
+    type Attended = (Arc<CudaSlice<T>>, CudaSlice<f32>);
+
+    fn len(buffer: &CudaSlice<T>) -> usize {
+        buffer.len()
+    }
+
+    fn zeros(&self, length: usize) -> Result<CudaSlice<T>> {
+        self.device.alloc_zeros(length)
+    }
+
+    fn copy(&self, x: &CudaSlice<T>) -> Result<CudaSlice<T>> {
+        let mut copy = self.unset(x.len())?;
+        self.device.memcpy_dtod(x, &mut copy)?;
+        Ok(copy)
+    }
+
+    fn buffer(&self, tensor: &Tensor) -> Result<CudaSlice<T>> {
+        view(tensor, |x| {
+            let mut copy = self.unset(x.len())?;
+            self.device.memcpy_dtod(x, &mut copy)?;
+            Ok(copy)
+        })
+    }
+
+    fn tensor(&self, x: CudaSlice<T>, shape: Shape) -> Result<Tensor> {
+        Ok(tensor(&self.device, x, shape))
+    }
+
+    fn storage(&self, x: CudaSlice<T>) -> Result<Storage> {
+        Ok(Storage::Cuda(CudaStorage::wrap_cuda_slice(x, self.device.clone())))
+    }
+
+    fn embed(
+        &self,
+        _rows: &Rows,
+        tokens: &Tensor,
+        positions: &Tensor,
+        prompt: Option<&Tensor>,
+    ) -> Result<CudaSlice<T>> {
+        self.embed_inputs(&self.batch.inputs, &self.batch.positions, tokens, positions, prompt)
+    }
+
+    fn embed_backward_prompt(&self, rows: &Rows, dy: &CudaSlice<T>, width: usize, shape: Shape) -> Result<Tensor> {
+        let places = rows.inputs.iter().zip(0u32..).filter_map(|(input, row)| match input {
+            Input::Token(_) => None,
+            Input::Prompt(i) => Some((row, *i)),
+        });
+        let groups = Groups::new(&self.device, places)?;
+        let mut gradient = self.device.alloc_zeros::<f32>(shape.elem_count())?;
+        embed::add_groups(&self.device, &mut gradient, dy, &groups, width)?;
+        Ok(tensor(&self.device, gradient, shape))
+    }
+
+    fn layer_norm(&self, x: &CudaSlice<T>, norm: Norm<'_>, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
+        let mut out = self.unset(x.len())?;
+        let mut moments = unset(&self.device, 2 * x.len() / norm.weight.elem_count())?;
+        view(norm.weight, |weight| {
+            view(norm.bias, |bias| {
+                let norm = norm::Norm { weight, bias: Some(bias), eps };
+                norm::forward(&self.device, &mut out, &mut moments, x, norm)
+            })
+        })?;
+        Ok((out, moments))
+    }
+
+    fn layer_norm_backward(
+        &self,
+        dx: &mut CudaSlice<T>,
+        x: &CudaSlice<T>,
+        weight: &Tensor,
+        moments: &CudaSlice<f32>,
+        dy: &CudaSlice<T>,
+        parameters: bool,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        view(weight, |weight| {
+            // Of the bias only its being there matters: it makes this a layer norm.
+            let norm = norm::Norm { weight, bias: Some(weight), eps: 0.0 };
+            norm::backward(&self.device, dx, x, norm, moments, dy, true)
+        })?;
+        if !parameters {
+            return Ok(None);
+        }
+        let width = weight.elem_count();
+        let (mut dweight, mut dbias) = (unset(&self.device, width)?, unset(&self.device, width)?);
+        norm::backward_parameters(&self.device, &mut dweight, Some(&mut dbias), x, moments, dy, false)?;
+        let vector = |values| tensor(&self.device, values, Shape::from(width));
+        Ok(Some((vector(dweight), vector(dbias))))
+    }
+
+    fn linear(&self, x: &CudaSlice<T>, linear: Linear<'_>) -> Result<CudaSlice<T>> {
+        let (depth, width) = linear.weight.dims2()?;
+        let mut out = self.unset(x.len() / depth * width)?;
+        self.matrix(linear.weight, |weight| {
+            product(&self.device, &mut out, Matrix::new(x, depth), Matrix::new(weight, width), false)
+        })?;
+        view(linear.bias, |bias| elementwise::in_place(&self.device, &mut out, Some(bias), None, width))?;
+        Ok(out)
+    }
+
+    fn linear_backward_input(&self, dy: &CudaSlice<T>, weight: &Tensor) -> Result<CudaSlice<T>> {
+        let (depth, width) = weight.dims2()?;
+        let mut dx = self.unset(dy.len() / width * depth)?;
+        self.matrix(weight, |weight| {
+            let weight = Matrix::new(weight, width).transposed();
+            product(&self.device, &mut dx, Matrix::new(dy, width), weight, false)
+        })?;
+        Ok(dx)
+    }
+
+    fn linear_backward_weight(
+        &self,
+        x: &CudaSlice<T>,
+        dy: &CudaSlice<T>,
+        depth: usize,
+        width: usize,
+    ) -> Result<(Tensor, Tensor)> {
+        let mut dweight = unset::<f32>(&self.device, depth * width)?;
+        let mut dbias = unset::<f32>(&self.device, width)?;
+        product(&self.device, &mut dweight, Matrix::new(x, depth).transposed(), Matrix::new(dy, width), false)?;
+        row_kernels::sum_rows(&self.device, &mut dbias, dy, false)?;
+        Ok((tensor(&self.device, dweight, (depth, width)), tensor(&self.device, dbias, width)))
+    }
+
+    fn attention(
+        &self,
+        qkv: &CudaSlice<T>,
+        width: usize,
+        spec: &Attention<'_>,
+    ) -> Result<(Arc<CudaSlice<T>>, Self::Attended)> {
+        let rows = qkv.len() / width / 3;
+        let mut out = self.unset(rows * width)?;
+        let mut normalisers = unset(&self.device, rows * spec.heads)?;
+        let (qkv, heads) = (Qkv::Packed(qkv), heads(width, spec));
+        let sequences = &self.batch.sequences;
+        attention::forward(&self.device, &mut out, &mut normalisers, &qkv, sequences, heads, spec.dropout)?;
+        let out = Arc::new(out);
+        Ok((out.clone(), (out, normalisers)))
+    }
+
+    fn attention_backward(
+        &self,
+        qkv: &CudaSlice<T>,
+        (out, normalisers): &Self::Attended,
+        dy: &CudaSlice<T>,
+        width: usize,
+        spec: &Attention<'_>,
+    ) -> Result<CudaSlice<T>> {
+        let mut gradient = self.unset(qkv.len())?;
+        attention::backward(
+            &self.device,
+            Qkv::Packed(&mut gradient),
+            &Qkv::Packed(qkv),
+            &**out,
+            dy,
+            normalisers,
+            &self.batch.sequences,
+            heads(width, spec),
+            spec.dropout,
+        )?;
+        Ok(gradient)
+    }
+
+    fn activation(&self, x: &CudaSlice<T>, activation: Activation) -> Result<CudaSlice<T>> {
+        let mut out = self.unset(x.len())?;
+        elementwise::activation(&self.device, &mut out, x, activation)?;
+        Ok(out)
+    }
+
+    fn activation_backward(&self, dy: &mut CudaSlice<T>, x: &CudaSlice<T>, activation: Activation) -> Result<()> {
+        elementwise::activation_backward(&self.device, dy, x, activation)
+    }
+
+    fn add(&self, x: &mut CudaSlice<T>, y: &CudaSlice<T>) -> Result<()> {
+        elementwise::add(&self.device, x, y)
+    }
+
+    fn dropout(
+        &self,
+        x: &mut CudaSlice<T>,
+        width: usize,
+        _rows: &Rows,
+        dropout: &Dropout,
+        rate: f32,
+        site: u32,
+    ) -> Result<()> {
+        elementwise::in_place(&self.device, x, None, Some(self.mask(dropout, rate, site)), width)
+    }
+
+    fn select(&self, x: &CudaSlice<T>, width: usize, rows: &[u32]) -> Result<CudaSlice<T>> {
+        let mut out = self.unset(rows.len() * width)?;
+        row_kernels::gather(&self.device, &mut out, x, &self.text()?.slice(..rows.len()), width)?;
+        Ok(out)
+    }
+
+    fn select_backward(&self, dy: &CudaSlice<T>, width: usize, rows: &[u32], count: usize) -> Result<CudaSlice<T>> {
+        let mut dx = self.zeros(count * width)?;
+        row_kernels::scatter(&self.device, &mut dx, dy, &self.text()?.slice(..rows.len()), width)?;
+        Ok(dx)
+    }
+}
+
+fn heads(width: usize, spec: &Attention<'_>) -> Heads {
+    Heads { queries: spec.heads, keys: spec.heads, width: width / spec.heads, scale: spec.scale }
+}
+
+/// A buffer as a tensor.
+pub(crate) fn tensor<T: CudaDType>(device: &CudaDevice, x: CudaSlice<T>, shape: impl Into<Shape>) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(x, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// Lets `f` read the elements of a tensor on a GPU.
+///
+/// Errors when it is elsewhere, of another type, or not contiguous.
+pub(crate) fn view<T: CudaDType, R>(tensor: &Tensor, f: impl FnOnce(&CudaView<'_, T>) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    f(&view_of(&storage, layout)?)
+}
+
+/// The same of a tensor's storage.
+pub(crate) fn view_of<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
+    let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a gpu, found one elsewhere") };
+    Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
+}
+
+/// A tensor to compute with in `T`: its own elements, or converted ones.
+pub(crate) enum Operand<'a, T> {
+    Tensor(StorageRef<'a>, &'a Layout),
+    Own(CudaSlice<T>),
+}
+
+impl<'a, T: Number> Operand<'a, T> {
+    pub(crate) fn of(device: &CudaDevice, tensor: &'a Tensor) -> Result<Self> {
+        if tensor.dtype() != T::DTYPE {
+            return Ok(Operand::Own(converted(device, tensor)?));
+        }
+        let (storage, layout) = tensor.storage_and_layout();
+        Ok(Operand::Tensor(storage, layout))
+    }
+
+    pub(crate) fn view(&self) -> Result<CudaView<'_, T>> {
+        match self {
+            Operand::Tensor(storage, layout) => view_of(storage, layout),
+            Operand::Own(slice) => Ok(slice.as_view()),
+        }
+    }
+}
+
+/// The elements of a tensor on a GPU, f32 or bf16, converted.
+pub(crate) fn converted<T: Number>(device: &CudaDevice, from: &Tensor) -> Result<CudaSlice<T>> {
+    let mut out = unset(device, from.elem_count())?;
+    if from.dtype() == f32::DTYPE {
+        view(from, |from: &CudaView<'_, f32>| elementwise::cast(device, &mut out, from))?;
+    } else {
+        view(from, |from: &CudaView<'_, half::bf16>| elementwise::cast(device, &mut out, from))?;
+    }
+    Ok(out)
+}
+
+/// Lets `f` change the elements of a tensor on a GPU in place. All who share its storage see the change.
+pub(crate) fn change<T, F>(tensor: &Tensor, f: F) -> Result<()>
+where
+    T: CudaDType + Send + Sync,
+    F: FnOnce(&mut CudaViewMut<'_, T>) -> Result<()> + Send,
+{
+    struct Change<T, F>(Mutex<Option<F>>, PhantomData<T>);
+    impl<T: CudaDType, F: FnOnce(&mut CudaViewMut<'_, T>) -> Result<()>> InplaceOp1 for Change<T, F> {
+        fn name(&self) -> &'static str {
+            "change"
+        }
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+            bail!("expected a tensor on a gpu, found one on the cpu")
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+            let f = self.0.lock().expect("nothing panics while it is held").take();
+            let f = f.expect("an operation is applied once");
+            f(&mut storage.as_cuda_slice_mut::<T>()?.slice_mut(contiguous(layout)?))
+        }
+    }
+    tensor.inplace_op1(&Change(Mutex::new(Some(f)), PhantomData))
+}
+
+/// Adds rows of `gradient`, f32 or bf16, to those of `total` that they belong to.
+pub(crate) fn add_rows(
+    device: &CudaDevice,
+    total: &Tensor,
+    places: &[(usize, u32)],
+    gradient: &Tensor,
+    width: usize,
+) -> Result<()> {
+    fn add<T: Number>(
+        device: &CudaDevice,
+        total: &Tensor,
+        groups: &Groups,
+        gradient: &Tensor,
+        width: usize,
+    ) -> Result<()> {
+        view(gradient, |gradient: &CudaView<'_, T>| {
+            change(total, |total| embed::add_groups(device, total, gradient, groups, width))
+        })
+    }
+    let groups = Groups::new(device, places.iter().map(|(row, place)| (*row as u32, *place)))?;
+    if gradient.dtype() == f32::DTYPE {
+        add::<f32>(device, total, &groups, gradient, width)
+    } else {
+        add::<half::bf16>(device, total, &groups, gradient, width)
+    }
+}
