@@ -12,27 +12,27 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Ready {
     /// Resident memory before any model was loaded, KiB.
-    pub idle_kib: u64,
+    pub(crate) idle_kib: u64,
 }
 
 /// The answer to `run` and `check`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ran {
     /// What the work took.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Tokens that were trained on, or written.
-    pub tokens: usize,
+    pub(crate) tokens: usize,
     /// Losses, or written tokens: what must be the same on both sides.
-    pub checks: Vec<f64>,
+    pub(crate) checks: Vec<f64>,
 }
 
 /// The answer to `end`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Ended {
     /// Largest resident memory of the process, KiB.
-    pub peak_kib: u64,
-    /// Largest memory on the accelerator, KiB; on the CPU 0.
-    pub device_kib: u64,
+    pub(crate) peak_kib: u64,
+    /// Largest memory on the accelerator, KiB, where there is one; 0 where its driver does not tell.
+    pub(crate) device_kib: Option<u64>,
 }
 
 /// A side that is running.
@@ -42,7 +42,7 @@ pub(crate) struct Side {
     requests: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
     /// Resident memory before any model was loaded, KiB.
-    pub idle_kib: u64,
+    pub(crate) idle_kib: u64,
 }
 
 impl Side {

@@ -99,9 +99,16 @@ def choose(logits, sampling):
     if sampling["temperature"] == 0:
         return logits.argmax(-1)
     if sampling["top_k"] == 0 and sampling["top_p"] == 1:
-        return torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+        return draw(logits.softmax(-1))
     likeliest, tokens = logits.topk(sampling["top_k"] or logits.shape[-1])
     probabilities = likeliest.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling["top_p"], 0)
-    return tokens.gather(1, torch.multinomial(probabilities, 1)).squeeze(1)
+    return tokens.gather(1, draw(probabilities)[:, None]).squeeze(1)
+
+
+def draw(probabilities):
+    """One draw a row, from one uniform number: `torch.multinomial` takes one for every token, and twice the time."""
+    sums = probabilities.cumsum(-1)
+    threshold = torch.rand_like(sums[:, :1]) * sums[:, -1:]
+    return torch.searchsorted(sums, threshold, right=True).squeeze(1).clamp(max=sums.shape[-1] - 1)

@@ -174,26 +174,29 @@ fn python(arguments: &Arguments, program: &str) -> Command {
 /// What one side did.
 pub(crate) struct Runs {
     /// `ours`, or the way of PyTorch's.
-    pub way: String,
+    pub(crate) way: String,
     /// Every repeat, the warm-up left out.
-    pub runs: Vec<Ran>,
+    pub(crate) runs: Vec<Ran>,
     /// Resident memory before any model was loaded, KiB.
-    pub idle_kib: u64,
+    pub(crate) idle_kib: u64,
     /// Memory at the end.
-    pub ended: Ended,
+    pub(crate) ended: Ended,
     /// All that must be the same on both sides, of the warm-up too.
-    pub checks: Vec<f64>,
+    pub(crate) checks: Vec<f64>,
 }
 
 /// A line with what all sides did, ours first.
 pub(crate) struct Measured {
     /// The line.
-    pub line: Line,
+    pub(crate) line: Line,
     /// Bytes of an element of what is frozen.
-    pub element: f64,
+    pub(crate) element: f64,
     /// The sides.
-    pub sides: Vec<Runs>,
+    pub(crate) sides: Vec<Runs>,
 }
+
+/// Runs of a side before it is timed, the first of them a check.
+const WARM_UP: usize = 2;
 
 fn measure(line: Line, arguments: &Arguments, with_torch: bool) -> Result<Measured> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
@@ -214,15 +217,16 @@ fn measure(line: Line, arguments: &Arguments, with_torch: bool) -> Result<Measur
         }
         Ok(runs.iter().filter_map(|runs| runs.last()).map(|ran| ran.seconds).sum())
     };
-    // Two turns of warm-up, not timed.
-    turn(&mut runs, true)?;
-    let once = turn(&mut runs, false)?;
+    let mut once = 0.0;
+    for index in 0..WARM_UP {
+        once = turn(&mut runs, index == 0)?;
+    }
     for _ in 0..((arguments.seconds / once) as usize).clamp(3, 15) {
         turn(&mut runs, false)?;
     }
     let sides = sides.into_iter().zip(runs).map(|((way, side), mut runs)| {
         let checks = runs.iter().flat_map(|ran| ran.checks.iter().copied()).collect();
-        runs.drain(..2);
+        runs.drain(..WARM_UP);
         Ok(Runs { way, runs, idle_kib: side.idle_kib, ended: side.end()?, checks })
     });
     let element = if task.dtype == "f32" { 4.0 } else { 2.0 };

@@ -3,8 +3,11 @@
 use std::fs;
 use std::io::{BufRead, Write, stdin, stdout};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use contract::random::purpose;
@@ -18,6 +21,7 @@ use stages::score::{Stemming, rouge_l_with};
 use stages::text::Text;
 use stages::training::Aligned;
 
+use crate::WARM_UP;
 use crate::child::{Ended, Ran, Ready};
 use crate::task::{Case, Task};
 
@@ -28,6 +32,7 @@ type Work = Box<dyn FnMut(bool) -> Result<(usize, Vec<f64>)>>;
 pub(crate) fn serve(task: &Path) -> Result<()> {
     let idle_kib = memory("VmRSS")?;
     let task = Task::read(task)?;
+    let mut accelerator = (task.device != "cpu").then(|| Accelerator::open(&task.device)).transpose()?;
     let mut work = match task.line.case {
         Case::Step => step(task)?,
         Case::Distill => distill(task)?,
@@ -40,10 +45,14 @@ pub(crate) fn serve(task: &Path) -> Result<()> {
     for request in stdin().lock().lines() {
         let request = request?;
         if request == "end" {
-            return say(&Ended { peak_kib: memory("VmHWM")?, device_kib: 0 });
+            let device_kib = accelerator.map(|accelerator| accelerator.peak_kib);
+            return say(&Ended { peak_kib: memory("VmHWM")?, device_kib });
         }
         let start = Instant::now();
-        let (tokens, checks) = work(request == "check")?;
+        let (tokens, checks) = match &mut accelerator {
+            Some(accelerator) if accelerator.watched < WARM_UP => accelerator.watch(|| work(request == "check"))?,
+            _ => work(request == "check")?,
+        };
         say(&Ran { seconds: start.elapsed().as_secs_f64(), tokens, checks })?;
     }
     Ok(())
@@ -61,6 +70,52 @@ fn memory(field: &str) -> Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
     number.with_context(|| format!("the kernel tells no `{field}`"))
+}
+
+/// What this process takes of the accelerator's memory, by the driver's account, above what an open device takes.
+struct Accelerator {
+    open_kib: u64,
+    peak_kib: u64,
+    /// Runs that were watched: those of the warm-up, since asking the driver takes time.
+    watched: usize,
+}
+
+impl Accelerator {
+    fn open(device: &str) -> Result<Accelerator> {
+        lm::device(device)?.synchronize()?;
+        Ok(Accelerator { open_kib: used_kib(), peak_kib: 0, watched: 0 })
+    }
+
+    fn watch<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let done = AtomicBool::new(false);
+        let (result, peak) = thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                let mut peak = used_kib();
+                while !done.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(50));
+                    peak = peak.max(used_kib());
+                }
+                peak
+            });
+            let result = work();
+            done.store(true, Ordering::Relaxed);
+            (result, watcher.join().expect("the watcher only reads"))
+        });
+        self.watched += 1;
+        self.peak_kib = self.peak_kib.max(peak.saturating_sub(self.open_kib));
+        result
+    }
+}
+
+/// 0 where the driver does not tell processes apart.
+fn used_kib() -> u64 {
+    let query = ["--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"];
+    let Ok(output) = Command::new("nvidia-smi").args(query).output() else { return 0 };
+    let own = |line: &str| {
+        let (pid, mebibytes) = line.split_once(',')?;
+        (pid.trim().parse() == Ok(std::process::id())).then(|| mebibytes.trim().parse::<u64>().ok())?
+    };
+    String::from_utf8_lossy(&output.stdout).lines().filter_map(own).sum::<u64>() << 10
 }
 
 fn load(folder: &Path, task: &Task) -> Result<LanguageModel> {

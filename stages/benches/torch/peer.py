@@ -69,7 +69,7 @@ def serve(prepare):
     say(idle_kib=idle)
     for request in sys.stdin:
         if request.strip() == "end":
-            device = torch.cuda.max_memory_allocated() // 1024 if on_gpu else 0
+            device = torch.cuda.max_memory_allocated() // 1024 if on_gpu else None
             say(peak_kib=memory("VmHWM"), device_kib=device)
             # Worker processes of the compiler may hold the interpreter back.
             os._exit(0)

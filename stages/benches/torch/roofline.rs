@@ -20,18 +20,18 @@ use crate::task::{Case, Line, Model};
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Phase {
     /// Floating point operations.
-    pub operations: f64,
+    pub(crate) operations: f64,
     /// Bytes moved.
-    pub bytes: f64,
+    pub(crate) bytes: f64,
 }
 
 /// What a machine can do.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Rates {
     /// Floating point operations a second, in a large product of matrices.
-    pub operations: f64,
+    pub(crate) operations: f64,
     /// Bytes read a second, one after the other.
-    pub bytes: f64,
+    pub(crate) bytes: f64,
 }
 
 impl Rates {

@@ -116,12 +116,14 @@ impl Runs {
         tokens as f64 / self.seconds().iter().sum::<f64>()
     }
 
+    /// Largest memory, KiB: of the accelerator where there is one, else of the process.
     fn peak(&self) -> u64 {
-        self.ended.peak_kib + self.ended.device_kib
+        self.ended.device_kib.unwrap_or(self.ended.peak_kib)
     }
 
+    /// What of that was taken since the models were loaded; on an accelerator, all.
     fn above_idle(&self) -> u64 {
-        self.peak() - self.idle_kib
+        self.peak().saturating_sub(self.ended.device_kib.map_or(self.idle_kib, |_| 0))
     }
 }
 
@@ -134,11 +136,13 @@ fn memory(side: &Runs) -> String {
     format!("{} ({})", side.peak() >> 10, side.above_idle() >> 10)
 }
 
+/// The median of neighbours' ratios with the least and the largest, and the ratio of the two least times.
 fn ratio(ours: &Runs, theirs: &Runs) -> String {
     let ratios: Vec<f64> = ours.seconds().iter().zip(theirs.seconds()).map(|(own, other)| own / other).collect();
-    let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let least = |values: &[f64]| values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = ratios.iter().copied().fold(0.0, f64::max);
-    format!("{:.2} [{least:.2}, {most:.2}]", median(ratios))
+    let best = least(&ours.seconds()) / least(&theirs.seconds());
+    format!("{:.2} [{:.2}, {most:.2}] {best:.2}", median(ratios.clone()), least(&ratios))
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
