@@ -37,7 +37,11 @@ report: {metrics: {longest kept: short.longest, loss: score.loss}}
 
 fn main() -> ExitCode {
     let registry = stages::registry().with(Shortest);
-    promptkd::main(registry, &[("shortest.yaml", PIPELINE)], &promptkd::Extras { score: stages::score::score })
+    promptkd::main(
+        registry,
+        &[("shortest.yaml", PIPELINE)],
+        &promptkd::Extras { score: stages::score::score, gpus: stages::gpus },
+    )
 }
 
 /// The kind: what it is called, what it reads and makes, how it is set.

@@ -29,6 +29,8 @@ use crate::schedule::is_store_trouble;
 pub struct Extras {
     /// Scores a file of predictions against one of references: names and numbers.
     pub score: fn(&Path, &Path) -> Result<Json>,
+    /// How many GPUs stages can use, or what they lack; nothing when they were built without CUDA.
+    pub gpus: fn() -> Option<Result<usize>>,
 }
 
 /// The request itself was wrong: exit status 2.
@@ -48,6 +50,7 @@ pub(crate) mod status {
 pub(crate) struct Workbench<'a> {
     pub(crate) registry: &'a Registry,
     pub(crate) shipped: &'a [(&'a str, &'a str)],
+    pub(crate) gpus: fn() -> Option<Result<usize>>,
 }
 
 impl Workbench<'_> {
@@ -65,7 +68,7 @@ pub fn main(registry: Registry, shipped: &[(&str, &str)], extras: &Extras) -> Ex
     if let Command::Worker = command {
         return crate::worker::run(registry);
     }
-    let bench = Workbench { registry: &registry, shipped };
+    let bench = Workbench { registry: &registry, shipped, gpus: extras.gpus };
     dispatch(command, &bench, extras).unwrap_or_else(|error| ExitCode::from(complain(&error)))
 }
 

@@ -4,32 +4,46 @@ use anyhow::Result;
 
 use crate::commands::BadRequest;
 
-/// The devices that `--device` asks for: `auto` takes every visible GPU if the program was built for GPUs, else the CPU.
+/// The devices that `--device` asks for: `auto` takes every GPU that can be used, else the CPU, with a line that says why if the
+/// program was built for GPUs.
 ///
-/// Numbers count visible GPUs: a mask in `CUDA_VISIBLE_DEVICES` is respected, and workers inherit it.
-pub(crate) fn devices(wanted: &str) -> Result<Vec<String>> {
-    let built_for_gpus = cfg!(feature = "cuda");
-    let visible = if built_for_gpus { visible_gpus() } else { 0 };
+/// `gpus` counts those that can be used, or says what they lack; nothing when the program was built without CUDA. Numbers count
+/// visible GPUs: a mask in `CUDA_VISIBLE_DEVICES` is respected, and workers inherit it.
+pub(crate) fn devices(wanted: &str, gpus: fn() -> Option<Result<usize>>) -> Result<Vec<String>> {
     let number = wanted.strip_prefix("cuda:").map(str::parse::<usize>);
     match (wanted, number) {
-        ("auto", _) if visible == 0 => Ok(vec!["cpu".into()]),
-        ("auto", _) => Ok((0..visible).map(|gpu| format!("cuda:{gpu}")).collect()),
         ("cpu", _) => Ok(vec!["cpu".into()]),
-        (_, Some(Ok(_))) if !built_for_gpus => Err(BadRequest(format!(
-            "`{wanted}` needs a program built with feature `cuda`, and this one was not; use `--device cpu`"
-        ))
-        .into()),
-        (_, Some(Ok(_))) => Ok(vec![wanted.to_owned()]),
-        _ => Err(BadRequest(format!("unknown device `{wanted}`; expected `auto`, `cpu` or `cuda:N`")).into()),
+        ("auto", _) => match gpus() {
+            None => Ok(vec!["cpu".into()]),
+            Some(Ok(count)) if count > 0 => Ok((0..count).map(|gpu| format!("cuda:{gpu}")).collect()),
+            lacking => {
+                eprintln!("running on the CPU: {}", reason(lacking));
+                Ok(vec!["cpu".into()])
+            }
+        },
+        (_, Some(Ok(number))) => match gpus() {
+            None => wrong(format!(
+                "`{wanted}` needs a program built with feature `cuda`, and this one was not; use `--device cpu`"
+            )),
+            Some(Ok(count)) if number < count => Ok(vec![wanted.to_owned()]),
+            Some(Ok(count)) if count > 0 => wrong(format!(
+                "there is no `{wanted}`; the last one is `cuda:{}`, unless CUDA_VISIBLE_DEVICES hides others",
+                count - 1
+            )),
+            lacking => wrong(format!("`{wanted}` cannot be used: {}; or use `--device cpu`", reason(lacking))),
+        },
+        _ => wrong(format!("unknown device `{wanted}`; expected `auto`, `cpu` or `cuda:N`")),
     }
 }
 
-fn visible_gpus() -> usize {
-    let present = (0..).take_while(|gpu| std::path::Path::new(&format!("/dev/nvidia{gpu}")).exists()).count();
-    match std::env::var("CUDA_VISIBLE_DEVICES") {
-        // The driver stops reading at the first entry it does not know; `-1` and the empty text hide all.
-        Ok(mask) => mask.split(',').map(str::trim).take_while(|id| !id.is_empty() && *id != "-1").count().min(present),
-        Err(_) => present,
+fn wrong(message: String) -> Result<Vec<String>> {
+    Err(BadRequest(message).into())
+}
+
+fn reason(gpus: Option<Result<usize>>) -> String {
+    match gpus {
+        Some(Err(error)) => error.to_string(),
+        _ => "no GPU is visible".into(),
     }
 }
 
@@ -37,10 +51,29 @@ fn visible_gpus() -> usize {
 mod tests {
     use super::*;
 
+    fn without_driver() -> Option<Result<usize>> {
+        Some(Err(anyhow::anyhow!("no driver")))
+    }
+
     #[test]
-    fn a_wrong_device_is_named_with_the_right_ones() {
-        assert_eq!(devices("cpu").unwrap(), ["cpu"]);
-        let error = devices("gpu").unwrap_err().to_string();
-        assert_eq!(error, "unknown device `gpu`; expected `auto`, `cpu` or `cuda:N`");
+    fn the_best_device_is_chosen() {
+        assert_eq!(devices("auto", || None).unwrap(), ["cpu"]);
+        assert_eq!(devices("auto", || Some(Ok(2))).unwrap(), ["cuda:0", "cuda:1"]);
+        assert_eq!(devices("auto", || Some(Ok(0))).unwrap(), ["cpu"]);
+        assert_eq!(devices("auto", without_driver).unwrap(), ["cpu"]);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_taken_or_refused() {
+        let refusal = |wanted, gpus| devices(wanted, gpus).unwrap_err().to_string();
+        assert_eq!(devices("cpu", without_driver).unwrap(), ["cpu"]);
+        assert_eq!(devices("cuda:1", || Some(Ok(2))).unwrap(), ["cuda:1"]);
+        assert_eq!(
+            refusal("cuda:2", || Some(Ok(2))),
+            "there is no `cuda:2`; the last one is `cuda:1`, unless CUDA_VISIBLE_DEVICES hides others"
+        );
+        assert_eq!(refusal("cuda:0", without_driver), "`cuda:0` cannot be used: no driver; or use `--device cpu`");
+        assert!(refusal("cuda:0", || None).contains("built with feature `cuda`"));
+        assert_eq!(refusal("gpu", || Some(Ok(2))), "unknown device `gpu`; expected `auto`, `cpu` or `cuda:N`");
     }
 }

@@ -13,6 +13,6 @@ const SHIPPED: &[(&str, &str)] = &[
 ];
 
 fn main() -> ExitCode {
-    let extras = promptkd::Extras { score: stages::score::score };
+    let extras = promptkd::Extras { score: stages::score::score, gpus: stages::gpus };
     promptkd::main(stages::registry(), SHIPPED, &extras)
 }

@@ -44,7 +44,7 @@ pub(crate) fn compare(args: RunArgs, bench: &Workbench) -> Result<ExitCode> {
 fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
     let target = &args.target;
     let selection = selection::select(graph, &target.stages)?;
-    let settings = settings(args)?;
+    let settings = settings(args, bench)?;
     let store = open_store(&target.store.store)?;
     let mut reporter = report::reporter(args.json, selection.width());
     let name = target.file.display().to_string();
@@ -60,14 +60,14 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     Ok(conclude(&summary))
 }
 
-fn settings(args: &RunArgs) -> Result<Settings> {
+fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
     let target = &args.target;
     if args.cut_every.is_nan() || args.cut_every < 0.0 {
         return Err(BadRequest(format!("`--cut-every` is {}, expected seconds of at least 0", args.cut_every)).into());
     }
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     Ok(Settings {
-        devices: device::devices(&target.device)?,
+        devices: device::devices(&target.device, bench.gpus)?,
         threads: target.threads.map_or(cores, usize::from),
         jobs: usize::from(target.jobs),
         cut_seconds: args.cut_every,

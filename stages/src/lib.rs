@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, Registry, Result};
+pub use lm::gpus;
 use lm::{LanguageModel, OptimizerState, SoftPrompt};
 
 pub mod corpus;

@@ -15,7 +15,7 @@ const SHIPPED: &[(&str, &str)] = &[(
 )];
 
 fn main() -> ExitCode {
-    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score })
+    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, gpus: || None })
 }
 
 fn score(predictions: &Path, references: &Path) -> anyhow::Result<serde_json::Value> {

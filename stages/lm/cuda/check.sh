@@ -13,7 +13,8 @@ for source in stages/lm/src/kernels/cuda/*.cu; do
     mkdir -p "$CARGO_TARGET_DIR/cubin"
     cubin=$CARGO_TARGET_DIR/cubin/$(basename "$source" .cu)
     if [ ! "$cubin" -nt "$source" ]; then
-        nvcc -cubin -O3 -std=c++17 -arch="sm_$CUDA_COMPUTE_CAP" -Xptxas -v -o "$cubin" "$source" 2>"$cubin.log" || { cat "$cubin.log" && exit 1; }
+        nvcc -cubin -O3 -std=c++17 -arch="sm_$CUDA_COMPUTE_CAP" -Xptxas -v -o "$cubin" "$source" 2>"$cubin.log" ||
+            { cat "$cubin.log" && exit 1; }
     fi
     grep -B1 -E '[1-9][0-9]* bytes spill' "$cubin.log" || true
 done

@@ -1,6 +1,6 @@
-// A static library in place of one of CUDA's shared libraries. Programs linked with it start on any machine; the real library is
-// opened at the first call of one of its functions. Where there is none, every function answers MISSING, an error code of that
-// library, so that opening a device is an ordinary error.
+// A static library in place of one of CUDA's shared libraries. Programs linked with it start on any machine; the real
+// library is opened at the first call of one of its functions. Where there is none, every function answers MISSING, an
+// error code of that library, so that opening a device is an ordinary error.
 //
 // Compiled once a library: SONAME is the file to open, ENTRIES a file with one ENTRY(function, index) a line.
 // Folders in the environment variable CUDA_SHIM_PATH, separated by colons, are searched before all others.
@@ -36,7 +36,8 @@ static void open_library(void) {
         folders += length + (folders[length] == ':');
     }
     if (!library) library = dlopen(SONAME, RTLD_NOW | RTLD_GLOBAL);
-    for (unsigned i = 0; i < sizeof usual / sizeof *usual && !library; i++) library = open_in(usual[i], strlen(usual[i]));
+    for (unsigned i = 0; i < sizeof usual / sizeof *usual && !library; i++)
+        library = open_in(usual[i], strlen(usual[i]));
 }
 
 static int missing(void) { return MISSING; }
@@ -47,13 +48,15 @@ __attribute__((used)) static void *resolve(unsigned index) {
     pthread_once(&once, open_library);
     void *function = library ? dlsym(library, names[index]) : NULL;
     // The driver's own functions all return codes; in the other libraries those named for a text return that text.
-    int text = strncmp(names[index], "cuGet", 5) && (strstr(names[index], "String") || strstr(names[index], "StatusName"));
+    int text =
+        strncmp(names[index], "cuGet", 5) && (strstr(names[index], "String") || strstr(names[index], "StatusName"));
     if (!function) function = text ? (void *)missing_text : (void *)missing;
     __atomic_store_n(&slots[index], function, __ATOMIC_RELEASE);
     return function;
 }
 
-// Every register that can carry an argument survives the search; then the real function is entered as if called directly.
+// Every register that can carry an argument survives the search; then the real function is entered as if called
+// directly.
 __attribute__((naked, used)) static void first_call(void) {
     asm("pushq %rbp\n movq %rsp, %rbp\n"
         "pushq %rax\n pushq %rdi\n pushq %rsi\n pushq %rdx\n pushq %rcx\n pushq %r8\n pushq %r9\n"

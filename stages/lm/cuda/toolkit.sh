@@ -37,8 +37,8 @@ for package in json.load(sys.stdin)["packages"]:
 shim() { # name, folder of cudarc, file to open, code of a library that is missing
     local work=$tree/shims
     mkdir -p "$work"
-    grep -oE '^ +(pub )?fn (cu|nvrtc|p?nccl)[A-Za-z0-9_]+\(' "$cudarc/src/$2/sys/mod.rs" | grep -oE '(cu|nvrtc|p?nccl)[A-Za-z0-9_]+' |
-        grep -vx culib | sort -u | awk '{ printf "ENTRY(%s, %d)\n", $1, NR - 1 }' >"$work/$1.h"
+    grep -oE '^ +(pub )?fn (cu|nvrtc|p?nccl)[A-Za-z0-9_]+\(' "$cudarc/src/$2/sys/mod.rs" |
+        grep -oE '(cu|nvrtc|p?nccl)[A-Za-z0-9_]+' | grep -vx culib | sort -u | awk '{ printf "ENTRY(%s, %d)\n", $1, NR - 1 }' >"$work/$1.h"
     gcc -O2 -fPIC -DENTRIES="\"$work/$1.h\"" -DSONAME="\"$3\"" -DMISSING="$4" -c "$cuda/shim.c" -o "$work/$1.o"
     ar rcs "$tree/lib64/lib$1.a.new" "$work/$1.o"
     mv "$tree/lib64/lib$1.a.new" "$tree/lib64/lib$1.a"

@@ -28,7 +28,7 @@ pub mod sample;
 mod schedule;
 
 pub use config::{Activation, Architecture, Config, Family};
-pub use device::device;
+pub use device::{device, gpus};
 pub use dtype::Dtype;
 pub use generate::{Generate, Generated, Prompt, generate};
 pub use gpt2::LanguageModel;

@@ -1,4 +1,5 @@
-// libcublas.so.13 without a GPU: matrix products, plainly. Sums are in the type that cuBLAS would use: f64 for f64, else f32.
+// libcublas.so.13 without a GPU: matrix products, plainly. Sums are in the type that cuBLAS would use: f64 for f64,
+// else f32.
 #include "block.h"
 #include "driver.h"
 
@@ -41,7 +42,9 @@ template <class S> void write(void *memory, int type, int64_t i, S value) {
 struct Matrix { // columns after one another, `leading` elements apart
     void *memory;
     int type, leading;
-    Matrix at(int64_t element) const { return {static_cast<char *>(memory) + element * int64_t(width(type)), type, leading}; }
+    Matrix at(int64_t element) const {
+        return {static_cast<char *>(memory) + element * int64_t(width(type)), type, leading};
+    }
 };
 
 // op(matrix), rows by columns, as columns without gaps.
@@ -49,7 +52,8 @@ template <class S> std::vector<S> packed(Matrix matrix, bool transposed, int row
     std::vector<S> out(size_t(rows) * columns);
     for (int64_t c = 0; c < columns; c++)
         for (int64_t r = 0; r < rows; r++)
-            out[c * rows + r] = read<S>(matrix.memory, matrix.type, transposed ? r * matrix.leading + c : c * matrix.leading + r);
+            out[c * rows + r] =
+                read<S>(matrix.memory, matrix.type, transposed ? r * matrix.leading + c : c * matrix.leading + r);
     return out;
 }
 
@@ -81,10 +85,12 @@ struct Handle {
     bool device_scalars = false;
 };
 
-int gemm(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, Matrix a, int64_t sa, Matrix b, int64_t sb,
-         const void *beta, Matrix c, int64_t sc, int batch, bool doubles) {
-    if (m < 0 || n < 0 || k < 0 || a.leading < std::max(1, ta ? k : m) || b.leading < std::max(1, tb ? n : k) || c.leading < std::max(1, m)) {
-        fprintf(stderr, "software GPU: refused: a matrix product %d x %d x %d with leading dimensions %d, %d, %d\n", m, n, k, a.leading, b.leading, c.leading);
+int gemm(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, Matrix a, int64_t sa, Matrix b,
+         int64_t sb, const void *beta, Matrix c, int64_t sc, int batch, bool doubles) {
+    if (m < 0 || n < 0 || k < 0 || a.leading < std::max(1, ta ? k : m) || b.leading < std::max(1, tb ? n : k) ||
+        c.leading < std::max(1, m)) {
+        fprintf(stderr, "software GPU: refused: a matrix product %d x %d x %d with leading dimensions %d, %d, %d\n", m,
+                n, k, a.leading, b.leading, c.leading);
         return 7; // CUBLAS_STATUS_INVALID_VALUE
     }
     if (!m || !n || !batch) return 0;
@@ -96,15 +102,19 @@ int gemm(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, M
     extent(b, sb, tb ? n : k, tb ? k : n, "the right matrix of a product");
     extent(c, sc, m, n, "the result of a matrix product");
     auto &own = *static_cast<Handle *>(handle);
-    auto scalar = [=](const void *p) { return doubles ? *static_cast<const double *>(p) : *static_cast<const float *>(p); };
+    auto scalar = [=](const void *p) {
+        return doubles ? *static_cast<const double *>(p) : *static_cast<const float *>(p);
+    };
     // Scalars on the host are read now, those on the device when the work is done.
     double host_alpha = own.device_scalars ? 0 : scalar(alpha), host_beta = own.device_scalars ? 0 : scalar(beta);
     bool device_scalars = own.device_scalars;
     submit(own.stream, [=] {
         double x = device_scalars ? scalar(alpha) : host_alpha, y = device_scalars ? scalar(beta) : host_beta;
         for (int64_t i = 0; i < batch; i++) {
-            if (doubles) product<double>(ta, tb, m, n, k, x, a.at(i * sa), b.at(i * sb), y, c.at(i * sc));
-            else product<float>(ta, tb, m, n, k, x, a.at(i * sa), b.at(i * sb), y, c.at(i * sc));
+            if (doubles)
+                product<double>(ta, tb, m, n, k, x, a.at(i * sa), b.at(i * sb), y, c.at(i * sc));
+            else
+                product<float>(ta, tb, m, n, k, x, a.at(i * sa), b.at(i * sb), y, c.at(i * sc));
         }
     });
     return 0;
@@ -117,40 +127,49 @@ Matrix matrix(const void *memory, int type, int leading) { return {const_cast<vo
 extern "C" {
 
 int cublasCreate_v2(void **out) { return *out = new Handle, 0; }
+int cublasGetProperty(int, int *value) { return *value = 13, 0; }
 int cublasDestroy_v2(void *handle) { return delete static_cast<Handle *>(handle), 0; }
 int cublasSetStream_v2(void *handle, CUstream stream) { return static_cast<Handle *>(handle)->stream = stream, 0; }
 int cublasGetStream_v2(void *handle, CUstream *stream) { return *stream = static_cast<Handle *>(handle)->stream, 0; }
 int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
 int cublasSetMathMode(void *, int) { return 0; }
 int cublasSetPointerMode_v2(void *handle, int mode) { return static_cast<Handle *>(handle)->device_scalars = mode, 0; }
-int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = static_cast<Handle *>(handle)->device_scalars, 0; }
+int cublasGetPointerMode_v2(void *handle, int *mode) {
+    return *mode = static_cast<Handle *>(handle)->device_scalars, 0;
+}
 const char *cublasGetStatusName(int) { return "an error of the software GPU"; }
 const char *cublasGetStatusString(int) { return "an error of the software GPU"; }
 
-int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int atype, int lda,
-                               long long sa, const void *b, int btype, int ldb, long long sb, const void *beta, void *c, int ctype,
-                               int ldc, long long sc, int batch, int, int) {
-    return gemm(handle, ta, tb, m, n, k, alpha, matrix(a, atype, lda), sa, matrix(b, btype, ldb), sb, beta, matrix(c, ctype, ldc), sc, batch, ctype == F64);
+int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a,
+                               int atype, int lda, long long sa, const void *b, int btype, int ldb, long long sb,
+                               const void *beta, void *c, int ctype, int ldc, long long sc, int batch, int, int) {
+    return gemm(handle, ta, tb, m, n, k, alpha, matrix(a, atype, lda), sa, matrix(b, btype, ldb), sb, beta,
+                matrix(c, ctype, ldc), sc, batch, ctype == F64);
 }
-int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int atype, int lda, const void *b,
-                 int btype, int ldb, const void *beta, void *c, int ctype, int ldc, int, int) {
-    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, atype, lda, 0, b, btype, ldb, 0, beta, c, ctype, ldc, 0, 1, 0, 0);
+int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int atype,
+                 int lda, const void *b, int btype, int ldb, const void *beta, void *c, int ctype, int ldc, int, int) {
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, atype, lda, 0, b, btype, ldb, 0, beta, c,
+                                      ctype, ldc, 0, 1, 0, 0);
 }
-int cublasSgemm_v2(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *a, int lda, const float *b, int ldb,
-                   const float *beta, float *c, int ldc) {
+int cublasSgemm_v2(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *a, int lda,
+                   const float *b, int ldb, const float *beta, float *c, int ldc) {
     return cublasGemmEx(handle, ta, tb, m, n, k, alpha, a, F32, lda, b, F32, ldb, beta, c, F32, ldc, 0, 0);
 }
-int cublasSgemmStridedBatched(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *a, int lda, long long sa,
-                              const float *b, int ldb, long long sb, const float *beta, float *c, int ldc, long long sc, int batch) {
-    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, F32, lda, sa, b, F32, ldb, sb, beta, c, F32, ldc, sc, batch, 0, 0);
+int cublasSgemmStridedBatched(void *handle, int ta, int tb, int m, int n, int k, const float *alpha, const float *a,
+                              int lda, long long sa, const float *b, int ldb, long long sb, const float *beta, float *c,
+                              int ldc, long long sc, int batch) {
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, F32, lda, sa, b, F32, ldb, sb, beta, c, F32,
+                                      ldc, sc, batch, 0, 0);
 }
-int cublasDgemm_v2(void *handle, int ta, int tb, int m, int n, int k, const double *alpha, const double *a, int lda, const double *b,
-                   int ldb, const double *beta, double *c, int ldc) {
+int cublasDgemm_v2(void *handle, int ta, int tb, int m, int n, int k, const double *alpha, const double *a, int lda,
+                   const double *b, int ldb, const double *beta, double *c, int ldc) {
     return cublasGemmEx(handle, ta, tb, m, n, k, alpha, a, F64, lda, b, F64, ldb, beta, c, F64, ldc, 0, 0);
 }
-int cublasDgemmStridedBatched(void *handle, int ta, int tb, int m, int n, int k, const double *alpha, const double *a, int lda, long long sa,
-                              const double *b, int ldb, long long sb, const double *beta, double *c, int ldc, long long sc, int batch) {
-    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, F64, lda, sa, b, F64, ldb, sb, beta, c, F64, ldc, sc, batch, 0, 0);
+int cublasDgemmStridedBatched(void *handle, int ta, int tb, int m, int n, int k, const double *alpha, const double *a,
+                              int lda, long long sa, const double *b, int ldb, long long sb, const double *beta,
+                              double *c, int ldc, long long sc, int batch) {
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, F64, lda, sa, b, F64, ldb, sb, beta, c, F64,
+                                      ldc, sc, batch, 0, 0);
 }
 
 } // extern "C"

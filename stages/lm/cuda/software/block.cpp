@@ -161,7 +161,8 @@ void Processor::stuck() {
         const char *what = fibers[t].state == State::AtBarrier ? "at __syncthreads" : "at a warp operation";
         if (fibers[t].state == State::Done) continue;
         char line[120];
-        snprintf(line, sizeof line, "\n    thread %u %s, mask %08x", t, what, fibers[t].state == State::AtWarp ? fibers[t].mask : 0);
+        snprintf(line, sizeof line, "\n    thread %u %s, mask %08x", t, what,
+                 fibers[t].state == State::AtWarp ? fibers[t].mask : 0);
         if (where.size() < 1500) where += line;
     }
     misuse("threads wait for others that never come:%s", where.c_str());
@@ -200,8 +201,8 @@ void Processor::run_block(dim3 block) {
     alive = count;
     waiting = 0;
 
-    // Nothing that an earlier block left in shared memory can be used by mistake. Dynamic memory lies among the variables of the
-    // library, and only as much of it as this launch asked for is worth the time.
+    // Nothing that an earlier block left in shared memory can be used by mistake. Dynamic memory lies among the
+    // variables of the library, and only as much of it as this launch asked for is worth the time.
     char *dynamic = launch->shared();
     Range variables = shared_variables(reinterpret_cast<const void *>(launch->shared));
     memset(variables.begin, POISON, dynamic - variables.begin);
@@ -213,14 +214,20 @@ void Processor::run_block(dim3 block) {
     dim3 size = launch->threads;
     for (unsigned t = 0; t < count; t++) {
         Fiber &fiber = fibers[t];
-        fiber.place = {{t % size.x, t / size.x % size.y, t / size.x / size.y}, {block.x, block.y, block.z}, size, launch->blocks, &fiber};
+        fiber.place = {{t % size.x, t / size.x % size.y, t / size.x / size.y},
+                       {block.x, block.y, block.z},
+                       size,
+                       launch->blocks,
+                       &fiber};
         fiber.state = State::Ready;
         ready.push_back(t);
     }
     while (alive) {
         if (ready.empty()) {
-            if (waiting && waiting == alive) release_block();
-            else stuck();
+            if (waiting && waiting == alive)
+                release_block();
+            else
+                stuck();
         }
         turn.swap(ready);
         ready.clear();
@@ -232,7 +239,7 @@ void Processor::run_block(dim3 block) {
     }
     for (size_t i = 0; i < GUARD; i++)
         if (static_cast<unsigned char>(dynamic[launch->shared_bytes + i]) != POISON)
-            misuse("wrote %zu bytes behind its %zu bytes of dynamic shared memory", i, launch->shared_bytes);
+            misuse("wrote %zu bytes past the %zu bytes of its dynamic shared memory", i + 1, launch->shared_bytes);
 }
 
 // Processor threads that live as long as the program, so that blocks find their stacks and shared memory again.
@@ -312,7 +319,8 @@ void meet_warp(unsigned mask, void *brought, Finish finish) {
         if (mask >> l & 1) {
             Fiber &other = p.fibers[warp * 32 + l];
             if (l >= lanes || other.state == State::Done)
-                misuse("a warp operation whose mask %08x names lane %u, which %s", mask, l, l >= lanes ? "is none" : "has ended");
+                misuse("a warp operation whose mask %08x names lane %u, which %s", mask, l,
+                       l >= lanes ? "is none" : "has ended");
             all = other.state == State::AtWarp && other.mask == mask;
         }
     if (all) p.release_warp(warp, mask);
@@ -327,8 +335,8 @@ void misuse(const char *format, ...) {
     va_end(arguments);
     fprintf(stderr, "software GPU: ");
     if (place && processor)
-        fprintf(stderr, "kernel `%s`, block (%u, %u, %u), thread (%u, %u, %u): ", processor->launch->name, place->block.x,
-                place->block.y, place->block.z, place->thread.x, place->thread.y, place->thread.z);
+        fprintf(stderr, "kernel `%s`, block (%u, %u, %u), thread (%u, %u, %u): ", processor->launch->name,
+                place->block.x, place->block.y, place->block.z, place->thread.x, place->thread.y, place->thread.z);
     fprintf(stderr, "%s\n", text);
     fflush(nullptr);
     _exit(134);
@@ -341,7 +349,7 @@ void run(const Launch &launch) {
     std::lock_guard guard(one_at_a_time);
     if (!pool) {
         pool = new Pool;
-        struct sigaction ours {};
+        struct sigaction ours{};
         ours.sa_sigaction = fault;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
         sigaction(SIGSEGV, &ours, &others_fault);
@@ -356,7 +364,8 @@ void run(const Launch &launch) {
         for (uint64_t i; (i = next++) < count;) {
             uint64_t block = (start + i * stride) % count;
             processor->random = seed ^ block;
-            processor->run_block({unsigned(block % launch.blocks.x), unsigned(block / launch.blocks.x % launch.blocks.y),
+            processor->run_block({unsigned(block % launch.blocks.x),
+                                  unsigned(block / launch.blocks.x % launch.blocks.y),
                                   unsigned(block / launch.blocks.x / launch.blocks.y)});
         }
     });

@@ -1,8 +1,8 @@
 // How a block of threads runs on a processor: what the kernels' header (kernel.h) and the driver share.
 //
-// The threads of a block are fibers of one processor thread. A fiber runs until it waits for others or ends; so shared memory is
-// what belongs to the processor thread. Order is where mistakes show: threads run in another order between any two barriers, and
-// blocks in another order at every launch.
+// The threads of a block are fibers of one processor thread. A fiber runs until it waits for others or ends; so shared
+// memory is what belongs to the processor thread. Order is where mistakes show: threads run in another order between
+// any two barriers, and blocks in another order at every launch.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -27,8 +27,8 @@ void meet_warp(unsigned mask, void *brought, Finish finish);
 
 [[noreturn]] void misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-constexpr size_t GUARD = 1024;                     // bytes behind dynamic shared memory that nobody may touch
-constexpr size_t DYNAMIC_BYTES = 232448 + GUARD;   // what a library of kernels keeps for it
+constexpr size_t GUARD = 1024;                   // bytes behind dynamic shared memory that nobody may touch
+constexpr size_t DYNAMIC_BYTES = 232448 + GUARD; // what a library of kernels keeps for it
 
 struct Kernel {
     const char *name;

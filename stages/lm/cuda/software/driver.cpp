@@ -1,7 +1,8 @@
-// libcuda.so.1 without a GPU: device memory is memory, a stream's work is done at once, and kernels are those of kernels/*.so.
+// libcuda.so.1 without a GPU: device memory is memory, a stream's work is done at once, and kernels are those of
+// kernels/*.so.
 //
-// Only what cudarc and this project call is here. Mistakes that a GPU punishes late or never stop the program: memory beyond the
-// end of a buffer, memory that was freed, a launch that a real device would refuse.
+// Only what cudarc and this project call is here. Mistakes that a GPU punishes late or never stop the program: memory
+// beyond the end of a buffer, memory that was freed, a launch that a real device would refuse.
 #include "driver.h"
 #include "block.h"
 
@@ -47,7 +48,8 @@ CUresult allocate(CUdeviceptr *out, size_t bytes) {
     if (!bytes) return CUDA_ERROR_INVALID_VALUE;
     if (used + bytes > TOTAL) return CUDA_ERROR_OUT_OF_MEMORY;
     size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, pages = (whole + PAGE - 1) / PAGE * PAGE;
-    auto base = static_cast<char *>(mmap(nullptr, pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    auto base = static_cast<char *>(
+        mmap(nullptr, pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base == MAP_FAILED || mprotect(base + PAGE, pages, PROT_READ | PROT_WRITE)) return CUDA_ERROR_OUT_OF_MEMORY;
     char *data = base + PAGE + pages - whole;
     memset(data, POISON, whole);
@@ -63,7 +65,8 @@ void release(CUdeviceptr pointer) {
     if (found == buffers.end()) misuse("freed what is no buffer, or no longer: %p", static_cast<void *>(data));
     Buffer buffer = found->second;
     for (char *p = data + buffer.bytes; p < buffer.base + buffer.mapped - PAGE; p++)
-        if (static_cast<unsigned char>(*p) != POISON) misuse("something wrote %zd bytes behind a buffer of %zu bytes", p - data - buffer.bytes, buffer.bytes);
+        if (static_cast<unsigned char>(*p) != POISON)
+            misuse("something wrote %zd bytes behind a buffer of %zu bytes", p - data - buffer.bytes, buffer.bytes);
     buffers.erase(found);
     used -= buffer.bytes;
     mmap(buffer.base, buffer.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -88,8 +91,17 @@ using SharedGraph = std::shared_ptr<Graph>;
 struct Stream {
     SharedGraph capture;
     bool spoiled = false; // by a call that cannot be captured
+    CUstreamCaptureMode mode;
 };
-unsigned captures;
+// Captures that forbid calls outside of their stream: of any thread, or of this one.
+unsigned captures_of_all;
+thread_local unsigned captures_of_this;
+unsigned &captures(CUstreamCaptureMode mode) {
+    static unsigned relaxed;
+    return mode == CU_STREAM_CAPTURE_MODE_GLOBAL         ? captures_of_all
+           : mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL ? captures_of_this
+                                                         : relaxed;
+}
 
 Stream &stream_of(CUstream handle) {
     static Stream legacy;
@@ -105,12 +117,15 @@ CUresult refuse(CUresult code, const char *why) {
 }
 
 #define NOT_WHILE_CAPTURING(what)                                                                                      \
-    if (captures) return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, what " while a stream is captured")
+    if (captures_of_all + captures_of_this)                                                                            \
+    return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, what " while a stream is captured")
 
 // ---- kernels
 
-std::map<std::string, Kernel> &kernels() {
-    static std::map<std::string, Kernel> all;
+// Of each library of kernels, by name. Two modules may have kernels of the same name.
+using Library = std::map<std::string, Kernel>;
+std::map<std::string, Library> &libraries() {
+    static std::map<std::string, Library> all;
     return all;
 }
 
@@ -121,13 +136,22 @@ struct Function {
 };
 struct Module {
     std::string text;
+    const Library *library = nullptr;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
 
-// What the PTX says of a kernel: whether it is there, the threads it is compiled for, its static shared memory.
-bool read_ptx(const std::string &text, Function &function) {
+// The library compiled from the source of this PTX: the one that has all of its kernels.
+const Library *library_of(const std::string &text) {
+    static const std::regex entry(R"(\.entry (\w+)\()");
+    std::sregex_iterator first(text.begin(), text.end(), entry), none;
+    for (auto &[file, library] : libraries())
+        if (std::all_of(first, none, [&](auto &name) { return library.count(name[1]); })) return &library;
+    return nullptr;
+}
+
+// What the PTX says of a kernel: the threads it is compiled for, its static shared memory.
+void read_ptx(const std::string &text, Function &function) {
     size_t begin = text.find(".entry " + std::string(function.kernel.name) + "(");
-    if (begin == std::string::npos) return false;
     size_t end = text.find("\n}", begin);
     std::string body = text.substr(begin, end - begin);
     std::smatch match;
@@ -139,8 +163,8 @@ bool read_ptx(const std::string &text, Function &function) {
     static const std::regex shared(R"(\.shared \.align \d+ \.b(\d+) ([\w$]+)(?:\[(\d+)\])?)");
     for (std::sregex_iterator variable(text.begin(), text.end(), shared), none; variable != none; ++variable)
         if (body.find((*variable)[2]) != std::string::npos)
-            function.static_shared += std::stoul((*variable)[1]) / 8 * ((*variable)[3].matched ? std::stoul((*variable)[3]) : 1);
-    return true;
+            function.static_shared +=
+                std::stoul((*variable)[1]) / 8 * ((*variable)[3].matched ? std::stoul((*variable)[3]) : 1);
 }
 
 void open_kernels() {
@@ -155,7 +179,7 @@ void open_kernels() {
     if (glob((folder + "/kernels/*.so").c_str(), 0, nullptr, &found) == 0)
         for (size_t i = 0; i < found.gl_pathc; i++)
             if (!dlopen(found.gl_pathv[i], RTLD_NOW | RTLD_LOCAL)) misuse("%s", dlerror());
-    fprintf(stderr, "software GPU: %zu kernels of %s\n", kernels().size(), folder.c_str());
+    fprintf(stderr, "software GPU: kernels of %zu files in %s\n", libraries().size(), folder.c_str());
 }
 
 CUresult launch(CUfunction handle, dim3 blocks, dim3 threads, size_t shared, CUstream stream, void **arguments) {
@@ -166,26 +190,31 @@ CUresult launch(CUfunction handle, dim3 blocks, dim3 threads, size_t shared, CUs
         snprintf(why, sizeof why, "`%s` launched with no blocks or no threads", function.kernel.name);
         return refuse(CUDA_ERROR_INVALID_VALUE, why);
     }
-    if (blocks.x > 2147483647 || blocks.y > 65535 || blocks.z > 65535 || threads.z > 64 || count > function.most_threads) {
-        snprintf(why, sizeof why, "`%s` launched with (%u, %u, %u) blocks of %zu threads; it takes %u threads, and 65535 blocks in y and z",
-                 function.kernel.name, blocks.x, blocks.y, blocks.z, count, function.most_threads);
+    if (blocks.x > 2147483647 || blocks.y > 65535 || blocks.z > 65535 || threads.z > 64 ||
+        count > function.most_threads) {
+        snprintf(
+            why, sizeof why,
+            "`%s` launched with (%u, %u, %u) blocks of %zu threads; it takes %u threads, and 65535 blocks in y and z",
+            function.kernel.name, blocks.x, blocks.y, blocks.z, count, function.most_threads);
         return refuse(CUDA_ERROR_INVALID_VALUE, why);
     }
     if (function.most_dynamic ? shared > function.most_dynamic : shared + function.static_shared > 48 << 10) {
-        snprintf(why, sizeof why, "`%s` launched with %zu + %zu bytes of shared memory; 49152 in all, or as much as was asked for before",
-                 function.kernel.name, function.static_shared, shared);
+        snprintf(
+            why, sizeof why,
+            "`%s` launched with %zu + %zu bytes of shared memory; 49152 in all, or as much as was asked for before",
+            function.kernel.name, function.static_shared, shared);
         return refuse(CUDA_ERROR_INVALID_VALUE, why);
     }
-    Launch launch{function.kernel.name, blocks, threads, shared, function.kernel.shared, function.kernel.bind(arguments)};
+    Launch launch{function.kernel.name,           blocks, threads, shared, function.kernel.shared,
+                  function.kernel.bind(arguments)};
     submit(stream, [launch] { run(launch); });
     return CUDA_SUCCESS;
 }
 
-double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-struct Device {} device;
+struct Device {
+} device;
 thread_local CUcontext context;
 auto only_context = reinterpret_cast<CUcontext>(&device);
 
@@ -194,14 +223,18 @@ auto only_context = reinterpret_cast<CUcontext>(&device);
 namespace software {
 
 Announce::Announce(Kernel kernel) {
-    if (!kernels().emplace(kernel.name, kernel).second) misuse("two kernels are called `%s`", kernel.name);
+    Dl_info library;
+    dladdr(reinterpret_cast<void *>(kernel.bind), &library);
+    libraries()[library.dli_fname].emplace(kernel.name, kernel);
 }
 
 void submit(CUstream handle, std::function<void()> work) {
     std::lock_guard guard(mutex);
     Stream &stream = stream_of(handle);
-    if (stream.capture) stream.capture->work.push_back(std::move(work));
-    else work();
+    if (stream.capture)
+        stream.capture->work.push_back(std::move(work));
+    else
+        work();
 }
 
 void check(const void *memory, size_t bytes, const char *what) {
@@ -212,7 +245,8 @@ void check(const void *memory, size_t bytes, const char *what) {
     if (after == buffers.begin()) misuse("%s: %p is no device memory", what, memory);
     auto &[begin, buffer] = *--after;
     if (data + bytes > begin + buffer.bytes)
-        misuse("%s: %zu bytes at %p, but the buffer of %zu bytes begins at %p", what, bytes, memory, buffer.bytes, static_cast<void *>(begin));
+        misuse("%s: %zu bytes at %p, but the buffer of %zu bytes begins at %p", what, bytes, memory, buffer.bytes,
+               static_cast<void *>(begin));
 }
 
 } // namespace software
@@ -247,7 +281,9 @@ CUresult cuDeviceGet(CUdevice *out, int ordinal) {
     if (ordinal) return CUDA_ERROR_INVALID_DEVICE;
     return *out = 0, CUDA_SUCCESS;
 }
-CUresult cuDeviceGetName(char *name, int bytes, CUdevice) { return snprintf(name, bytes, "software GPU"), CUDA_SUCCESS; }
+CUresult cuDeviceGetName(char *name, int bytes, CUdevice) {
+    return snprintf(name, bytes, "software GPU"), CUDA_SUCCESS;
+}
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice) { return memset(uuid, 0, sizeof *uuid), CUDA_SUCCESS; }
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice) { return *bytes = TOTAL, CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
@@ -302,13 +338,17 @@ CUresult cuMemFree_v2(CUdeviceptr pointer) {
 CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
     std::lock_guard guard(mutex);
     Stream &stream = stream_of(handle);
-    if (stream.capture) stream.capture->freed.push_back(pointer);
-    else release(pointer);
+    if (stream.capture)
+        stream.capture->freed.push_back(pointer);
+    else
+        release(pointer);
     return CUDA_SUCCESS;
 }
 CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned) { return *out = malloc(bytes), CUDA_SUCCESS; }
 CUresult cuMemFreeHost(void *pointer) { return free(pointer), CUDA_SUCCESS; }
-CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { return *pool = reinterpret_cast<CUmemoryPool>(&device), CUDA_SUCCESS; }
+CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) {
+    return *pool = reinterpret_cast<CUmemoryPool>(&device), CUDA_SUCCESS;
+}
 CUresult cuDeviceGetMemPool(CUmemoryPool *pool, CUdevice device) { return cuDeviceGetDefaultMemPool(pool, device); }
 CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { return CUDA_SUCCESS; }
 CUresult cuMemPoolGetAttribute(CUmemoryPool, CUmemPool_attribute attribute, void *value) {
@@ -351,7 +391,9 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUst
     submit(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); });
     return CUDA_SUCCESS;
 }
-CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) { return cuMemsetD8Async(to, value, bytes, nullptr); }
+CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) {
+    return cuMemsetD8Async(to, value, bytes, nullptr);
+}
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, size_t count, CUstream stream) {
     check(reinterpret_cast<void *>(to), count * 4, "filling");
     submit(stream, [=] { std::fill_n(reinterpret_cast<unsigned *>(to), count, value); });
@@ -390,14 +432,15 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent from, CUevent to) {
     *milliseconds = 1e3 * (*reinterpret_cast<double *>(to) - *reinterpret_cast<double *>(from));
     return CUDA_SUCCESS;
 }
-CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
+CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
     std::lock_guard guard(mutex);
     Stream &stream = stream_of(handle);
-    if (&stream == &stream_of(nullptr)) return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "capturing the default stream");
+    if (&stream == &stream_of(nullptr))
+        return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "capturing the default stream");
     if (stream.capture) return CUDA_ERROR_ILLEGAL_STATE;
     stream.capture = std::make_shared<Graph>();
     stream.spoiled = false;
-    captures++;
+    captures(stream.mode = mode)++;
     return CUDA_SUCCESS;
 }
 CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
@@ -405,7 +448,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
     Stream &stream = stream_of(handle);
     *out = nullptr;
     if (!stream.capture) return CUDA_ERROR_ILLEGAL_STATE;
-    captures--;
+    captures(stream.mode)--;
     SharedGraph graph = std::move(stream.capture);
     stream.capture = nullptr;
     if (stream.spoiled) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
@@ -434,24 +477,25 @@ CUresult cuGraphExecDestroy(CUgraphExec graph) { return cuGraphDestroy(reinterpr
 // ---- kernels
 
 CUresult cuModuleLoadData(CUmodule *out, const void *image) {
+    std::lock_guard guard(mutex);
     auto module = new Module;
     module->text = static_cast<const char *>(image);
+    module->library = library_of(module->text);
     return *out = reinterpret_cast<CUmodule>(module), CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) { return delete reinterpret_cast<Module *>(module), CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char *name) {
     std::lock_guard guard(mutex);
     auto &module = *reinterpret_cast<Module *>(handle);
+    if (module.text.find(".entry " + std::string(name) + "(") == std::string::npos)
+        return refuse(CUDA_ERROR_NOT_FOUND, ("no kernel `" + std::string(name) + "` in this module").c_str());
+    if (!module.library)
+        return refuse(CUDA_ERROR_NOT_FOUND,
+                      ("the module of `" + std::string(name) + "` is not compiled for the software GPU").c_str());
     auto &function = module.functions[name];
     if (!function) {
-        auto found = kernels().find(name);
-        std::string why = "no kernel `" + std::string(name) + "` among those compiled for the software GPU";
-        if (found == kernels().end()) return refuse(CUDA_ERROR_NOT_FOUND, why.c_str());
-        function = std::make_unique<Function>(Function{found->second});
-        if (!read_ptx(module.text, *function)) {
-            function = nullptr;
-            return refuse(CUDA_ERROR_NOT_FOUND, ("no kernel `" + std::string(name) + "` in this module").c_str());
-        }
+        function = std::make_unique<Function>(Function{module.library->at(name)});
+        read_ptx(module.text, *function);
     }
     return *out = reinterpret_cast<CUfunction>(function.get()), CUDA_SUCCESS;
 }
@@ -460,7 +504,9 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
     switch (attribute) {
     case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = function.most_threads; break;
     case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = function.static_shared; break;
-    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = function.most_dynamic ? function.most_dynamic : (48 << 10) - function.static_shared; break;
+    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+        *value = function.most_dynamic ? function.most_dynamic : (48 << 10) - function.static_shared;
+        break;
     default: *value = 0;
     }
     return CUDA_SUCCESS;
@@ -468,13 +514,15 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
     auto &function = *reinterpret_cast<Function *>(handle);
     if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
-        if (value < 0 || value + function.static_shared > 227 << 10) return refuse(CUDA_ERROR_INVALID_VALUE, "more than 227 KiB of shared memory");
+        if (value < 0 || value + function.static_shared > 227 << 10)
+            return refuse(CUDA_ERROR_INVALID_VALUE, "more than 227 KiB of shared memory");
         function.most_dynamic = value;
     }
     return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, CUfunction handle, int threads, size_t shared, unsigned) {
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, CUfunction handle, int threads,
+                                                              size_t shared, unsigned) {
     auto &function = *reinterpret_cast<Function *>(handle);
     size_t by_memory = (228 << 10) / (shared + function.static_shared + 1024);
     return *blocks = std::min<size_t>({size_t(2048 / std::max(threads, 1)), by_memory, 32}), CUDA_SUCCESS;
@@ -482,8 +530,8 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, CUfun
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {
     return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
-CUresult cuLaunchKernel(CUfunction function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty, unsigned tz,
-                        unsigned shared, CUstream stream, void **arguments, void **) {
+CUresult cuLaunchKernel(CUfunction function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty,
+                        unsigned tz, unsigned shared, CUstream stream, void **arguments, void **) {
     return launch(function, {bx, by, bz}, {tx, ty, tz}, shared, stream, arguments);
 }
 

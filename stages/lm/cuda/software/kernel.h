@@ -1,4 +1,5 @@
-// What nvcc gives a kernel, for a host's C++ compiler: included before each `.cu` file. See block.h for how threads run.
+// What nvcc gives a kernel, for a host's C++ compiler: included before each `.cu` file. See block.h for how threads
+// run.
 //
 // Not there: inline PTX, textures, cooperative groups, asynchronous copies, kernels without extern "C".
 #pragma once
@@ -56,9 +57,7 @@ constexpr int warpSize = 32;
 
 namespace software {
 
-inline unsigned lane() {
-    return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
-}
+inline unsigned lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
 template <class T> struct Shuffled {
     T value, result;
@@ -85,8 +84,10 @@ template <class T, T (*COMBINE)(T, T)> struct Combined {
         Combined *first = nullptr;
         for (unsigned i = 0; i < count; i++)
             if (auto own = static_cast<Combined *>(brought[i])) {
-                if (first) first->result = COMBINE(first->result, own->value);
-                else first = own;
+                if (first)
+                    first->result = COMBINE(first->result, own->value);
+                else
+                    first = own;
             }
         for (unsigned i = 0; i < count; i++)
             if (brought[i]) static_cast<Combined *>(brought[i])->result = first->result;
@@ -115,7 +116,8 @@ template <class T> struct Matched {
     static void finish(void **brought, unsigned count) {
         for (unsigned i = 0; i < count; i++)
             for (unsigned j = 0; brought[i] && j < count; j++)
-                if (brought[j] && static_cast<Matched *>(brought[j])->value == static_cast<Matched *>(brought[i])->value)
+                if (brought[j] &&
+                    static_cast<Matched *>(brought[j])->value == static_cast<Matched *>(brought[i])->value)
                     static_cast<Matched *>(brought[i])->result |= 1u << j;
     }
 };
@@ -176,21 +178,48 @@ template <class T> unsigned __match_any_sync(unsigned mask, T value) {
     return own.result;
 }
 template <class T> T __reduce_add_sync(unsigned mask, T v) { return software::combine_warp<T, software::add>(mask, v); }
-template <class T> T __reduce_min_sync(unsigned mask, T v) { return software::combine_warp<T, software::least>(mask, v); }
-template <class T> T __reduce_max_sync(unsigned mask, T v) { return software::combine_warp<T, software::greatest>(mask, v); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned v) { return software::combine_warp<unsigned, software::bit_or>(mask, v); }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned v) { return software::combine_warp<unsigned, software::bit_and>(mask, v); }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned v) { return software::combine_warp<unsigned, software::bit_xor>(mask, v); }
+template <class T> T __reduce_min_sync(unsigned mask, T v) {
+    return software::combine_warp<T, software::least>(mask, v);
+}
+template <class T> T __reduce_max_sync(unsigned mask, T v) {
+    return software::combine_warp<T, software::greatest>(mask, v);
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned v) {
+    return software::combine_warp<unsigned, software::bit_or>(mask, v);
+}
+inline unsigned __reduce_and_sync(unsigned mask, unsigned v) {
+    return software::combine_warp<unsigned, software::bit_and>(mask, v);
+}
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned v) {
+    return software::combine_warp<unsigned, software::bit_xor>(mask, v);
+}
 
-template <class T> using Same = std::common_type_t<T>; // no deduction: the pointer decides the type, as in CUDA's overloads
-template <class T> T atomicAdd(T *p, Same<T> v) { return software::update(p, [=](T old) { return T(old + v); }); }
-template <class T> T atomicSub(T *p, Same<T> v) { return software::update(p, [=](T old) { return T(old - v); }); }
-template <class T> T atomicMin(T *p, Same<T> v) { return software::update(p, [=](T old) { return v < old ? v : old; }); }
-template <class T> T atomicMax(T *p, Same<T> v) { return software::update(p, [=](T old) { return old < v ? v : old; }); }
-template <class T> T atomicAnd(T *p, Same<T> v) { return software::update(p, [=](T old) { return T(old & v); }); }
-template <class T> T atomicOr(T *p, Same<T> v) { return software::update(p, [=](T old) { return T(old | v); }); }
-template <class T> T atomicXor(T *p, Same<T> v) { return software::update(p, [=](T old) { return T(old ^ v); }); }
-template <class T> T atomicExch(T *p, Same<T> v) { return software::update(p, [=](T) { return v; }); }
+template <class T>
+using Same = std::common_type_t<T>; // no deduction: the pointer decides the type, as in CUDA's overloads
+template <class T> T atomicAdd(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return T(old + v); });
+}
+template <class T> T atomicSub(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return T(old - v); });
+}
+template <class T> T atomicMin(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return v < old ? v : old; });
+}
+template <class T> T atomicMax(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return old < v ? v : old; });
+}
+template <class T> T atomicAnd(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return T(old & v); });
+}
+template <class T> T atomicOr(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return T(old | v); });
+}
+template <class T> T atomicXor(T *p, Same<T> v) {
+    return software::update(p, [=](T old) { return T(old ^ v); });
+}
+template <class T> T atomicExch(T *p, Same<T> v) {
+    return software::update(p, [=](T) { return v; });
+}
 template <class T> T atomicCAS(T *p, Same<T> expected, Same<T> v) {
     return software::update(p, [=](T old) { return old == expected ? v : old; });
 }
@@ -232,7 +261,9 @@ inline unsigned __brev(unsigned v) {
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 inline int __mulhi(int a, int b) { return int64_t(a) * b >> 32; }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned __int128)a * b >> 64;
+}
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -273,13 +304,17 @@ using std::isnan;
 using std::signbit;
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     using T = std::common_type_t<A, B>;
-    if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
-    else return T(a) < T(b) ? T(b) : T(a);
+    if constexpr (std::is_floating_point_v<T>)
+        return fmax(T(a), T(b));
+    else
+        return T(a) < T(b) ? T(b) : T(a);
 }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
     using T = std::common_type_t<A, B>;
-    if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
-    else return T(b) < T(a) ? T(b) : T(a);
+    if constexpr (std::is_floating_point_v<T>)
+        return fmin(T(a), T(b));
+    else
+        return T(b) < T(a) ? T(b) : T(a);
 }
 
 // Functions of the 16-bit types that NVIDIA's headers give to GPUs alone.

@@ -196,24 +196,25 @@ fn cuda_training_follows_that_of_the_cpu() {
         let prompt = prompt(&device);
         let mut parameters = student.parameters().clone();
         parameters.extend([("prompt".to_owned(), prompt.clone())]);
-        let mut optimizer = AdamW::new(AdamWOptions::default());
+        // With such an eps an update is smooth in the gradient also where that is nothing but rounding.
+        let options = AdamWOptions { eps: 1e-3, ..AdamWOptions::default() };
+        let mut optimizer = AdamW::new(options);
         for update in 0..4 {
             let mut sum = Gradients::default();
             for part in 0..2 {
                 accumulate(&mut sum, step(&student, &teacher, &prompt, 2 * update + part).1).unwrap();
             }
             if update == 2 {
-                optimizer = AdamW::from_state(AdamWOptions::default(), &optimizer.to_state().unwrap()).unwrap();
+                optimizer = AdamW::from_state(options, &optimizer.to_state().unwrap()).unwrap();
             }
             optimizer.step(&parameters, &sum, 1e-3, 0.5).unwrap();
         }
         parameters.into_iter().map(|(name, parameter)| (name, flat(&parameter))).collect::<IndexMap<_, _>>()
     });
     for (name, expected) in &here {
-        // Where a gradient is nearly 0, its rounding decides about the direction of an update of at most 4e-3.
-        let far = there[name].iter().zip(expected).filter(|(found, expected)| (*found - *expected).abs() > 2e-5);
-        let share = far.count() as f64 / expected.len() as f64;
-        assert!(share < 0.02, "{name}: {share} of the weights are elsewhere");
+        for (found, expected) in there[name].iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-5, "{name}: {found}, expected {expected}");
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-// Products of small matrices by a whole warp, as in <mma.h>. Which lane holds which element is nobody's business on a GPU either:
-// here lane l holds elements l, l + 32, l + 64, ... of the row-major matrix.
+// Products of small matrices by a whole warp, as in <mma.h>. Which lane holds which element is nobody's business on a
+// GPU either: here lane l holds elements l, l + 32, l + 64, ... of the row-major matrix.
 #pragma once
 #include "../kernel.h"
 
@@ -26,8 +26,10 @@ template <class F, class V> void fill_fragment(F &fragment, V value) {
 
 namespace software_detail {
 template <class F, class P, class MOVE> void each(F &fragment, P *memory, unsigned stride, bool by_rows, MOVE move) {
-    if (reinterpret_cast<uintptr_t>(memory) % 32) software::misuse("a fragment's memory is not at a multiple of 32 bytes");
-    if (stride * sizeof(P) % 16) software::misuse("the stride of a fragment is %zu bytes, no multiple of 16", stride * sizeof(P));
+    if (reinterpret_cast<uintptr_t>(memory) % 32)
+        software::misuse("a fragment's memory is not at a multiple of 32 bytes");
+    if (stride * sizeof(P) % 16)
+        software::misuse("the stride of a fragment is %zu bytes, no multiple of 16", stride * sizeof(P));
     __syncwarp();
     for (int i = 0; i < F::num_elements; i++) {
         unsigned element = i * 32 + software::lane(), row = element / F::columns, column = element % F::columns;

@@ -22,10 +22,10 @@ template <class To, class From> __device__ void cast(To *out, const From *x, lon
     load(values, x, first, count);
     store(out, first, count, values);
 }
-extern "C" __global__ void cast_f32_f32(float *out, const float *x, long long count) { cast(out, x, count); }
-extern "C" __global__ void cast_f32_bf16(bf16 *out, const float *x, long long count) { cast(out, x, count); }
-extern "C" __global__ void cast_bf16_f32(float *out, const bf16 *x, long long count) { cast(out, x, count); }
-extern "C" __global__ void cast_bf16_bf16(bf16 *out, const bf16 *x, long long count) { cast(out, x, count); }
+extern "C" __global__ void convert_f32_f32(float *out, const float *x, long long count) { cast(out, x, count); }
+extern "C" __global__ void convert_f32_bf16(bf16 *out, const float *x, long long count) { cast(out, x, count); }
+extern "C" __global__ void convert_bf16_f32(float *out, const bf16 *x, long long count) { cast(out, x, count); }
+extern "C" __global__ void convert_bf16_bf16(bf16 *out, const bf16 *x, long long count) { cast(out, x, count); }
 
 // sqrt(2 / pi), of the tanh approximation of GELU.
 constexpr float ROOT = 0.7978846f;

@@ -24,7 +24,7 @@ pub(crate) fn cast<To: Element, From: Element>(
 ) -> Result<()> {
     let count = x.len();
     assert_eq!(count, out.len(), "elements side by side");
-    let kernel = format!("cast_{}_{}", From::SUFFIX, To::SUFFIX);
+    let kernel = format!("convert_{}_{}", From::SUFFIX, To::SUFFIX);
     Call::named(device, &MODULE, kernel).write(out).read(x).size(count).launch(blocks(count), THREADS, 0)
 }
 

@@ -19,11 +19,11 @@ __device__ void rope(T *x, const unsigned *positions, const float *angles, int h
     at[0] = from_float<T>(a * c - b * s);
     at[half] = from_float<T>(b * c + a * s);
 }
-extern "C" __global__ void rope_f32(float *x, const unsigned *positions, const float *angles, int heads, int width,
+extern "C" __global__ void rotate_f32(float *x, const unsigned *positions, const float *angles, int heads, int width,
                                     int stride, float sign, long long count) {
     rope(x, positions, angles, heads, width, stride, sign, count);
 }
-extern "C" __global__ void rope_bf16(bf16 *x, const unsigned *positions, const float *angles, int heads, int width,
+extern "C" __global__ void rotate_bf16(bf16 *x, const unsigned *positions, const float *angles, int heads, int width,
                                      int stride, float sign, long long count) {
     rope(x, positions, angles, heads, width, stride, sign, count);
 }

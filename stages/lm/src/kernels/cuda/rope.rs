@@ -28,7 +28,7 @@ pub(crate) fn rope<T: Element>(
     assert!(positions.len() >= rows, "a position a row");
     rows_of(angles.len(), width);
     let count = rows * heads * (width / 2);
-    Call::of::<T>(device, &MODULE, "rope")
+    Call::of::<T>(device, &MODULE, "rotate")
         .write(x)
         .read(positions)
         .read(angles)
