@@ -20,7 +20,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use indexmap::IndexMap;
-use lm::loss::{Divergence, Target, head_loss, log_probs};
+use lm::loss::{Divergence, Source, Target, head_loss, log_probs};
 use lm::{Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -261,15 +261,13 @@ impl Tuning {
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
         let guide = Target {
-            hidden: &student_hidden,
-            head: student.head(),
+            source: Source::Head { hidden: &student_hidden, head: student.head() },
             divergence: *divergence,
             coefficient: 1.0,
             temperature: 1.0,
         };
         let near = plain.as_ref().map(|hidden| Target {
-            hidden,
-            head: teacher.head(),
+            source: Source::Head { hidden, head: teacher.head() },
             divergence: regulariser.divergence,
             coefficient: weight,
             temperature: 1.0,

@@ -34,3 +34,16 @@ impl Dtype {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_computes_in_f32_alone() {
+        assert!(Dtype::F32.check(&Device::Cpu).is_ok());
+        let error = Dtype::Bf16.check(&Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("`dtype: bf16` needs a GPU"), "{error}");
+        assert_eq!(serde_json::from_str::<Dtype>("\"bf16\"").unwrap(), Dtype::Bf16);
+    }
+}

@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use anyhow::Context;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
@@ -285,15 +286,14 @@ impl<'a, T: Number> Writer<'a, T> {
             return Ok(Vec::new());
         }
         let counts = self.device.clone_dtoh(&self.writing.counts)?;
-        let history = self.device.clone_dtoh(&self.writing.history)?;
-        let log_probs = self.device.clone_dtoh(&self.writing.log_probs)?;
         let Sizes { room, most, .. } = self.sizes;
         let mut rows = Vec::with_capacity(slots.len());
         for slot in slots {
             let Some(index) = self.occupied[slot].take() else { continue };
             let (prompt, count) = (prompts[index].ids.len(), counts[slot] as usize);
-            let ids = history[slot * room..][prompt..count].to_vec();
-            let log_probs = log_probs[slot * most..][..count - prompt].to_vec();
+            let ids = self.writing.history.slice(slot * room + prompt..slot * room + count);
+            let log_probs = self.writing.log_probs.slice(slot * most..slot * most + count - prompt);
+            let (ids, log_probs) = (self.device.clone_dtoh(&ids)?, self.device.clone_dtoh(&log_probs)?);
             let end = if ids.last() == Some(&self.model.tokenizer.end) { End::Stop } else { End::Length };
             rows.push((index, Generated { ids, log_probs, end }));
         }
@@ -366,7 +366,11 @@ impl<T: Number> Cache<T> {
     fn new(device: &CudaDevice, model: &LanguageModel, slots: usize, capacity: usize) -> Result<Self> {
         let row = model.width() * capacity;
         // Zeros, since slots without a row are computed too.
-        let half = || device.alloc_zeros::<T>(slots * row);
+        let half = || {
+            device.alloc_zeros::<T>(slots * row).with_context(|| {
+                format!("no memory for the keys and values of {slots} rows of {capacity} tokens: set a smaller `batch`")
+            })
+        };
         let layers = (0..model.config.n_layer).map(|_| Ok((half()?, half()?))).collect::<Result<_>>()?;
         Ok(Cache { layers, capacity, row })
     }

@@ -13,7 +13,8 @@ use rayon::prelude::*;
 
 use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
 use super::matmul::{Matrix, product_into};
-use crate::loss::Divergence;
+use super::top_k;
+use crate::loss::{Divergence, TopK};
 
 /// What is asked for. Matrices are dense and row-major; their lengths must fit together.
 pub(crate) struct Input<'a> {
@@ -35,15 +36,18 @@ pub(crate) struct Input<'a> {
 
 /// A distribution to come close to.
 pub(crate) struct InputTarget<'a> {
-    /// `[N, D]`.
-    pub(crate) hidden: &'a [f32],
-    /// `[V, D]`.
-    pub(crate) head: &'a [f32],
-    /// D.
-    pub(crate) width: usize,
+    pub(crate) source: InputSource<'a>,
     pub(crate) divergence: Divergence,
     pub(crate) coefficient: f64,
     pub(crate) temperature: f64,
+}
+
+/// What a target's distribution is made of.
+pub(crate) enum InputSource<'a> {
+    /// Hidden states `[N, D]` and head `[V, D]`, of width D.
+    Head { hidden: &'a [f32], head: &'a [f32], width: usize },
+    /// The K most likely tokens and the rest.
+    TopK(&'a TopK),
 }
 
 /// What came out.
@@ -169,20 +173,28 @@ impl Buffers {
         }
         for (t, target) in input.targets.iter().enumerate() {
             let term = t + usize::from(input.labels.is_some());
-            let target_logits = &mut self.target[..chunk.len() * vocabulary];
-            let target_hidden = select(target.hidden, target.width, chunk); // [R, D]
-            let head = Matrix::new(target.head, target.width);
-            product_into(target_logits, Matrix::new(&target_hidden, target.width), head.transposed(), false);
+            let scratch = &mut self.target[..chunk.len() * vocabulary];
+            if let InputSource::Head { hidden, head, width } = target.source {
+                let hidden = select(hidden, width, chunk); // [R, D]
+                product_into(scratch, Matrix::new(&hidden, width), Matrix::new(head, width).transposed(), false);
+            }
             slope_rows
                 .par_iter_mut()
                 .zip(logits.par_chunks(vocabulary))
-                .zip(target_logits.par_chunks_mut(vocabulary))
+                .zip(scratch.par_chunks_mut(vocabulary))
                 .zip(terms.par_chunks_mut(count))
                 .enumerate()
-                .for_each(|(i, (((slopes, logits), target_logits), terms))| {
-                    let factor = weights[i] * target.coefficient;
-                    terms[term] =
-                        divergence(target.divergence, logits, target_logits, target.temperature, factor, slopes);
+                .for_each(|(i, (((slopes, logits), scratch), terms))| {
+                    let (factor, temperature) = (weights[i] * target.coefficient, target.temperature);
+                    terms[term] = match target.source {
+                        InputSource::Head { .. } => {
+                            divergence(target.divergence, logits, scratch, temperature, factor, slopes)
+                        }
+                        InputSource::TopK(kept) => {
+                            let classes = kept.row(chunk[i]);
+                            top_k::divergence(target.divergence, logits, classes, scratch, temperature, factor, slopes)
+                        }
+                    };
                 });
         }
         (terms, &self.slopes[..slopes_length])
@@ -244,29 +256,29 @@ pub(crate) fn divergence(
 
 /// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a
 /// token.
-trait Rule {
+pub(super) trait Rule {
     /// `f`, and `h = s df/ds`, up to a multiple of `s`, which drops out of the derivative by the logits.
     fn terms(&self, token: Token) -> (f32, f32);
 }
 
 /// Probabilities of one token. Logarithms are finite; a probability may be 0.
 #[derive(Clone, Copy)]
-struct Token {
-    s: f32,
-    log_s: f32,
-    t: f32,
-    log_t: f32,
+pub(super) struct Token {
+    pub(super) s: f32,
+    pub(super) log_s: f32,
+    pub(super) t: f32,
+    pub(super) log_t: f32,
 }
 
-struct ForwardKl;
-struct ReverseKl;
-struct Jsd(f32);
-struct SkewedForwardKl(f32);
-struct SkewedReverseKl(f32);
-struct TotalVariation;
-struct AlphaBeta {
-    alpha: f32,
-    beta: f32,
+pub(super) struct ForwardKl;
+pub(super) struct ReverseKl;
+pub(super) struct Jsd(pub(super) f32);
+pub(super) struct SkewedForwardKl(pub(super) f32);
+pub(super) struct SkewedReverseKl(pub(super) f32);
+pub(super) struct TotalVariation;
+pub(super) struct AlphaBeta {
+    pub(super) alpha: f32,
+    pub(super) beta: f32,
 }
 
 impl Rule for ForwardKl {

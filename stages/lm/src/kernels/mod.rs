@@ -7,7 +7,7 @@
 //! - **The same bits for a row, whoever shares its batch**, in everything that computes forward.
 //! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
 //!
-//! `unsafe` stands in `matmul` and `head` alone, around the matrix product.
+//! `unsafe` stands in `matmul` and `head`, around the matrix product, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
@@ -22,6 +22,7 @@ pub(crate) mod masks;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
 pub(crate) mod tile;
+pub(crate) mod top_k;
 
 /// Rows that one task handles: fixed, because it decides the order of sums.
 pub(crate) const ROW_BLOCK: usize = 32;

@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Tensor};
 
-use super::{Answer, Request, Result};
+use super::{Answer, Request, Result, Source, bail};
 use crate::kernels::cuda::head::{Compared, Slopes, TargetLogits, head_terms};
 use crate::kernels::cuda::matmul::{Matrix, product};
 use crate::kernels::cuda::{rows, unset, upload};
@@ -39,8 +39,12 @@ impl Request<'_> {
         let head = head.view()?; // [V, C]
         let mut targets = Vec::with_capacity(self.targets.len());
         for target in self.targets {
-            let hidden = select::<T>(device, target.hidden, picked.as_ref())?;
-            targets.push((target, hidden, Operand::<T>::of(device, target.head)?));
+            let Source::Head { hidden, head } = target.source else {
+                bail!("a target of likeliest tokens is compared with by plain operations");
+            };
+            let width = hidden.dim(1)?;
+            let hidden = select::<T>(device, hidden, picked.as_ref())?;
+            targets.push((target, width, hidden, Operand::<T>::of(device, head)?));
         }
         let weights = upload(device, active.iter().map(|&row| self.weights[row as usize]).collect())?;
         let labels = match self.labels {
@@ -74,8 +78,8 @@ impl Request<'_> {
                 let labels = labels.as_ref().filter(|_| index == 0);
                 let labels = labels.map(|(labels, coefficient)| (labels.slice(chunk.clone()), *coefficient));
                 let target = match targets.get(index) {
-                    Some((target, hidden, head)) => {
-                        let target_width = target.hidden.dim(1)?;
+                    Some((target, target_width, hidden, head)) => {
+                        let target_width = *target_width;
                         let hidden = hidden.view()?.slice(chunk.start * target_width..chunk.end * target_width);
                         let head = head.view()?;
                         let mut logits = unset::<T>(device, chunk.len() * vocabulary)?;
@@ -151,4 +155,66 @@ fn select<'a, T: Number>(
     let mut rows = unset(device, picked.len() * width)?;
     rows::gather(device, &mut rows, &whole.view()?, picked, width)?;
     Ok(Operand::Own(rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::{Divergence, Target};
+    use super::*;
+    use crate::kernels::cuda::testing::device;
+    use crate::kernels::testing::numbers;
+
+    /// Rows of weight 0, two targets, labels: the same however rows are cut into chunks, and as on the CPU.
+    #[test]
+    fn chunks_change_nothing() {
+        let Some(gpu) = device() else { return };
+        let (rows, vocabulary) = (11, 19);
+        let labels: Vec<u32> = (0..rows as u32).map(|row| row * 3 % 19).collect();
+        let weights: Vec<f32> = (0..rows).map(|row| if row % 4 == 1 { 0.0 } else { 0.1 * row as f32 }).collect();
+        let answers = [Device::Cpu, Device::Cuda(gpu.clone())].map(|device| {
+            let tensor = |seed, rows: usize, width: usize| {
+                Tensor::from_vec(numbers(seed, rows * width), (rows, width), &device).unwrap()
+            };
+            let (hidden, head) = (tensor(1, rows, 8), tensor(2, vocabulary, 8));
+            let (other, other_head) = (tensor(3, rows, 5), tensor(4, vocabulary, 5));
+            let target = |divergence, temperature| Target {
+                source: Source::Head { hidden: &other, head: &other_head },
+                divergence,
+                coefficient: 0.7,
+                temperature,
+            };
+            let targets = [target(Divergence::ForwardKl, 1.0), target(Divergence::Jsd { beta: 0.3 }, 2.0)];
+            for targets in [&targets[..0], &targets[..1], &targets] {
+                let request = Request::new(&hidden, &head, Some((&labels, 0.4)), targets, &weights).unwrap();
+                let whole = request.answer(true, true).unwrap();
+                if device.is_cuda() {
+                    let parts = request.on_gpu::<f32>(&gpu, 4 * vocabulary, [true, true]).unwrap();
+                    near(&parts.terms, &whole.terms);
+                    near(&flat(&parts.hidden_gradient), &flat(&whole.hidden_gradient));
+                    near(&flat(&parts.head_gradient), &flat(&whole.head_gradient));
+                }
+            }
+            let request = Request::new(&hidden, &head, Some((&labels, 0.4)), &targets, &weights).unwrap();
+            let Answer { terms, hidden_gradient, head_gradient } = request.answer(true, true).unwrap();
+            (terms, flat(&hidden_gradient), flat(&head_gradient))
+        });
+        let [here, there] = answers;
+        near(&there.0, &here.0);
+        near(&there.1, &here.1);
+        near(&there.2, &here.2);
+    }
+
+    fn flat(tensor: &Option<Tensor>) -> Vec<f64> {
+        let tensor = tensor.as_ref().unwrap().to_device(&Device::Cpu).unwrap();
+        tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
+    }
+
+    fn near(found: &[f64], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 2e-5, "{found}, expected {expected}");
+        }
+    }
 }

@@ -25,6 +25,9 @@ pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod sample;
 
+#[cfg(test)]
+mod tests;
+
 use std::marker::PhantomData;
 use std::sync::Arc;
 

@@ -12,12 +12,20 @@ use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row};
 static MODULE: Module = module!("norm");
 
 /// Parameters of a norm, `[width]` each: with a bias a layer norm, without one an RMS norm.
-#[derive(Clone, Copy)]
 pub(crate) struct Norm<'a, W> {
     pub(crate) weight: &'a W,
     pub(crate) bias: Option<&'a W>,
     pub(crate) eps: f32,
 }
+
+// Not derived: it is a copy of references, whatever `W` is.
+impl<W> Clone for Norm<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for Norm<'_, W> {}
 
 impl<W: DeviceSlice<f32>> Norm<'_, W> {
     fn kernel(&self, suffix: &str) -> String {
