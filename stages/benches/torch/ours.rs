@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use contract::random::purpose;
 use contract::{AnyValue, Conventions, Dataset, End, Env, Inputs, Operator, Row, Sink, Step};
-use lm::loss::{Divergence, Target, head_loss};
+use lm::loss::{Divergence, Source, Target, head_loss};
 use lm::sample::Sampling;
 use lm::{AdamW, AdamWOptions, Generate, Gradients, LanguageModel, Packed, Prompt, SoftPrompt};
 use serde::Serialize;
@@ -176,8 +176,7 @@ fn cached(task: Task) -> Result<Work> {
     Ok(Box::new(move |_| {
         let hidden = text.hidden(&student, None, None)?; // [tokens, C]
         let target = Target {
-            hidden: &taught,
-            head: teacher.head(),
+            source: Source::Head { hidden: &taught, head: teacher.head() },
             divergence: Divergence::ForwardKl,
             coefficient: 0.5,
             temperature: 1.0,
