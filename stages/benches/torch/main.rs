@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
+use lm::Dtype;
 
 use child::{Ended, Ran, Side};
 use roofline::Rates;
@@ -229,6 +230,6 @@ fn measure(line: Line, arguments: &Arguments, with_torch: bool) -> Result<Measur
         runs.drain(..WARM_UP);
         Ok(Runs { way, runs, idle_kib: side.idle_kib, ended: side.end()?, checks })
     });
-    let element = if task.dtype == "f32" { 4.0 } else { 2.0 };
+    let element = if task.dtype == Dtype::F32 { 4.0 } else { 2.0 };
     Ok(Measured { line, element, sides: sides.collect::<Result<_>>()? })
 }

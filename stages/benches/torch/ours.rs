@@ -119,7 +119,7 @@ fn used_kib() -> u64 {
 }
 
 fn load(folder: &Path, task: &Task) -> Result<LanguageModel> {
-    LanguageModel::load(folder, &lm::device(&task.device)?)
+    LanguageModel::load(folder, &lm::device(&task.device)?)?.computed_in(task.dtype)
 }
 
 /// Clipping at norm 1, AdamW.
@@ -298,7 +298,8 @@ struct Stage {
 }
 
 impl Stage {
-    fn start(kind: &str, config: Json, conventions: Conventions, task: &Task) -> Result<Stage> {
+    fn start(kind: &str, mut config: Json, conventions: Conventions, task: &Task) -> Result<Stage> {
+        config["dtype"] = json!(task.dtype);
         let registry = stages::registry();
         let kind = registry.get(kind).context("no such kind")?;
         let config = kind.resolve(&config, conventions).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;

@@ -10,7 +10,7 @@ use candle_core::{Tensor, Var};
 use clap::ValueEnum;
 use contract::random::{below, philox};
 use contract::{TokenizerFile, Value};
-use lm::{Architecture, LanguageModel};
+use lm::{Architecture, Dtype, LanguageModel};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -195,8 +195,8 @@ pub(crate) struct Task {
     pub(crate) line: Line,
     /// `cpu` or `cuda:N`.
     pub(crate) device: String,
-    /// `f32` or `bf16`: what is computed in. Masters are f32 always.
-    pub(crate) dtype: String,
+    /// What is computed in. Masters are f32 always.
+    pub(crate) dtype: Dtype,
     /// Threads of a process.
     pub(crate) threads: usize,
     /// Folder of the student's weights.
@@ -247,7 +247,7 @@ impl Task {
         let task = Task {
             line: line.clone(),
             device: device.to_owned(),
-            dtype: if device == "cpu" { "f32" } else { "bf16" }.to_owned(),
+            dtype: if device == "cpu" { Dtype::F32 } else { Dtype::Bf16 },
             threads,
             student: folder.join("student"),
             teacher: folder.join("teacher"),
