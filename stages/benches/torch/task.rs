@@ -306,7 +306,7 @@ fn favour(model: &LanguageModel, token: u32, logit: f64) -> Result<()> {
     const ASK: f64 = 0.3;
     let (width, device) = (model.width(), model.device());
     let direction = |length: f64| {
-        let sign = |c: usize| if c % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |c: usize| if c.is_multiple_of(2) { 1.0 } else { -1.0 };
         let scale = length / (width as f64).sqrt();
         Tensor::from_vec((0..width).map(|c| (sign(c) * scale) as f32).collect::<Vec<_>>(), (1, width), device)
     };
