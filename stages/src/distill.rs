@@ -72,6 +72,10 @@ pub struct Config {
     /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
     #[serde(default)]
     pub micro_batch: Option<u64>,
+    /// Whether the student keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
+    /// memory, a third more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
@@ -204,7 +208,8 @@ impl Operator for Distilling {
             Some(student) => training::own(student)?,
             None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
         };
-        let student = student.computed_in(self.config.dtype)?;
+        let student =
+            student.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
         if let Some(cache) = &cache {
             self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;

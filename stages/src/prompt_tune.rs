@@ -58,6 +58,10 @@ pub struct Config {
     /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
     #[serde(default)]
     pub micro_batch: Option<u64>,
+    /// Whether the prompted teacher keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
+    /// memory, a third more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
@@ -204,6 +208,7 @@ impl Operator for Tuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
+        let teacher = teacher.with_activation_checkpointing(self.config.activation_checkpointing);
         let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(self.config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);

@@ -217,9 +217,13 @@ pub fn micro_batches(data: &Dataset, micro_batch: Option<u64>, mean: Mean) -> Re
     Ok(batches.collect())
 }
 
-/// Under a mean over all tokens the split into micro-batches is only a matter of memory.
+/// What is only a matter of memory: activation checkpointing, and under a mean over all tokens the split into micro-batches.
 pub fn outside_key(mean: Option<Mean>) -> Vec<&'static str> {
-    if mean == Some(Mean::MicroBatches) { Vec::new() } else { vec!["micro_batch"] }
+    let mut fields = vec!["activation_checkpointing"];
+    if mean != Some(Mean::MicroBatches) {
+        fields.push("micro_batch");
+    }
+    fields
 }
 
 /// Applies updates and keeps the optimiser's state between them.

@@ -134,6 +134,7 @@ fn names_comments_order_and_memory_settings_run_nothing_again() {
     let project = project(TINY);
     project.run("run FILE").expect(0, &[]);
     let memory = "--set train.learn.micro_batch=2 --set train.tune.micro_batch=3 --set teacher.micro_batch=5 \
+                  --set train.learn.activation_checkpointing=true --set train.tune.activation_checkpointing=true \
                   --set train.respond.batch=3 --set train.check.batch=2 --set score.batch=1";
     project.run(&format!("plan FILE --check {memory}")).expect(0, &["cached"]);
 

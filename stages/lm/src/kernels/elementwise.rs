@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::buffer::{map, matrix};
 use super::elementary::{exp, tanh};
 use super::{BLOCK, ROW_BLOCK, sum_in_order};
 use crate::config::Activation;
@@ -47,11 +48,7 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 
 /// Writes `bias` into every row.
 pub(crate) fn rows_of(bias: &[f32], rows: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(rows * bias.len());
-    for _ in 0..rows {
-        out.extend_from_slice(bias);
-    }
-    out
+    matrix(rows, bias.len(), |_| move |c| bias[c])
 }
 
 /// Adds `bias` to every row.
@@ -94,15 +91,6 @@ pub(crate) fn sum_rows(x: &[f32], width: usize) -> Vec<f32> {
     });
     let total = sum_in_order(parts.collect());
     if total.is_empty() { vec![0.0; width] } else { total }
-}
-
-#[inline(always)]
-fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(out, x)| {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = f(*x));
-    });
-    out
 }
 
 #[inline(always)]

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 
 use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
-use super::matmul::{Matrix, product_into};
+use super::matmul::{Matrix, product, product_in, product_into};
 use super::top_k;
 use crate::loss::{Divergence, TopK};
 
@@ -85,13 +85,15 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
     let mut output = Output {
         terms: vec![0.0; input.weights.len() * count],
         hidden_gradient: hidden_gradient.then(|| vec![0.0; input.hidden.len()]),
-        head_gradient: head_gradient.then(|| vec![0.0; input.head.len()]),
+        head_gradient: None,
     };
+    // Without targets there is one buffer in place of three, for three times the rows.
+    let most = rows_per_chunk(if input.targets.is_empty() { vocabulary.div_ceil(3) } else { vocabulary });
     // Chunks of equal size: a last one of a single row would be slow, and a long sum for it less accurate.
-    let chunks = active.len().div_ceil(rows_per_chunk(vocabulary));
+    let chunks = active.len().div_ceil(most);
     let rows = active.len().div_ceil(chunks.max(1));
     let mut buffers = Buffers::new(rows, vocabulary, input.targets.is_empty(), hidden_gradient || head_gradient);
-    for (index, chunk) in active.chunks(rows.max(1)).enumerate() {
+    for chunk in active.chunks(rows.max(1)) {
         let hidden = select(input.hidden, width, chunk); // [R, C]
         let (terms, slopes) = buffers.terms(input, &hidden, chunk); // [R, terms], [R, V]
         for (terms, &row) in terms.chunks(count).zip(chunk) {
@@ -104,10 +106,16 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
                 gradient[row * width..(row + 1) * width].copy_from_slice(values);
             }
         }
-        if let Some(gradient) = &mut output.head_gradient {
-            let slopes = Matrix::new(slopes, vocabulary).transposed();
-            product_into(gradient, slopes, Matrix::new(&hidden, width), index > 0);
+        if head_gradient {
+            let (slopes, hidden) = (Matrix::new(slopes, vocabulary).transposed(), Matrix::new(&hidden, width));
+            match &mut output.head_gradient {
+                Some(gradient) => product_into(gradient, slopes, hidden, true),
+                None => output.head_gradient = Some(product(slopes, hidden)),
+            }
         }
+    }
+    if head_gradient && output.head_gradient.is_none() {
+        output.head_gradient = Some(vec![0.0; input.head.len()]);
     }
     output
 }
@@ -121,9 +129,10 @@ fn select<'a>(matrix: &'a [f32], width: usize, indices: &[usize]) -> Cow<'a, [f3
     Cow::Owned(indices.iter().flat_map(|&row| &matrix[row * width..(row + 1) * width]).copied().collect())
 }
 
-/// All memory that grows with the vocabulary: three times `[R, V]`, reused from chunk to chunk.
+/// All memory that grows with the vocabulary, reused from chunk to chunk: three times `[R, V]`, or once without targets.
 struct Buffers {
     vocabulary: usize,
+    gradient: bool,
     logits: Vec<f32>,
     target: Vec<f32>,
     slopes: Vec<f32>,
@@ -134,9 +143,10 @@ impl Buffers {
         let size = rows * vocabulary;
         Buffers {
             vocabulary,
-            logits: vec![0.0; size],
+            gradient,
+            logits: Vec::new(),
             target: vec![0.0; if no_target { 0 } else { size }],
-            slopes: vec![0.0; if gradient { size } else { 0 }],
+            slopes: vec![0.0; if gradient && !no_target { size } else { 0 }],
         }
     }
 
@@ -144,13 +154,12 @@ impl Buffers {
     /// (empty where no gradient is asked for).
     fn terms(&mut self, input: &Input, hidden: &[f32], chunk: &[usize]) -> (Vec<f64>, &[f32]) {
         let vocabulary = self.vocabulary;
-        let logits = &mut self.logits[..chunk.len() * vocabulary];
-        product_into(
-            logits,
-            Matrix::new(hidden, input.width),
-            Matrix::new(input.head, input.width).transposed(),
-            false,
-        );
+        let head = Matrix::new(input.head, input.width);
+        product_in(&mut self.logits, Matrix::new(hidden, input.width), head.transposed());
+        if let (Some((labels, coefficient)), []) = (input.labels, input.targets.as_slice()) {
+            return self.cross_entropies(labels, coefficient, input.weights, chunk);
+        }
+        let logits = &self.logits;
         let slopes_length = self.slopes.len().min(logits.len());
         let slopes = &mut self.slopes[..slopes_length];
         slopes.fill(0.0);
@@ -198,6 +207,31 @@ impl Buffers {
                 });
         }
         (terms, &self.slopes[..slopes_length])
+    }
+
+    /// [`Buffers::terms`] of labels alone: slopes take the place of logits.
+    fn cross_entropies(
+        &mut self,
+        labels: &[u32],
+        coefficient: f64,
+        weights: &[f32],
+        chunk: &[usize],
+    ) -> (Vec<f64>, &[f32]) {
+        let gradient = self.gradient;
+        let rows = self.logits.par_chunks_mut(self.vocabulary).zip(chunk);
+        let term = |(logits, &row): (&mut [f32], &usize)| {
+            let label = labels[row] as usize;
+            let normaliser = Normaliser::of(logits, 1.0);
+            let term = -f64::from(normaliser.log_probability(logits[label]));
+            if gradient {
+                let factor = (f64::from(weights[row]) * coefficient) as f32;
+                logits.iter_mut().for_each(|x| *x = factor * exp(normaliser.log_probability(*x)));
+                logits[label] -= factor;
+            }
+            term
+        };
+        let terms: Vec<f64> = rows.map(term).collect();
+        (terms, if gradient { &self.logits } else { &[] })
     }
 }
 

@@ -43,17 +43,25 @@ impl<'a> Matrix<'a> {
 
 /// `a b`, row after row.
 pub(crate) fn product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    if a.columns == 0 {
-        return vec![0.0; a.rows * b.columns];
-    }
+    let mut out = Vec::new();
+    product_in(&mut out, a, b);
+    out
+}
+
+/// Puts `a b` in place of what `out` holds, in the same memory if that is large enough.
+pub(crate) fn product_in(out: &mut Vec<f32>, a: Matrix<'_>, b: Matrix<'_>) {
     let length = a.rows * b.columns;
-    let mut out = Vec::with_capacity(length);
+    out.clear();
+    if a.columns == 0 {
+        out.resize(length, 0.0);
+        return;
+    }
+    out.reserve_exact(length);
     // SAFETY: the capacity is `rows * columns` of the result, and without `accumulate` every element is written, none read.
     unsafe {
         multiply(out.as_mut_ptr(), a, b, false);
         out.set_len(length);
     }
-    out
 }
 
 /// `a b`, where each row has the same bits with any number of rows: for generation, where the number of rows changes

@@ -7,10 +7,12 @@
 //! - **The same bits for a row, whoever shares its batch**, in everything that computes forward.
 //! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
 //!
-//! `unsafe` stands in `matmul` and `head`, around the matrix product, and in `cuda`, where kernels are launched.
+//! `unsafe` stands around the matrix product in `matmul`, in `buffer`, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
+#[expect(unsafe_code, reason = "sets the length of what was written")]
+pub(crate) mod buffer;
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "launches kernels")]
 pub(crate) mod cuda;

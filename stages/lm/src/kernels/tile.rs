@@ -88,17 +88,31 @@ fn block<const R: usize, const L: usize>(
             sums.copy_from_slice(&out[r * out_stride..][..L]);
         }
     }
-    for k in 0..depth {
-        let b: &[f32; L] = b[k * b_stride..][..L].try_into().expect("a slice of length L");
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let a = a.data[(row + r) * a.row + k * a.depth];
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = fused(a, *b, *sum);
-            }
+    // Rows are cut to length, and columns are read at once, so that no index is checked in the loop.
+    if a.depth == 1 {
+        let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..][..depth]);
+        for k in 0..depth {
+            add(&mut sums, rows.map(|row| row[k]), &b[k * b_stride..]);
+        }
+    } else {
+        for k in 0..depth {
+            let column = &a.data[k * a.depth + row * a.row..];
+            add(&mut sums, std::array::from_fn(|r| column[r * a.row]), &b[k * b_stride..]);
         }
     }
     for (r, sums) in sums.iter().enumerate() {
         out[r * out_stride..][..L].copy_from_slice(sums);
+    }
+}
+
+/// `sums += a b`, for a column of `a` and a row of `b`.
+#[inline(always)]
+fn add<const R: usize, const L: usize>(sums: &mut [[f32; L]; R], a: [f32; R], b: &[f32]) {
+    let b: &[f32; L] = b[..L].try_into().expect("a slice of length L");
+    for (sums, a) in sums.iter_mut().zip(a) {
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = fused(a, *b, *sum);
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::Activation;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
 use crate::kernels::matmul::{Matrix, product, product_into};
-use crate::kernels::{ROW_BLOCK, elementwise, masks};
+use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks};
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -182,15 +182,15 @@ pub(crate) fn embed(
     }
     let (tokens, positions) = (elements(tokens)?, elements(positions)?);
     let prompt = prompt.map(elements).transpose()?;
+    let (tokens, positions): (&[f32], &[f32]) = (&tokens, &positions);
     let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
-    let mut out = Vec::with_capacity(inputs.len() * width);
-    for (input, position) in inputs.iter().zip(at) {
-        let (table, row) = match input {
-            Input::Token(id) => (&*tokens, *id as usize),
-            Input::Prompt(i) => (prompt, *i as usize),
+    Ok(buffer::matrix(inputs.len(), width, |row| {
+        let (table, place) = match inputs[row] {
+            Input::Token(id) => (tokens, id as usize),
+            Input::Prompt(i) => (prompt, i as usize),
         };
-        let position = &positions[*position as usize * width..][..width];
-        out.extend(table[row * width..][..width].iter().zip(position).map(|(a, b)| a + b));
-    }
-    Ok(out)
+        let vector = &table[place * width..][..width];
+        let position = &positions[at[row] as usize * width..][..width];
+        move |c| vector[c] + position[c]
+    }))
 }
