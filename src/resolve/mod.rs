@@ -177,20 +177,29 @@ impl PortsOf<'_> {
             problems.push(diagnostic.at(input.port.clone(), "not an input"));
         }
         for port in self.operator.ports.inputs.iter().filter(|port| port.required) {
-            if self.spec.inputs.contains_key(&port.name) {
-                continue;
-            }
-            let keys = [self.keys, &["in", &port.name]].concat();
-            let message = format!("`{}` lacks its input `{}`, a `{}`", self.name, port.name, port.port_type);
-            let diagnostic = match removal(outer.removed, &keys) {
-                Some(removed) => Diagnostic::new(message, "rebind the input instead of removing it")
-                    .at(self.spec.span.clone(), "still needs it")
-                    .also(removed.span.clone(), format!("removed by {}", removed.owner)),
-                None => Diagnostic::new(message, format!("write `{}: STAGE` under `in:`", port.name))
-                    .at(self.spec.span.clone(), "not connected"),
-            };
-            problems.push(diagnostic);
+            let message = || format!("`{}` lacks its input `{}`, a `{}`", self.name, port.name, port.port_type);
+            self.needs_one_of(&[&port.name], message, outer, problems);
         }
+        for ports in &self.operator.ports.one_of {
+            let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+            let message = || format!("`{}` needs one of its inputs {}", self.name, crate::diagnostic::quoted(&ports));
+            self.needs_one_of(&ports, message, outer, problems);
+        }
+    }
+
+    fn needs_one_of(&self, ports: &[&str], message: impl Fn() -> String, outer: &Outer, problems: &mut Problems) {
+        if ports.iter().any(|port| self.spec.inputs.contains_key(*port)) {
+            return;
+        }
+        let removed = ports.iter().find_map(|port| removal(outer.removed, &[self.keys, &["in", port]].concat()));
+        let diagnostic = match removed {
+            Some(removed) => Diagnostic::new(message(), "rebind the input instead of removing it")
+                .at(self.spec.span.clone(), "still needs it")
+                .also(removed.span.clone(), format!("removed by {}", removed.owner)),
+            None => Diagnostic::new(message(), format!("write `{}: STAGE` under `in:`", ports[0]))
+                .at(self.spec.span.clone(), "not connected"),
+        };
+        problems.push(diagnostic);
     }
 }
 

@@ -10,20 +10,25 @@
 //! Loss: `weight` times the divergence between the student's and the teacher's distribution of every response token, plus
 //! `cross_entropy` times the cross-entropy of the response. With half of each on given text and `forward-kl` this is
 //! word-level KD; with `reverse-kl` on the student's own responses, and a prompt tuned for it, PromptKD (its section 3.3).
-//! Inputs: `student`, `teacher`, `data`, and the teacher's soft prompt. Outputs: `model`, and a row of metrics an update.
-//! Cost: a forward pass of the teacher, and a forward and a backward pass of the student.
+//!
+//! On a fixed text the teacher need not run again and again: a `teacher-cache` on port `cache` stands for it. Where that
+//! keeps hidden states, connect `teacher` too, of which the head alone runs, with the same bits as without a cache; where
+//! it keeps the likeliest tokens, connect no teacher.
+//!
+//! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`. Outputs: `model`, and a row of metrics an update.
+//! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
 
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use candle_core::{Device, Tensor};
 use contract::random::purpose;
 use contract::{
     About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
     Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Target, head_loss};
-use lm::{Architecture, Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
+use lm::loss::{Divergence, Source, Target, head_loss};
+use lm::{Architecture, Dtype, Gradients, Keep, LanguageModel, Said, Schedule, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +72,10 @@ pub struct Config {
     /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
     #[serde(default)]
     pub micro_batch: Option<u64>,
+    /// Whether the student keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
+    /// memory, a third more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
@@ -149,7 +158,8 @@ impl Stage for Distill {
         Ports::new()
             .input("data", PortType::Dataset, "text to learn on: given, or written by a model")
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
-            .input("teacher", PortType::Model, "the teacher, frozen")
+            .optional("teacher", PortType::Model, "the teacher, frozen; beside a cache of hidden states, for its head")
+            .optional("cache", PortType::TeacherCache, "what the teacher says of a fixed text, in place of running it")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .optional(
                 "prompt_before",
@@ -157,7 +167,8 @@ impl Stage for Distill {
                 "the prompt as the round found it, for `accumulation_prompt: old`",
             )
             .output("model", PortType::Model, "the trained student")
-            .agree("vocabulary", &["data", "student", "teacher"])
+            .one_of(&["teacher", "cache"])
+            .agree("vocabulary", &["data", "student", "teacher", "cache"])
             .agree("width", &["teacher", "prompt"])
     }
 
@@ -172,7 +183,8 @@ impl Stage for Distill {
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let rate = Rate::new(config.learning_rate, config.schedule, config.warmup, config.warmup_from_zero);
         let trainer = Trainer::new(rate, &config.optimizer, 1e-2, state);
-        Ok(Box::new(Distilling { device: lm::device(&env.device)?, trainer, config, warned: false }))
+        let device = lm::device(&env.device)?;
+        Ok(Box::new(Distilling { device, trainer, config, warned: false, cache_is_checked: false }))
     }
 }
 
@@ -181,20 +193,28 @@ struct Distilling {
     device: Device,
     trainer: Trainer,
     warned: bool,
+    /// Whether the cache has been compared with the teacher.
+    cache_is_checked: bool,
 }
 
 impl Operator for Distilling {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
+        let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
+        let cache = inputs.take_optional::<TeacherCache>("cache")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let student = match inputs.take_optional::<LanguageModel>("student")? {
             Some(student) => training::own(student)?,
             None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
         };
-        let student = student.computed_in(self.config.dtype)?;
+        let student =
+            student.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
+        if let Some(cache) = &cache {
+            self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;
+        }
+        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(self.config.dtype)).transpose()?;
 
         let name = self.config.divergence.name();
         let mean = self.config.mean.unwrap_or(Mean::Tokens);
@@ -204,14 +224,22 @@ impl Operator for Distilling {
         for batch in training::micro_batches(&data, self.config.micro_batch, mean)? {
             let prompt = self.prompt_of(&batch, prompt.as_ref(), prompt_before.as_ref())?;
             let text = &batch.text;
-            let target = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C of the teacher]
+            let said = match (&cache, &teacher) {
+                (Some(cache), _) => cache.read(&text.rows(), &self.device)?,
+                (None, Some(teacher)) => Said::Hidden(text.hidden(teacher, prompt.as_ref(), None)?),
+                (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
+            };
+            let source = match (&said, &teacher) {
+                (Said::TopK(kept), _) => Source::TopK(kept),
+                (Said::Hidden(hidden), Some(teacher)) => Source::Head { hidden, head: teacher.head() },
+                (Said::Hidden(_), None) => bail!("{NEEDS_HEAD}"),
+            };
             let dropout = training::dropout(self.config.dropout, self.config.seed, step, purpose::DROPOUT);
             let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
             let labels =
                 (self.config.cross_entropy != 0.0).then_some((text.labels.as_slice(), self.config.cross_entropy));
             let target = Target {
-                hidden: &target,
-                head: teacher.head(),
+                source,
                 divergence: self.config.divergence,
                 coefficient: self.config.weight,
                 temperature: self.config.temperature,
@@ -239,7 +267,37 @@ impl Operator for Distilling {
     }
 }
 
+const NEEDS_HEAD: &str = "the cache keeps hidden states, which only the teacher's head turns into probabilities: connect \
+                          `teacher`, the model that made the cache";
+
 impl Distilling {
+    /// A cache and what is connected beside it make sense in one way only.
+    fn check_cache(&mut self, cache: &TeacherCache, teacher: Option<&LanguageModel>, prompt: bool) -> Result<()> {
+        if self.cache_is_checked {
+            return Ok(());
+        }
+        ensure!(
+            !prompt,
+            "`prompt` does nothing beside `cache`, which holds what the teacher said when it was made: connect the \
+             prompt to the `teacher-cache` stage, or learn without a cache"
+        );
+        let (learnt, kept) = (self.config.temperature, cache.facts.temperature);
+        match (cache.facts.keep, teacher) {
+            (Keep::Hidden, None) => bail!("{NEEDS_HEAD}"),
+            (Keep::Hidden, Some(teacher)) => cache.check_head(teacher)?,
+            (Keep::TopK(_), Some(_)) => {
+                bail!("the cache keeps the likeliest tokens, so no teacher is needed: remove the input `teacher`")
+            }
+            (Keep::TopK(_), None) => ensure!(
+                learnt == kept,
+                "`temperature` is {learnt}, and the cache keeps the likeliest tokens at temperature {kept}: give both \
+                 stages the same, or let the cache `keep: hidden`"
+            ),
+        }
+        self.cache_is_checked = true;
+        Ok(())
+    }
+
     fn prompt_of(
         &self,
         batch: &MicroBatch,

@@ -21,7 +21,7 @@ use contract::{
     About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Metrics, Operator, Outputs, PortType, Ports,
     Predictions, Result, Row, Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Target, divergence_values, log_probs};
+use lm::loss::{Divergence, Source, Target, divergence_values, log_probs};
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use rayon::prelude::*;
@@ -327,8 +327,7 @@ impl Evaluating {
                 let own = text.hidden(model, prompt, None)?;
                 let other = text.hidden(teacher, None, None)?;
                 let teacher = Target {
-                    hidden: &other,
-                    head: teacher.head(),
+                    source: Source::Head { hidden: &other, head: teacher.head() },
                     divergence: Divergence::ReverseKl,
                     coefficient: 1.0,
                     temperature: 1.0,

@@ -51,6 +51,10 @@ pub struct Config {
     /// Rows that go through the model at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
     #[serde(default)]
     pub micro_batch: Option<u64>,
+    /// Whether the model keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
+    /// memory, a third more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
@@ -131,7 +135,8 @@ impl Operator for Finetuning {
             Some(model) => training::own(model)?,
             None => training::initial(self.config.init.as_ref(), "model", &data, self.config.seed, &self.device)?,
         };
-        let model = model.computed_in(self.config.dtype)?;
+        let model =
+            model.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
         let mut gradients = Gradients::default();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, Registry, Result};
 pub use lm::gpus;
-use lm::{LanguageModel, OptimizerState, SoftPrompt};
+use lm::{LanguageModel, OptimizerState, SoftPrompt, TeacherCache};
 
 pub mod corpus;
 pub mod distill;
@@ -25,6 +25,7 @@ pub mod prompt_init;
 pub mod prompt_tune;
 pub mod score;
 pub mod student_generate;
+pub mod teacher_cache;
 pub mod template;
 #[cfg(test)]
 mod testing;
@@ -44,6 +45,7 @@ pub fn registry() -> Registry {
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)
         .with(student_generate::StudentGenerate)
+        .with(teacher_cache::TeacherCaching)
         .with(tokenize::Tokenize)
         .with(train_tokenizer::TrainTokenizer)
 }
@@ -55,6 +57,7 @@ fn load(port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
         PortType::Dataset => Arc::new(Dataset::load(folder)?),
         PortType::Model => Arc::new(LanguageModel::load(folder, &device()?)?),
         PortType::SoftPrompt => Arc::new(SoftPrompt::load(folder, &device()?)?),
+        PortType::TeacherCache => Arc::new(TeacherCache::load(folder)?),
         PortType::State => Arc::new(OptimizerState::load(folder, &device()?)?),
         PortType::Metrics => Arc::new(Metrics::load(folder)?),
         PortType::Predictions => Arc::new(Predictions::load(folder)?),

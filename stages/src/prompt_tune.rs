@@ -20,7 +20,7 @@ use contract::{
     Sink, Stage, Step,
 };
 use indexmap::IndexMap;
-use lm::loss::{Divergence, Target, head_loss, log_probs};
+use lm::loss::{Divergence, Source, Target, head_loss, log_probs};
 use lm::{Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,10 @@ pub struct Config {
     /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
     #[serde(default)]
     pub micro_batch: Option<u64>,
+    /// Whether the prompted teacher keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
+    /// memory, a third more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// How the loss is averaged; left out: as the conventions say.
     #[serde(default)]
     pub mean: Option<Mean>,
@@ -204,6 +208,7 @@ impl Operator for Tuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
+        let teacher = teacher.with_activation_checkpointing(self.config.activation_checkpointing);
         let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(self.config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
         training::warn_of_empty_rows(&data, &mut self.warned, sink);
@@ -261,15 +266,13 @@ impl Tuning {
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
         let guide = Target {
-            hidden: &student_hidden,
-            head: student.head(),
+            source: Source::Head { hidden: &student_hidden, head: student.head() },
             divergence: *divergence,
             coefficient: 1.0,
             temperature: 1.0,
         };
         let near = plain.as_ref().map(|hidden| Target {
-            hidden,
-            head: teacher.head(),
+            source: Source::Head { hidden, head: teacher.head() },
             divergence: regulariser.divergence,
             coefficient: weight,
             temperature: 1.0,

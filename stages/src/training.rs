@@ -3,6 +3,7 @@
 //! A round of a loop is one update. The stage gives a loss for each micro-batch; here gradients are added up, clipped and
 //! applied, and the numbers of the update become one row of `metrics.jsonl`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
@@ -112,12 +113,14 @@ pub struct Aligned {
     pub packed: Packed,
     /// The response tokens.
     pub labels: Vec<u32>,
+    /// Where the response tokens of each sequence lie in `labels`.
+    pub responses: Vec<Range<usize>>,
 }
 
 impl Aligned {
     /// Lays out `rows`. A row without response tokens adds nothing; one without a prompt cannot predict its first token.
-    pub fn of(rows: &[Row]) -> Self {
-        let mut text = Aligned { packed: Packed::new(), labels: Vec::new() };
+    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
+        let mut text = Aligned { packed: Packed::new(), labels: Vec::new(), responses: Vec::new() };
         let mut predicts = Vec::new();
         for row in rows {
             let ids: Vec<u32> = row.prompt.iter().chain(&row.response).copied().collect();
@@ -129,20 +132,34 @@ impl Aligned {
             let start = text.packed.ids.len();
             text.packed.push(row.id, &ids[..ids.len() - 1]);
             predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
+            let before = text.labels.len();
             text.labels.extend(&ids[first..]);
+            text.responses.push(before..text.labels.len());
         }
         text.packed.wanted = Some(predicts);
         text
     }
 
-    /// Number of response tokens that a row adds: all of its response, but for the first where there is no prompt.
+    /// The response tokens that a row adds: all of its response, but for the first where there is no prompt.
+    pub fn response_of(row: &Row) -> &[u32] {
+        let skipped = usize::from(row.prompt.is_empty() && !row.response.is_empty());
+        &row.response[skipped..]
+    }
+
+    /// Number of response tokens that a row adds.
     pub fn tokens_of(row: &Row) -> usize {
-        if row.prompt.is_empty() { row.response.len().saturating_sub(1) } else { row.response.len() }
+        Aligned::response_of(row).len()
     }
 
     /// Number of response tokens.
     pub fn tokens(&self) -> usize {
         self.labels.len()
+    }
+
+    /// Row id and response tokens of every sequence, which is how a teacher cache finds what was said of them.
+    pub fn rows(&self) -> Vec<(u64, &[u32])> {
+        let rows = self.packed.rows.iter().zip(&self.responses);
+        rows.map(|(id, response)| (*id, &self.labels[response.clone()])).collect()
     }
 
     /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
@@ -200,9 +217,13 @@ pub fn micro_batches(data: &Dataset, micro_batch: Option<u64>, mean: Mean) -> Re
     Ok(batches.collect())
 }
 
-/// Under a mean over all tokens the split into micro-batches is only a matter of memory.
+/// What is only a matter of memory: activation checkpointing, and under a mean over all tokens the split into micro-batches.
 pub fn outside_key(mean: Option<Mean>) -> Vec<&'static str> {
-    if mean == Some(Mean::MicroBatches) { Vec::new() } else { vec!["micro_batch"] }
+    let mut fields = vec!["activation_checkpointing"];
+    if mean != Some(Mean::MicroBatches) {
+        fields.push("micro_batch");
+    }
+    fields
 }
 
 /// Applies updates and keeps the optimiser's state between them.
@@ -350,6 +371,7 @@ mod tests {
         assert_eq!(text.packed.ids, [1, 2, 3, 4, 7]);
         assert_eq!(text.packed.wanted, Some(vec![2, 3, 4]));
         assert_eq!(text.labels, [4, 5, 8]);
+        assert_eq!(text.rows(), [(0, &[4, 5][..]), (2, &[8][..])]);
     }
 
     #[test]

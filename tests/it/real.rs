@@ -152,6 +152,7 @@ fn names_comments_order_and_memory_settings_run_nothing_again() {
     let project = project(TINY);
     project.run("run FILE").expect(0, &[]);
     let memory = "--set train.learn.micro_batch=2 --set train.tune.micro_batch=3 --set teacher.micro_batch=5 \
+                  --set train.learn.activation_checkpointing=true --set train.tune.activation_checkpointing=true \
                   --set train.respond.batch=3 --set train.check.batch=2 --set score.batch=1";
     project.run(&format!("plan FILE --check {memory}")).expect(0, &["cached"]);
 
@@ -183,6 +184,90 @@ fn names_comments_order_and_memory_settings_run_nothing_again() {
     project.write("p.yaml", &format!("report:{report}\n{head}stages:\n  score:{score}\n{body}"));
     let plan = project.run("plan FILE --check").expect(0, &["text", "cached"]);
     assert_eq!(plan.stdout.lines().filter(|line| line.starts_with("cached")).count(), 9, "{}", plan.stdout);
+}
+
+// ---- a teacher that never runs twice
+
+/// What [`TINY`] gains by this: KD on the given answers, with the teacher and with a cache of it.
+const CACHED: &str = "
+variants:
+  kd:
+    remove: [prompt0, train.carry.prompt, train.tune, train.learn.in.prompt, train.respond, release]
+    rebind: {train.learn.in.data: windows.batch}
+    set: {train.learn.divergence: forward-kl, train.learn.weight: 0.5, train.learn.cross_entropy: 0.5}
+  cached:
+    extends: [kd]
+    stages: {said: {kind: teacher-cache, in: {teacher: teacher, data: data.train}, with: {rows: 24}}}
+    rebind: {train.learn.in.cache: said}
+  likeliest:
+    extends: [cached]
+    remove: [train.learn.in.teacher]
+    set: {said.keep: {top_k: 5}}
+ablations:
+  students:
+    variants: [cached]
+    over: {train.learn.learning_rate: [1e-3, 2e-3, 4e-3], train.learn.divergence: [forward-kl, reverse-kl]}
+";
+
+fn with_cache() -> Project {
+    project(&format!("{TINY}{CACHED}"))
+}
+
+#[test]
+fn a_student_of_a_cached_teacher_has_the_same_bits() {
+    let project = with_cache();
+    let student = |arguments: &str| {
+        let shown = project.show(arguments);
+        shown["stages"]["train"]["outputs"]["student"]["digest"].as_str().unwrap().to_owned()
+    };
+    let micro_batches = "--set train.learn.micro_batch=3";
+    for (store, set, how) in [("a", "", ""), ("b", micro_batches, "--threads 3"), ("c", "", "--unroll")] {
+        let plain = format!("--variant kd {set} --store {store}");
+        project.run(&format!("run FILE {plain} {how}")).expect(0, &["ran      train"]);
+        let cached = format!("--variant cached {set} --set said.batch=5 --store {store}");
+        project.run(&format!("run FILE {cached} {how}")).expect(0, &["ran      said", "ran      train"]);
+        assert_eq!(student(&cached), student(&plain), "{set} {how}");
+    }
+}
+
+#[test]
+fn settings_of_the_student_share_one_cache_and_a_second_run_computes_nothing() {
+    let project = with_cache();
+    // Six students and their scores; what stands before the loop is computed once.
+    let ran = project.run("run FILE --ablation students").expect(0, &["done: 18 ran, 0 reused"]);
+    let counted = |word: &str| ran.words().iter().filter(|said| said.as_str() == word).count();
+    assert_eq!(["ran said", "ran teacher", "ran train", "ran score"].map(counted), [1, 1, 6, 6]);
+    project.run("plan FILE --ablation students --check").expect(0, &["cached"]);
+    project.run("run FILE --ablation students").expect(0, &["done: 0 ran, 18 reused"]);
+    // Another way of keeping is another cache, and needs no teacher.
+    let ran = project.run("run FILE --variant likeliest").expect(0, &["ran      said", "done: 3 ran, 5 reused"]);
+    assert!(ran.words().contains(&"reused teacher".to_owned()), "{:?}", ran.words());
+}
+
+#[test]
+fn a_cache_that_does_not_fit_the_text_says_what_to_do() {
+    let project = with_cache();
+    project.run("run FILE --variant cached --set said.rows=20").expect(
+        1,
+        &["failed   train", "is not in the teacher cache, which holds 20 rows", "`rows` of `teacher-cache`"],
+    );
+    let written = "  written:
+    extends: [cached]
+    stages: {train.respond: {kind: student-generate, in: {model: carry.student, data: windows.batch}, with: {max_new_tokens: 8}}}
+    rebind: {train.learn.in.data: respond}
+ablations:";
+    project.write("p.yaml", &format!("{TINY}{CACHED}").replace("ablations:", written));
+    project
+        .run("run FILE --variant written")
+        .expect(1, &["failed   train", "is not the one in the teacher cache: a cache is of one fixed text"]);
+    let alone = "  alone:
+    extends: [likeliest]
+    remove: [train.learn.in.cache]
+ablations:";
+    project.write("p.yaml", &format!("{TINY}{CACHED}").replace("ablations:", alone));
+    project
+        .run("check FILE --variant alone")
+        .expect(2, &["`train.learn` needs one of its inputs `teacher`, `cache`", "removed by variant"]);
 }
 
 // ---- death
@@ -440,6 +525,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         reference("prompt-tune", json!({"learning_rate": 1e-3})),
         sound("student-generate", json!({"max_new_tokens": 48, "batch": 7})),
         reference("student-generate", json!({"max_new_tokens": 48})),
+        sound("teacher-cache", json!({"keep": {"top_k": 8}, "batch": 4})),
         sound("tokenize", json!({"template": "task", "max_length": 96})),
         sound("train-tokenizer", json!({"vocab_size": 1024})),
     ]

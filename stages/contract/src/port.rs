@@ -97,6 +97,9 @@ pub struct Ports {
     pub outputs: Vec<Port>,
     /// What must agree.
     pub agree: Vec<Agreement>,
+    /// Optional inputs of which at least one must be connected.
+    #[serde(default)]
+    pub one_of: Vec<Vec<String>>,
 }
 
 impl Ports {
@@ -129,6 +132,12 @@ impl Ports {
     /// Asks that `fact` is the same on all of `ports`.
     pub fn agree(mut self, fact: &str, ports: &[&str]) -> Self {
         self.agree.push(Agreement { fact: fact.into(), ports: ports.iter().map(|p| p.to_string()).collect() });
+        self
+    }
+
+    /// Asks that at least one of the optional inputs `ports` is connected.
+    pub fn one_of(mut self, ports: &[&str]) -> Self {
+        self.one_of.push(ports.iter().map(|p| p.to_string()).collect());
         self
     }
 

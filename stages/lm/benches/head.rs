@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use lm::loss::{Divergence, HeadLoss, Target, head_loss, head_loss_plain};
+use lm::loss::{Divergence, HeadLoss, Source, Target, head_loss, head_loss_plain};
 
 type Loss = fn(&Tensor, &Tensor, Option<(&[u32], f64)>, &[Target], &[f32]) -> anyhow::Result<HeadLoss>;
 
@@ -29,8 +29,7 @@ fn time(rows: usize, vocabulary: usize, width: usize, repeats: usize, loss: Loss
     let target_hidden = random(rows, 1.0)?;
     let target_head = random(vocabulary, 0.1)?.to_dtype(DType::F32)?;
     let target = Target {
-        hidden: &target_hidden,
-        head: &target_head,
+        source: Source::Head { hidden: &target_hidden, head: &target_head },
         divergence: Divergence::ReverseKl,
         coefficient: 1.0,
         temperature: 1.0,

@@ -16,10 +16,9 @@ use crate::config::{Activation, Config};
 use crate::dtype::Dtype;
 use crate::gpt2::LanguageModel;
 use crate::kernels::attention::softmax;
-use crate::kernels::matmul::{Matrix, product_by_row};
 use crate::kernels::rope::{self, Turn};
 use crate::kernels::tile::{self, Left};
-use crate::kernels::{elementwise, layer_norm, rms_norm, swiglu};
+use crate::kernels::{by_row, elementwise, layer_norm, rms_norm, swiglu};
 use crate::ops::cpu::embed;
 use crate::ops::{Attend, Input, Linear, Norm, Ops, Projection, Rotary, elements};
 use crate::packed::Packed;
@@ -119,11 +118,13 @@ pub fn generate(
             }
             continue;
         }
-        let logits = decoder.logits(&mut rows)?;
-        let vocabulary = model.vocab_size();
-        rows.par_iter_mut()
-            .zip(logits.par_chunks_exact(vocabulary))
-            .for_each(|(row, logits)| row.extend(logits, options));
+        // In one go on a thread of the pool: going there for each of its many small loops would cost more than they do.
+        rayon::scope(|_| {
+            let logits = decoder.logits(&mut rows)?;
+            let with_logits = rows.par_iter_mut().zip(logits.par_chunks_exact(model.vocab_size()));
+            with_logits.for_each(|(row, logits)| row.extend(logits, options));
+            Ok::<_, anyhow::Error>(())
+        })?;
     }
     finished.into_iter().map(|row| row.context("a row was never finished")).collect()
 }
@@ -218,20 +219,13 @@ struct Decoder<'a> {
     model: &'a LanguageModel,
     soft_prompt: Option<Tensor>,
     soft_length: usize,
-    /// `[C, V]`, on the CPU. As the model has it, the matrix product would turn it round for every token.
-    head: Vec<f32>,
 }
 
 impl<'a> Decoder<'a> {
     fn new(model: &'a LanguageModel, soft_prompt: Option<&Tensor>) -> Result<Self> {
         let soft_prompt = soft_prompt.map(|prompt| prompt.detach().contiguous()).transpose()?;
         let soft_length = soft_prompt.as_ref().map_or(0, |prompt| prompt.dims()[0]);
-        let head = if model.device().is_cpu() {
-            elementwise::transpose(&elements(model.head())?, model.width())
-        } else {
-            Vec::new()
-        };
-        Ok(Decoder { model, soft_prompt, soft_length, head })
+        Ok(Decoder { model, soft_prompt, soft_length })
     }
 
     /// Logits of the next token of every row, `[rows, V]`.
@@ -260,8 +254,7 @@ impl<'a> Decoder<'a> {
         for (cache, count) in pass.caches.iter_mut().zip(&pass.counts) {
             cache.length += count;
         }
-        let (width, vocabulary) = (self.model.width(), self.model.vocab_size());
-        Ok(product_by_row(Matrix::new(&hidden, width), Matrix::new(&self.head, vocabulary)))
+        Ok(by_row::product_transposed(&hidden, &elements(self.model.head())?, self.model.width()))
     }
 
     /// The same by a whole forward pass over each row, without a cache: on devices without a kernel, and for tests.
@@ -334,20 +327,17 @@ impl Ops for Cached<'_> {
     }
 
     fn linear(&mut self, x: &Vec<f32>, linear: Linear<'_>) -> TensorResult<Vec<f32>> {
-        let (depth, width) = linear.weight.dims2()?;
-        let mut out = product_by_row(Matrix::new(x, depth), Matrix::new(&elements(linear.weight)?, width));
-        elementwise::add_to_rows(&mut out, &elements(linear.bias)?);
-        Ok(out)
+        Ok(by_row::product(x, &elements(linear.weight)?, &elements(linear.bias)?, linear.weight.dim(0)?))
     }
 
     fn project(&mut self, x: &Vec<f32>, layers: &[Projection<'_>]) -> TensorResult<Vec<f32>> {
         let mut parts = Vec::with_capacity(layers.len());
         for layer in layers {
             let (width, depth) = layer.weight.dims2()?;
-            let weight = elements(layer.weight)?;
-            let mut out = product_by_row(Matrix::new(x, depth), Matrix::new(&weight, depth).transposed());
+            let mut out = by_row::product_transposed(x, &elements(layer.weight)?, depth);
             if let Some(bias) = layer.bias {
-                elementwise::add_to_rows(&mut out, &elements(bias)?);
+                let bias = elements(bias)?;
+                out.chunks_exact_mut(width).for_each(|row| elementwise::add_to_row(row, 0, &bias));
             }
             parts.push((out, width));
         }

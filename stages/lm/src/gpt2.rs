@@ -16,7 +16,7 @@ use indexmap::IndexMap;
 use rayon::prelude::*;
 
 use crate::checkpoint;
-use crate::config::{Architecture, Config, Gpt2Config};
+use crate::config::{Activation, Architecture, Config, Gpt2Config};
 use crate::dtype::Dtype;
 use crate::llama::{Angles, Llama};
 use crate::ops::backend::Backend;
@@ -25,7 +25,7 @@ use crate::ops::cpu::Cpu;
 use crate::ops::cuda::Cuda;
 use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
-use crate::ops::{Attend, Dropout, Linear, Norm, Ops, Rows};
+use crate::ops::{Attend, Block, Dropout, Linear, Norm, Ops, Rows};
 use crate::packed::Packed;
 
 /// A model with its tokenizer.
@@ -39,6 +39,7 @@ pub struct LanguageModel {
     parameters: IndexMap<String, Tensor>,
     device: Device,
     angles: Angles,
+    activation_checkpointing: bool,
     dtype: Dtype,
 }
 
@@ -86,7 +87,15 @@ impl LanguageModel {
     }
 
     fn of(config: Config, tokenizer: TokenizerFile, parameters: IndexMap<String, Tensor>, device: Device) -> Self {
-        LanguageModel { config, tokenizer, parameters, device, dtype: Dtype::F32, angles: Angles::default() }
+        LanguageModel {
+            config,
+            tokenizer,
+            parameters,
+            device,
+            angles: Angles::default(),
+            activation_checkpointing: false,
+            dtype: Dtype::F32,
+        }
     }
 
     /// An independent, frozen copy with storage of its own.
@@ -102,6 +111,12 @@ impl LanguageModel {
     /// A view of the same weights through which no gradient flows. It sees later updates of the model.
     pub fn frozen(&self) -> Self {
         self.map(|parameter| Ok(parameter.detach())).expect("detaching a tensor cannot fail")
+    }
+
+    /// The model with activation checkpointing on or off (as it begins): in passes that will be differentiated each block
+    /// keeps only its input, and is run again in the backward pass. Less memory, a third more time, the same bits.
+    pub fn with_activation_checkpointing(self, on: bool) -> Self {
+        LanguageModel { activation_checkpointing: on, ..self }
     }
 
     /// The model, to be computed in `dtype`. Matrices of a frozen model are converted now; those that are trained stay f32
@@ -193,7 +208,8 @@ impl LanguageModel {
     ) -> Result<Tensor> {
         let prompt = prompt.map(Tensor::contiguous).transpose()?;
         let positions = rows.positions_in_use();
-        let mut tape = Tape::new(backend, rows, dropout);
+        let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
+        let mut tape = new(backend, rows, dropout);
         let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
         let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
         Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
@@ -220,7 +236,7 @@ impl LanguageModel {
             Config::Gpt2(config) => self.gpt2(config).forward(ops, prompt),
             Config::Llama(config) => {
                 let angles = self.angles.table(config, positions, &self.device)?;
-                Llama::new(config, angles, |name| self.parameters.get(name)).forward(ops, prompt)
+                Llama::new(config, &angles, |name| self.parameters.get(name)).forward(ops, prompt)
             }
         }
     }
@@ -228,17 +244,34 @@ impl LanguageModel {
     /// The parameters of a GPT-2 by their roles.
     fn gpt2<'a>(&'a self, config: &'a Gpt2Config) -> Gpt2<'a> {
         let get = |name: &str| &self.parameters[name];
-        let norm = |name: &str| Norm { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
-        let linear = |name: &str| Linear { weight: get(&format!("{name}.weight")), bias: get(&format!("{name}.bias")) };
+        let affine = |name: &str| Affine {
+            weight: get(&format!("{name}.weight")).clone(),
+            bias: get(&format!("{name}.bias")).clone(),
+        };
         let block = |layer: usize| {
-            let name = |part: &str| format!("transformer.h.{layer}.{part}");
-            Block {
-                ln_1: norm(&name("ln_1")),
-                c_attn: linear(&name("attn.c_attn")),
-                attn_c_proj: linear(&name("attn.c_proj")),
-                ln_2: norm(&name("ln_2")),
-                c_fc: linear(&name("mlp.c_fc")),
-                mlp_c_proj: linear(&name("mlp.c_proj")),
+            let part = |name: &str| affine(&format!("transformer.h.{layer}.{name}"));
+            // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
+            let site = (1 + layer * (config.n_head + 2)) as u32;
+            let heads = config.n_head;
+            TransformerBlock {
+                eps: config.layer_norm_epsilon as f32,
+                attend: Attend {
+                    layer,
+                    heads,
+                    kv_heads: heads,
+                    scale: config.attention_scale(layer),
+                    dropout: config.attn_pdrop,
+                    site,
+                },
+                activation: config.activation_function,
+                resid_pdrop: config.resid_pdrop,
+                branch_sites: [0, 1].map(|branch| site + (heads + branch) as u32),
+                ln_1: part("ln_1"),
+                c_attn: part("attn.c_attn"),
+                attn_c_proj: part("attn.c_proj"),
+                ln_2: part("ln_2"),
+                c_fc: part("mlp.c_fc"),
+                mlp_c_proj: part("mlp.c_proj"),
             }
         };
         Gpt2 {
@@ -246,7 +279,7 @@ impl LanguageModel {
             wte: get("transformer.wte.weight"),
             wpe: get("transformer.wpe.weight"),
             blocks: (0..config.n_layer).map(block).collect(),
-            ln_f: norm("transformer.ln_f"),
+            ln_f: affine("transformer.ln_f"),
         }
     }
 
@@ -285,6 +318,7 @@ impl LanguageModel {
             device: self.device.clone(),
             angles: self.angles.clone(),
             dtype: self.dtype,
+            activation_checkpointing: self.activation_checkpointing,
         })
     }
 }
@@ -312,54 +346,72 @@ pub(crate) struct Gpt2<'a> {
     pub(crate) config: &'a Gpt2Config,
     pub(crate) wte: &'a Tensor,
     pub(crate) wpe: &'a Tensor,
-    pub(crate) blocks: Vec<Block<'a>>,
-    pub(crate) ln_f: Norm<'a>,
+    pub(crate) blocks: Vec<TransformerBlock>,
+    pub(crate) ln_f: Affine,
 }
 
-/// The parameters of one transformer block.
-pub(crate) struct Block<'a> {
-    ln_1: Norm<'a>,
-    c_attn: Linear<'a>,
-    attn_c_proj: Linear<'a>,
-    ln_2: Norm<'a>,
-    c_fc: Linear<'a>,
-    mlp_c_proj: Linear<'a>,
+/// Weight and bias of a norm or a linear layer.
+#[derive(Clone)]
+pub(crate) struct Affine {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Affine {
+    fn norm(&self) -> Norm<'_> {
+        Norm { weight: &self.weight, bias: &self.bias }
+    }
+
+    fn linear(&self) -> Linear<'_> {
+        Linear { weight: &self.weight, bias: &self.bias }
+    }
+}
+
+/// The parameters of one transformer block, and what the configuration says of it.
+#[derive(Clone)]
+pub(crate) struct TransformerBlock {
+    eps: f32,
+    attend: Attend,
+    activation: Activation,
+    resid_pdrop: f32,
+    /// Dropout sites at the ends of the two residual branches.
+    branch_sites: [u32; 2],
+    ln_1: Affine,
+    c_attn: Affine,
+    attn_c_proj: Affine,
+    ln_2: Affine,
+    c_fc: Affine,
+    mlp_c_proj: Affine,
 }
 
 impl Gpt2<'_> {
     /// Token ids to final hidden states, by the operations of `ops`.
     pub(crate) fn forward<O: Ops>(&self, ops: &mut O, prompt: Option<&Tensor>) -> TensorResult<O::Array> {
-        let config = self.config;
-        let eps = config.layer_norm_epsilon as f32;
         let x = ops.embed(self.wte, Some(self.wpe), prompt)?; // [N, C]
-        let mut x = ops.dropout(x, config.embd_pdrop, 0)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
-            let site = (1 + layer * (config.n_head + 2)) as u32;
-            let [attention_site, mlp_site] = [0, 1].map(|i| site + (config.n_head + i) as u32);
-
-            let h = ops.layer_norm(&x, block.ln_1, eps)?; // [N, C]
-            let qkv = ops.linear(&h, block.c_attn)?; // [N, 3C]
-            let a = ops.attention(qkv, self.attend(layer, site))?; // [N, C]
-            let a = ops.linear(&a, block.attn_c_proj)?; // [N, C]
-            let a = ops.dropout(a, config.resid_pdrop, attention_site)?;
-            x = ops.add(x, a)?;
-
-            let h = ops.layer_norm(&x, block.ln_2, eps)?; // [N, C]
-            let m = ops.linear(&h, block.c_fc)?; // [N, 4C]
-            let m = ops.activation(m, config.activation_function)?;
-            let m = ops.linear(&m, block.mlp_c_proj)?; // [N, C]
-            let m = ops.dropout(m, config.resid_pdrop, mlp_site)?;
-            x = ops.add(x, m)?;
+        let mut x = ops.dropout(x, self.config.embd_pdrop, 0)?;
+        for block in &self.blocks {
+            x = ops.block(x, block)?;
         }
         let x = ops.text(x)?; // [wanted, C]
-        ops.layer_norm(&x, self.ln_f, eps)
+        ops.layer_norm(&x, self.ln_f.norm(), self.config.layer_norm_epsilon as f32)
     }
+}
 
-    fn attend(&self, layer: usize, site: u32) -> Attend {
-        let config = self.config;
-        let (heads, scale) = (config.n_head, config.attention_scale(layer));
-        Attend { layer, heads, kv_heads: heads, scale, dropout: config.attn_pdrop, site }
+impl Block for TransformerBlock {
+    fn forward<O: Ops>(&self, ops: &mut O, x: O::Array) -> TensorResult<O::Array> {
+        let h = ops.layer_norm(&x, self.ln_1.norm(), self.eps)?; // [N, C]
+        let qkv = ops.linear(&h, self.c_attn.linear())?; // [N, 3C]
+        let a = ops.attention(qkv, self.attend)?; // [N, C]
+        let a = ops.linear(&a, self.attn_c_proj.linear())?; // [N, C]
+        let a = ops.dropout(a, self.resid_pdrop, self.branch_sites[0])?;
+        let x = ops.add(x, a)?;
+
+        let h = ops.layer_norm(&x, self.ln_2.norm(), self.eps)?; // [N, C]
+        let m = ops.linear(&h, self.c_fc.linear())?; // [N, 4C]
+        let m = ops.activation(m, self.activation)?;
+        let m = ops.linear(&m, self.mlp_c_proj.linear())?; // [N, C]
+        let m = ops.dropout(m, self.resid_pdrop, self.branch_sites[1])?;
+        ops.add(x, m)
     }
 }
 
@@ -459,6 +511,39 @@ mod tests {
                     near(name, &found[name], gradient);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn activation_checkpointing_changes_no_bit() {
+        let mut batch = Packed::new();
+        batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
+        batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
+        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
+        let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        // GPT-2 has 12 parameters in a block and 4 outside, Llama 9 and 2.
+        for (family, count, frozen) in
+            [(Family::Gpt2, 28, false), (Family::Gpt2, 0, true), (Family::Llama, 20, false), (Family::Llama, 0, true)]
+        {
+            let run = |on: bool| {
+                let model = match family {
+                    Family::Gpt2 => gpt2(|_| {}),
+                    Family::Llama => llama(|config| config.num_key_value_heads = Some(1)),
+                };
+                let model = model.with_activation_checkpointing(on);
+                let model = if frozen { model.frozen() } else { model };
+                let hidden = model.hidden(&batch, Some(&prompt), Some(&dropout)).unwrap();
+                let factors = Tensor::from_vec(numbers(7, 40 * 24), (40, 24), &Device::Cpu).unwrap();
+                let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
+                let mut parameters = model.parameters.clone();
+                parameters.insert("prompt".to_owned(), prompt.clone());
+                let gradients = gradients(&loss, &parameters).unwrap();
+                let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                (flat(&hidden), gradients.values().map(flat).collect::<Vec<_>>())
+            };
+            let (hidden, gradients) = run(false);
+            assert_eq!(gradients.len(), 1 + count);
+            assert!((hidden, gradients) == run(true), "{family:?}, frozen {frozen}");
         }
     }
 

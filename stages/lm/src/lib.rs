@@ -7,6 +7,7 @@
 //! - [`LanguageModel::hidden`] turns a batch into hidden states, and [`loss`] those into a number: the logits of a whole
 //!   batch never exist;
 //! - [`gradients`] turns that number into [`Gradients`], and [`AdamW`] into new weights;
+//! - [`TeacherCache`] keeps what a frozen model says of a text, so that it need not run again;
 //! - [`generate()`] lets a model write, choosing tokens by [`sample`].
 //!
 //! The operations are fused by hand (`kernels`), on the CPU, where they give the same bits with any number of threads, and on
@@ -27,6 +28,8 @@ mod packed;
 mod prompt;
 pub mod sample;
 mod schedule;
+mod teacher_cache;
+mod top_k;
 
 pub use config::{Activation, Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling};
 pub use device::{device, gpus};
@@ -38,6 +41,7 @@ pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, grad
 pub use packed::Packed;
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
+pub use teacher_cache::{Facts as CacheFacts, Keep, Response, Said, Storage, TeacherCache, TeacherCacheWriter};
 
 /// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
 /// give other bits on the same machine.

@@ -12,45 +12,71 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::config::LlamaConfig;
-use crate::ops::{Attend, Ops, Projection, Rotary};
+use crate::ops::{Attend, Block, Ops, Projection, Rotary};
 
 /// The parameters of a model by their roles.
 pub(crate) struct Llama<'a> {
     config: &'a LlamaConfig,
     embed_tokens: &'a Tensor,
-    layers: Vec<Layer<'a>>,
+    layers: Vec<Layer>,
     norm: &'a Tensor,
-    /// Cosines and sines of the positions, `[P, D]`.
-    angles: Tensor,
 }
 
-/// The parameters of one transformer block.
-struct Layer<'a> {
-    input_layernorm: &'a Tensor,
+/// Weight of a linear layer, and its bias if it has one.
+#[derive(Clone)]
+struct Affine {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Affine {
+    fn projection(&self) -> Projection<'_> {
+        Projection { weight: &self.weight, bias: self.bias.as_ref() }
+    }
+}
+
+/// The parameters of one transformer block, and what the configuration says of it.
+#[derive(Clone)]
+struct Layer {
+    eps: f32,
+    attend: Attend,
+    /// Channels `D` of a head.
+    head_width: usize,
+    /// Cosines and sines of the positions, `[P, D]`.
+    angles: Tensor,
+    input_layernorm: Tensor,
     /// Queries, keys, values.
-    qkv_proj: [Projection<'a>; 3],
-    o_proj: Projection<'a>,
-    post_attention_layernorm: &'a Tensor,
-    gate_proj: Projection<'a>,
-    up_proj: Projection<'a>,
-    down_proj: Projection<'a>,
+    qkv_proj: [Affine; 3],
+    o_proj: Affine,
+    post_attention_layernorm: Tensor,
+    gate_proj: Affine,
+    up_proj: Affine,
+    down_proj: Affine,
 }
 
 impl<'a> Llama<'a> {
     /// Finds the parameters by their names. `angles` cover all positions in use.
-    pub(crate) fn new(config: &'a LlamaConfig, angles: Tensor, get: impl Fn(&str) -> Option<&'a Tensor>) -> Self {
+    pub(crate) fn new(config: &'a LlamaConfig, angles: &Tensor, get: impl Fn(&str) -> Option<&'a Tensor>) -> Self {
         let weight = |name: &str| get(&format!("{name}.weight")).expect("a model has all its parameters");
-        let projection = |name: &str| Projection { weight: weight(name), bias: get(&format!("{name}.bias")) };
+        let affine = |name: &str| Affine { weight: weight(name).clone(), bias: get(&format!("{name}.bias")).cloned() };
+        let head_width = config.head_width();
         let layer = |layer: usize| {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
+            let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
+            let scale = 1.0 / (head_width as f32).sqrt();
+            let site = (layer * heads) as u32;
             Layer {
-                input_layernorm: weight(&name("input_layernorm")),
-                qkv_proj: ["q", "k", "v"].map(|part| projection(&name(&format!("self_attn.{part}_proj")))),
-                o_proj: projection(&name("self_attn.o_proj")),
-                post_attention_layernorm: weight(&name("post_attention_layernorm")),
-                gate_proj: projection(&name("mlp.gate_proj")),
-                up_proj: projection(&name("mlp.up_proj")),
-                down_proj: projection(&name("mlp.down_proj")),
+                eps: config.rms_norm_eps as f32,
+                attend: Attend { layer, heads, kv_heads, scale, dropout: config.attention_dropout, site },
+                head_width,
+                angles: angles.clone(),
+                input_layernorm: weight(&name("input_layernorm")).clone(),
+                qkv_proj: ["q", "k", "v"].map(|part| affine(&name(&format!("self_attn.{part}_proj")))),
+                o_proj: affine(&name("self_attn.o_proj")),
+                post_attention_layernorm: weight(&name("post_attention_layernorm")).clone(),
+                gate_proj: affine(&name("mlp.gate_proj")),
+                up_proj: affine(&name("mlp.up_proj")),
+                down_proj: affine(&name("mlp.down_proj")),
             }
         };
         Llama {
@@ -58,44 +84,43 @@ impl<'a> Llama<'a> {
             embed_tokens: weight("model.embed_tokens"),
             layers: (0..config.num_hidden_layers).map(layer).collect(),
             norm: weight("model.norm"),
-            angles,
         }
     }
 
     /// Token ids to final hidden states, by the operations of `ops`.
     pub(crate) fn forward<O: Ops>(&self, ops: &mut O, prompt: Option<&Tensor>) -> Result<O::Array> {
-        let eps = self.config.rms_norm_eps as f32;
         let mut x = ops.embed(self.embed_tokens, None, prompt)?; // [N, C]
-        for (index, layer) in self.layers.iter().enumerate() {
-            let h = ops.rms_norm(&x, layer.input_layernorm, eps)?; // [N, C]
-            let qkv = ops.project(&h, &layer.qkv_proj)?; // [N, (H + 2G) D]
-            let qkv = ops.rotary(qkv, self.rotary())?; // [N, (H + 2G) D]
-            let a = ops.attention(qkv, self.attend(index))?; // [N, H D]
-            let a = ops.project(&a, &[layer.o_proj])?; // [N, C]
-            x = ops.add(x, a)?;
-
-            let h = ops.rms_norm(&x, layer.post_attention_layernorm, eps)?; // [N, C]
-            let gate = ops.project(&h, &[layer.gate_proj])?; // [N, I]
-            let up = ops.project(&h, &[layer.up_proj])?; // [N, I]
-            let m = ops.swiglu(gate, up)?; // [N, I]
-            let m = ops.project(&m, &[layer.down_proj])?; // [N, C]
-            x = ops.add(x, m)?;
+        for layer in &self.layers {
+            x = ops.block(x, layer)?;
         }
         let x = ops.text(x)?; // [N, C] without the prompt's rows
-        ops.rms_norm(&x, self.norm, eps)
+        ops.rms_norm(&x, self.norm, self.config.rms_norm_eps as f32)
     }
+}
 
+impl Block for Layer {
+    fn forward<O: Ops>(&self, ops: &mut O, x: O::Array) -> Result<O::Array> {
+        let h = ops.rms_norm(&x, &self.input_layernorm, self.eps)?; // [N, C]
+        let qkv = ops.project(&h, &self.qkv_proj.each_ref().map(Affine::projection))?; // [N, (H + 2G) D]
+        let qkv = ops.rotary(qkv, self.rotary())?; // [N, (H + 2G) D]
+        let a = ops.attention(qkv, self.attend)?; // [N, H D]
+        let a = ops.project(&a, &[self.o_proj.projection()])?; // [N, C]
+        let x = ops.add(x, a)?;
+
+        let h = ops.rms_norm(&x, &self.post_attention_layernorm, self.eps)?; // [N, C]
+        let gate = ops.project(&h, &[self.gate_proj.projection()])?; // [N, I]
+        let up = ops.project(&h, &[self.up_proj.projection()])?; // [N, I]
+        let m = ops.swiglu(gate, up)?; // [N, I]
+        let m = ops.project(&m, &[self.down_proj.projection()])?; // [N, C]
+        ops.add(x, m)
+    }
+}
+
+impl Layer {
     /// Queries and keys are turned, values are not.
     fn rotary(&self) -> Rotary<'_> {
-        let heads = self.config.num_attention_heads + self.config.kv_heads();
-        Rotary { heads, head_width: self.config.head_width(), angles: &self.angles }
-    }
-
-    fn attend(&self, layer: usize) -> Attend {
-        let config = self.config;
-        let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
-        let scale = 1.0 / (config.head_width() as f32).sqrt();
-        Attend { layer, heads, kv_heads, scale, dropout: config.attention_dropout, site: (layer * heads) as u32 }
+        let heads = self.attend.heads + self.attend.kv_heads;
+        Rotary { heads, head_width: self.head_width, angles: &self.angles }
     }
 }
 

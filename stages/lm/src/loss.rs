@@ -15,8 +15,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
-use crate::kernels::head::{Input, InputTarget, head_terms};
+use crate::kernels::head::{Input, InputSource, InputTarget, head_terms};
 use crate::ops::collect::{Contribution, deliver, is_collecting, is_differentiated};
+pub use crate::top_k::TopK;
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -111,16 +112,28 @@ impl Divergence {
 /// A model to come close to. No gradient flows into it.
 #[derive(Clone, Copy)]
 pub struct Target<'a> {
-    /// Its final hidden states for the same N tokens, `[N, D]`.
-    pub hidden: &'a Tensor,
-    /// Its output head over the same vocabulary, `[V, D]`.
-    pub head: &'a Tensor,
+    /// What it says of the same N tokens.
+    pub source: Source<'a>,
     /// How distance is measured.
     pub divergence: Divergence,
     /// Weight in the loss.
     pub coefficient: f64,
     /// Divides both models' logits, above 0.
     pub temperature: f64,
+}
+
+/// Where a target's distributions come from.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// `softmax(hidden headᵀ)`.
+    Head {
+        /// Its final hidden states, `[N, D]`.
+        hidden: &'a Tensor,
+        /// Its output head over the same vocabulary, `[V, D]`.
+        head: &'a Tensor,
+    },
+    /// What was kept of them.
+    TopK(&'a TopK),
 }
 
 /// A loss and its parts.
@@ -210,6 +223,21 @@ struct Request<'a> {
     weights: &'a [f32],
 }
 
+/// A [`Source`] of some of the rows.
+enum ChunkSource<'a> {
+    Head(Tensor, &'a Tensor),
+    TopK(TopK),
+}
+
+impl ChunkSource<'_> {
+    fn view(&self) -> Source<'_> {
+        match self {
+            ChunkSource::Head(hidden, head) => Source::Head { hidden, head },
+            ChunkSource::TopK(kept) => Source::TopK(kept),
+        }
+    }
+}
+
 /// Terms of every row and gradients of the loss.
 struct Answer {
     /// `[N, terms]`, as in [`crate::kernels::head::Output::terms`].
@@ -243,15 +271,19 @@ impl<'a> Request<'a> {
         }
         for (i, target) in targets.iter().enumerate() {
             target.divergence.validate()?;
-            let (target_rows, target_width) =
-                target.hidden.dims2().context("`hidden` of a target must be [rows, width]")?;
-            ensure!(target_rows == rows, "target {i} has {target_rows} rows, expected {rows}");
-            let expected = [vocabulary, target_width];
-            ensure!(
-                target.head.dims() == expected,
-                "`head` of target {i} has shape {:?}, expected {expected:?}: both models must share a vocabulary",
-                target.head.dims()
-            );
+            match target.source {
+                Source::TopK(kept) => kept.check(rows, vocabulary, &format!("target {i}"))?,
+                Source::Head { hidden, head } => {
+                    let (found, width) = hidden.dims2().context("`hidden` of a target must be [rows, width]")?;
+                    ensure!(found == rows, "target {i} has {found} rows, expected {rows}");
+                    let expected = [vocabulary, width];
+                    ensure!(
+                        head.dims() == expected,
+                        "`head` of target {i} has shape {:?}, expected {expected:?}: both models must share a vocabulary",
+                        head.dims()
+                    );
+                }
+            }
             ensure!(
                 target.temperature > 0.0 && target.temperature.is_finite(),
                 "temperature of target {i} is {}, expected a number above 0",
@@ -264,11 +296,16 @@ impl<'a> Request<'a> {
     /// Computes terms and the gradients asked for, by the kernel where there is one.
     fn answer(&self, hidden_gradient: bool, head_gradient: bool) -> Result<Answer> {
         #[cfg(feature = "cuda")]
-        if let (Device::Cuda(device), DType::F32 | DType::BF16) = (self.hidden.device(), self.hidden.dtype()) {
+        if let (Device::Cuda(device), DType::F32 | DType::BF16) = (self.hidden.device(), self.hidden.dtype())
+            && self.targets.iter().all(|target| matches!(target.source, Source::Head { .. }))
+        {
             return self.on_gpu_by_type(device, [hidden_gradient, head_gradient]);
         }
         let fits = |tensor: &Tensor| tensor.dtype() == DType::F32 && matches!(tensor.device(), Device::Cpu);
-        let all_fit = |target: &Target| fits(target.hidden) && fits(target.head);
+        let all_fit = |target: &Target| match target.source {
+            Source::Head { hidden, head } => fits(hidden) && fits(head),
+            Source::TopK(_) => true,
+        };
         if fits(self.hidden) && fits(self.head) && self.targets.iter().all(all_fit) {
             self.fused(hidden_gradient, head_gradient)
         } else {
@@ -280,11 +317,15 @@ impl<'a> Request<'a> {
     /// By the fused CPU kernel.
     fn fused(&self, hidden_gradient: bool, head_gradient: bool) -> Result<Answer> {
         let (hidden, head) = (Values::of(self.hidden)?, Values::of(self.head)?);
-        let targets: Vec<(Values, Values)> = (self.targets.iter())
-            .map(|target| Ok((Values::of(target.hidden)?, Values::of(target.head)?)))
+        let targets: Vec<Option<(Values, Values)>> = (self.targets.iter())
+            .map(|target| match target.source {
+                Source::Head { hidden, head } => Ok(Some((Values::of(hidden)?, Values::of(head)?))),
+                Source::TopK(_) => Ok(None),
+            })
             .collect::<Result<_>>()?;
         let (hidden, head) = (hidden.lock(), head.lock());
-        let locked: Vec<_> = targets.iter().map(|(hidden, head)| (hidden.lock(), head.lock())).collect();
+        let locked = targets.iter().map(|values| values.as_ref().map(|(hidden, head)| (hidden.lock(), head.lock())));
+        let locked: Vec<_> = locked.collect();
         let input = Input {
             hidden: hidden.slice()?,
             head: head.slice()?,
@@ -292,15 +333,16 @@ impl<'a> Request<'a> {
             vocabulary: self.head.dim(0)?,
             labels: self.labels,
             targets: (self.targets.iter().zip(&locked))
-                .map(|(target, (hidden, head))| {
-                    Ok(InputTarget {
-                        hidden: hidden.slice()?,
-                        head: head.slice()?,
-                        width: target.hidden.dim(1)?,
-                        divergence: target.divergence,
-                        coefficient: target.coefficient,
-                        temperature: target.temperature,
-                    })
+                .map(|(target, locked)| {
+                    let source = match (target.source, locked) {
+                        (Source::TopK(kept), _) => InputSource::TopK(kept),
+                        (Source::Head { hidden: tensor, .. }, locked) => {
+                            let (hidden, head) = locked.as_ref().expect("every head was locked above");
+                            InputSource::Head { hidden: hidden.slice()?, head: head.slice()?, width: tensor.dim(1)? }
+                        }
+                    };
+                    let Target { divergence, coefficient, temperature, .. } = *target;
+                    Ok(InputTarget { source, divergence, coefficient, temperature })
                 })
                 .collect::<Result<_>>()?,
             weights: self.weights,
@@ -331,10 +373,14 @@ impl<'a> Request<'a> {
             let select = |tensor: &Tensor| tensor.detach().index_select(&indices, 0);
             let hidden = select(self.hidden)?; // [R, C]
             let hidden = if hidden_gradient { variable(&hidden)? } else { hidden };
-            let target_hidden: Vec<Tensor> =
-                self.targets.iter().map(|target| select(target.hidden)).collect::<candle_core::Result<_>>()?;
-            let targets: Vec<Target> = (self.targets.iter().zip(&target_hidden))
-                .map(|(target, hidden)| Target { hidden, ..*target })
+            let sources: Vec<ChunkSource> = (self.targets.iter())
+                .map(|target| match target.source {
+                    Source::Head { hidden, head } => Ok(ChunkSource::Head(select(hidden)?, head)),
+                    Source::TopK(kept) => Ok(ChunkSource::TopK(kept.select(chunk))),
+                })
+                .collect::<Result<_>>()?;
+            let targets: Vec<Target> = (self.targets.iter().zip(&sources))
+                .map(|(target, source)| Target { source: source.view(), ..*target })
                 .collect();
             let labels: Vec<u32> = match self.labels {
                 Some((labels, _)) => chunk.iter().map(|&row| labels[row as usize]).collect(),
@@ -401,8 +447,15 @@ impl<'a> Request<'a> {
             terms.push(log_softmax(&logits, 1.0)?.gather(&labels, 1)?.squeeze(1)?.neg()?);
         }
         for target in self.targets {
-            let log_s = log_softmax(&logits, target.temperature)?;
-            let log_t = log_softmax(&wide_logits(&target.hidden.detach(), &target.head.detach())?, target.temperature)?;
+            let (log_s, log_t) = match target.source {
+                Source::Head { hidden, head } => {
+                    let target_logits = wide_logits(&hidden.detach(), &head.detach())?;
+                    (log_softmax(&logits, target.temperature)?, log_softmax(&target_logits, target.temperature)?)
+                }
+                Source::TopK(kept) => {
+                    (kept.coarsened(&log_softmax(&logits, target.temperature)?)?, kept.classes(&logits)?)
+                }
+            };
             terms.push(plain_divergence(target.divergence, &log_s, &log_t.to_dtype(log_s.dtype())?)?);
         }
         Ok(terms)
@@ -558,8 +611,8 @@ fn plain_divergence(divergence: Divergence, log_s: &Tensor, log_t: &Tensor) -> R
 
 /// `hidden headᵀ` in f32 at least, `[N, V]`.
 fn wide_logits(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
-    let logits = hidden.matmul(&head.t()?)?;
-    Ok(logits.to_dtype(wide(logits.dtype()))?)
+    let dtype = wide(hidden.dtype());
+    Ok(hidden.to_dtype(dtype)?.matmul(&head.to_dtype(dtype)?.t()?)?)
 }
 
 /// Log-probabilities of `logits / temperature` along the last dimension, at least -10⁴.
@@ -701,7 +754,8 @@ mod tests {
 
     impl Tensors {
         fn target(&self, divergence: Divergence, coefficient: f64, temperature: f64) -> Target<'_> {
-            Target { hidden: &self.target_hidden, head: &self.target_head, divergence, coefficient, temperature }
+            let source = Source::Head { hidden: &self.target_hidden, head: &self.target_head };
+            Target { source, divergence, coefficient, temperature }
         }
     }
 
@@ -894,8 +948,7 @@ mod tests {
         assert_eq!(fixtures.len(), 14);
         for fixture in &fixtures {
             let target = fixture.divergence().map(|divergence| Target {
-                hidden: &teacher,
-                head: &identity,
+                source: Source::Head { hidden: &teacher, head: &identity },
                 divergence,
                 coefficient: 1.0,
                 temperature: fixture.temperature,
@@ -988,7 +1041,8 @@ mod tests {
             let rows = weights.len();
             let hidden = variable(&tensors.hidden.narrow(0, 0, rows).unwrap()).unwrap();
             let target_hidden = tensors.target_hidden.narrow(0, 0, rows).unwrap();
-            let targets = [Target { hidden: &target_hidden, ..targets[0] }];
+            let targets =
+                [Target { source: Source::Head { hidden: &target_hidden, head: &tensors.target_head }, ..targets[0] }];
             let loss = head_loss(&hidden, &tensors.head, None, &targets, &weights).unwrap();
             assert_eq!(scalar(&loss.loss).unwrap(), 0.0);
             let store = loss.loss.backward().unwrap();
@@ -1002,7 +1056,8 @@ mod tests {
         let tensors = case.tensors(DType::F32, true);
         let target_head = tensors.target_head.t().unwrap().contiguous().unwrap().t().unwrap();
         let targets = [tensors.target(Divergence::ForwardKl, 1.0, 1.0)];
-        let shown = [Target { head: &target_head, ..targets[0] }];
+        let shown =
+            [Target { source: Source::Head { hidden: &tensors.target_hidden, head: &target_head }, ..targets[0] }];
         let values = |targets: &[Target]| divergence_values(&tensors.hidden, &tensors.head, targets).unwrap();
         assert_eq!(values(&shown), values(&targets));
     }
@@ -1075,7 +1130,10 @@ mod tests {
             let identity = Tensor::eye(30, DType::F32, &CPU).unwrap();
             let divergence = EVERY_DIVERGENCE[which];
             let other = Tensor::from_vec(noise(seed + 9, 90, 2.0), (3, 30), &CPU).unwrap();
-            let target = |hidden| Target { hidden, head: &identity, divergence, coefficient: 1.0, temperature };
+            let target = |hidden| {
+                let source = Source::Head { hidden, head: &identity };
+                Target { source, divergence, coefficient: 1.0, temperature }
+            };
             let twin = tensors.hidden.detach();
             let same = divergence_values(&tensors.hidden, &identity, &[target(&twin)]).unwrap().remove(0);
             prop_assert!(same.iter().all(|value| value.abs() < 1e-5), "{same:?}");
@@ -1121,7 +1179,14 @@ mod tests {
         let target = tensors.target(Divergence::ForwardKl, 1.0, 1.0);
         let smaller = tensors.target_head.narrow(0, 0, 9).unwrap();
         let other = "`head` of target 0 has shape [9, 7], expected [10, 7]: both models must share a vocabulary";
-        assert_eq!(message(None, &[Target { head: &smaller, ..target }], &both), other);
+        assert_eq!(
+            message(
+                None,
+                &[Target { source: Source::Head { hidden: &tensors.target_hidden, head: &smaller }, ..target }],
+                &both
+            ),
+            other
+        );
         let cold = "temperature of target 0 is 0, expected a number above 0";
         assert_eq!(message(None, &[Target { temperature: 0.0, ..target }], &both), cold);
         let skewed = Divergence::SkewedReverseKl { alpha: 1.0 };

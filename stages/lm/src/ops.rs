@@ -137,8 +137,14 @@ impl Attend {
     }
 }
 
+/// A part of a model that may be run a second time in the backward pass. It holds its weights: a clone of a tensor is a
+/// handle.
+pub(crate) trait Block: Clone + Send + 'static {
+    fn forward<O: Ops>(&self, ops: &mut O, x: O::Array) -> Result<O::Array>;
+}
+
 /// Operations on rows of channels.
-pub(crate) trait Ops {
+pub(crate) trait Ops: Sized {
     /// `[rows, channels]`.
     type Array;
 
@@ -166,6 +172,10 @@ pub(crate) trait Ops {
     fn dropout(&mut self, x: Self::Array, rate: f32, site: u32) -> Result<Self::Array>;
     /// The rows that are wanted: text, not prompt.
     fn text(&mut self, x: Self::Array) -> Result<Self::Array>;
+    /// Runs a block.
+    fn block<T: Block>(&mut self, x: Self::Array, block: &T) -> Result<Self::Array> {
+        block.forward(self, x)
+    }
 }
 
 /// The elements of an `f32` tensor in main memory, without a copy.

@@ -88,11 +88,15 @@ fn gpu(gradients: &Gradients) -> Option<&CudaDevice> {
 }
 
 fn sum_of_squares(block: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    for chunk in block.chunks(8) {
+    /// Enough sums side by side that none waits for the one before.
+    const LANES: usize = 32;
+    let mut lanes = [0.0f64; LANES];
+    let chunks = block.chunks_exact(LANES);
+    let rest: f64 = chunks.remainder().iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    for chunk in chunks {
         lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += f64::from(*x) * f64::from(*x));
     }
-    lanes.iter().sum()
+    lanes.iter().sum::<f64>() + rest
 }
 
 /// What AdamW is set to.

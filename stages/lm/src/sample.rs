@@ -283,7 +283,7 @@ fn nucleus(ranked: &mut [u64], needed: f64, weight: impl Fn(u64) -> f64) -> usiz
 }
 
 /// A number that is greater for a better token: by logit, and of equal ones the lower id.
-fn rank(token: usize, logit: f32) -> u64 {
+pub(crate) fn rank(token: usize, logit: f32) -> u64 {
     // Adding 0 makes the negative zero equal to the positive one. The bits of floats then only need their sign
     // repaired.
     let bits = (logit + 0.0).to_bits();
@@ -291,7 +291,7 @@ fn rank(token: usize, logit: f32) -> u64 {
     u64::from(ordered) << 32 | u64::from(!(token as u32))
 }
 
-fn token_of(rank: u64) -> usize {
+pub(crate) fn token_of(rank: u64) -> usize {
     !(rank as u32) as usize
 }
 

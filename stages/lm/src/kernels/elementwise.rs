@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::buffer::{map, matrix};
 use super::elementary::{exp, tanh};
 use super::{BLOCK, ROW_BLOCK, sum_in_order};
 use crate::config::Activation;
@@ -49,40 +50,13 @@ pub(crate) fn add(x: &mut [f32], y: &[f32]) {
 
 /// Writes `bias` into every row.
 pub(crate) fn rows_of(bias: &[f32], rows: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(rows * bias.len());
-    for _ in 0..rows {
-        out.extend_from_slice(bias);
-    }
-    out
-}
-
-/// Adds `bias` to every row.
-pub(crate) fn add_to_rows(x: &mut [f32], bias: &[f32]) {
-    for row in x.chunks_exact_mut(bias.len()) {
-        row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
-    }
+    matrix(rows, bias.len(), |_| move |c| bias[c])
 }
 
 /// Adds `row` to the row of `matrix` at `place`.
 pub(crate) fn add_to_row(matrix: &mut [f32], place: usize, row: &[f32]) {
     let to = &mut matrix[place * row.len()..][..row.len()];
     to.iter_mut().zip(row).for_each(|(to, x)| *to += x);
-}
-
-/// A matrix of `width` columns with rows and columns exchanged.
-pub(crate) fn transpose(x: &[f32], width: usize) -> Vec<f32> {
-    /// Columns that are read together: a cache line.
-    const TOGETHER: usize = 16;
-    let rows = x.len() / width;
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(TOGETHER * rows).enumerate().for_each(|(block, out)| {
-        for (i, row) in x.chunks_exact(width).enumerate() {
-            for (out, value) in out.chunks_exact_mut(rows).zip(&row[block * TOGETHER..]) {
-                out[i] = *value;
-            }
-        }
-    });
-    out
 }
 
 /// The sum of all rows: the gradient of a bias.
@@ -104,33 +78,9 @@ pub(crate) fn sum_rows_of(x: &[f32], width: usize, columns: Range<usize>) -> Vec
 }
 
 #[inline(always)]
-fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(out, x)| {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = f(*x));
-    });
-    out
-}
-
-#[inline(always)]
 fn update(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     assert_eq!(x.len(), y.len(), "elements side by side");
     x.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK)).for_each(|(x, y)| {
         x.iter_mut().zip(y).for_each(|(x, y)| *x = f(*x, *y));
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn transposing_twice_changes_nothing() {
-        for (rows, width) in [(1, 1), (3, 40), (50, 16), (7, 33)] {
-            let x: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
-            let turned = transpose(&x, width);
-            assert_eq!(turned[rows * (width - 1)], (width - 1) as f32);
-            assert_eq!(transpose(&turned, rows), x);
-        }
-    }
 }

@@ -12,8 +12,9 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 
 use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
-use super::matmul::{Matrix, product_into};
-use crate::loss::Divergence;
+use super::matmul::{Matrix, product, product_in, product_into};
+use super::top_k;
+use crate::loss::{Divergence, TopK};
 
 /// What is asked for. Matrices are dense and row-major; their lengths must fit together.
 pub(crate) struct Input<'a> {
@@ -35,15 +36,18 @@ pub(crate) struct Input<'a> {
 
 /// A distribution to come close to.
 pub(crate) struct InputTarget<'a> {
-    /// `[N, D]`.
-    pub(crate) hidden: &'a [f32],
-    /// `[V, D]`.
-    pub(crate) head: &'a [f32],
-    /// D.
-    pub(crate) width: usize,
+    pub(crate) source: InputSource<'a>,
     pub(crate) divergence: Divergence,
     pub(crate) coefficient: f64,
     pub(crate) temperature: f64,
+}
+
+/// What a target's distribution is made of.
+pub(crate) enum InputSource<'a> {
+    /// Hidden states `[N, D]` and head `[V, D]`, of width D.
+    Head { hidden: &'a [f32], head: &'a [f32], width: usize },
+    /// The K most likely tokens and the rest.
+    TopK(&'a TopK),
 }
 
 /// What came out.
@@ -81,13 +85,15 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
     let mut output = Output {
         terms: vec![0.0; input.weights.len() * count],
         hidden_gradient: hidden_gradient.then(|| vec![0.0; input.hidden.len()]),
-        head_gradient: head_gradient.then(|| vec![0.0; input.head.len()]),
+        head_gradient: None,
     };
+    // Without targets there is one buffer in place of three, for three times the rows.
+    let most = rows_per_chunk(if input.targets.is_empty() { vocabulary.div_ceil(3) } else { vocabulary });
     // Chunks of equal size: a last one of a single row would be slow, and a long sum for it less accurate.
-    let chunks = active.len().div_ceil(rows_per_chunk(vocabulary));
+    let chunks = active.len().div_ceil(most);
     let rows = active.len().div_ceil(chunks.max(1));
     let mut buffers = Buffers::new(rows, vocabulary, input.targets.is_empty(), hidden_gradient || head_gradient);
-    for (index, chunk) in active.chunks(rows.max(1)).enumerate() {
+    for chunk in active.chunks(rows.max(1)) {
         let hidden = select(input.hidden, width, chunk); // [R, C]
         let (terms, slopes) = buffers.terms(input, &hidden, chunk); // [R, terms], [R, V]
         for (terms, &row) in terms.chunks(count).zip(chunk) {
@@ -100,10 +106,16 @@ pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bo
                 gradient[row * width..(row + 1) * width].copy_from_slice(values);
             }
         }
-        if let Some(gradient) = &mut output.head_gradient {
-            let slopes = Matrix::new(slopes, vocabulary).transposed();
-            product_into(gradient, slopes, Matrix::new(&hidden, width), index > 0);
+        if head_gradient {
+            let (slopes, hidden) = (Matrix::new(slopes, vocabulary).transposed(), Matrix::new(&hidden, width));
+            match &mut output.head_gradient {
+                Some(gradient) => product_into(gradient, slopes, hidden, true),
+                None => output.head_gradient = Some(product(slopes, hidden)),
+            }
         }
+    }
+    if head_gradient && output.head_gradient.is_none() {
+        output.head_gradient = Some(vec![0.0; input.head.len()]);
     }
     output
 }
@@ -117,9 +129,10 @@ fn select<'a>(matrix: &'a [f32], width: usize, indices: &[usize]) -> Cow<'a, [f3
     Cow::Owned(indices.iter().flat_map(|&row| &matrix[row * width..(row + 1) * width]).copied().collect())
 }
 
-/// All memory that grows with the vocabulary: three times `[R, V]`, reused from chunk to chunk.
+/// All memory that grows with the vocabulary, reused from chunk to chunk: three times `[R, V]`, or once without targets.
 struct Buffers {
     vocabulary: usize,
+    gradient: bool,
     logits: Vec<f32>,
     target: Vec<f32>,
     slopes: Vec<f32>,
@@ -130,9 +143,10 @@ impl Buffers {
         let size = rows * vocabulary;
         Buffers {
             vocabulary,
-            logits: vec![0.0; size],
+            gradient,
+            logits: Vec::new(),
             target: vec![0.0; if no_target { 0 } else { size }],
-            slopes: vec![0.0; if gradient { size } else { 0 }],
+            slopes: vec![0.0; if gradient && !no_target { size } else { 0 }],
         }
     }
 
@@ -140,13 +154,12 @@ impl Buffers {
     /// (empty where no gradient is asked for).
     fn terms(&mut self, input: &Input, hidden: &[f32], chunk: &[usize]) -> (Vec<f64>, &[f32]) {
         let vocabulary = self.vocabulary;
-        let logits = &mut self.logits[..chunk.len() * vocabulary];
-        product_into(
-            logits,
-            Matrix::new(hidden, input.width),
-            Matrix::new(input.head, input.width).transposed(),
-            false,
-        );
+        let head = Matrix::new(input.head, input.width);
+        product_in(&mut self.logits, Matrix::new(hidden, input.width), head.transposed());
+        if let (Some((labels, coefficient)), []) = (input.labels, input.targets.as_slice()) {
+            return self.cross_entropies(labels, coefficient, input.weights, chunk);
+        }
+        let logits = &self.logits;
         let slopes_length = self.slopes.len().min(logits.len());
         let slopes = &mut self.slopes[..slopes_length];
         slopes.fill(0.0);
@@ -169,23 +182,56 @@ impl Buffers {
         }
         for (t, target) in input.targets.iter().enumerate() {
             let term = t + usize::from(input.labels.is_some());
-            let target_logits = &mut self.target[..chunk.len() * vocabulary];
-            let target_hidden = select(target.hidden, target.width, chunk); // [R, D]
-            let head = Matrix::new(target.head, target.width);
-            product_into(target_logits, Matrix::new(&target_hidden, target.width), head.transposed(), false);
+            let scratch = &mut self.target[..chunk.len() * vocabulary];
+            if let InputSource::Head { hidden, head, width } = target.source {
+                let hidden = select(hidden, width, chunk); // [R, D]
+                product_into(scratch, Matrix::new(&hidden, width), Matrix::new(head, width).transposed(), false);
+            }
             slope_rows
                 .par_iter_mut()
                 .zip(logits.par_chunks(vocabulary))
-                .zip(target_logits.par_chunks_mut(vocabulary))
+                .zip(scratch.par_chunks_mut(vocabulary))
                 .zip(terms.par_chunks_mut(count))
                 .enumerate()
-                .for_each(|(i, (((slopes, logits), target_logits), terms))| {
-                    let factor = weights[i] * target.coefficient;
-                    terms[term] =
-                        divergence(target.divergence, logits, target_logits, target.temperature, factor, slopes);
+                .for_each(|(i, (((slopes, logits), scratch), terms))| {
+                    let (factor, temperature) = (weights[i] * target.coefficient, target.temperature);
+                    terms[term] = match target.source {
+                        InputSource::Head { .. } => {
+                            divergence(target.divergence, logits, scratch, temperature, factor, slopes)
+                        }
+                        InputSource::TopK(kept) => {
+                            let classes = kept.row(chunk[i]);
+                            top_k::divergence(target.divergence, logits, classes, scratch, temperature, factor, slopes)
+                        }
+                    };
                 });
         }
         (terms, &self.slopes[..slopes_length])
+    }
+
+    /// [`Buffers::terms`] of labels alone: slopes take the place of logits.
+    fn cross_entropies(
+        &mut self,
+        labels: &[u32],
+        coefficient: f64,
+        weights: &[f32],
+        chunk: &[usize],
+    ) -> (Vec<f64>, &[f32]) {
+        let gradient = self.gradient;
+        let rows = self.logits.par_chunks_mut(self.vocabulary).zip(chunk);
+        let term = |(logits, &row): (&mut [f32], &usize)| {
+            let label = labels[row] as usize;
+            let normaliser = Normaliser::of(logits, 1.0);
+            let term = -f64::from(normaliser.log_probability(logits[label]));
+            if gradient {
+                let factor = (f64::from(weights[row]) * coefficient) as f32;
+                logits.iter_mut().for_each(|x| *x = factor * exp(normaliser.log_probability(*x)));
+                logits[label] -= factor;
+            }
+            term
+        };
+        let terms: Vec<f64> = rows.map(term).collect();
+        (terms, if gradient { &self.logits } else { &[] })
     }
 }
 
@@ -244,29 +290,29 @@ pub(crate) fn divergence(
 
 /// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a
 /// token.
-trait Rule {
+pub(super) trait Rule {
     /// `f`, and `h = s df/ds`, up to a multiple of `s`, which drops out of the derivative by the logits.
     fn terms(&self, token: Token) -> (f32, f32);
 }
 
 /// Probabilities of one token. Logarithms are finite; a probability may be 0.
 #[derive(Clone, Copy)]
-struct Token {
-    s: f32,
-    log_s: f32,
-    t: f32,
-    log_t: f32,
+pub(super) struct Token {
+    pub(super) s: f32,
+    pub(super) log_s: f32,
+    pub(super) t: f32,
+    pub(super) log_t: f32,
 }
 
-struct ForwardKl;
-struct ReverseKl;
-struct Jsd(f32);
-struct SkewedForwardKl(f32);
-struct SkewedReverseKl(f32);
-struct TotalVariation;
-struct AlphaBeta {
-    alpha: f32,
-    beta: f32,
+pub(super) struct ForwardKl;
+pub(super) struct ReverseKl;
+pub(super) struct Jsd(pub(super) f32);
+pub(super) struct SkewedForwardKl(pub(super) f32);
+pub(super) struct SkewedReverseKl(pub(super) f32);
+pub(super) struct TotalVariation;
+pub(super) struct AlphaBeta {
+    pub(super) alpha: f32,
+    pub(super) beta: f32,
 }
 
 impl Rule for ForwardKl {

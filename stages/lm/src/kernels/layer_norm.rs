@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::elementary::sum_of;
-use super::{ROW_BLOCK, sum_in_order};
+use super::{ROW_BLOCK, buffer, sum_in_order};
 
 /// Mean and reciprocal standard deviation of a row.
 pub(crate) type Moments = (f32, f32);
@@ -11,20 +11,14 @@ pub(crate) type Moments = (f32, f32);
 /// Normalises the rows of `x`; gives the moments that [`backward`] wants.
 pub(crate) fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> (Vec<f32>, Vec<Moments>) {
     let width = weight.len();
-    let mut out = vec![0.0; x.len()];
-    let mut moments = vec![(0.0, 0.0); x.len() / width];
-    out.par_chunks_mut(ROW_BLOCK * width)
-        .zip(x.par_chunks(ROW_BLOCK * width))
-        .zip(moments.par_chunks_mut(ROW_BLOCK))
-        .for_each(|((out, x), moments)| {
-            for ((out, x), moment) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(moments) {
-                let (mean, scale) = moments_of(x, eps);
-                for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-                    *out = (x - mean) * scale * weight + bias;
-                }
-                *moment = (mean, scale);
-            }
-        });
+    let rows = x.len() / width;
+    let bias = &bias[..width];
+    let moments: Vec<Moments> =
+        (0..rows).into_par_iter().with_min_len(ROW_BLOCK).map(|r| moments_of(&x[r * width..][..width], eps)).collect();
+    let out = buffer::matrix(rows, width, |r| {
+        let (x, (mean, scale)) = (&x[r * width..][..width], moments[r]);
+        move |c| (x[c] - mean) * scale * weight[c] + bias[c]
+    });
     (out, moments)
 }
 

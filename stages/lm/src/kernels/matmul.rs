@@ -2,7 +2,7 @@
 //!
 //! `gemm` gives each element of the result to one thread, which adds its products in an order that depends on the depth
 //! alone; with the depth cut at [`DEPTH`] here, on nothing at all. So neither threads nor the number of rows change a bit,
-//! but for two special paths for tiny results, which [`product_by_row`] keeps away from.
+//! but for two special paths for tiny results; what must not change a bit even there uses [`super::by_row`].
 
 use gemm::Parallelism;
 
@@ -58,32 +58,25 @@ impl<'a> Matrix<'a> {
 
 /// `a b`, row after row.
 pub(crate) fn product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    if a.columns == 0 {
-        return vec![0.0; a.rows * b.columns];
-    }
+    let mut out = Vec::new();
+    product_in(&mut out, a, b);
+    out
+}
+
+/// Puts `a b` in place of what `out` holds, in the same memory if that is large enough.
+pub(crate) fn product_in(out: &mut Vec<f32>, a: Matrix<'_>, b: Matrix<'_>) {
     let length = a.rows * b.columns;
-    let mut out = Vec::with_capacity(length);
+    out.clear();
+    if a.columns == 0 {
+        out.resize(length, 0.0);
+        return;
+    }
+    out.reserve_exact(length);
     // SAFETY: the capacity is `rows * columns` of the result, and without `accumulate` every element is written, none read.
     unsafe {
         multiply(out.as_mut_ptr(), b.columns, a, b, false);
         out.set_len(length);
     }
-    out
-}
-
-/// `a b`, where each row has the same bits with any number of rows: for generation, where the number of rows changes
-/// as they finish.
-pub(crate) fn product_by_row(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    // `gemm` has other code for one row, and for results of at most 16 x 16.
-    let enough = 2.max(16 * 16 / b.columns + 1);
-    if a.rows >= enough {
-        return product(a, b);
-    }
-    let mut padded = vec![0.0; enough * a.columns];
-    padded[..a.data.len()].copy_from_slice(a.data);
-    let mut out = product(Matrix::new(&padded, a.columns), b);
-    out.truncate(a.rows * b.columns);
-    out
 }
 
 /// `out = a b`, or `out += a b`.
@@ -206,21 +199,6 @@ mod tests {
             let one = with_threads(1, run);
             for threads in [2, 3, 5] {
                 assert!(one == with_threads(threads, run), "{m} {k} {n} with {threads} threads");
-            }
-        }
-    }
-
-    #[test]
-    fn other_rows_do_not_change_a_row() {
-        for (k, n) in [(32, 96), (32, 61), (192, 576), (768, 192), (1600, 70), (8, 24), (2, 6), (32, 3)] {
-            for transposed in [false, true] {
-                let (a, b) = (numbers(1, 40 * k), numbers(2, k * n));
-                let b = if transposed { Matrix::new(&b, k).transposed() } else { Matrix::new(&b, n) };
-                let all = product_by_row(Matrix::new(&a, k), b);
-                for rows in 1..40 {
-                    let some = product_by_row(Matrix::new(&a[..rows * k], k), b);
-                    assert!(some == all[..rows * n], "depth {k}, columns {n}, rows {rows}, transposed {transposed}");
-                }
             }
         }
     }

@@ -33,7 +33,11 @@ pub(crate) fn product(
         let left = columns - column;
         let b = &b[column.min(b.len())..];
         let out = &mut out[column..];
-        if left >= 16 {
+        if left >= 64 && rows < 4 {
+            // Few rows: more columns side by side, so that no addition waits for the one before.
+            strip::<64>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
+            column += 64;
+        } else if left >= 16 {
             strip::<16>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
             column += 16;
         } else if left >= 8 {
@@ -88,17 +92,31 @@ fn block<const R: usize, const L: usize>(
             sums.copy_from_slice(&out[r * out_stride..][..L]);
         }
     }
-    for k in 0..depth {
-        let b: &[f32; L] = b[k * b_stride..][..L].try_into().expect("a slice of length L");
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let a = a.data[(row + r) * a.row + k * a.depth];
-            for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = fused(a, *b, *sum);
-            }
+    // Rows are cut to length, and columns are read at once, so that no index is checked in the loop.
+    if a.depth == 1 {
+        let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..][..depth]);
+        for k in 0..depth {
+            add(&mut sums, rows.map(|row| row[k]), &b[k * b_stride..]);
+        }
+    } else {
+        for k in 0..depth {
+            let column = &a.data[k * a.depth + row * a.row..];
+            add(&mut sums, std::array::from_fn(|r| column[r * a.row]), &b[k * b_stride..]);
         }
     }
     for (r, sums) in sums.iter().enumerate() {
         out[r * out_stride..][..L].copy_from_slice(sums);
+    }
+}
+
+/// `sums += a b`, for a column of `a` and a row of `b`.
+#[inline(always)]
+fn add<const R: usize, const L: usize>(sums: &mut [[f32; L]; R], a: [f32; R], b: &[f32]) {
+    let b: &[f32; L] = b[..L].try_into().expect("a slice of length L");
+    for (sums, a) in sums.iter_mut().zip(a) {
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = fused(a, *b, *sum);
+        }
     }
 }
 
@@ -109,7 +127,9 @@ mod tests {
 
     #[test]
     fn products_are_right_for_every_remainder() {
-        for (rows, depth, columns) in [(1, 1, 1), (4, 8, 16), (5, 7, 25), (7, 32, 43), (3, 0, 9), (36, 32, 48)] {
+        for (rows, depth, columns) in
+            [(1, 1, 1), (4, 8, 16), (5, 7, 25), (7, 32, 43), (2, 9, 150), (3, 0, 9), (36, 32, 48)]
+        {
             let (a, b) = (numbers(1, rows * depth), numbers(2, depth * columns));
             for (row, along) in [(depth, 1), (1, rows)] {
                 let left = Left { data: &a, row, depth: along };

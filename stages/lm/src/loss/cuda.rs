@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Tensor};
 
-use super::{Answer, Request, Result};
+use super::{Answer, Request, Result, Source, bail};
 use crate::kernels::cuda::head::{Compared, Slopes, TargetLogits, head_terms};
 use crate::kernels::cuda::matmul::{Matrix, product};
 use crate::kernels::cuda::{rows, unset, upload};
@@ -39,8 +39,12 @@ impl Request<'_> {
         let head = head.view()?; // [V, C]
         let mut targets = Vec::with_capacity(self.targets.len());
         for target in self.targets {
-            let hidden = select::<T>(device, target.hidden, picked.as_ref())?;
-            targets.push((target, hidden, Operand::<T>::of(device, target.head)?));
+            let Source::Head { hidden, head } = target.source else {
+                bail!("a target of likeliest tokens is compared with by plain operations");
+            };
+            let width = hidden.dim(1)?;
+            let hidden = select::<T>(device, hidden, picked.as_ref())?;
+            targets.push((target, width, hidden, Operand::<T>::of(device, head)?));
         }
         let weights = upload(device, active.iter().map(|&row| self.weights[row as usize]).collect())?;
         let labels = match self.labels {
@@ -74,8 +78,8 @@ impl Request<'_> {
                 let labels = labels.as_ref().filter(|_| index == 0);
                 let labels = labels.map(|(labels, coefficient)| (labels.slice(chunk.clone()), *coefficient));
                 let target = match targets.get(index) {
-                    Some((target, hidden, head)) => {
-                        let target_width = target.hidden.dim(1)?;
+                    Some((target, target_width, hidden, head)) => {
+                        let target_width = *target_width;
                         let hidden = hidden.view()?.slice(chunk.start * target_width..chunk.end * target_width);
                         let head = head.view()?;
                         let mut logits = unset::<T>(device, chunk.len() * vocabulary)?;
@@ -176,8 +180,7 @@ mod tests {
             let (hidden, head) = (tensor(1, rows, 8), tensor(2, vocabulary, 8));
             let (other, other_head) = (tensor(3, rows, 5), tensor(4, vocabulary, 5));
             let target = |divergence, temperature| Target {
-                hidden: &other,
-                head: &other_head,
+                source: Source::Head { hidden: &other, head: &other_head },
                 divergence,
                 coefficient: 0.7,
                 temperature,

@@ -12,7 +12,7 @@ use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
 use crate::kernels::matmul::{Matrix, product, product_into, product_into_columns};
 use crate::kernels::rope::{self, Turn};
-use crate::kernels::{ROW_BLOCK, elementwise, masks, rms_norm, swiglu};
+use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks, rms_norm, swiglu};
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -274,21 +274,24 @@ pub(crate) fn embed(
     }
     let (tokens, positions) = (elements(tokens)?, positions.map(elements).transpose()?);
     let prompt = prompt.map(elements).transpose()?;
-    let prompt: &[f32] = prompt.as_deref().unwrap_or(&[]);
-    let mut out = Vec::with_capacity(inputs.len() * width);
-    for (input, position) in inputs.iter().zip(at) {
-        let (table, row) = match input {
-            Input::Token(id) => (&*tokens, *id as usize),
-            Input::Prompt(i) => (prompt, *i as usize),
+    let (tokens, prompt): (&[f32], &[f32]) = (&tokens, prompt.as_deref().unwrap_or(&[]));
+    let vector = |row: usize| {
+        let (table, place) = match inputs[row] {
+            Input::Token(id) => (tokens, id as usize),
+            Input::Prompt(i) => (prompt, i as usize),
         };
-        let vector = &table[row * width..][..width];
-        match &positions {
-            Some(positions) => {
-                let position = &positions[*position as usize * width..][..width];
-                out.extend(vector.iter().zip(position).map(|(a, b)| a + b));
-            }
-            None => out.extend_from_slice(vector),
-        }
-    }
-    Ok(out)
+        &table[place * width..][..width]
+    };
+    let Some(positions) = positions else {
+        return Ok(buffer::matrix(inputs.len(), width, |row| {
+            let vector = vector(row);
+            move |c| vector[c]
+        }));
+    };
+    let positions: &[f32] = &positions;
+    Ok(buffer::matrix(inputs.len(), width, |row| {
+        let vector = vector(row);
+        let position = &positions[at[row] as usize * width..][..width];
+        move |c| vector[c] + position[c]
+    }))
 }

@@ -4,6 +4,10 @@
 //! does for every intermediate (a zeroed buffer and an addition each), lets gradients be added where they lie, and frees
 //! each activation as soon as nothing needs it. Only what leads to a variable is recorded; frozen weights cost no
 //! gradient. Gradients of weights are [delivered](super::collect).
+//!
+//! What is cheap to compute again is not kept: results of norms and nonlinearities. With activation checkpointing (Chen et
+//! al., "Training deep nets with sublinear memory cost", 2016) nothing within a block is kept either: the backward pass runs
+//! each block again, from its input. Everything comes out with the bits it had, since dropout draws from counters.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +15,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor,
 
 use super::backend::Backend;
 use super::collect::{Contribution, deliver};
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
+use super::{Attend, Block, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
@@ -23,6 +27,17 @@ pub(crate) struct Tape<B: Backend> {
     dropout: Option<Dropout>,
     steps: Vec<Step<B>>,
     nodes: usize,
+    keeping: Keeping,
+}
+
+/// What is kept of a forward pass for the way back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keeping {
+    /// All that is not cheap to compute again.
+    Activations,
+    /// The inputs of blocks.
+    BlockInputs,
+    Nothing,
 }
 
 /// A result of the tape.
@@ -31,7 +46,12 @@ pub(crate) struct Array<B: Backend> {
     width: usize,
     /// Where its gradient goes; `None` when it depends on no variable.
     node: Option<usize>,
+    /// How to get the data again from what is kept anyway, if it is cheap.
+    again: Option<Again<B>>,
 }
+
+/// Computes a result a second time.
+type Again<B> = Arc<dyn Fn(&B) -> Result<<B as Backend>::Buffer> + Send + Sync>;
 
 /// One operation's way back.
 type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
@@ -39,7 +59,16 @@ type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
 impl<B: Backend> Tape<B> {
     /// A tape for a forward pass over `rows`.
     pub(crate) fn new(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
-        Tape { backend, rows: Arc::new(rows), dropout, steps: Vec::new(), nodes: 0 }
+        Tape::keeping(Keeping::Activations, backend, Arc::new(rows), dropout)
+    }
+
+    /// The same, keeping only the inputs of blocks: their insides are computed again on the way back.
+    pub(crate) fn checkpointing(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
+        Tape::keeping(Keeping::BlockInputs, backend, Arc::new(rows), dropout)
+    }
+
+    fn keeping(keeping: Keeping, backend: B, rows: Arc<Rows>, dropout: Option<Dropout>) -> Self {
+        Tape { backend, rows, dropout, steps: Vec::new(), nodes: 0, keeping }
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
@@ -51,8 +80,7 @@ impl<B: Backend> Tape<B> {
             return self.backend.tensor(data, shape);
         };
         let output = (self.backend.storage(data)?, shape);
-        let recorded = Recorded { backend: self.backend, steps: self.steps, nodes: self.nodes, last: node };
-        let pass = Pass { output: Mutex::new(Some(output)), tape: Mutex::new(Some(recorded)) };
+        let pass = Pass { output: Mutex::new(Some(output)), tape: Mutex::new(Some((self, node))) };
         anchor.apply_op2(prompt.unwrap_or(anchor), pass)
     }
 
@@ -65,11 +93,24 @@ impl<B: Backend> Tape<B> {
             self.nodes += 1;
             self.nodes - 1
         });
-        Array { data, width, node }
+        Array { data, width, node, again: None }
     }
 
     fn record(&mut self, step: impl FnOnce(&mut Backward<B>) -> Result<()> + Send + 'static) {
-        self.steps.push(Box::new(step));
+        if self.keeping != Keeping::Nothing {
+            self.steps.push(Box::new(step));
+        }
+    }
+
+    /// The gradients of what was recorded, from that of its last result.
+    fn backward(self, last: usize, gradient: Arc<B::Buffer>) -> Result<Backward<B>> {
+        let gradients = (0..self.nodes).map(|_| None).collect();
+        let mut backward = Backward { backend: self.backend, gradients, prompt: None };
+        backward.gradients[last] = Some(gradient);
+        for step in self.steps.into_iter().rev() {
+            step(&mut backward)?;
+        }
+        Ok(backward)
     }
 }
 
@@ -115,8 +156,13 @@ impl<B: Backend> Ops for Tape<B> {
     fn layer_norm(&mut self, x: &Array<B>, norm: Norm<'_>, eps: f32) -> Result<Array<B>> {
         let (out, moments) = self.backend.layer_norm(&x.data, norm, eps)?;
         let parameters = leaf(norm.weight)?.zip(leaf(norm.bias)?);
-        let out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
+        let mut out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
+            let (x_again, weight, bias) = (x.data.clone(), norm.weight.clone(), norm.bias.clone());
+            out.again = Some(Arc::new(move |backend| {
+                let norm = Norm { weight: &weight, bias: &bias };
+                Ok(backend.layer_norm(&x_again, norm, eps)?.0)
+            }));
             let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
@@ -143,9 +189,11 @@ impl<B: Backend> Ops for Tape<B> {
     fn rms_norm(&mut self, x: &Array<B>, weight: &Tensor, eps: f32) -> Result<Array<B>> {
         let (out, moments) = self.backend.rms_norm(&x.data, weight, eps)?;
         let parameter = leaf(weight)?;
-        let out = self.array(out, x.width, x.node.is_some() || parameter.is_some());
+        let mut out = self.array(out, x.width, x.node.is_some() || parameter.is_some());
         if let Some(node) = out.node {
-            let (weight, x_node, x) = (weight.detach(), x.node, x.data.clone());
+            let (x_again, weight_again) = (x.data.clone(), weight.clone());
+            out.again = Some(Arc::new(move |backend| Ok(backend.rms_norm(&x_again, &weight_again, eps)?.0)));
+            let (weight, x_node, x) = (weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
@@ -177,10 +225,11 @@ impl<B: Backend> Ops for Tape<B> {
         let out = self.array(out, width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
             let (weight, x_node) = (linear.weight.clone(), x.node);
-            let kept = parameters.map(|parameters| (parameters, x.data.clone()));
+            let kept = parameters.map(|parameters| (parameters, Kept::of(x)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(((weight, bias), x)) = kept {
+                    let x = x.get(&backward.backend)?;
                     let (dweight, dbias) = backward.backend.linear_backward_weight(&x, &dy, depth, width)?;
                     deliver(&weight, Contribution::Dense(dweight))?;
                     deliver(&bias, Contribution::Dense(dbias))?;
@@ -211,10 +260,11 @@ impl<B: Backend> Ops for Tape<B> {
         let wanted = parameters.iter().any(|(_, weight, bias)| weight.is_some() || bias.is_some());
         let out = self.array(out, width, x.node.is_some() || wanted);
         if let Some(node) = out.node {
-            let weights: Vec<Tensor> = layers.iter().map(|layer| layer.weight.detach()).collect();
-            let (x_node, kept) = (x.node, wanted.then(|| x.data.clone()));
+            let weights: Vec<Tensor> = layers.iter().map(|layer| layer.weight.clone()).collect();
+            let (x_node, kept) = (x.node, wanted.then(|| Kept::of(x)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
+                let kept = kept.map(|x| x.get(&backward.backend)).transpose()?;
                 for (first, weight, bias) in parameters {
                     let (Some(x), Some(weight)) = (&kept, weight) else { continue };
                     let backend = &backward.backend;
@@ -272,8 +322,10 @@ impl<B: Backend> Ops for Tape<B> {
 
     fn activation(&mut self, x: Array<B>, activation: Activation) -> Result<Array<B>> {
         let out = self.backend.activation(&x.data, activation)?;
-        let out = self.array(out, x.width, x.node.is_some());
+        let mut out = self.array(out, x.width, x.node.is_some());
         if let Some((node, from)) = out.node.zip(x.node) {
+            let x_again = x.data.clone();
+            out.again = Some(Arc::new(move |backend| backend.activation(&x_again, activation)));
             self.record(move |backward| {
                 let mut dy = backward.take_own(node)?;
                 backward.backend.activation_backward(&mut dy, &x.data, activation)?;
@@ -285,8 +337,10 @@ impl<B: Backend> Ops for Tape<B> {
 
     fn swiglu(&mut self, gate: Array<B>, up: Array<B>) -> Result<Array<B>> {
         let out = self.backend.swiglu(&gate.data, &up.data)?;
-        let out = self.array(out, gate.width, gate.node.is_some() || up.node.is_some());
+        let mut out = self.array(out, gate.width, gate.node.is_some() || up.node.is_some());
         if let Some(node) = out.node {
+            let (gate_again, up_again) = (gate.data.clone(), up.data.clone());
+            out.again = Some(Arc::new(move |backend| backend.swiglu(&gate_again, &up_again)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let backend = backward.backend.clone();
@@ -352,6 +406,56 @@ impl<B: Backend> Ops for Tape<B> {
             });
         }
         Ok(out)
+    }
+
+    fn block<T: Block>(&mut self, x: Array<B>, block: &T) -> Result<Array<B>> {
+        if self.keeping != Keeping::BlockInputs {
+            return block.forward(self, x);
+        }
+        let start = |keeping| Tape::keeping(keeping, self.backend.clone(), self.rows.clone(), self.dropout);
+        let (input, width, from) = (x.data.clone(), x.width, x.node);
+        let out = block.forward(&mut start(Keeping::Nothing), x)?;
+        let mut again = start(Keeping::Activations);
+        let out = self.shared(out.data, out.width, out.node.is_some());
+        if let Some(node) = out.node {
+            let block = block.clone();
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let x = again.shared(input, width, from.is_some());
+                let entry = x.node;
+                let Some(last) = block.forward(&mut again, x)?.node else {
+                    bail!("a block that was run again led to no variable any more");
+                };
+                let mut inside = again.backward(last, dy)?;
+                match entry.zip(from) {
+                    Some((entry, from)) => backward.share(from, &inside.take(entry)?),
+                    None => Ok(()),
+                }
+            });
+        }
+        Ok(out)
+    }
+}
+
+/// Data that a step wants to have again.
+enum Kept<B: Backend> {
+    Data(Arc<B::Buffer>),
+    Again(Again<B>),
+}
+
+impl<B: Backend> Kept<B> {
+    fn of(x: &Array<B>) -> Self {
+        match &x.again {
+            Some(again) => Kept::Again(again.clone()),
+            None => Kept::Data(x.data.clone()),
+        }
+    }
+
+    fn get(self, backend: &B) -> Result<Arc<B::Buffer>> {
+        match self {
+            Kept::Data(data) => Ok(data),
+            Kept::Again(again) => Ok(Arc::new(again(backend)?)),
+        }
     }
 }
 
@@ -430,14 +534,8 @@ impl<B: Backend> Backward<B> {
 /// A forward pass that was run, as one operation of candle: of the anchor and the prompt.
 struct Pass<B: Backend> {
     output: Mutex<Option<(Storage, Shape)>>,
-    tape: Mutex<Option<Recorded<B>>>,
-}
-
-struct Recorded<B: Backend> {
-    backend: B,
-    steps: Vec<Step<B>>,
-    nodes: usize,
-    last: usize,
+    /// With the node of the last result.
+    tape: Mutex<Option<(Tape<B>, usize)>>,
 }
 
 impl<B: Backend> Pass<B> {
@@ -474,16 +572,10 @@ impl<B: Backend> CustomOp2 for Pass<B> {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Some(recorded) = self.tape.lock().expect("nothing panics while it is held").take() else {
+        let Some((tape, last)) = self.tape.lock().expect("nothing panics while it is held").take() else {
             bail!("a second backward pass through the same hidden states: compute them again first");
         };
-        let gradient = recorded.backend.buffer(&gradient.contiguous()?)?;
-        let gradients = (0..recorded.nodes).map(|_| None).collect();
-        let mut backward = Backward { backend: recorded.backend, gradients, prompt: None };
-        backward.gradients[recorded.last] = Some(Arc::new(gradient));
-        for step in recorded.steps.into_iter().rev() {
-            step(&mut backward)?;
-        }
-        Ok((None, backward.prompt))
+        let gradient = tape.backend.buffer(&gradient.contiguous()?)?;
+        Ok((None, tape.backward(last, Arc::new(gradient))?.prompt))
     }
 }

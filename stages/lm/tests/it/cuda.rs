@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor, Var};
 use contract::Value;
 use contract::random::purpose;
 use indexmap::IndexMap;
-use lm::loss::{Divergence, Target, divergence_values, head_loss, log_probs};
+use lm::loss::{Divergence, Source, Target, divergence_values, head_loss, log_probs};
 use lm::sample::Sampling;
 use lm::{
     AdamW, AdamWOptions, Dropout, Dtype, Generate, Gradients, LanguageModel, Packed, Prompt, accumulate, generate,
@@ -89,8 +89,7 @@ fn step(student: &LanguageModel, teacher: &LanguageModel, prompt: &Tensor, updat
     let hidden = student.hidden(&batch, Some(prompt), Some(&dropout)).unwrap();
     assert_eq!(hidden.device().location(), device.location());
     let target = |hidden, divergence, coefficient, temperature| Target {
-        hidden,
-        head: teacher.head(),
+        source: Source::Head { hidden, head: teacher.head() },
         divergence,
         coefficient,
         temperature,
@@ -188,7 +187,8 @@ fn cuda_losses_of_every_divergence() {
                 let hidden = Var::from_tensor(&tensor(1, rows, 24, 1.0)).unwrap().into_inner();
                 let head = Var::from_tensor(&tensor(2, vocabulary, 24, 0.7)).unwrap().into_inner();
                 let (other, other_head) = (tensor(3, rows, 16, 1.0), tensor(4, vocabulary, 16, 0.9));
-                let target = Target { hidden: &other, head: &other_head, divergence, coefficient: 1.3, temperature };
+                let source = Source::Head { hidden: &other, head: &other_head };
+                let target = Target { source, divergence, coefficient: 1.3, temperature };
                 let loss = head_loss(&hidden, &head, Some((&labels, 0.6)), &[target], &weights).unwrap();
                 let parameters: IndexMap<_, _> =
                     [("hidden".to_owned(), hidden.clone()), ("head".to_owned(), head.clone())].into();

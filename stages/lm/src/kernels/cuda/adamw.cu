@@ -5,7 +5,8 @@
 // Elements of a block. The same number stands in `adamw.rs`.
 constexpr long long CHUNK = 8192;
 
-// A row of the table of parameters: addresses, and below the number of elements, above what the weight is multiplied by.
+// A row of the table of parameters: addresses, and below the number of elements, above what the weight is multiplied
+// by.
 struct Parameter {
     float *weight, *first, *second;
     const float *gradient;
@@ -15,8 +16,8 @@ struct Parameter {
 };
 
 // `places` are pairs of a parameter and a chunk of it, one a block.
-extern "C" __global__ void adamw(const Parameter *table, const unsigned *places, const float *scale, float beta1, float beta2,
-                                 float rest1, float rest2, float eps, float step, float correction) {
+extern "C" __global__ void adamw(const Parameter *table, const unsigned *places, const float *scale, float beta1,
+                                 float beta2, float rest1, float rest2, float eps, float step, float correction) {
     Parameter p = table[places[2 * blockIdx.x]];
     long long start = places[2 * blockIdx.x + 1] * CHUNK;
     long long count = min(start + CHUNK, static_cast<long long>(p.count));

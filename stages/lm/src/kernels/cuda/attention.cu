@@ -1,8 +1,10 @@
-// Causal attention over packed sequences, with the softmax taken block by block of keys (Dao et al., "FlashAttention", 2022).
+// Causal attention over packed sequences, with the softmax taken block by block of keys (Dao et al., "FlashAttention",
+// 2022).
 //
-// A block of four warps has a tile of 64 queries (or keys) of one sequence and head; each warp has 16 of its rows. Products go
-// by squares of 16 x 16: of bf16 on tensor cores, of f32 by multiplications and additions. Which elements of a square a lane
-// holds is the hardware's business: `Places` finds out, so that everything elementwise happens in registers.
+// A block of four warps has a tile of 64 queries (or keys) of one sequence and head; each warp has 16 of its rows.
+// Products go by squares of 16 x 16: of bf16 on tensor cores, of f32 by multiplications and additions. Which elements
+// of a square a lane holds is the hardware's business: `Places` finds out, so that everything elementwise happens in
+// registers.
 //
 // Letters: N rows of the batch, d channels of a head, D channels with zeros behind them.
 
@@ -68,7 +70,8 @@ template <class T, int COUNT> __device__ __forceinline__ void clear(Square<T> (&
         for (int i = 0; i < PACK; i++) squares[n][i] = 0.0f;
 }
 
-// c += a b for a row of squares: `a` is [16, 16 DEPTH]; `b` is [16 DEPTH, 16 COUNT], or the transpose of that where TURNED.
+// c += a b for a row of squares: `a` is [16, 16 DEPTH]; `b` is [16 DEPTH, 16 COUNT], or the transpose of that where
+// TURNED.
 template <int DEPTH, bool TURNED, int COUNT>
 __device__ __forceinline__ void multiply(Square<bf16> (&c)[COUNT], const bf16 *a, int a_row, const bf16 *b, int b_row) {
     using Order = std::conditional_t<TURNED, wmma::col_major, wmma::row_major>;
@@ -86,7 +89,8 @@ __device__ __forceinline__ void multiply(Square<bf16> (&c)[COUNT], const bf16 *a
     }
 }
 template <int DEPTH, bool TURNED, int COUNT>
-__device__ __forceinline__ void multiply(Square<float> (&c)[COUNT], const float *a, int a_row, const float *b, int b_row) {
+__device__ __forceinline__ void multiply(Square<float> (&c)[COUNT], const float *a, int a_row, const float *b,
+                                         int b_row) {
     int lane = threadIdx.x % WARP, row = lane / 2, column = lane % 2 * PACK;
     for (int k = 0; k < SQUARE * DEPTH; k++) {
         float left = a[row * a_row + k];
@@ -127,7 +131,8 @@ struct Tile {
     }
 };
 
-// Copies 64 rows of one head to shared memory, `[64, ROW<D>]`, with zeros behind its channels and behind `rows`. By the block.
+// Copies 64 rows of one head to shared memory, `[64, ROW<D>]`, with zeros behind its channels and behind `rows`. By the
+// block.
 template <int D, class T> __device__ __forceinline__ void fetch(T *to, const T *from, int stride, int rows, int width) {
     for (int i = threadIdx.x; i < TILE * (D / PACK); i += blockDim.x) {
         int row = i / (D / PACK), first = i % (D / PACK) * PACK;
@@ -146,7 +151,8 @@ template <int D, class T> __device__ __forceinline__ void fetch(T *to, const T *
 }
 
 // Which of 64 keys from `key` on each of 64 queries from `query` on drops, two words a query. By the block.
-__device__ __forceinline__ void draw(unsigned (*masks)[2], const Shape &shape, int head, unsigned id, int query, int key) {
+__device__ __forceinline__ void draw(unsigned (*masks)[2], const Shape &shape, int head, unsigned id, int query,
+                                     int key) {
     Dropout dropout = shape.dropout;
     dropout.purpose += head;
     for (int i = threadIdx.x / 8; i < TILE * 2; i += blockDim.x / 8)
@@ -158,7 +164,8 @@ __device__ __forceinline__ float kept(const unsigned (*masks)[2], const Shape &s
 
 // Writes a warp's 16 rows of a result, as far as they are among `rows` and its channels among `width`.
 template <class T, int COUNT>
-__device__ __forceinline__ void write(const Square<T> (&squares)[COUNT], float *stage, T *to, int stride, int rows, int width) {
+__device__ __forceinline__ void write(const Square<T> (&squares)[COUNT], float *stage, T *to, int stride, int rows,
+                                      int width) {
     int lane = threadIdx.x % WARP, row = lane / 2, column = lane % 2 * PACK;
 #pragma unroll
     for (int n = 0; n < COUNT; n++) {
@@ -188,7 +195,8 @@ __device__ void attention(T *out, float *normalisers, Matrix<const T> q, Matrix<
     Tile tile(tiles, blockIdx.x);
     Places<T> places;
     int head = blockIdx.y, shared_head = head * shape.keys / shape.queries;
-    fetch<D>(queries, q.at(tile.start + tile.first, head, shape.width), q.stride, tile.length - tile.first, shape.width);
+    fetch<D>(queries, q.at(tile.start + tile.first, head, shape.width), q.stride, tile.length - tile.first,
+             shape.width);
 
     Square<T> result[D / SQUARE];
     clear(result);
@@ -198,7 +206,8 @@ __device__ void attention(T *out, float *normalisers, Matrix<const T> q, Matrix<
     for (int first = 0; first <= tile.first; first += TILE) {
         __syncthreads();
         fetch<D>(keys, k.at(tile.start + first, shared_head, shape.width), k.stride, tile.length - first, shape.width);
-        fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first, shape.width);
+        fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first,
+                 shape.width);
         if (shape.dropping) draw(masks, shape, head, tile.id, tile.first, first);
         __syncthreads();
         Square<T> products[TILE / SQUARE];
@@ -269,14 +278,15 @@ __device__ void attention_products(float *products, const T *out, const T *dout,
     long long i = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (i >= static_cast<long long>(rows) * heads) return;
     float sum = 0.0f;
-    for (int c = threadIdx.x % WARP; c < width; c += WARP) sum += to_float(out[i * width + c]) * to_float(dout[i * width + c]);
+    for (int c = threadIdx.x % WARP; c < width; c += WARP)
+        sum += to_float(out[i * width + c]) * to_float(dout[i * width + c]);
     sum = over_warp<Sum>(sum);
     if (threadIdx.x % WARP == 0) products[i % heads * rows + i / heads] = sum;
 }
 
 // Denominators and products of a tile of queries, 0 behind the end of the sequence. By the block.
-__device__ __forceinline__ void fetch_rows(float (*to)[TILE], const float *normalisers, const float *products, long long start,
-                                           int rows) {
+__device__ __forceinline__ void fetch_rows(float (*to)[TILE], const float *normalisers, const float *products,
+                                           long long start, int rows) {
     if (threadIdx.x >= TILE) return;
     bool there = static_cast<int>(threadIdx.x) < rows;
     to[0][threadIdx.x] = there ? normalisers[start + threadIdx.x] : 0.0f;
@@ -310,7 +320,8 @@ __device__ void attention_queries(Matrix<T> dq, Matrix<const T> q, Matrix<const 
     for (int first = 0; first <= tile.first; first += TILE) {
         __syncthreads();
         fetch<D>(keys, k.at(tile.start + first, shared_head, shape.width), k.stride, tile.length - first, shape.width);
-        fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first, shape.width);
+        fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first,
+                 shape.width);
         if (shape.dropping) draw(masks, shape, head, tile.id, tile.first, first);
         __syncthreads();
         for (int step = 0; step < TILE; step += STEP) {
@@ -324,18 +335,21 @@ __device__ void attention_queries(Matrix<T> dq, Matrix<const T> q, Matrix<const 
             for (int n = 0; n < STEP / SQUARE; n++)
 #pragma unroll
                 for (int i = 0; i < PACK; i++) {
-                    int row = warp * SQUARE + places.row(i), column = n * SQUARE + places.column(i), key = step + column;
+                    int row = warp * SQUARE + places.row(i), column = n * SQUARE + places.column(i),
+                        key = step + column;
                     bool seen = first + key <= tile.first + row && row < rows;
                     float p = seen ? expf(s[n][i] * shape.scale - of_rows[0][row]) : 0.0f, slope = dp[n][i];
                     if (shape.dropping) slope *= kept(masks, shape, row, key);
-                    slopes[places.row(i) * SLOPES + column] = from_float<T>(p * (slope - of_rows[1][row]) * shape.scale);
+                    slopes[places.row(i) * SLOPES + column] =
+                        from_float<T>(p * (slope - of_rows[1][row]) * shape.scale);
                 }
             __syncwarp();
             multiply<STEP / SQUARE, false>(result, slopes, SLOPES, keys + step * ROW<D>, ROW<D>);
         }
     }
     rows -= warp * SQUARE;
-    write(result, reinterpret_cast<float *>(slopes), dq.at(begin + warp * SQUARE, head, shape.width), dq.stride, rows, shape.width);
+    write(result, reinterpret_cast<float *>(slopes), dq.at(begin + warp * SQUARE, head, shape.width), dq.stride, rows,
+          shape.width);
 }
 
 // The gradients of keys and values. A block has a tile of them, of one head, and goes over all queries that look at it.
@@ -349,7 +363,8 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
     int warp = threadIdx.x / WARP, stride = shape.queries * shape.width;
     T *keys = reinterpret_cast<T *>(memory), *values = keys + TILE * ROW<D>;
     T *queries = values + TILE * ROW<D>, *gradients = queries + TILE * ROW<D>;
-    T *probabilities = gradients + TILE * ROW<D> + warp * 2 * SQUARE * SLOPES, *slopes = probabilities + SQUARE * SLOPES;
+    T *probabilities = gradients + TILE * ROW<D> + warp * 2 * SQUARE * SLOPES,
+      *slopes = probabilities + SQUARE * SLOPES;
 
     // The other way round than queries: the first keys of a sequence have the most queries.
     Tile tile(tiles, gridDim.x - 1 - blockIdx.x);
@@ -379,7 +394,8 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
                 clear(s);
                 clear(dp);
                 multiply<D / SQUARE, true>(s, keys + warp * SQUARE * ROW<D>, ROW<D>, queries + step * ROW<D>, ROW<D>);
-                multiply<D / SQUARE, true>(dp, values + warp * SQUARE * ROW<D>, ROW<D>, gradients + step * ROW<D>, ROW<D>);
+                multiply<D / SQUARE, true>(dp, values + warp * SQUARE * ROW<D>, ROW<D>, gradients + step * ROW<D>,
+                                           ROW<D>);
                 __syncwarp();
 #pragma unroll
                 for (int n = 0; n < STEP / SQUARE; n++)
@@ -408,11 +424,12 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
 
 // A kernel for each type and width of heads.
 #define SHAPE                                                                                                          \
-    int rows, int queries, int keys, int width, float scale, unsigned long long seed, unsigned update, unsigned purpose, \
-        unsigned threshold, float kept, int dropping
+    int rows, int queries, int keys, int width, float scale, unsigned long long seed, unsigned update,                 \
+        unsigned purpose, unsigned threshold, float kept, int dropping
 #define SHAPED {rows, queries, keys, width, scale, {seed, update, purpose, threshold, kept}, dropping != 0}
 #define QKV(T) const T *q, int q_stride, const T *k, int k_stride, const T *v, int v_stride
-#define OF_QKV {q, q_stride}, {k, k_stride}, {v, v_stride}
+#define OF_QKV                                                                                                         \
+    {q, q_stride}, {k, k_stride}, { v, v_stride }
 #define KERNELS(T, NAME, D)                                                                                            \
     extern "C" __global__ void __launch_bounds__(128)                                                                  \
         attention_##D##_##NAME(T *out, float *normalisers, QKV(T), const unsigned *tiles, SHAPE) {                     \
@@ -437,11 +454,11 @@ KERNELS(bf16, bf16, 64)
 KERNELS(bf16, bf16, 96)
 KERNELS(bf16, bf16, 128)
 
-extern "C" __global__ void attention_products_f32(float *products, const float *out, const float *dout, int rows, int heads,
-                                                  int width) {
+extern "C" __global__ void attention_products_f32(float *products, const float *out, const float *dout, int rows,
+                                                  int heads, int width) {
     attention_products(products, out, dout, rows, heads, width);
 }
-extern "C" __global__ void attention_products_bf16(float *products, const bf16 *out, const bf16 *dout, int rows, int heads,
-                                                   int width) {
+extern "C" __global__ void attention_products_bf16(float *products, const bf16 *out, const bf16 *dout, int rows,
+                                                   int heads, int width) {
     attention_products(products, out, dout, rows, heads, width);
 }

@@ -8,9 +8,10 @@ constexpr int COLUMN_ROWS = 64;
 constexpr int COLUMN_WIDTH = WARP * PACK;
 constexpr int COLUMN_WARPS = 8;
 
-// Writes `SUMS` vectors `[width]` a block of rows, `parts` `[blocks, SUMS, width]`. `terms(row, first, values)` sets what
-// elements `first ..` of a row add to each.
-template <int SUMS, class Terms> __device__ __forceinline__ void column_sums(float *parts, int rows, int width, Terms terms) {
+// Writes `SUMS` vectors `[width]` a block of rows, `parts` `[blocks, SUMS, width]`. `terms(row, first, values)` sets
+// what elements `first ..` of a row add to each.
+template <int SUMS, class Terms>
+__device__ __forceinline__ void column_sums(float *parts, int rows, int width, Terms terms) {
     __shared__ float of_warps[SUMS][COLUMN_WARPS][COLUMN_WIDTH];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int first = blockIdx.y * COLUMN_WIDTH + lane * PACK, start = blockIdx.x * COLUMN_ROWS;

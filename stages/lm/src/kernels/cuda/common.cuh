@@ -59,7 +59,8 @@ __device__ __forceinline__ void store_wide(bf16 *x, const float (&from)[PACK]) {
 }
 
 // Elements `first ..` of a row or matrix of `count`; 0 behind its end.
-template <class T> __device__ __forceinline__ void load(float (&to)[PACK], const T *x, long long first, long long count) {
+template <class T>
+__device__ __forceinline__ void load(float (&to)[PACK], const T *x, long long first, long long count) {
     if (first + PACK <= count && wide(x + first)) {
         load_wide(to, x + first);
     } else {
@@ -69,7 +70,8 @@ template <class T> __device__ __forceinline__ void load(float (&to)[PACK], const
 }
 
 // Writes what lies before the end of a row or matrix of `count`.
-template <class T> __device__ __forceinline__ void store(T *x, long long first, long long count, const float (&from)[PACK]) {
+template <class T>
+__device__ __forceinline__ void store(T *x, long long first, long long count, const float (&from)[PACK]) {
     if (first + PACK <= count && wide(x + first)) {
         store_wide(x + first, from);
     } else {
@@ -137,8 +139,8 @@ struct Dropout {
     float kept;
 };
 
-// Which of 32 elements of a line are dropped, a bit each: elements `32 block ..`. Eight lanes that follow each other ask for
-// the same block together; all lanes of the warp must call.
+// Which of 32 elements of a line are dropped, a bit each: elements `32 block ..`. Eight lanes that follow each other
+// ask for the same block together; all lanes of the warp must call.
 __device__ __forceinline__ unsigned dropped(const Dropout &dropout, unsigned row, unsigned line, unsigned block) {
     unsigned counter = threadIdx.x % 8;
     Words words = philox(dropout.seed, (line << 14) + block * 8 + counter, row, dropout.update, dropout.purpose);
@@ -150,15 +152,16 @@ __device__ __forceinline__ unsigned dropped(const Dropout &dropout, unsigned row
     return bits;
 }
 
-// Multiplies a warp's packs of one row by the mask: lane `i` holds elements `first + PACK i ..`, where `first` is a multiple
-// of 32. All lanes must call.
+// Multiplies a warp's packs of one row by the mask: lane `i` holds elements `first + PACK i ..`, where `first` is a
+// multiple of 32. All lanes must call.
 __device__ __forceinline__ void drop(float (&x)[PACK], const Dropout &dropout, unsigned row, unsigned line, int first) {
     int lane = threadIdx.x % WARP;
     // A warp's 256 elements are 8 blocks: each group of eight lanes draws two, and hands every lane its byte.
     unsigned low = dropped(dropout, row, line, first / 32 + lane / 8);
     unsigned high = dropped(dropout, row, line, first / 32 + 4 + lane / 8);
     int block = lane / 4;
-    unsigned from_low = __shfl_sync(ALL_LANES, low, block % 4 * 8), from_high = __shfl_sync(ALL_LANES, high, block % 4 * 8);
+    unsigned from_low = __shfl_sync(ALL_LANES, low, block % 4 * 8),
+             from_high = __shfl_sync(ALL_LANES, high, block % 4 * 8);
     unsigned bits = (block < 4 ? from_low : from_high) >> (lane % 4 * 8);
 #pragma unroll
     for (int i = 0; i < PACK; i++) x[i] = bits >> i & 1 ? 0.0f : x[i] * dropout.kept;

@@ -11,8 +11,8 @@ constexpr int WIDEST = 128;
 
 // Copies keys and values of packed rows `[N, (Hq + 2 Hkv) d]` to their places. A thread has an element.
 template <class T>
-__device__ void append(T *keys, T *values, const T *qkv, const unsigned *sequences, const unsigned *positions, int query_heads,
-                       int key_heads, int width, int capacity, long long count) {
+__device__ void append(T *keys, T *values, const T *qkv, const unsigned *sequences, const unsigned *positions,
+                       int query_heads, int key_heads, int width, int capacity, long long count) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
     int channel = i % width, head = i / width % key_heads, part = i / width / key_heads % 2;
@@ -23,13 +23,13 @@ __device__ void append(T *keys, T *values, const T *qkv, const unsigned *sequenc
         qkv[(row * heads + from) * width + channel];
 }
 extern "C" __global__ void append_f32(float *keys, float *values, const float *qkv, const unsigned *sequences,
-                                      const unsigned *positions, int query_heads, int key_heads, int width, int capacity,
-                                      long long count) {
+                                      const unsigned *positions, int query_heads, int key_heads, int width,
+                                      int capacity, long long count) {
     append(keys, values, qkv, sequences, positions, query_heads, key_heads, width, capacity, count);
 }
 extern "C" __global__ void append_bf16(bf16 *keys, bf16 *values, const bf16 *qkv, const unsigned *sequences,
-                                       const unsigned *positions, int query_heads, int key_heads, int width, int capacity,
-                                       long long count) {
+                                       const unsigned *positions, int query_heads, int key_heads, int width,
+                                       int capacity, long long count) {
     append(keys, values, qkv, sequences, positions, query_heads, key_heads, width, capacity, count);
 }
 
@@ -47,9 +47,9 @@ struct Part {
     }
 };
 
-// Attention of one row over part of its cache. A block has one row, one head of queries and SPLIT positions; groups of lanes,
-// PACK channels each, take turns with the positions. The result goes to `out`, or where that is shared by several blocks to
-// `parts`.
+// Attention of one row over part of its cache. A block has one row, one head of queries and SPLIT positions; groups of
+// lanes, PACK channels each, take turns with the positions. The result goes to `out`, or where that is shared by
+// several blocks to `parts`.
 template <class T>
 __device__ void attend(T *out, float *parts, const T *qkv, const T *keys, const T *values, const unsigned *positions,
                        int query_heads, int key_heads, int width, float scale, int capacity) {
@@ -83,7 +83,8 @@ __device__ void attend(T *out, float *parts, const T *qkv, const T *keys, const 
     }
     for (int step = lanes; step < WARP; step *= 2) {
         float others[PACK];
-        float largest = __shfl_xor_sync(ALL_LANES, part.largest, step), sum = __shfl_xor_sync(ALL_LANES, part.sum, step);
+        float largest = __shfl_xor_sync(ALL_LANES, part.largest, step),
+              sum = __shfl_xor_sync(ALL_LANES, part.sum, step);
         for (int i = 0; i < PACK; i++) others[i] = __shfl_xor_sync(ALL_LANES, part.values[i], step);
         part.take(largest, sum, others);
     }
@@ -112,18 +113,19 @@ __device__ void attend(T *out, float *parts, const T *qkv, const T *keys, const 
         out[place * width + c] = from_float<T>(result / sum);
     }
 }
-extern "C" __global__ void attend_f32(float *out, float *parts, const float *qkv, const float *keys, const float *values,
-                                      const unsigned *positions, int query_heads, int key_heads, int width, float scale,
-                                      int capacity) {
+extern "C" __global__ void attend_f32(float *out, float *parts, const float *qkv, const float *keys,
+                                      const float *values, const unsigned *positions, int query_heads, int key_heads,
+                                      int width, float scale, int capacity) {
     attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, capacity);
 }
 extern "C" __global__ void attend_bf16(bf16 *out, float *parts, const bf16 *qkv, const bf16 *keys, const bf16 *values,
-                                       const unsigned *positions, int query_heads, int key_heads, int width, float scale,
-                                       int capacity) {
+                                       const unsigned *positions, int query_heads, int key_heads, int width,
+                                       float scale, int capacity) {
     attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, capacity);
 }
 
-// The result from the parts of a row and head, of which those behind the row's last position were not written. A block has one.
+// The result from the parts of a row and head, of which those behind the row's last position were not written. A block
+// has one.
 template <class T>
 __device__ void combine(T *out, const float *parts, const unsigned *positions, int heads, int width, int splits) {
     long long place = static_cast<long long>(blockIdx.x) * heads + blockIdx.y;

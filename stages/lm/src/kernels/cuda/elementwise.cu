@@ -115,8 +115,12 @@ extern "C" __global__ void gelu_erf_backward_f32(float *dy, const float *x, long
 extern "C" __global__ void gelu_erf_backward_bf16(bf16 *dy, const bf16 *x, long long n) {
     activation_backward<GeluErf>(dy, x, n);
 }
-extern "C" __global__ void relu_backward_f32(float *dy, const float *x, long long n) { activation_backward<Relu>(dy, x, n); }
-extern "C" __global__ void relu_backward_bf16(bf16 *dy, const bf16 *x, long long n) { activation_backward<Relu>(dy, x, n); }
+extern "C" __global__ void relu_backward_f32(float *dy, const float *x, long long n) {
+    activation_backward<Relu>(dy, x, n);
+}
+extern "C" __global__ void relu_backward_bf16(bf16 *dy, const bf16 *x, long long n) {
+    activation_backward<Relu>(dy, x, n);
+}
 
 extern "C" __global__ void bias_gelu_tanh_f32(float *out, float *x, const float *bias, int width) {
     bias_activation<GeluTanh>(out, x, bias, width);

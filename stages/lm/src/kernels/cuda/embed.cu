@@ -2,11 +2,11 @@
 
 #include "common.cuh"
 
-// out = dropout(vector of the input + vector of the position). Inputs from 0 are token ids, -1 - i is vector i of the prompt.
-// Without positions where their table is null. A block has a row.
+// out = dropout(vector of the input + vector of the position). Inputs from 0 are token ids, -1 - i is vector i of the
+// prompt. Without positions where their table is null. A block has a row.
 template <class T>
-__device__ void embed(T *out, const int *inputs, const unsigned *at, const T *tokens, const T *prompt, const T *positions,
-                      int width, const unsigned *keys, Dropout dropout) {
+__device__ void embed(T *out, const int *inputs, const unsigned *at, const T *tokens, const T *prompt,
+                      const T *positions, int width, const unsigned *keys, Dropout dropout) {
     int input = inputs[blockIdx.x];
     const T *vector = input >= 0 ? tokens + static_cast<long long>(input) * width
                                  : prompt + static_cast<long long>(-1 - input) * width;
@@ -38,11 +38,11 @@ extern "C" __global__ void embed_bf16(bf16 *out, const int *inputs, const unsign
     embed(out, inputs, at, tokens, prompt, positions, width, keys, {seed, update, purpose, threshold, kept});
 }
 
-// table[ids[g]] += sum of dy[order[i]] for i in starts[g] .. starts[g + 1]. A block has one place of the table and 256 columns;
-// its 8 warps take turns with the rows.
+// table[ids[g]] += sum of dy[order[i]] for i in starts[g] .. starts[g + 1]. A block has one place of the table and 256
+// columns; its 8 warps take turns with the rows.
 template <class T>
-__device__ void add_groups(float *table, const T *dy, const unsigned *order, const unsigned *starts, const unsigned *ids,
-                           int width) {
+__device__ void add_groups(float *table, const T *dy, const unsigned *order, const unsigned *starts,
+                           const unsigned *ids, int width) {
     constexpr int WARPS = 8;
     __shared__ float of_warps[WARPS][WARP * PACK];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -15,7 +15,8 @@ template <class T> __device__ __forceinline__ float exponential(float x) { retur
 template <class T> __device__ __forceinline__ float logarithm(float x) { return Fast<T>::IS ? __logf(x) : logf(x); }
 
 // Logits `first ..` of a row; negative infinity behind its end.
-template <class T> __device__ __forceinline__ void load_logits(float (&to)[PACK], const T *row, int first, int vocabulary) {
+template <class T>
+__device__ __forceinline__ void load_logits(float (&to)[PACK], const T *row, int first, int vocabulary) {
     load(to, row, first, vocabulary);
     if (first + PACK > vocabulary)
         for (int i = 0; i < PACK; i++)
@@ -205,7 +206,8 @@ template <class T> struct Row {
     }
 };
 
-// A block has a row of logits `[R, vocabulary]`. Terms go to `terms[row, column ..]`, slopes to `slopes` where that is not null.
+// A block has a row of logits `[R, vocabulary]`. Terms go to `terms[row, column ..]`, slopes to `slopes` where that is
+// not null.
 template <class T>
 __device__ void head_terms(const T *logits, T *slopes, int accumulate, const unsigned *labels, double label_coefficient,
                            const T *target, int kind, float a, float b, double coefficient, double temperature,
@@ -251,13 +253,13 @@ extern "C" __global__ void __launch_bounds__(512)
     head_terms_f32(const float *logits, float *slopes, int accumulate, const unsigned *labels, double label_coefficient,
                    const float *target, int kind, float a, float b, double coefficient, double temperature,
                    const float *weights, double *terms, int columns, int column, int vocabulary) {
-    head_terms(logits, slopes, accumulate, labels, label_coefficient, target, kind, a, b, coefficient, temperature, weights,
-               terms, columns, column, vocabulary);
+    head_terms(logits, slopes, accumulate, labels, label_coefficient, target, kind, a, b, coefficient, temperature,
+               weights, terms, columns, column, vocabulary);
 }
 extern "C" __global__ void __launch_bounds__(512)
     head_terms_bf16(const bf16 *logits, bf16 *slopes, int accumulate, const unsigned *labels, double label_coefficient,
                     const bf16 *target, int kind, float a, float b, double coefficient, double temperature,
                     const float *weights, double *terms, int columns, int column, int vocabulary) {
-    head_terms(logits, slopes, accumulate, labels, label_coefficient, target, kind, a, b, coefficient, temperature, weights,
-               terms, columns, column, vocabulary);
+    head_terms(logits, slopes, accumulate, labels, label_coefficient, target, kind, a, b, coefficient, temperature,
+               weights, terms, columns, column, vocabulary);
 }

@@ -2,8 +2,8 @@
 
 #include "columns.cuh"
 
-// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`. With `y` it is the norm
-// of x + y, which goes to `sum`; that may be the place of `x`.
+// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`. With `y` it is the
+// norm of x + y, which goes to `sum`; that may be the place of `x`.
 template <bool CENTRED, class T>
 __device__ void norm(T *out, float *moments, T *sum, const T *x, const T *y, const float *weight, const float *bias,
                      int width, float eps) {
@@ -67,8 +67,8 @@ extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, bf16 *sum, c
     norm<false>(out, moments, sum, x, y, weight, bias, width, eps);
 }
 
-// With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)), where RMS norm has no mean(g). Added to
-// what is in dx where it is to be. A block has a row.
+// With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)), where RMS norm has no mean(g).
+// Added to what is in dx where it is to be. A block has a row.
 template <bool CENTRED, class T>
 __device__ void norm_backward(T *dx, const T *x, const float *weight, const float *moments, const T *dy, int width,
                               int accumulate) {
@@ -128,11 +128,11 @@ __device__ void norm_parameters(float *parts, const T *x, const float *moments, 
         for (int i = 0; i < PACK; i++) values[0][i] = values[1][i] * ((values[0][i] - mean) * scale);
     });
 }
-extern "C" __global__ void norm_parameters_f32(float *parts, const float *x, const float *moments, const float *dy, int rows,
-                                               int width) {
+extern "C" __global__ void norm_parameters_f32(float *parts, const float *x, const float *moments, const float *dy,
+                                               int rows, int width) {
     norm_parameters(parts, x, moments, dy, rows, width);
 }
-extern "C" __global__ void norm_parameters_bf16(float *parts, const bf16 *x, const float *moments, const bf16 *dy, int rows,
-                                                int width) {
+extern "C" __global__ void norm_parameters_bf16(float *parts, const bf16 *x, const float *moments, const bf16 *dy,
+                                                int rows, int width) {
     norm_parameters(parts, x, moments, dy, rows, width);
 }

@@ -2,8 +2,8 @@
 
 #include "common.cuh"
 
-// Turns the first `heads` heads of each row of `x`, in place; a thread has a pair of channels. `angles` hold cosine and sine
-// of each position and pair, `[P, 2, d / 2]`.
+// Turns the first `heads` heads of each row of `x`, in place; a thread has a pair of channels. `angles` hold cosine and
+// sine of each position and pair, `[P, 2, d / 2]`.
 template <class T>
 __device__ void rope(T *x, const unsigned *positions, const float *angles, int heads, int width, int stride, float sign,
                      long long count) {
@@ -20,10 +20,10 @@ __device__ void rope(T *x, const unsigned *positions, const float *angles, int h
     at[half] = from_float<T>(b * c + a * s);
 }
 extern "C" __global__ void rotate_f32(float *x, const unsigned *positions, const float *angles, int heads, int width,
-                                    int stride, float sign, long long count) {
+                                      int stride, float sign, long long count) {
     rope(x, positions, angles, heads, width, stride, sign, count);
 }
 extern "C" __global__ void rotate_bf16(bf16 *x, const unsigned *positions, const float *angles, int heads, int width,
-                                     int stride, float sign, long long count) {
+                                       int stride, float sign, long long count) {
     rope(x, positions, angles, heads, width, stride, sign, count);
 }

@@ -14,15 +14,16 @@ extern "C" __global__ void sum_rows_bf16(float *parts, const bf16 *x, int rows, 
     sum_rows(parts, x, rows, width);
 }
 
-// The sum of `count` vectors that lie `stride` apart, in a fixed order; added to `out` where it is to be. A block has 32
-// columns.
+// The sum of `count` vectors that lie `stride` apart, in a fixed order; added to `out` where it is to be. A block has
+// 32 columns.
 extern "C" __global__ void sum_parts(float *out, const float *parts, int count, int stride, int width, int accumulate) {
     __shared__ float of_warps[COLUMN_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int column = blockIdx.x * WARP + lane;
     float sum = 0.0f;
     if (column < width)
-        for (int part = warp; part < count; part += COLUMN_WARPS) sum += parts[static_cast<long long>(part) * stride + column];
+        for (int part = warp; part < count; part += COLUMN_WARPS)
+            sum += parts[static_cast<long long>(part) * stride + column];
     of_warps[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || column >= width) return;
@@ -42,7 +43,8 @@ template <class T> __device__ void copy_row(T *to, const T *from, int width) {
 
 // out[i] = x[indices[i]]
 template <class T> __device__ void gather(T *out, const T *x, const unsigned *indices, int width) {
-    copy_row(out + static_cast<long long>(blockIdx.x) * width, x + static_cast<long long>(indices[blockIdx.x]) * width, width);
+    copy_row(out + static_cast<long long>(blockIdx.x) * width, x + static_cast<long long>(indices[blockIdx.x]) * width,
+             width);
 }
 extern "C" __global__ void gather_f32(float *out, const float *x, const unsigned *indices, int width) {
     gather(out, x, indices, width);
@@ -53,7 +55,8 @@ extern "C" __global__ void gather_bf16(bf16 *out, const bf16 *x, const unsigned 
 
 // out[indices[i]] = x[i]
 template <class T> __device__ void scatter(T *out, const T *x, const unsigned *indices, int width) {
-    copy_row(out + static_cast<long long>(indices[blockIdx.x]) * width, x + static_cast<long long>(blockIdx.x) * width, width);
+    copy_row(out + static_cast<long long>(indices[blockIdx.x]) * width, x + static_cast<long long>(blockIdx.x) * width,
+             width);
 }
 extern "C" __global__ void scatter_f32(float *out, const float *x, const unsigned *indices, int width) {
     scatter(out, x, indices, width);

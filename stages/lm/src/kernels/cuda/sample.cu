@@ -1,7 +1,7 @@
 // Choosing the next token of every row, with the semantics of `sample.rs`.
 //
-// Weights of tokens are whole numbers, steps of 2^-40 of the largest one: their sums are exact in any order, so that atomic
-// additions are deterministic, and a draw always falls on a token.
+// Weights of tokens are whole numbers, steps of 2^-40 of the largest one: their sums are exact in any order, so that
+// atomic additions are deterministic, and a draw always falls on a token.
 
 #include "common.cuh"
 
@@ -10,13 +10,14 @@
 using Weight = unsigned long long;
 
 constexpr float UNIT = 1099511627776.0f; // 2^40
-// Bins of a digit when keys are narrowed down, and tokens whose weights are summed together. Both stand in `sample.rs` too.
+// Bins of a digit when keys are narrowed down, and tokens whose weights are summed together. Both stand in `sample.rs`
+// too.
 constexpr int BINS = 2048;
 constexpr int BLOCK = 512;
 constexpr int CHUNK = 128; // bins of a warp
 
-// First of `count` places up to which the amounts exceed `target`, and their sum before it; `count` where there is none. By a
-// warp.
+// First of `count` places up to which the amounts exceed `target`, and their sum before it; `count` where there is
+// none. By a warp.
 template <class Amount> __device__ int place(int count, Weight target, Weight &before, Amount amount) {
     int lane = threadIdx.x % WARP;
     before = 0;
@@ -56,7 +57,8 @@ struct Logits {
     unsigned *seen, *forbidden; // a bit a token
     __device__ __forceinline__ float operator[](int token) const {
         float logit = own[token];
-        if (penalty != 1.0f && seen[token / 32] >> token % 32 & 1) logit = logit < 0.0f ? logit * penalty : logit / penalty;
+        if (penalty != 1.0f && seen[token / 32] >> token % 32 & 1)
+            logit = logit < 0.0f ? logit * penalty : logit / penalty;
         return forbidden[token / 32] >> token % 32 & 1 ? -INFINITY : logit;
     }
 };
@@ -80,9 +82,10 @@ struct Kept {
     }
 };
 
-// The greatest key such that the amounts of kept tokens with it and above exceed `target`, and the sum of those above. By the
-// block.
-template <class Amount> __device__ unsigned narrow(const Kept &kept, Weight *bins, Weight target, Weight &above, Amount amount) {
+// The greatest key such that the amounts of kept tokens with it and above exceed `target`, and the sum of those above.
+// By the block.
+template <class Amount>
+__device__ unsigned narrow(const Kept &kept, Weight *bins, Weight target, Weight &above, Amount amount) {
     __shared__ Weight of_warps[BINS / CHUNK];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     unsigned prefix = 0, known = 0;
@@ -129,7 +132,8 @@ __device__ Weight weigh(const Kept &kept, Weight *blocks) {
     __syncthreads();
     for (int block = warp; block * BLOCK < vocabulary; block += warps) {
         Weight sum = 0;
-        for (int token = block * BLOCK + lane; token < min(vocabulary, (block + 1) * BLOCK); token += WARP) sum += kept[token];
+        for (int token = block * BLOCK + lane; token < min(vocabulary, (block + 1) * BLOCK); token += WARP)
+            sum += kept[token];
         sum = over_warp<Sum>(sum);
         if (lane == 0) blocks[block] = sum, total += sum;
     }
@@ -138,10 +142,10 @@ __device__ Weight weigh(const Kept &kept, Weight *blocks) {
 
 // A block has a row of logits, `[rows, vocabulary]`.
 extern "C" __global__ void __launch_bounds__(512)
-    sample(const float *all_logits, int vocabulary, const unsigned *ids, const unsigned *prompts, const unsigned *limits,
-           unsigned *counts, unsigned *positions, int *next, unsigned *finished, unsigned *histories, int room,
-           float *log_probs, int most, float temperature, int top_k, float top_p, float penalty, int ngram,
-           unsigned long long seed, unsigned time, unsigned purpose, unsigned end) {
+    sample(const float *all_logits, int vocabulary, const unsigned *ids, const unsigned *prompts,
+           const unsigned *limits, unsigned *counts, unsigned *positions, int *next, unsigned *finished,
+           unsigned *histories, int room, float *log_probs, int most, float temperature, int top_k, float top_p,
+           float penalty, int ngram, unsigned long long seed, unsigned time, unsigned purpose, unsigned end) {
     extern __shared__ __align__(16) unsigned char memory[];
     int row = blockIdx.x, words = (vocabulary + 31) / 32, blocks = (vocabulary + BLOCK - 1) / BLOCK;
     if (finished[row]) return;
@@ -176,7 +180,8 @@ extern "C" __global__ void __launch_bounds__(512)
             largest = own;
         }
         sum += expf(own - largest);
-        best = Max::of(best, static_cast<unsigned long long>(key_of(logits[token])) << 32 | ~static_cast<unsigned>(token));
+        best =
+            Max::of(best, static_cast<unsigned long long>(key_of(logits[token])) << 32 | ~static_cast<unsigned>(token));
     }
     float own_largest = over_block<Max>(largest);
     double own_sum = over_block<Sum>(static_cast<double>(sum * expf(largest - own_largest)));
@@ -187,7 +192,8 @@ extern "C" __global__ void __launch_bounds__(512)
         __syncthreads();
         best = 0;
         for (int token = threadIdx.x; token < vocabulary; token += blockDim.x)
-            best = Max::of(best, static_cast<unsigned long long>(key_of(logits[token])) << 32 | ~static_cast<unsigned>(token));
+            best = Max::of(best, static_cast<unsigned long long>(key_of(logits[token])) << 32 |
+                                     ~static_cast<unsigned>(token));
         best = over_block<Max>(best);
     }
 
@@ -199,7 +205,8 @@ extern "C" __global__ void __launch_bounds__(512)
         if (top_k > 0 && top_k < vocabulary)
             kept.least = narrow(kept, bins, top_k - 1, above, [](float) -> Weight { return 1; });
         if (top_p < 1.0f) {
-            Weight needed = static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(weigh(kept, weights))));
+            Weight needed =
+                static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(weigh(kept, weights))));
             if (needed > 0) {
                 auto weight = [&](float logit) { return kept.weight(logit); };
                 unsigned least = narrow(kept, bins, needed - 1, above, weight);
@@ -218,11 +225,14 @@ extern "C" __global__ void __launch_bounds__(512)
             Weight target = static_cast<Weight>(draw * static_cast<double>(total));
             int block = place(blocks, target, before, [&](int i) { return weights[i]; });
             int start = block * BLOCK;
-            token = start + place(min(BLOCK, vocabulary - start), target - before, before, [&](int i) { return kept[start + i]; });
+            token = start + place(min(BLOCK, vocabulary - start), target - before, before,
+                                  [&](int i) { return kept[start + i]; });
         }
     }
     if (threadIdx.x > 0) return;
-    if (written < most) log_probs[static_cast<long long>(row) * most + written] = logits.own[token] - own_largest - static_cast<float>(log(own_sum));
+    if (written < most)
+        log_probs[static_cast<long long>(row) * most + written] =
+            logits.own[token] - own_largest - static_cast<float>(log(own_sum));
     if (count < room) history[count] = token;
     counts[row] = count + 1;
     positions[row] += 1;

@@ -643,7 +643,7 @@ fn attention_over_packed_sequences() {
 fn heads_that_are_too_wide_are_errors() {
     let Some(device) = device() else { return };
     let heads = Heads { queries: 1, keys: 1, width: 160, scale: 1.0 };
-    let sequences = Sequences::new(&device, &[0..1], &[1]).unwrap();
+    let sequences = Sequences::new(&device, &segments(&[1]).0, &[1]).unwrap();
     let qkv = zeros::<f32>(&device, 480);
     let (mut out, mut normalisers) = (zeros::<f32>(&device, 160), zeros::<f32>(&device, 1));
     let error =

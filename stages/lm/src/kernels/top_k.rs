@@ -1,0 +1,154 @@
+//! The K most likely tokens of a distribution with the rest as one class, and divergences between such coarse
+//! distributions.
+//!
+//! Letters: N rows, V vocabulary, K tokens that stand for themselves, `rest` the other V - K.
+
+use std::collections::BinaryHeap;
+
+use super::elementary::{LOG_FLOOR, Normaliser, exp, max};
+use super::head::{Rule, Token};
+use crate::loss::Divergence;
+use crate::sample::{rank, token_of};
+
+/// One row of a coarse distribution.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Classes<'a> {
+    /// `[K]`, distinct and below V.
+    pub(crate) tokens: &'a [u32],
+    /// `[K]`.
+    pub(crate) log_probs: &'a [f32],
+    /// Logarithm of the rest's mass.
+    pub(crate) log_rest: f32,
+}
+
+/// Finds the `tokens.len()` most likely tokens of `softmax(logits * scale)`, best first and of equal ones the lower id
+/// first, with their log-probabilities. Returns the logarithm of the mass of the others. `logits` are used up.
+pub(crate) fn most_likely(logits: &mut [f32], scale: f32, tokens: &mut [u32], log_probs: &mut [f32]) -> f32 {
+    let normaliser = Normaliser::of(logits, scale);
+    tokens.copy_from_slice(&best(logits, tokens.len()));
+    for (token, log_prob) in tokens.iter().zip(log_probs) {
+        *log_prob = normaliser.log_probability(logits[*token as usize]);
+    }
+    let rest = Rest::of(logits, tokens, scale);
+    rest.map_or(LOG_FLOOR, |rest| floored(rest.log_mass(normaliser)))
+}
+
+/// The ids of the `count` largest logits, in order.
+fn best(logits: &[f32], count: usize) -> Vec<u32> {
+    // The smallest of those kept lies on top: most logits are dismissed by one comparison with it.
+    let mut kept = BinaryHeap::with_capacity(count + 1);
+    let mut least = f32::NEG_INFINITY;
+    for (token, &logit) in logits.iter().enumerate() {
+        if kept.len() < count {
+            kept.push(std::cmp::Reverse(rank(token, logit)));
+        } else if logit > least {
+            kept.pop();
+            kept.push(std::cmp::Reverse(rank(token, logit)));
+        } else {
+            continue;
+        }
+        least = kept.peek().map_or(least, |worst| logits[token_of(worst.0)]);
+    }
+    kept.into_sorted_vec().into_iter().map(|kept| token_of(kept.0) as u32).collect()
+}
+
+/// The softmax of the rest alone.
+#[derive(Clone, Copy)]
+struct Rest(Normaliser);
+
+impl Rest {
+    /// Puts negative infinity in the place of `tokens`; `None` where nothing remains.
+    fn of(logits: &mut [f32], tokens: &[u32], scale: f32) -> Option<Self> {
+        for &token in tokens {
+            logits[token as usize] = f32::NEG_INFINITY;
+        }
+        if max(logits) == f32::NEG_INFINITY && logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+            return None;
+        }
+        Some(Rest(Normaliser::of(logits, scale)))
+    }
+
+    /// Logarithm of its mass in the softmax of all.
+    fn log_mass(self, all: Normaliser) -> f32 {
+        (self.0.max - all.max) * all.scale + self.0.log_sum - all.log_sum
+    }
+}
+
+/// At least [`LOG_FLOOR`]; a NaN stays one.
+fn floored(log: f32) -> f32 {
+    if log < LOG_FLOOR { LOG_FLOOR } else { log }
+}
+
+/// Divergence of `softmax(logits / temperature)`, made as coarse as `target`, from `target`. Adds `factor` times its
+/// derivative by `logits` to `slopes`, unless that is empty. `scratch` has the length of `logits`.
+///
+/// With `h = s df/ds` of every class and `H` their sum, the derivative is `(h - s H) / temperature` for a token that
+/// stands for itself. One of the rest gets its share, by its probability among the rest, of that of the rest's class.
+pub(crate) fn divergence(
+    divergence: Divergence,
+    logits: &[f32],
+    target: Classes<'_>,
+    scratch: &mut [f32],
+    temperature: f64,
+    factor: f64,
+    slopes: &mut [f32],
+) -> f64 {
+    let scale = (1.0 / temperature) as f32;
+    scratch.copy_from_slice(logits);
+    let rest = Rest::of(scratch, target.tokens, scale);
+    let all = normaliser(logits, target.tokens, rest, scale);
+    let mut value = 0.0;
+    let mut slope_sum = 0.0;
+    let mut class = |log_s: f32, log_t: f32| {
+        let log_t = floored(log_t);
+        let s = exp(log_s);
+        let (summand, slope) = divergence.terms(Token { s, log_s, t: exp(log_t), log_t });
+        value += f64::from(summand);
+        slope_sum += f64::from(slope);
+        (s, slope)
+    };
+    let log_s = |token: &u32| all.log_probability(logits[*token as usize]);
+    let of_tokens: Vec<(f32, f32)> =
+        target.tokens.iter().map(log_s).zip(target.log_probs).map(|(log_s, log_t)| class(log_s, *log_t)).collect();
+    let of_rest = class(rest.map_or(LOG_FLOOR, |rest| floored(rest.log_mass(all))), target.log_rest);
+    if !slopes.is_empty() {
+        let (factor, slope_sum) = ((factor / temperature) as f32, slope_sum as f32);
+        let change = |(s, slope): (f32, f32)| factor * (slope - s * slope_sum);
+        if let Some(Rest(rest)) = rest {
+            let change = change(of_rest);
+            for (slope, logit) in slopes.iter_mut().zip(&*scratch) {
+                // The tokens that stand for themselves are at negative infinity here: nothing is added to them.
+                *slope += change * exp(rest.log_probability(*logit));
+            }
+        }
+        for (token, of_token) in target.tokens.iter().zip(of_tokens) {
+            slopes[*token as usize] += change(of_token);
+        }
+    }
+    value
+}
+
+/// The normaliser of all logits, from that of the rest: no second pass over the vocabulary.
+fn normaliser(logits: &[f32], tokens: &[u32], rest: Option<Rest>, scale: f32) -> Normaliser {
+    let chosen = || tokens.iter().map(|token| logits[*token as usize]);
+    let max = chosen().chain(rest.map(|rest| rest.0.max)).fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    let of_rest =
+        rest.map_or(0.0, |Rest(rest)| f64::from(exp((rest.max - max) * scale)) * f64::from(rest.log_sum).exp());
+    let sum = of_rest + chosen().map(|logit| f64::from(exp((logit - max) * scale))).sum::<f64>();
+    Normaliser { max, scale, log_sum: sum.ln() as f32 }
+}
+
+impl Rule for Divergence {
+    fn terms(&self, token: Token) -> (f32, f32) {
+        use super::head::{AlphaBeta, ForwardKl, Jsd, ReverseKl, SkewedForwardKl, SkewedReverseKl, TotalVariation};
+        match *self {
+            Divergence::ForwardKl => ForwardKl.terms(token),
+            Divergence::ReverseKl => ReverseKl.terms(token),
+            Divergence::Jsd { beta } => Jsd(beta as f32).terms(token),
+            Divergence::SkewedForwardKl { alpha } => SkewedForwardKl(alpha as f32).terms(token),
+            Divergence::SkewedReverseKl { alpha } => SkewedReverseKl(alpha as f32).terms(token),
+            Divergence::TotalVariation => TotalVariation.terms(token),
+            Divergence::AlphaBeta { alpha, beta } => AlphaBeta { alpha: alpha as f32, beta: beta as f32 }.terms(token),
+        }
+    }
+}

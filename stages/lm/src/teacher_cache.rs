@@ -1,0 +1,608 @@
+//! What a frozen model says of a text, kept on disk and read row by row.
+//!
+//! A cache holds, for every response token of every row, either the final hidden state before it or the likeliest tokens
+//! there. It is found again by row id; a fingerprint of the response guards against another text under the same id. Files:
+//!
+//! - `cache.json`: what is kept, and of which model;
+//! - `rows.safetensors`: per row, in order, its id, fingerprint, number of tokens, and shard;
+//! - `shard-NNNNN.safetensors`: the values of whole rows, one after the other, `[tokens, ...]`;
+//! - the model's tokenizer.
+//!
+//! Writing needs the memory of one row, reading that of the rows asked for.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use contract::value::write;
+use contract::{PortType, Result, TokenizerFile, Value};
+use half::bf16;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::{Dtype, SafeTensors};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use crate::checkpoint::{read, write_json};
+use crate::gpt2::LanguageModel;
+use crate::top_k::TopK;
+
+/// What is kept of every token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Keep {
+    /// The final hidden state: exact, and enough for every divergence and temperature. A user multiplies it with the head.
+    #[default]
+    Hidden,
+    /// So many of the likeliest tokens with their log-probabilities, and the mass of all others; see [`TopK`].
+    TopK(usize),
+}
+
+/// The type that hidden states are kept in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to 8 bits of precision: half the size.
+    Bf16,
+}
+
+/// What a cache says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// What is kept of every token.
+    pub keep: Keep,
+    /// The type of hidden states.
+    pub storage: Storage,
+    /// Temperature of the probabilities that [`Keep::TopK`] keeps.
+    pub temperature: f64,
+    /// Channels of a hidden state.
+    pub width: usize,
+    /// Fingerprint of the model's output head: hidden states mean nothing to another one.
+    pub head: u64,
+}
+
+impl Facts {
+    /// Of a cache of what `model` says.
+    pub fn of(model: &LanguageModel, keep: Keep, storage: Storage, temperature: f64) -> Result<Self> {
+        Ok(Facts { keep, storage, temperature, width: model.width(), head: fingerprint_of_head(model)? })
+    }
+
+    /// The tensors of a shard.
+    fn columns(&self) -> Vec<Column> {
+        let column = |name, dtype, width| Column { name, dtype, width };
+        match (self.keep, self.storage) {
+            (Keep::Hidden, Storage::F32) => vec![column("hidden", Dtype::F32, self.width)],
+            (Keep::Hidden, Storage::Bf16) => vec![column("hidden", Dtype::BF16, self.width)],
+            (Keep::TopK(k), _) => vec![
+                column("token", Dtype::U32, k),
+                column("log_prob", Dtype::F32, k),
+                column("log_rest", Dtype::F32, 1),
+            ],
+        }
+    }
+
+    fn bytes_per_token(&self) -> usize {
+        self.columns().iter().map(Column::bytes).sum()
+    }
+}
+
+/// A tensor of a shard, `[tokens, width]`.
+struct Column {
+    name: &'static str,
+    dtype: Dtype,
+    width: usize,
+}
+
+impl Column {
+    /// Of a token.
+    fn bytes(&self) -> usize {
+        self.dtype.bitsize() / 8 * self.width
+    }
+}
+
+/// What a model says of some tokens.
+#[derive(Clone, Debug)]
+pub enum Said {
+    /// Final hidden states, `[tokens, width]`.
+    Hidden(Tensor),
+    /// The likeliest tokens.
+    TopK(TopK),
+}
+
+/// A row of the text: its id, and the response tokens of which something is said.
+pub type Response<'a> = (u64, &'a [u32]);
+
+/// What a frozen model says of a text, on disk.
+pub struct TeacherCache {
+    /// What is kept.
+    pub facts: Facts,
+    tokenizer: TokenizerFile,
+    folder: PathBuf,
+    /// Removes the folder with the value, where it was made by it.
+    _scratch: Option<TempDir>,
+    places: HashMap<u64, Place>,
+    shards: Vec<Shard>,
+}
+
+/// Where a row lies.
+#[derive(Clone, Copy)]
+struct Place {
+    fingerprint: u64,
+    tokens: usize,
+    shard: usize,
+    /// Its first token among those of the shard.
+    start: usize,
+}
+
+/// A file of values.
+struct Shard {
+    file: File,
+    /// First byte of each column.
+    columns: Vec<u64>,
+}
+
+impl TeacherCache {
+    /// What was said of rows, one after the other.
+    ///
+    /// Errors when a row is not in the cache, or its response is not the one that was kept.
+    pub fn read(&self, rows: &[Response<'_>], device: &Device) -> Result<Said> {
+        let places = rows.iter().map(|row| self.place(row)).collect::<Result<Vec<_>>>()?;
+        let column = |index: usize| -> Result<Vec<u8>> {
+            let bytes = self.facts.columns()[index].bytes();
+            let mut all = vec![0; places.iter().map(|place| place.tokens * bytes).sum()];
+            let mut rest = all.as_mut_slice();
+            for place in &places {
+                let Shard { file, columns } = &self.shards[place.shard];
+                let (own, others) = rest.split_at_mut(place.tokens * bytes);
+                file.read_exact_at(own, columns[index] + (place.start * bytes) as u64)
+                    .with_context(|| format!("cannot read shard {} of the teacher cache", place.shard))?;
+                rest = others;
+            }
+            Ok(all)
+        };
+        Ok(match self.facts.keep {
+            Keep::TopK(k) => Said::TopK(TopK {
+                k,
+                tokens: words(&column(0)?, u32::from_le_bytes),
+                log_probs: words(&column(1)?, f32::from_le_bytes),
+                log_rest: words(&column(2)?, f32::from_le_bytes),
+            }),
+            Keep::Hidden => {
+                let bytes = column(0)?;
+                let values: Vec<f32> = match self.facts.storage {
+                    Storage::F32 => words(&bytes, f32::from_le_bytes),
+                    Storage::Bf16 => words(&bytes, |word| bf16::from_le_bytes(word).to_f32()),
+                };
+                let tokens = values.len() / self.facts.width;
+                Said::Hidden(Tensor::from_vec(values, (tokens, self.facts.width), device)?)
+            }
+        })
+    }
+
+    /// Errors when hidden states are kept that another model computed.
+    pub fn check_head(&self, model: &LanguageModel) -> Result<()> {
+        ensure!(
+            self.facts.head == fingerprint_of_head(model)?,
+            "the teacher cache was made by another model than this teacher: connect the one that made it"
+        );
+        Ok(())
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.places.len()
+    }
+
+    fn place(&self, (id, response): &Response<'_>) -> Result<Place> {
+        let Some(place) = self.places.get(id) else {
+            bail!(
+                "row {id} is not in the teacher cache, which holds {} rows: make the cache of the dataset that is \
+                 learnt from, and of all its rows that are used (`rows` of `teacher-cache`)",
+                self.places.len()
+            );
+        };
+        ensure!(
+            place.tokens == response.len() && place.fingerprint == fingerprint(response),
+            "the response of row {id} is not the one in the teacher cache: a cache is of one fixed text; make it of the \
+             dataset that is learnt from, or connect `teacher` without `cache` where text changes from round to round"
+        );
+        Ok(*place)
+    }
+
+    /// Reads what [`Value::save`] wrote. Values stay on disk, so the files must stay there.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join("cache.json");
+        let facts: Facts = serde_json::from_slice(&read(&path)?)
+            .with_context(|| format!("`{}` does not describe a teacher cache", path.display()))?;
+        let path = folder.join("rows.safetensors");
+        let bytes = read(&path)?;
+        let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("`{}` is broken", path.display()))?;
+        let column = |name| tensors.tensor(name).with_context(|| format!("`{}` has no `{name}`", path.display()));
+        let ids = words(column("id")?.data(), u64::from_le_bytes);
+        let fingerprints = words(column("fingerprint")?.data(), u64::from_le_bytes);
+        let tokens = words(column("tokens")?.data(), u32::from_le_bytes);
+        let shards = words(column("shard")?.data(), u32::from_le_bytes);
+        let mut lengths = Vec::new();
+        let mut places = HashMap::with_capacity(ids.len());
+        for (((id, fingerprint), tokens), shard) in ids.into_iter().zip(fingerprints).zip(tokens).zip(shards) {
+            let (tokens, shard) = (tokens as usize, shard as usize);
+            lengths.resize(lengths.len().max(shard + 1), 0);
+            places.insert(id, Place { fingerprint, tokens, shard, start: lengths[shard] });
+            lengths[shard] += tokens;
+        }
+        let shards = lengths.iter().enumerate().map(|(index, tokens)| {
+            let path = folder.join(shard_name(index));
+            Shard::open(&path, &facts, *tokens).with_context(|| format!("cannot read `{}`", path.display()))
+        });
+        let shards = shards.collect::<Result<_>>()?;
+        let tokenizer = TokenizerFile::load(folder)?;
+        Ok(TeacherCache { facts, tokenizer, folder: folder.to_owned(), _scratch: None, places, shards })
+    }
+}
+
+impl Value for TeacherCache {
+    fn port_type(&self) -> PortType {
+        PortType::TeacherCache
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        let shards = (0..self.shards.len()).map(shard_name);
+        let others = ["cache.json", "rows.safetensors", "tokenizer.json", "pipeline_tokenizer.json"];
+        for name in others.map(str::to_owned).into_iter().chain(shards) {
+            let (from, to) = (self.folder.join(&name), folder.join(&name));
+            // The files are never written to again, so a second name does for a copy, where there can be one.
+            if fs::hard_link(&from, &to).is_err() {
+                fs::copy(&from, &to).with_context(|| format!("cannot copy `{}`", from.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fact(&self, name: &str) -> Option<String> {
+        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+impl Shard {
+    /// Errors when the file is not one of `tokens` tokens.
+    fn open(path: &Path, facts: &Facts, tokens: usize) -> Result<Self> {
+        let file = File::open(path)?;
+        let expected = ShardLayout::new(facts, tokens)?;
+        let mut header = vec![0; expected.header.len()];
+        file.read_exact_at(&mut header, 0)?;
+        let bytes = file.metadata()?.len();
+        ensure!(
+            header == expected.header && bytes == expected.bytes,
+            "it is not what `cache.json` and `rows.safetensors` describe: make the cache again"
+        );
+        Ok(Shard { file, columns: expected.columns })
+    }
+}
+
+/// The layout of a shard follows from what is kept and how many tokens it has.
+struct ShardLayout {
+    header: Vec<u8>,
+    columns: Vec<u64>,
+    bytes: u64,
+}
+
+impl ShardLayout {
+    fn new(facts: &Facts, tokens: usize) -> Result<Self> {
+        let mut offset = 0;
+        let tensors: Vec<(String, TensorInfo)> = (facts.columns().into_iter())
+            .map(|column| {
+                let start = offset;
+                offset += tokens * column.bytes();
+                let Column { name, dtype, width } = column;
+                (name.to_owned(), TensorInfo { dtype, shape: vec![tokens, width], data_offsets: (start, offset) })
+            })
+            .collect();
+        let starts: Vec<usize> = tensors.iter().map(|(_, info)| info.data_offsets.0).collect();
+        let mut text = serde_json::to_vec(&Metadata::new(None, tensors)?)?;
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let header = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
+        let columns = starts.iter().map(|start| (header.len() + start) as u64).collect();
+        Ok(ShardLayout { bytes: (header.len() + offset) as u64, header, columns })
+    }
+}
+
+/// Bytes of values that a shard has at most, unless one row has more.
+const SHARD_BYTES: usize = 1 << 30;
+
+fn shard_name(index: usize) -> String {
+    format!("shard-{index:05}.safetensors")
+}
+
+/// Writes a [`TeacherCache`], row after row.
+pub struct TeacherCacheWriter {
+    facts: Facts,
+    tokenizer: TokenizerFile,
+    scratch: TempDir,
+    /// Id, number of tokens, fingerprint and shard of every row.
+    rows: Vec<(u64, usize, u64, usize)>,
+    shards: Vec<Shard>,
+    /// Rows written so far, and tokens in the shard of the next.
+    done: usize,
+    start: usize,
+}
+
+impl TeacherCacheWriter {
+    /// A cache of `rows` in a folder of its own below `scratch`.
+    ///
+    /// Errors when two rows have the same id, or the disk refuses.
+    pub fn new(scratch: &Path, facts: Facts, tokenizer: TokenizerFile, rows: &[Response<'_>]) -> Result<Self> {
+        Self::with_shards_of(SHARD_BYTES, scratch, facts, tokenizer, rows)
+    }
+
+    fn with_shards_of(
+        shard_bytes: usize,
+        scratch: &Path,
+        facts: Facts,
+        tokenizer: TokenizerFile,
+        rows: &[Response<'_>],
+    ) -> Result<Self> {
+        let scratch = TempDir::with_prefix_in("teacher-cache", scratch)?;
+        let most = (shard_bytes / facts.bytes_per_token()).max(1);
+        let mut placed = Vec::with_capacity(rows.len());
+        let mut lengths: Vec<usize> = Vec::new();
+        let mut seen = HashMap::with_capacity(rows.len());
+        for (index, (id, response)) in rows.iter().enumerate() {
+            if let Some(other) = seen.insert(*id, index) {
+                bail!(
+                    "rows {other} and {index} of the text have the same id {id}: a teacher cache tells rows apart by it"
+                );
+            }
+            match lengths.last_mut() {
+                Some(length) if *length + response.len() <= most => *length += response.len(),
+                _ => lengths.push(response.len()),
+            }
+            placed.push((*id, response.len(), fingerprint(response), lengths.len() - 1));
+        }
+        let shards = lengths.iter().enumerate().map(|(index, tokens)| {
+            let path = scratch.path().join(shard_name(index));
+            let layout = ShardLayout::new(&facts, *tokens)?;
+            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+            file.write_all_at(&layout.header, 0)?;
+            file.set_len(layout.bytes)?;
+            Ok(Shard { file, columns: layout.columns })
+        });
+        let shards = shards.collect::<Result<_>>().context("cannot make the files of a teacher cache")?;
+        Ok(TeacherCacheWriter { facts, tokenizer, scratch, rows: placed, shards, done: 0, start: 0 })
+    }
+
+    /// Adds what was said of the next `rows` rows.
+    ///
+    /// Errors when it is not as many tokens as they have, not what the cache keeps, or not finite.
+    pub fn push(&mut self, rows: usize, said: &Said) -> Result<()> {
+        let columns: Vec<Vec<u8>> = match (said, self.facts.keep) {
+            (Said::Hidden(hidden), Keep::Hidden) => {
+                let values = hidden.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                ensure!(values.iter().all(|value| value.is_finite()), "the teacher's hidden states are not finite");
+                vec![match self.facts.storage {
+                    Storage::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+                    Storage::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+                }]
+            }
+            (Said::TopK(kept), Keep::TopK(k)) if kept.k == k => vec![
+                kept.tokens.iter().flat_map(|token| token.to_le_bytes()).collect(),
+                kept.log_probs.iter().flat_map(|log| log.to_le_bytes()).collect(),
+                kept.log_rest.iter().flat_map(|log| log.to_le_bytes()).collect(),
+            ],
+            _ => bail!("this is not what the cache keeps"),
+        };
+        let next = self.rows.get(self.done..self.done + rows).context("these are more rows than the cache has")?;
+        let tokens: usize = next.iter().map(|(_, tokens, ..)| tokens).sum();
+        for (values, column) in columns.iter().zip(self.facts.columns()) {
+            let (name, found, expected) = (column.name, values.len(), tokens * column.bytes());
+            ensure!(found == expected, "`{name}` of {tokens} tokens has {found} bytes, expected {expected}");
+        }
+        let mut before = 0;
+        for (offset, (_, tokens, _, shard)) in next.iter().enumerate() {
+            let first_of_shard = self.done + offset == 0 || self.rows[self.done + offset - 1].3 != *shard;
+            self.start = if first_of_shard { 0 } else { self.start };
+            let Shard { file, columns: starts } = &self.shards[*shard];
+            for ((values, column), start) in columns.iter().zip(self.facts.columns()).zip(starts) {
+                let bytes = column.bytes();
+                let own = &values[before * bytes..(before + tokens) * bytes];
+                file.write_all_at(own, start + (self.start * bytes) as u64).context("cannot write a teacher cache")?;
+            }
+            self.start += tokens;
+            before += tokens;
+        }
+        self.done += rows;
+        Ok(())
+    }
+
+    /// The whole cache.
+    ///
+    /// Errors when rows are missing.
+    pub fn finish(self) -> Result<TeacherCache> {
+        let TeacherCacheWriter { facts, tokenizer, scratch, rows, done, .. } = self;
+        ensure!(done == rows.len(), "{done} of {} rows were written", rows.len());
+        let folder = scratch.path();
+        write_json(&folder.join("cache.json"), &serde_json::to_value(facts)?)?;
+        let columns: [(&str, Dtype, usize, Vec<u8>); 4] = [
+            ("id", Dtype::U64, 8, rows.iter().flat_map(|row| row.0.to_le_bytes()).collect()),
+            ("fingerprint", Dtype::U64, 8, rows.iter().flat_map(|row| row.2.to_le_bytes()).collect()),
+            ("tokens", Dtype::U32, 4, rows.iter().flat_map(|row| (row.1 as u32).to_le_bytes()).collect()),
+            ("shard", Dtype::U32, 4, rows.iter().flat_map(|row| (row.3 as u32).to_le_bytes()).collect()),
+        ];
+        let views = columns
+            .iter()
+            .map(|(name, dtype, bytes, data)| Ok((*name, TensorView::new(*dtype, vec![data.len() / bytes], data)?)));
+        let views = views.collect::<Result<Vec<_>>>()?;
+        write(&folder.join("rows.safetensors"), &safetensors::serialize(views, None)?)?;
+        tokenizer.save(folder)?;
+        let cache = TeacherCache::load(folder)?;
+        Ok(TeacherCache { _scratch: Some(scratch), ..cache })
+    }
+}
+
+/// FNV-1a, 64 bits, over words: tells texts and models apart, guards against no ill will.
+fn fingerprint_of_words(words: impl Iterator<Item = u32>) -> u64 {
+    words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+fn fingerprint(response: &[u32]) -> u64 {
+    fingerprint_of_words(response.iter().copied())
+}
+
+fn fingerprint_of_head(model: &LanguageModel) -> Result<u64> {
+    let head = model.head().detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+    Ok(fingerprint_of_words(head.to_vec1::<f32>()?.into_iter().map(f32::to_bits)))
+}
+
+fn words<const N: usize, T>(bytes: &[u8], parse: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.chunks_exact(N).map(|word| parse(word.try_into().expect("chunks are of size N"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::numbers;
+
+    const WIDTH: usize = 6;
+
+    fn tokenizer() -> TokenizerFile {
+        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 9 }
+    }
+
+    fn facts(keep: Keep, storage: Storage) -> Facts {
+        Facts { keep, storage, temperature: 1.0, width: WIDTH, head: 77 }
+    }
+
+    /// Rows of several lengths, one after the other.
+    const RESPONSES: [Response<'_>; 4] = [(9, &[1, 2, 3]), (2, &[4]), (u64::MAX, &[5, 6]), (3, &[1, 2, 3, 7, 8])];
+    const TOKENS: usize = 11;
+
+    fn hidden() -> Tensor {
+        Tensor::from_vec(numbers(1, TOKENS * WIDTH), (TOKENS, WIDTH), &Device::Cpu).unwrap()
+    }
+
+    fn top_k() -> TopK {
+        let tokens = (0..TOKENS * 2).map(|i| (i * 5 % 9) as u32).collect();
+        TopK { k: 2, tokens, log_probs: numbers(2, TOKENS * 2), log_rest: numbers(3, TOKENS) }
+    }
+
+    /// A cache of [`RESPONSES`] in shards of a few tokens, written in pieces of one and three rows.
+    fn cache(scratch: &Path, facts: Facts, said: &Said) -> TeacherCache {
+        let shard_bytes = 4 * facts.bytes_per_token();
+        let mut writer =
+            TeacherCacheWriter::with_shards_of(shard_bytes, scratch, facts, tokenizer(), &RESPONSES).unwrap();
+        for (rows, start, tokens) in [(1, 0, 3), (3, 3, 8)] {
+            let part = match said {
+                Said::Hidden(hidden) => Said::Hidden(hidden.narrow(0, start, tokens).unwrap()),
+                Said::TopK(kept) => {
+                    Said::TopK(kept.select(&(start as u32..(start + tokens) as u32).collect::<Vec<_>>()))
+                }
+            };
+            writer.push(rows, &part).unwrap();
+        }
+        writer.finish().unwrap()
+    }
+
+    /// What is kept of the rows of [`RESPONSES`] at `places`, in the order of `places`.
+    fn assert_holds(cache: &TeacherCache, places: &[usize]) {
+        let rows: Vec<Response<'_>> = places.iter().map(|place| RESPONSES[*place]).collect();
+        let starts = [0, 3, 4, 6];
+        let tokens = places.iter().flat_map(|&place| starts[place]..starts[place] + RESPONSES[place].1.len());
+        let tokens: Vec<u32> = tokens.map(|token| token as u32).collect();
+        match cache.read(&rows, &Device::Cpu).unwrap() {
+            Said::TopK(found) => assert_eq!(found, top_k().select(&tokens)),
+            Said::Hidden(found) => {
+                let count = tokens.len();
+                let right = hidden().index_select(&Tensor::from_vec(tokens, count, &Device::Cpu).unwrap(), 0).unwrap();
+                let exact = cache.facts.storage == Storage::F32;
+                let right =
+                    if exact { right } else { right.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap() };
+                assert_eq!(found.to_vec2::<f32>().unwrap(), right.to_vec2::<f32>().unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_saved_cache_loads_bit_equal_and_any_rows_are_read_in_any_order() {
+        for (keep, storage) in
+            [(Keep::Hidden, Storage::F32), (Keep::Hidden, Storage::Bf16), (Keep::TopK(2), Storage::F32)]
+        {
+            let said = if keep == Keep::Hidden { Said::Hidden(hidden()) } else { Said::TopK(top_k()) };
+            let [scratch, saved] = [0, 1].map(|_| tempfile::tempdir().unwrap());
+            let made = cache(scratch.path(), facts(keep, storage), &said);
+            made.save(saved.path()).unwrap();
+            assert_holds(&made, &[0, 1, 2, 3]);
+            drop(made);
+            assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "a value leaves nothing behind");
+            let loaded = TeacherCache::load(saved.path()).unwrap();
+            assert_eq!((loaded.facts, loaded.rows()), (facts(keep, storage), 4));
+            assert_eq!(loaded.fact("vocabulary"), Some(tokenizer().vocabulary()));
+            assert!(loaded.shards.len() > 1);
+            for places in [&[0, 1, 2, 3][..], &[3, 0], &[2], &[1, 1], &[]] {
+                assert_holds(&loaded, places);
+            }
+        }
+    }
+
+    #[test]
+    fn shards_are_safetensors_that_others_read() {
+        let scratch = tempfile::tempdir().unwrap();
+        let made = cache(scratch.path(), facts(Keep::TopK(2), Storage::F32), &Said::TopK(top_k()));
+        let bytes = fs::read(made.folder.join("shard-00000.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let log_probs = tensors.tensor("log_prob").unwrap();
+        assert_eq!((log_probs.dtype(), log_probs.shape()), (Dtype::F32, &[4, 2][..]));
+        assert_eq!(words(log_probs.data(), f32::from_le_bytes), top_k().log_probs[..8]);
+        assert_eq!(tensors.tensor("log_rest").unwrap().shape(), [4, 1]);
+    }
+
+    #[test]
+    fn another_text_is_an_error_that_says_what_to_do() {
+        let scratch = tempfile::tempdir().unwrap();
+        let cache = cache(scratch.path(), facts(Keep::Hidden, Storage::F32), &Said::Hidden(hidden()));
+        let error = |row: Response<'_>| cache.read(&[row], &Device::Cpu).unwrap_err().to_string();
+        assert!(error((5, &[1])).starts_with("row 5 is not in the teacher cache, which holds 4 rows: make the cache"));
+        for other in [&[1, 2, 4][..], &[1, 2], &[2, 1, 3], &[]] {
+            assert!(error((9, other)).starts_with("the response of row 9 is not the one in the teacher cache: "));
+        }
+    }
+
+    #[test]
+    fn what_is_written_must_be_what_was_announced() {
+        let scratch = tempfile::tempdir().unwrap();
+        let facts = facts(Keep::Hidden, Storage::F32);
+        let writer = || TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &RESPONSES).unwrap();
+        let error = |rows, said: &Said| writer().push(rows, said).unwrap_err().to_string();
+        let all = Said::Hidden(hidden());
+        assert_eq!(error(3, &all), "`hidden` of 6 tokens has 264 bytes, expected 144");
+        assert_eq!(error(5, &all), "these are more rows than the cache has");
+        assert_eq!(error(4, &Said::TopK(top_k())), "this is not what the cache keeps");
+        let broken = Said::Hidden((hidden() * f64::NAN).unwrap());
+        assert_eq!(error(4, &broken), "the teacher's hidden states are not finite");
+        assert_eq!(writer().finish().err().unwrap().to_string(), "0 of 4 rows were written");
+        let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[(4, &[1]), (4, &[1])]);
+        assert!(twice.err().unwrap().to_string().starts_with("rows 0 and 1 of the text have the same id 4"));
+    }
+
+    #[test]
+    fn a_shard_that_was_cut_short_is_named() {
+        let scratch = tempfile::tempdir().unwrap();
+        let made = cache(scratch.path(), facts(Keep::Hidden, Storage::F32), &Said::Hidden(hidden()));
+        let path = made.folder.join("shard-00001.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        let error = format!("{:#}", TeacherCache::load(&made.folder).err().unwrap());
+        assert!(error.contains("shard-00001.safetensors`") && error.contains("make the cache again"), "{error}");
+    }
+}
