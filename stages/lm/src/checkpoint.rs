@@ -1,7 +1,9 @@
 //! Models as Hugging Face folders.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,8 +14,8 @@ use contract::value::write;
 use contract::{Result, TokenizerFile};
 use half::{bf16, f16};
 use indexmap::IndexMap;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorView};
 use serde_json::{Value as Json, json};
 
 use crate::config::Config;
@@ -145,12 +147,10 @@ pub(crate) fn read_tensors(
     device: &Device,
 ) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
     let mut tensors = BTreeMap::new();
-    read_safetensors(path, &mut |name, shape, values| {
+    let header = read_safetensors(path, &mut |name, shape, values| {
         tensors.insert(name.to_owned(), Tensor::from_vec(values()?, shape, device)?);
         Ok(())
     })?;
-    let bytes = read(path)?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(path, &e))?;
     Ok((tensors, header.metadata().clone().unwrap_or_default()))
 }
 
@@ -247,17 +247,37 @@ fn is_ignored(name: &str) -> bool {
 /// What is done with each tensor of a file: its name, its shape, and how to get its elements.
 type Keep<'a> = dyn FnMut(&str, &[usize], &dyn Fn() -> Result<Vec<f32>>) -> Result<()> + 'a;
 
-fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
-    let bytes = read(path)?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| broken(path, &e))?;
-    for (name, view) in tensors.iter() {
-        keep(name, view.shape(), &|| to_f32(name, &view))?;
+/// Gives the header. Of the values, one tensor's are in memory at a time.
+fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<Metadata> {
+    let mut file = File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let length = file.metadata().with_context(|| format!("cannot read `{}`", path.display()))?.len();
+    let (start, header) = read_header(&mut file, length)
+        .map_err(|e| anyhow!("`{}` is not a whole safetensors file ({e:#}): get it again", path.display()))?;
+    let file = RefCell::new(file);
+    for name in header.offset_keys() {
+        let info = header.info(&name).context("a tensor without a place")?;
+        keep(&name, &info.shape, &|| {
+            let (from, to) = info.data_offsets;
+            let mut file = file.borrow_mut();
+            file.seek(SeekFrom::Start(start + from as u64))?;
+            to_f32(&name, info.dtype, &mut *file, to - from)
+        })?;
     }
-    Ok(())
+    Ok(header)
 }
 
-fn broken(path: &Path, error: &safetensors::SafeTensorError) -> anyhow::Error {
-    anyhow!("`{}` is not a whole safetensors file ({error}): get it again", path.display())
+/// Where the values begin, and what the header says of them.
+fn read_header(file: &mut File, length: u64) -> Result<(u64, Metadata)> {
+    let mut size = [0; 8];
+    file.read_exact(&mut size)?;
+    let size = u64::from_le_bytes(size);
+    ensure!(size <= length.saturating_sub(8), "its header is cut off");
+    let mut header = vec![0; size as usize];
+    file.read_exact(&mut header)?;
+    let header: Metadata = serde_json::from_slice(&header)?;
+    let expected = 8 + size + header.data_len() as u64;
+    ensure!(length == expected, "it has {length} bytes, and by its header {expected}");
+    Ok((8 + size, header))
 }
 
 fn read_pickle(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
@@ -276,15 +296,27 @@ fn read_pickle(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
     Ok(())
 }
 
-fn to_f32(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>> {
-    fn words<const N: usize>(bytes: &[u8], parse: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-        bytes.chunks_exact(N).map(|word| parse(word.try_into().expect("chunks are of size N"))).collect()
+/// The values that the next `bytes` of a file hold.
+fn to_f32(name: &str, dtype: Dtype, file: &mut impl Read, bytes: usize) -> Result<Vec<f32>> {
+    fn words<const N: usize>(file: &mut impl Read, bytes: usize, parse: impl Fn([u8; N]) -> f32) -> Result<Vec<f32>> {
+        /// Bytes read at a time, a multiple of every size of a number.
+        const PIECE: usize = 1 << 20;
+        let mut values = Vec::with_capacity(bytes / N);
+        let mut piece = vec![0; PIECE.min(bytes)];
+        let mut left = bytes;
+        while left > 0 {
+            let piece = &mut piece[..PIECE.min(left)];
+            file.read_exact(piece)?;
+            values.extend(piece.chunks_exact(N).map(|word| parse(word.try_into().expect("chunks are of size N"))));
+            left -= piece.len();
+        }
+        Ok(values)
     }
-    Ok(match view.dtype() {
-        Dtype::F32 => words(view.data(), f32::from_le_bytes),
-        Dtype::F16 => words(view.data(), |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::BF16 => words(view.data(), |b| bf16::from_le_bytes(b).to_f32()),
-        Dtype::F64 => words(view.data(), |b| f64::from_le_bytes(b) as f32),
+    match dtype {
+        Dtype::F32 => words(file, bytes, f32::from_le_bytes),
+        Dtype::F16 => words(file, bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => words(file, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::F64 => words(file, bytes, |b| f64::from_le_bytes(b) as f32),
         other => bail!("tensor `{name}` has type {other:?}, expected F32, F16, BF16 or F64"),
-    })
+    }
 }
