@@ -182,12 +182,10 @@ mod tests {
 
     fn model(layers: usize, width: usize, seed: u64) -> AnyValue {
         let shape = Architecture {
-            architecture: Family::Gpt2,
-            layers,
-            width,
             heads: Some(2),
             positions: Some(32),
             dropout: Some(0.1),
+            ..Architecture::new(Family::Gpt2, layers, width)
         };
         Arc::new(LanguageModel::init(&shape, tokenizer(), seed, &Device::Cpu).unwrap())
     }

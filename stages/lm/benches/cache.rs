@@ -87,7 +87,7 @@ fn line(name: &str, teacher: &LanguageModel, student: &LanguageModel, keep: Keep
 /// Of the blocks and the head.
 fn parameters(model: &LanguageModel) -> f64 {
     let all: usize = model.parameters().values().map(Tensor::elem_count).sum();
-    let positions = model.config.n_positions * model.width();
+    let positions = model.config.positions() * model.width();
     (all - positions) as f64
 }
 
