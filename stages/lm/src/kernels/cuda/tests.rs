@@ -586,6 +586,7 @@ fn attention_over_packed_sequences() {
                 segments: &segments,
                 rows: &ids,
                 heads: queries,
+                kv_heads: queries,
                 scale: heads.scale,
                 dropout,
             };
@@ -664,6 +665,7 @@ fn decoding_attends_to_the_cache() {
                 segments: &segments,
                 rows: &ids,
                 heads: queries,
+                kv_heads: queries,
                 scale: heads.scale,
                 dropout: None,
             };
