@@ -39,8 +39,7 @@ fn main() {
     let mut times = Vec::new();
     let mut parts = [0.0f64; 5];
     for i in 0..=repeats {
-        let marks = [Instant::now(); 6];
-        let mut marks = marks;
+        let mut marks = [Instant::now(); 6];
         let hidden: Tensor = model.hidden(&batch, None, None).unwrap();
         marks[1] = Instant::now();
         let loss = head_loss(&hidden, model.head(), Some((&labels, 1.0)), &[], &weights).unwrap().loss;

@@ -116,6 +116,15 @@ pub(crate) struct Rotary<'a> {
     pub(crate) angles: &'a Tensor,
 }
 
+/// Rows of all weights together, `[out, in]` each, and their columns.
+pub(crate) fn joined<'a>(weights: impl Iterator<Item = &'a Tensor>) -> Result<(usize, usize)> {
+    let (mut width, mut depth) = (0, 0);
+    for weight in weights {
+        (width, depth) = (width + weight.dim(0)?, weight.dim(1)?);
+    }
+    Ok((width, depth))
+}
+
 /// How one layer attends.
 #[derive(Clone, Copy)]
 pub(crate) struct Attend {

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::backend::Backend;
-use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, elements};
+use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, elements, joined};
 use crate::config::Activation;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
@@ -127,10 +127,7 @@ impl Backend for Cpu {
     }
 
     fn project(&self, x: &Vec<f32>, layers: &[Projection<'_>]) -> Result<Vec<f32>> {
-        let (mut width, mut depth) = (0, 0);
-        for layer in layers {
-            (width, depth) = (width + layer.weight.dim(0)?, layer.weight.dim(1)?);
-        }
+        let (width, depth) = joined(layers.iter().map(|layer| layer.weight))?;
         let x = Matrix::new(x, depth);
         let mut out = vec![0.0; x.rows() * width];
         let mut first = 0;
@@ -148,10 +145,7 @@ impl Backend for Cpu {
     }
 
     fn project_backward_input(&self, dy: &Vec<f32>, weights: &[Tensor]) -> Result<Vec<f32>> {
-        let (mut width, mut depth) = (0, 0);
-        for weight in weights {
-            (width, depth) = (width + weight.dim(0)?, weight.dim(1)?);
-        }
+        let (width, depth) = joined(weights.iter())?;
         let mut out = vec![0.0; dy.len() / width * depth];
         let mut first = 0;
         for weight in weights {

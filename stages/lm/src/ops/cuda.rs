@@ -16,7 +16,7 @@ use candle_core::{
 };
 
 use super::backend::Backend;
-use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, contiguous};
+use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, contiguous, joined};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
 use crate::kernels::cuda::attention::{self, Heads, Qkv, Sequences};
@@ -473,15 +473,6 @@ impl<T: Number> Backend for Cuda<T> {
         row_kernels::scatter(&self.device, &mut dx, dy, &self.text()?.slice(..rows.len()), width)?;
         Ok(dx)
     }
-}
-
-/// Rows of all weights together, `[out, in]` each, and their columns.
-fn joined<'a>(weights: impl Iterator<Item = &'a Tensor>) -> Result<(usize, usize)> {
-    let (mut width, mut depth) = (0, 0);
-    for weight in weights {
-        (width, depth) = (width + weight.dim(0)?, weight.dim(1)?);
-    }
-    Ok((width, depth))
 }
 
 fn heads(width: usize, spec: &Attention<'_>) -> Heads {

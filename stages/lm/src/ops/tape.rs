@@ -166,11 +166,7 @@ impl<B: Backend> Ops for Tape<B> {
             let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
-                let mut dx = match so_far {
-                    Some(dx) => dx,
-                    None => backward.backend.zeros(B::len(&x))?,
-                };
+                let mut dx = backward.sum(x_node, B::len(&x))?;
                 let wanted = parameters.is_some();
                 let gradients = backward.backend.layer_norm_backward(&mut dx, &x, &weight, &moments, &dy, wanted)?;
                 if let Some(((weight, bias), (dweight, dbias))) = parameters.zip(gradients) {
@@ -196,11 +192,7 @@ impl<B: Backend> Ops for Tape<B> {
             let (weight, x_node, x) = (weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let so_far = x_node.map(|node| backward.owned(node)).transpose()?.flatten();
-                let mut dx = match so_far {
-                    Some(dx) => dx,
-                    None => backward.backend.zeros(B::len(&x))?,
-                };
+                let mut dx = backward.sum(x_node, B::len(&x))?;
                 let wanted = parameter.is_some();
                 let gradient = backward.backend.rms_norm_backward(&mut dx, &x, &weight, &moments, &dy, wanted)?;
                 if let Some((weight, gradient)) = parameter.zip(gradient) {
@@ -504,6 +496,14 @@ impl<B: Backend> Backward<B> {
     /// What has been added to a node so far, to add more in place.
     fn owned(&mut self, node: usize) -> Result<Option<B::Buffer>> {
         self.gradients[node].take().map(|gradient| take(&self.backend, gradient)).transpose()
+    }
+
+    /// The same, or zeros where nothing was added, or no gradient is wanted.
+    fn sum(&mut self, node: Option<usize>, length: usize) -> Result<B::Buffer> {
+        match node.map(|node| self.owned(node)).transpose()?.flatten() {
+            Some(so_far) => Ok(so_far),
+            None => self.backend.zeros(length),
+        }
     }
 
     fn add(&mut self, node: usize, gradient: B::Buffer) -> Result<()> {
