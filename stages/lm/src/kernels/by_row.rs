@@ -7,12 +7,10 @@
 //! An element is one chain of fused multiply-adds in the order of the depth (or, against rows of the weight, sixteen chains
 //! and a fixed tree), so neither threads, nor the shape of a tile, nor the width of the processor's vectors change a bit.
 
-use std::sync::LazyLock;
-
 use rayon::prelude::*;
 
-use super::elementary::fused;
 use super::elementwise;
+use super::vector::{self, Vector, Wide};
 
 /// Up to so many rows a product is bound by memory.
 const FEW: usize = 16;
@@ -26,6 +24,9 @@ const PANEL: (usize, usize) = (768, 192);
 /// Rows of a transposed weight that one task takes.
 const STRIP: usize = 128;
 
+/// How far ahead of the first rows a transposed weight is asked for, at least: what is read while memory answers.
+const AHEAD: usize = 2048;
+
 /// Lanes of sums along the depth.
 const LANES: usize = 16;
 
@@ -38,16 +39,9 @@ pub(crate) fn product(a: &[f32], weight: &[f32], bias: &[f32], depth: usize) -> 
     let shared = Shared { data: out.as_mut_ptr(), stride: columns, rows };
     let (at_once, parts) =
         if rows <= FEW { (STREAM.0, cut(columns, STREAM.1, 1)) } else { (PANEL.0, cut(columns, PANEL.1, 4)) };
-    let a = &interleave(a, depth, VECTORS.rows());
+    let a = &interleave(a, depth, vector::run(TileRows));
     parts.into_par_iter().for_each(|(start, end)| {
-        let panel = Panel { a, weight, depth, at_once, start, end };
-        match *VECTORS {
-            // SAFETY: the processor has these instructions; tasks write columns of their own.
-            #[cfg(target_arch = "x86_64")]
-            Vectors::Avx512 => unsafe { panel_avx512(&panel, shared) },
-            // SAFETY: tasks write columns of their own.
-            Vectors::Native => unsafe { panel_by::<[f32; 8], 4, 3>(&panel, shared) },
-        }
+        vector::run(Panel { a, weight, depth, at_once, start, end, out: shared });
     });
     out
 }
@@ -59,13 +53,7 @@ pub(crate) fn product_transposed(a: &[f32], weight: &[f32], depth: usize) -> Vec
     let mut out = vec![0.0; rows * columns];
     let shared = Shared { data: out.as_mut_ptr(), stride: columns, rows };
     cut(columns, STRIP, 4).into_par_iter().for_each(|(start, end)| {
-        match *VECTORS {
-            // SAFETY: the processor has these instructions; tasks write columns of their own.
-            #[cfg(target_arch = "x86_64")]
-            Vectors::Avx512 => unsafe { dots_avx512(a, weight, depth, start, end, shared) },
-            // SAFETY: tasks write columns of their own.
-            Vectors::Native => unsafe { dots_by::<[f32; LANES], 2, 2>(a, weight, depth, start, end, shared) },
-        }
+        vector::run(Dots { a, weight, depth, start, end, out: shared });
     });
     out
 }
@@ -79,22 +67,15 @@ fn cut(columns: usize, width: usize, parts: usize) -> Vec<(usize, usize)> {
     (0..columns).step_by(width).map(|start| (start, columns.min(start + width))).collect()
 }
 
-/// Vector instructions to compile for.
-enum Vectors {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// What the program was compiled for.
-    Native,
-}
+/// Rows of the largest tile of [`product`], by the number of registers.
+struct TileRows;
 
-impl Vectors {
-    /// Rows of the largest tile of [`product`].
-    fn rows(&self) -> usize {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Vectors::Avx512 => 8,
-            Vectors::Native => 4,
-        }
+impl Wide for TileRows {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> usize {
+        if V::LANES == 16 { 8 } else { 4 }
     }
 }
 
@@ -118,117 +99,6 @@ fn interleave(a: &[f32], depth: usize, largest: usize) -> Vec<f32> {
         (from, to) = (behind, free);
     }
     out
-}
-
-static VECTORS: LazyLock<Vectors> = LazyLock::new(|| {
-    #[cfg(target_arch = "x86_64")]
-    if cfg!(target_feature = "fma") && is_x86_feature_detected!("avx512f") {
-        return Vectors::Avx512;
-    }
-    Vectors::Native
-});
-
-/// Numbers that one instruction works on. Every method is inlined into code compiled for the instructions it needs.
-trait Vector: Copy {
-    const LANES: usize;
-
-    fn splat(x: f32) -> Self;
-    /// # Safety
-    ///
-    /// [`Vector::LANES`] elements must be readable.
-    unsafe fn load(from: *const f32) -> Self;
-    /// # Safety
-    ///
-    /// [`Vector::LANES`] elements must be writable.
-    unsafe fn store(self, to: *mut f32);
-    /// `self * b + c`, rounded once.
-    fn fused(self, b: Self, c: Self) -> Self;
-}
-
-impl Vector for f32 {
-    const LANES: usize = 1;
-
-    #[inline(always)]
-    fn splat(x: f32) -> f32 {
-        x
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { *from }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise.
-        unsafe { *to = self }
-    }
-
-    #[inline(always)]
-    fn fused(self, b: f32, c: f32) -> f32 {
-        fused(self, b, c)
-    }
-}
-
-/// What the compiler makes of it with the instructions that the program was compiled for.
-impl<const N: usize> Vector for [f32; N] {
-    const LANES: usize = N;
-
-    #[inline(always)]
-    fn splat(x: f32) -> Self {
-        [x; N]
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's promise; an array is aligned as its elements are.
-        unsafe { *from.cast() }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise; an array is aligned as its elements are.
-        unsafe { *to.cast() = self }
-    }
-
-    #[inline(always)]
-    fn fused(self, b: Self, c: Self) -> Self {
-        let mut out = c;
-        for i in 0..N {
-            out[i] = fused(self[i], b[i], c[i]);
-        }
-        out
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Vector for std::arch::x86_64::__m512 {
-    const LANES: usize = 16;
-
-    #[inline(always)]
-    fn splat(x: f32) -> Self {
-        // SAFETY: only used where the processor was found to have AVX-512, as in what follows.
-        unsafe { std::arch::x86_64::_mm512_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_storeu_ps(to, self) }
-    }
-
-    #[inline(always)]
-    fn fused(self, b: Self, c: Self) -> Self {
-        // SAFETY: as in `splat`.
-        unsafe { std::arch::x86_64::_mm512_fmadd_ps(self, b, c) }
-    }
 }
 
 /// The result, of which each task writes some columns.
@@ -257,7 +127,7 @@ impl Shared {
     }
 }
 
-/// Columns `start..end` of a product, `at_once` rows of the weight at a time.
+/// Columns `start..end` of a product, `at_once` rows of the weight at a time. Nobody else uses these columns of `out`.
 struct Panel<'a> {
     /// [Interleaved](interleave).
     a: &'a [f32],
@@ -266,16 +136,17 @@ struct Panel<'a> {
     at_once: usize,
     start: usize,
     end: usize,
+    out: Shared,
 }
 
-/// # Safety
-///
-/// The processor must have AVX-512, and see [`panel_by`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-unsafe fn panel_avx512(panel: &Panel<'_>, out: Shared) {
-    // SAFETY: the caller's promise.
-    unsafe { panel_by::<std::arch::x86_64::__m512, 8, 3>(panel, out) }
+impl Wide for Panel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        // SAFETY: the columns are this panel's own.
+        unsafe { if V::LANES == 16 { panel_by::<V, 8, 3>(&self) } else { panel_by::<V, 4, 3>(&self) } }
+    }
 }
 
 /// One panel, by tiles of up to `R` rows and `C` vectors of columns.
@@ -284,7 +155,7 @@ unsafe fn panel_avx512(panel: &Panel<'_>, out: Shared) {
 ///
 /// Nobody else may use these columns of `out`.
 #[inline(always)]
-unsafe fn panel_by<V: Vector, const R: usize, const C: usize>(panel: &Panel<'_>, out: Shared) {
+unsafe fn panel_by<V: Vector, const R: usize, const C: usize>(panel: &Panel<'_>) {
     for from in (0..panel.depth).step_by(panel.at_once) {
         let depth = panel.at_once.min(panel.depth - from);
         let mut column = panel.start;
@@ -292,9 +163,9 @@ unsafe fn panel_by<V: Vector, const R: usize, const C: usize>(panel: &Panel<'_>,
             // SAFETY: the caller's promise.
             column += unsafe {
                 match panel.end - column {
-                    left if left >= C * V::LANES => strip::<V, R, C>(panel, from, depth, out, column),
-                    left if left >= V::LANES => strip::<V, R, 1>(panel, from, depth, out, column),
-                    _ => strip::<f32, R, 1>(panel, from, depth, out, column),
+                    left if left >= C * V::LANES => strip::<V, R, C>(panel, from, depth, column),
+                    left if left >= V::LANES => strip::<V, R, 1>(panel, from, depth, column),
+                    _ => strip::<f32, R, 1>(panel, from, depth, column),
                 }
             };
         }
@@ -311,9 +182,9 @@ unsafe fn strip<V: Vector, const R: usize, const C: usize>(
     panel: &Panel<'_>,
     from: usize,
     depth: usize,
-    out: Shared,
     column: usize,
 ) -> usize {
+    let out = panel.out;
     let weight = &panel.weight[from * out.stride + column..];
     // More rows than a few find the weight in the cache, and memory has time enough.
     let streams = out.rows <= FEW && from + depth < panel.depth;
@@ -395,72 +266,89 @@ fn prefetch(address: *const f32) {
     let _ = address;
 }
 
-/// # Safety
-///
-/// The processor must have AVX-512, and see [`dots_by`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-unsafe fn dots_avx512(a: &[f32], weight: &[f32], depth: usize, start: usize, end: usize, out: Shared) {
-    // SAFETY: the caller's promise.
-    unsafe { dots_by::<std::arch::x86_64::__m512, 8, 3>(a, weight, depth, start, end, out) }
-}
-
-/// Products with rows `start..end` of a transposed weight, by tiles of `R` rows and `C` columns.
-///
-/// # Safety
-///
-/// Nobody else may use these columns of `out`.
-#[inline(always)]
-unsafe fn dots_by<V: Vector, const R: usize, const C: usize>(
-    a: &[f32],
-    weight: &[f32],
+/// Products with rows `start..end` of a transposed weight. Nobody else uses these columns of `out`.
+struct Dots<'a> {
+    a: &'a [f32],
+    weight: &'a [f32],
     depth: usize,
     start: usize,
     end: usize,
     out: Shared,
-) {
-    let mut column = start;
-    while column < end {
-        let w = &weight[column * depth..];
-        let wide = end - column >= C;
-        let mut row = 0;
-        while row < out.rows {
-            let a = &a[row * depth..];
-            let left = out.rows - row;
-            // SAFETY: the caller's promise.
-            row += unsafe {
-                match (wide, left) {
-                    (true, left) if left >= R => dots::<V, R, C>(a, w, depth, out, row, column),
-                    (true, left) if left >= 4 => dots::<V, 4, C>(a, w, depth, out, row, column),
-                    (true, left) if left >= 2 => dots::<V, 2, C>(a, w, depth, out, row, column),
-                    (true, _) => dots::<V, 1, C>(a, w, depth, out, row, column),
-                    (false, _) => dots::<V, 1, 1>(a, w, depth, out, row, column),
-                }
-            };
+}
+
+impl Wide for Dots<'_> {
+    type Output = ();
+
+    /// By tiles of sixteen sums, as square as the rows allow: as many as [`Vector::totals`] adds up at once.
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        // SAFETY: the columns are this task's own.
+        unsafe {
+            match (V::LANES, self.out.rows) {
+                (LANES, 8..) => dots_by::<V, 8, 2>(&self),
+                (LANES, 4..) => dots_by::<V, 4, 4>(&self),
+                (LANES, 2..) => dots_by::<V, 2, 8>(&self),
+                (LANES, _) => dots_by::<V, 1, 16>(&self),
+                _ => dots_by::<[f32; LANES], 2, 2>(&self),
+            }
         }
-        column += if wide { C } else { 1 };
     }
 }
 
-/// Products of `R` rows with `C` rows of the weight. Gives `R`.
+/// Tiles of up to `R` rows and `C` columns.
 ///
 /// # Safety
 ///
 /// Nobody else may use these columns of `out`.
 #[inline(always)]
-unsafe fn dots<V: Vector, const R: usize, const C: usize>(
-    a: &[f32],
-    weight: &[f32],
-    depth: usize,
-    out: Shared,
-    row: usize,
-    column: usize,
-) -> usize {
-    let a: [&[f32]; R] = std::array::from_fn(|r| &a[r * depth..][..depth]);
-    let w: [&[f32]; C] = std::array::from_fn(|c| &weight[c * depth..][..depth]);
+unsafe fn dots_by<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>) {
+    let mut row = 0;
+    while row < task.out.rows {
+        // SAFETY: the caller's promise.
+        row += unsafe {
+            match task.out.rows - row {
+                left if left >= R => dots_of_rows::<V, R, C>(task, row),
+                4.. => dots_of_rows::<V, 4, C>(task, row),
+                2.. => dots_of_rows::<V, 2, C>(task, row),
+                _ => dots_of_rows::<V, 1, C>(task, row),
+            }
+        };
+    }
+}
+
+/// All columns of a task for `R` rows, which then stay in the first cache. Gives `R`.
+///
+/// # Safety
+///
+/// Nobody else may use these columns of `out`.
+#[inline(always)]
+unsafe fn dots_of_rows<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: usize) -> usize {
+    let whole = task.start + (task.end - task.start) / C * C;
+    // SAFETY: the caller's promise.
+    unsafe {
+        (task.start..whole).step_by(C).for_each(|column| dots::<V, R, C>(task, row, column));
+        (whole..task.end).for_each(|column| (row..row + R).for_each(|row| dots::<V, 1, 1>(task, row, column)));
+    }
+    R
+}
+
+/// Products of `R` rows with `C` rows of the weight, at most sixteen.
+///
+/// # Safety
+///
+/// Nobody else may use these columns of `out`.
+#[inline(always)]
+unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: usize, column: usize) {
+    let depth = task.depth;
+    let a: [&[f32]; R] = std::array::from_fn(|r| &task.a[(row + r) * depth..][..depth]);
+    let w: [&[f32]; C] = std::array::from_fn(|c| &task.weight[(column + c) * depth..][..depth]);
     let whole = depth / LANES * LANES;
+    let ahead = AHEAD.max(C * depth);
     let mut sums = [[V::splat(0.0); C]; R];
     for k in (0..whole).step_by(LANES) {
+        if row == 0 {
+            w.iter().for_each(|w| prefetch(w.as_ptr().wrapping_add(k + ahead)));
+        }
         // SAFETY: `k + LANES` is at most `depth`, the length of all.
         unsafe {
             let w: [V; C] = std::array::from_fn(|c| V::load(w[c].as_ptr().add(k)));
@@ -472,27 +360,21 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(
             }
         }
     }
-    for (r, (sums, a)) in sums.iter().zip(&a).enumerate() {
-        // SAFETY: the caller's promise.
-        let out = unsafe { out.row(row + r, column, column + C) };
-        for ((sum, w), out) in sums.iter().zip(&w).zip(out) {
-            let mut lanes = [0.0f32; LANES];
-            // SAFETY: there are `LANES` of them.
-            unsafe { sum.store(lanes.as_mut_ptr()) };
-            for (lane, (a, w)) in lanes.iter_mut().zip(a[whole..].iter().zip(&w[whole..])) {
-                *lane = fused(*a, *w, *lane);
+    if whole < depth {
+        let w: [V; C] = std::array::from_fn(|c| V::part(&w[c][whole..]));
+        for (sums, a) in sums.iter_mut().zip(&a) {
+            let a = V::part(&a[whole..]);
+            for (sum, w) in sums.iter_mut().zip(w) {
+                *sum = a.fused(w, *sum);
             }
-            let mut width = LANES / 2;
-            while width > 0 {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-                width /= 2;
-            }
-            *out = lanes[0];
         }
     }
-    R
+    let zero = V::splat(0.0);
+    let totals = V::totals(std::array::from_fn(|i| if i < R * C { sums[i / C][i % C] } else { zero }));
+    for (r, totals) in totals.chunks_exact(C).take(R).enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { task.out.row(row + r, column, column + C) }.copy_from_slice(totals);
+    }
 }
 
 #[cfg(test)]
@@ -553,14 +435,13 @@ mod tests {
             let expected = product(&a, &weight, &bias, k);
             let mut out = elementwise::rows_of(&bias, 21);
             let shared = Shared { data: out.as_mut_ptr(), stride: n, rows: 21 };
-            let panel = Panel { a: &interleave(&a, k, 4), weight: &weight, depth: k, at_once: 100, start: 0, end: n };
-            // SAFETY: there is one task.
-            unsafe { panel_by::<[f32; 8], 4, 3>(&panel, shared) };
+            let a_by_4 = &interleave(&a, k, 4);
+            Panel { a: a_by_4, weight: &weight, depth: k, at_once: 100, start: 0, end: n, out: shared }
+                .run::<[f32; 8]>();
             assert!(out == expected, "{k} {n}");
             let turned: Vec<f32> = numbers(4, n * k);
             let expected = product_transposed(&a, &turned, k);
-            // SAFETY: there is one task.
-            unsafe { dots_by::<[f32; LANES], 2, 2>(&a, &turned, k, 0, n, shared) };
+            Dots { a: &a, weight: &turned, depth: k, start: 0, end: n, out: shared }.run::<[f32; 8]>();
             assert!(out == expected, "{k} {n} transposed");
         }
     }

@@ -7,14 +7,14 @@
 //! - **The same bits for a row, whoever shares its batch**, in everything that computes forward.
 //! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
 //!
-//! `unsafe` stands around the matrix product in `matmul`, in `by_row`, whose tasks share one result, in `buffer`, and in
-//! `cuda`, where kernels are launched.
+//! `unsafe` stands around the matrix product in `matmul`, in `by_row`, whose tasks share one result, in `buffer`, in
+//! `vector`, which loads vectors, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
 #[expect(unsafe_code, reason = "sets the length of what was written")]
 pub(crate) mod buffer;
-#[expect(unsafe_code, reason = "tasks share one result; vector instructions are chosen at run time")]
+#[expect(unsafe_code, reason = "tasks share one result")]
 pub(crate) mod by_row;
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "launches kernels")]
@@ -31,6 +31,8 @@ pub(crate) mod rope;
 pub(crate) mod swiglu;
 pub(crate) mod tile;
 pub(crate) mod top_k;
+#[expect(unsafe_code, reason = "vector instructions are chosen at run time")]
+mod vector;
 
 /// Rows that one task handles: fixed, because it decides the order of sums.
 pub(crate) const ROW_BLOCK: usize = 32;

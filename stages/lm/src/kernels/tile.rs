@@ -3,9 +3,9 @@
 //! Each element is one chain of fused multiply-adds in the order of the depth, whatever the shape; so a row's bits do not
 //! depend on the others.
 
-use super::elementary::fused;
+use super::vector::{self, Vector, Wide};
 
-/// A small operand `a`: element `(i, k)` is `data[i * row + k * depth]`.
+/// A small operand `a`: element `(i, k)` is `data[i * row + k * depth]`, and one of the two steps is 1.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'a> {
     pub(crate) data: &'a [f32],
@@ -28,94 +28,98 @@ pub(crate) fn product(
     depth: usize,
     accumulate: bool,
 ) {
-    let mut column = 0;
-    while column < columns {
-        let left = columns - column;
-        let b = &b[column.min(b.len())..];
-        let out = &mut out[column..];
-        if left >= 64 && rows < 4 {
-            // Few rows: more columns side by side, so that no addition waits for the one before.
-            strip::<64>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
-            column += 64;
-        } else if left >= 16 {
-            strip::<16>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
-            column += 16;
-        } else if left >= 8 {
-            strip::<8>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
-            column += 8;
-        } else {
-            strip::<1>(out, out_stride, a, b, b_stride, rows, depth, accumulate);
-            column += 1;
-        }
-    }
+    assert!(a.row == 1 || a.depth == 1, "neither rows nor columns of a matrix are dense");
+    vector::run(Product { out, out_stride, a, b, b_stride, rows, columns, depth, accumulate });
 }
 
-#[expect(clippy::too_many_arguments, reason = "the sizes and strides of three matrices")]
-#[inline(always)]
-fn strip<const L: usize>(
-    out: &mut [f32],
+struct Product<'a> {
+    out: &'a mut [f32],
     out_stride: usize,
-    a: Left<'_>,
-    b: &[f32],
+    a: Left<'a>,
+    b: &'a [f32],
     b_stride: usize,
     rows: usize,
+    columns: usize,
     depth: usize,
     accumulate: bool,
-) {
-    let mut row = 0;
-    while row + 4 <= rows {
-        block::<4, L>(&mut out[row * out_stride..], out_stride, a, row, b, b_stride, depth, accumulate);
-        row += 4;
-    }
-    while row < rows {
-        block::<1, L>(&mut out[row * out_stride..], out_stride, a, row, b, b_stride, depth, accumulate);
-        row += 1;
+}
+
+impl Wide for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        let mut column = 0;
+        while column < self.columns {
+            // With few rows more columns side by side, so that no addition waits for the one before.
+            column += match self.columns - column {
+                left if left >= 8 * V::LANES && self.rows < 4 => self.strip::<V, 8>(column),
+                left if left >= 2 * V::LANES => self.strip::<V, 2>(column),
+                left if left >= V::LANES => self.strip::<V, 1>(column),
+                left if left >= 8 => self.strip::<[f32; 8], 1>(column),
+                _ => self.strip::<f32, 1>(column),
+            };
+        }
     }
 }
 
-/// `R` rows by `L` columns, kept in registers over the whole depth.
-#[expect(clippy::too_many_arguments, reason = "the sizes and strides of three matrices")]
-#[inline(always)]
-fn block<const R: usize, const L: usize>(
-    out: &mut [f32],
-    out_stride: usize,
-    a: Left<'_>,
-    row: usize,
-    b: &[f32],
-    b_stride: usize,
-    depth: usize,
-    accumulate: bool,
-) {
-    let mut sums = [[0.0f32; L]; R];
-    if accumulate {
-        for (r, sums) in sums.iter_mut().enumerate() {
-            sums.copy_from_slice(&out[r * out_stride..][..L]);
+impl Product<'_> {
+    /// All rows of `C` vectors of columns. Gives the columns.
+    #[inline(always)]
+    fn strip<V: Vector, const C: usize>(&mut self, column: usize) -> usize {
+        let mut row = 0;
+        while row < self.rows {
+            row += match self.rows - row {
+                // As many sums as there are registers for.
+                8.. if C * V::LANES >= 16 && C <= 2 && V::LANES == 16 => self.block::<V, 8, C>(row, column),
+                4.. if C <= 2 => self.block::<V, 4, C>(row, column),
+                _ => self.block::<V, 1, C>(row, column),
+            };
         }
+        C * V::LANES
     }
-    // Rows are cut to length, and columns are read at once, so that no index is checked in the loop.
-    if a.depth == 1 {
-        let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..][..depth]);
-        for k in 0..depth {
-            add(&mut sums, rows.map(|row| row[k]), &b[k * b_stride..]);
+
+    /// `R` rows by `C` vectors of columns, kept in registers over the whole depth. Gives `R`.
+    #[inline(always)]
+    fn block<V: Vector, const R: usize, const C: usize>(&mut self, row: usize, column: usize) -> usize {
+        let width = C * V::LANES;
+        let mut sums = [[V::splat(0.0); C]; R];
+        if self.accumulate {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let out = &self.out[(row + r) * self.out_stride + column..][..width];
+                *sums = std::array::from_fn(|c| V::of(&out[c * V::LANES..]));
+            }
         }
-    } else {
-        for k in 0..depth {
-            let column = &a.data[k * a.depth + row * a.row..];
-            add(&mut sums, std::array::from_fn(|r| column[r * a.row]), &b[k * b_stride..]);
+        let (a, b) = (self.a, &self.b[column.min(self.b.len())..]);
+        // Rows are cut to length, and columns are read at once, so that no index is checked in the loop.
+        if a.depth == 1 {
+            let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..][..self.depth]);
+            for k in 0..self.depth {
+                add(&mut sums, &std::array::from_fn(|r| rows[r][k]), &b[k * self.b_stride..]);
+            }
+        } else {
+            for k in 0..self.depth {
+                let column = a.data[k * a.depth + row..].first_chunk().expect("a column of the operand");
+                add(&mut sums, column, &b[k * self.b_stride..]);
+            }
         }
-    }
-    for (r, sums) in sums.iter().enumerate() {
-        out[r * out_stride..][..L].copy_from_slice(sums);
+        for (r, sums) in sums.iter().enumerate() {
+            let out = &mut self.out[(row + r) * self.out_stride + column..][..width];
+            sums.iter().zip(out.chunks_exact_mut(V::LANES)).for_each(|(sum, out)| sum.write(out));
+        }
+        R
     }
 }
 
 /// `sums += a b`, for a column of `a` and a row of `b`.
 #[inline(always)]
-fn add<const R: usize, const L: usize>(sums: &mut [[f32; L]; R], a: [f32; R], b: &[f32]) {
-    let b: &[f32; L] = b[..L].try_into().expect("a slice of length L");
+fn add<V: Vector, const R: usize, const C: usize>(sums: &mut [[V; C]; R], a: &[f32; R], b: &[f32]) {
+    let b = &b[..C * V::LANES];
+    let b: [V; C] = std::array::from_fn(|c| V::of(&b[c * V::LANES..]));
     for (sums, a) in sums.iter_mut().zip(a) {
+        let a = V::splat(*a);
         for (sum, b) in sums.iter_mut().zip(b) {
-            *sum = fused(a, *b, *sum);
+            *sum = a.fused(b, *sum);
         }
     }
 }
