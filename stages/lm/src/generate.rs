@@ -344,7 +344,7 @@ impl Ops for Cached<'_> {
         if parts.len() == 1 {
             return Ok(parts.remove(0).0);
         }
-        let rows = self.counts.iter().sum();
+        let rows = parts[0].0.len() / parts[0].1;
         let mut out = Vec::with_capacity(parts.iter().map(|(part, _)| part.len()).sum());
         for row in 0..rows {
             parts.iter().for_each(|(part, width)| out.extend_from_slice(&part[row * width..][..*width]));

@@ -175,12 +175,12 @@ impl LanguageModel {
     /// `n`, and only its rows are returned. Gradients flow to parameters and prompt where they are variables; on the CPU,
     /// those of parameters are given by [`crate::gradients`].
     ///
-    /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or a token is wanted
-    /// that is not there.
+    /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or the tokens that are
+    /// wanted are not in order or not there.
     pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         let prompt_length = self.check(batch, prompt)?;
         let rows = Rows::new(batch, prompt_length);
-        if rows.inputs.is_empty() {
+        if rows.inputs.is_empty() || rows.text.as_ref().is_some_and(Vec::is_empty) {
             return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
         }
         let dropout = dropout.copied();
@@ -254,6 +254,7 @@ impl LanguageModel {
             let site = (1 + layer * (config.n_head + 2)) as u32;
             let heads = config.n_head;
             TransformerBlock {
+                last: layer + 1 == config.n_layer,
                 eps: config.layer_norm_epsilon as f32,
                 attend: Attend {
                     layer,
@@ -303,7 +304,9 @@ impl LanguageModel {
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
             anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
         }
-        if let Some(token) = batch.wanted.iter().flatten().find(|token| **token as usize >= batch.ids.len()) {
+        let wanted = batch.wanted.as_deref().unwrap_or_default();
+        ensure!(wanted.is_sorted_by(|a, b| a < b), "the tokens that are wanted must be in order");
+        if let Some(token) = wanted.last().filter(|token| **token as usize >= batch.ids.len()) {
             anyhow::bail!("token {token} is wanted of a batch of {}", batch.ids.len());
         }
         Ok(prompt_length)
@@ -370,6 +373,7 @@ impl Affine {
 /// The parameters of one transformer block, and what the configuration says of it.
 #[derive(Clone)]
 pub(crate) struct TransformerBlock {
+    last: bool,
     eps: f32,
     attend: Attend,
     activation: Activation,
@@ -392,7 +396,6 @@ impl Gpt2<'_> {
         for block in &self.blocks {
             x = ops.block(x, block)?;
         }
-        let x = ops.text(x)?; // [wanted, C]
         ops.layer_norm(&x, self.ln_f.norm(), self.config.layer_norm_epsilon as f32)
     }
 }
@@ -402,6 +405,8 @@ impl Block for TransformerBlock {
         let h = ops.layer_norm(&x, self.ln_1.norm(), self.eps)?; // [N, C]
         let qkv = ops.linear(&h, self.c_attn.linear())?; // [N, 3C]
         let a = ops.attention(qkv, self.attend)?; // [N, C]
+        // Behind the last attention no row reads another: the others are done with, and N is the number of those wanted.
+        let (x, a) = if self.last { (ops.text(x)?, ops.text(a)?) } else { (x, a) };
         let a = ops.linear(&a, self.attn_c_proj.linear())?; // [N, C]
         let a = ops.dropout(a, self.resid_pdrop, self.branch_sites[0])?;
         let x = ops.add(x, a)?;
@@ -512,6 +517,41 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn wanted_hidden_states_are_those_of_a_whole_pass() {
+        let mut batch = Packed::new();
+        batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
+        batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
+        let wanted = [0u32, 5, 6, 11, 12, 38];
+        let some = Packed { wanted: Some(wanted.to_vec()), ..batch.clone() };
+        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
+        let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        let factors = Tensor::from_vec(numbers(7, 6 * 24), (6, 24), &Device::Cpu).unwrap();
+        for model in [gpt2(|_| {}), llama(|_| {})] {
+            let places = Tensor::new(&wanted, &Device::Cpu).unwrap();
+            let late = model.hidden(&batch, Some(&prompt), Some(&dropout)).unwrap().index_select(&places, 0).unwrap();
+            let early = model.hidden(&some, Some(&prompt), Some(&dropout)).unwrap();
+            let mut parameters = model.parameters.clone();
+            parameters.insert("prompt".to_owned(), prompt.clone());
+            let [early, late] = [early, late].map(|hidden| {
+                let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
+                let mut all: Vec<Tensor> = gradients(&loss, &parameters).unwrap().values().cloned().collect();
+                all.push(hidden);
+                all.iter().map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect::<Vec<_>>()
+            });
+            for (early, late) in early.iter().zip(&late) {
+                let largest = late.iter().fold(1e-3f32, |a, b| a.max(b.abs()));
+                assert!(early.iter().zip(late).all(|(a, b)| (a - b).abs() < 1e-5 * largest));
+            }
+        }
+        let error = |wanted| {
+            let batch = Packed { wanted: Some(wanted), ..batch.clone() };
+            gpt2(|_| {}).hidden(&batch, None, None).unwrap_err().to_string()
+        };
+        assert!(error(vec![3, 2]).contains("in order"));
+        assert!(error(vec![3, 40]).contains("token 40 is wanted of a batch of 40"));
     }
 
     #[test]

@@ -38,6 +38,7 @@ impl Affine {
 /// The parameters of one transformer block, and what the configuration says of it.
 #[derive(Clone)]
 struct Layer {
+    last: bool,
     eps: f32,
     attend: Attend,
     /// Channels `D` of a head.
@@ -66,6 +67,7 @@ impl<'a> Llama<'a> {
             let scale = 1.0 / (head_width as f32).sqrt();
             let site = (layer * heads) as u32;
             Layer {
+                last: layer + 1 == config.num_hidden_layers,
                 eps: config.rms_norm_eps as f32,
                 attend: Attend { layer, heads, kv_heads, scale, dropout: config.attention_dropout, site },
                 head_width,
@@ -93,7 +95,6 @@ impl<'a> Llama<'a> {
         for layer in &self.layers {
             x = ops.block(x, layer)?;
         }
-        let x = ops.text(x)?; // [N, C] without the prompt's rows
         ops.rms_norm(&x, self.norm, self.config.rms_norm_eps as f32)
     }
 }
@@ -104,6 +105,8 @@ impl Block for Layer {
         let qkv = ops.project(&h, &self.qkv_proj.each_ref().map(Affine::projection))?; // [N, (H + 2G) D]
         let qkv = ops.rotary(qkv, self.rotary())?; // [N, (H + 2G) D]
         let a = ops.attention(qkv, self.attend)?; // [N, H D]
+        // Behind the last attention no row reads another: the others are done with, and N is the number of those wanted.
+        let (x, a) = if self.last { (ops.text(x)?, ops.text(a)?) } else { (x, a) };
         let a = ops.project(&a, &[self.o_proj.projection()])?; // [N, C]
         let x = ops.add(x, a)?;
 

@@ -53,11 +53,25 @@ pub(crate) struct Rows {
     pub(crate) positions: Vec<u32>,
     pub(crate) segments: Vec<Range<usize>>,
     pub(crate) ids: Vec<u64>,
-    /// Which rows' final hidden states are wanted, where not all are: never those of the prompt.
+    /// Which rows' final hidden states are wanted, where not all are, in order: never those of the prompt.
     pub(crate) text: Option<Vec<u32>>,
 }
 
 impl Rows {
+    /// What dropout is keyed by, of all rows or of those that are wanted, whichever are `count`: a row's id, and its place
+    /// in its sequence.
+    pub(crate) fn keys(&self, count: usize) -> Vec<(u64, u32)> {
+        let sequences = self.segments.iter().zip(&self.ids);
+        let all = sequences.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line)));
+        match &self.text {
+            Some(text) if text.len() == count => {
+                let all: Vec<(u64, u32)> = all.collect();
+                text.iter().map(|row| all[*row as usize]).collect()
+            }
+            _ => all.collect(),
+        }
+    }
+
     /// One more than the last position, or 0 without rows.
     pub(crate) fn positions_in_use(&self) -> usize {
         self.positions.iter().max().map_or(0, |last| *last as usize + 1)

@@ -16,7 +16,7 @@ pub struct Packed {
     pub segments: Vec<Range<usize>>,
     /// Row id of each sequence: what its dropout is keyed by.
     pub rows: Vec<u64>,
-    /// Which tokens' hidden states are wanted, each at most once; `None` for all of them.
+    /// Which tokens' hidden states are wanted, in ascending order; `None` for all of them.
     pub wanted: Option<Vec<u32>>,
 }
 

@@ -226,9 +226,7 @@ impl Backend for Cpu {
         rate: f32,
         site: u32,
     ) -> Result<()> {
-        let keys = rows.segments.iter().zip(&rows.ids);
-        let keys: Vec<(u64, u32)> =
-            keys.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line))).collect();
+        let keys = rows.keys(x.len() / width);
         x.par_chunks_mut(ROW_BLOCK * width).zip(keys.par_chunks(ROW_BLOCK)).for_each(|(data, keys)| {
             let mut mask = vec![0.0; width];
             for (row, (id, line)) in data.chunks_exact_mut(width).zip(keys) {

@@ -45,6 +45,8 @@ struct Batch {
     positions: CudaSlice<u32>,
     /// What dropout is keyed by.
     keys: CudaSlice<u32>,
+    /// The same of the rows that are wanted, where not all are.
+    wanted_keys: Option<CudaSlice<u32>>,
     sequences: Sequences,
     /// Rows that are wanted.
     text: Option<CudaSlice<u32>>,
@@ -53,10 +55,14 @@ struct Batch {
 impl<T: Number> Cuda<T> {
     /// For passes over `rows`.
     pub(crate) fn new(device: &CudaDevice, rows: &Rows) -> Result<Self> {
+        let keys = row_keys(&rows.segments, &rows.ids);
+        let key = |row: &u32| [keys[2 * *row as usize], keys[2 * *row as usize + 1]];
+        let wanted_keys = rows.text.as_ref().map(|text| text.iter().flat_map(key).collect());
         let batch = Batch {
+            wanted_keys: wanted_keys.map(|keys| upload(device, keys)).transpose()?,
             inputs: upload(device, rows.inputs.iter().map(|input| embed::code(*input)).collect())?,
             positions: upload(device, rows.positions.clone())?,
-            keys: upload(device, row_keys(&rows.segments, &rows.ids))?,
+            keys: upload(device, keys)?,
             sequences: Sequences::new(device, &rows.segments, &rows.ids)?,
             text: rows.text.clone().map(|text| upload(device, text)).transpose()?,
         };
@@ -132,8 +138,11 @@ impl<T: Number> Cuda<T> {
         }
     }
 
-    fn mask(&self, dropout: &Dropout, rate: f32, site: u32) -> Mask<'_> {
-        Mask { dropout: *dropout, rate, site, keys: &self.batch.keys }
+    /// A mask of `count` rows: all, or those that are wanted.
+    fn mask(&self, count: usize, dropout: &Dropout, rate: f32, site: u32) -> Mask<'_> {
+        let Batch { keys, wanted_keys, .. } = &*self.batch;
+        let keys = wanted_keys.as_ref().filter(|keys| keys.len() == 2 * count).unwrap_or(keys);
+        Mask { dropout: *dropout, rate, site, keys }
     }
 
     /// Lets `f` read a matrix of weights in the type that is computed in.
@@ -459,7 +468,8 @@ impl<T: Number> Backend for Cuda<T> {
         rate: f32,
         site: u32,
     ) -> Result<()> {
-        elementwise::in_place(&self.device, x, None, Some(self.mask(dropout, rate, site)), width)
+        let mask = self.mask(x.len() / width, dropout, rate, site);
+        elementwise::in_place(&self.device, x, None, Some(mask), width)
     }
 
     fn select(&self, x: &CudaSlice<T>, width: usize, rows: &[u32]) -> Result<CudaSlice<T>> {

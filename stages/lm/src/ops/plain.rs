@@ -2,7 +2,7 @@
 //!
 //! Uses only operations whose gradients candle computes; its fused softmax and norms lose gradients silently.
 
-use candle_core::{D, Device, Result, Tensor, bail};
+use candle_core::{D, Device, Result, Tensor};
 
 use super::{Attend, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
 use crate::config::Activation;
@@ -157,14 +157,9 @@ impl Ops for Plain<'_> {
     fn dropout(&mut self, x: Tensor, rate: f32, site: u32) -> Result<Tensor> {
         let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
         let (rows, width) = x.dims2()?;
-        if rows != self.rows.inputs.len() {
-            bail!("dropout of {rows} rows, expected {}", self.rows.inputs.len());
-        }
         let mut mask = vec![0.0; rows * width];
-        for (segment, id) in self.rows.segments.iter().zip(&self.rows.ids) {
-            for (line, row) in segment.clone().enumerate() {
-                masks::fill(&mut mask[row * width..][..width], &dropout, rate, site, *id, line as u32);
-            }
+        for (mask, (id, line)) in mask.chunks_exact_mut(width).zip(self.rows.keys(rows)) {
+            masks::fill(mask, &dropout, rate, site, id, line);
         }
         let mask = Tensor::from_vec(mask, (rows, width), x.device())?;
         x * mask
