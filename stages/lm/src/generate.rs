@@ -281,7 +281,7 @@ struct Cache {
 struct LayerCache {
     /// `[G D, capacity]`: scores of a query are then sums of rows.
     keys: Vec<f32>,
-    /// `[capacity, G D]`.
+    /// `[G, capacity, D]`.
     values: Vec<f32>,
 }
 
@@ -419,13 +419,15 @@ fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], channels: usize, 
         for (c, key) in new_keys.iter().enumerate() {
             keys[c * capacity + length + t] = *key;
         }
-        values[(length + t) * kv_width..][..kv_width].copy_from_slice(new_values);
+        for (head, value) in new_values.chunks_exact(d).enumerate() {
+            values[(head * capacity + length + t) * d..][..d].copy_from_slice(value);
+        }
     }
     let mut scores = vec![0.0; QUERIES.min(count) * capacity];
     for head in 0..attend.heads {
         let kv_head = head * attend.kv_heads / attend.heads;
         let keys = &keys[kv_head * d * capacity..];
-        let values = &values[kv_head * d..];
+        let values = &values[kv_head * d * capacity..];
         for start in (0..count).step_by(QUERIES) {
             let block = QUERIES.min(count - start);
             let seen = length + start + block;
@@ -436,7 +438,7 @@ fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], channels: usize, 
                 softmax(&mut scores[i * capacity..][..columns], length + start + i + 1, attend.scale);
             }
             let left = Left { data: &scores, row: capacity, depth: 1 };
-            tile::product(&mut out[start * width + head * d..], width, left, values, kv_width, block, d, seen, false);
+            tile::product(&mut out[start * width + head * d..], width, left, values, d, block, d, seen, false);
         }
     }
 }

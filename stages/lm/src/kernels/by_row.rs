@@ -18,7 +18,7 @@ const FEW: usize = 16;
 /// Rows of the weight that are read together, and how wide they are at most, where rows are few.
 const STREAM: (usize, usize) = (16, 1536);
 
-/// The same where they are more: a piece of the weight that fits the second cache.
+/// The same where they are more: a tile's columns of such a piece of the weight fit the first cache.
 const PANEL: (usize, usize) = (768, 192);
 
 /// Rows of a transposed weight that one task takes.
@@ -88,16 +88,18 @@ fn tile_rows(left: usize, largest: usize) -> usize {
 /// out of the cache.
 fn interleave(a: &[f32], depth: usize, largest: usize) -> Vec<f32> {
     let mut out = vec![0.0; a.len()];
-    let (mut from, mut to) = (a, out.as_mut_slice());
-    while !from.is_empty() {
-        let rows = tile_rows(from.len() / depth, largest);
-        let (tile, behind) = from.split_at(rows * depth);
-        let (place, free) = to.split_at_mut(rows * depth);
-        for (k, place) in place.chunks_exact_mut(rows).enumerate() {
-            place.iter_mut().enumerate().for_each(|(r, place)| *place = tile[r * depth + k]);
+    let tiles = a.par_chunks(largest * depth).zip(out.par_chunks_mut(largest * depth));
+    tiles.for_each(|(mut from, mut to)| {
+        while !from.is_empty() {
+            let rows = tile_rows(from.len() / depth, largest);
+            let (tile, behind) = from.split_at(rows * depth);
+            let (place, free) = to.split_at_mut(rows * depth);
+            for (k, place) in place.chunks_exact_mut(rows).enumerate() {
+                place.iter_mut().enumerate().for_each(|(r, place)| *place = tile[r * depth + k]);
+            }
+            (from, to) = (behind, free);
         }
-        (from, to) = (behind, free);
-    }
+    });
     out
 }
 
@@ -186,11 +188,12 @@ unsafe fn strip<V: Vector, const R: usize, const C: usize>(
 ) -> usize {
     let out = panel.out;
     let weight = &panel.weight[from * out.stride + column..];
-    // More rows than a few find the weight in the cache, and memory has time enough.
-    let streams = out.rows <= FEW && from + depth < panel.depth;
+    // What this task reads next, asked for while it works: the rows of the weight behind these, or where rows of the batch
+    // are more, and memory has time enough, the columns beside these.
+    let (asks, ahead) = if out.rows <= FEW { (0, depth * out.stride) } else { (R, C * V::LANES) };
     let mut row = 0;
     while row < out.rows {
-        let ahead = streams && row == 0;
+        let ahead = (row == asks).then_some(ahead);
         let rows = tile_rows(out.rows - row, R);
         let a = &panel.a[row * panel.depth + from * rows..][..rows * depth];
         // SAFETY: the caller's promise.
@@ -219,7 +222,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
     out: Shared,
     row: usize,
     column: usize,
-    ahead: bool,
+    ahead: Option<usize>,
 ) {
     let (stride, depth) = (out.stride, a.len() / R);
     let weight = &weight[..(depth - 1) * stride + C * V::LANES];
@@ -231,10 +234,9 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
         });
         for k in 0..depth {
             let w = weight.as_ptr().add(k * stride);
-            if ahead {
-                // What this task reads after these `depth` rows, while it works on them.
+            if let Some(ahead) = ahead {
                 for line in (0..C * V::LANES).step_by(16) {
-                    prefetch(w.wrapping_add(depth * stride + line));
+                    prefetch(w.wrapping_add(ahead + line));
                 }
             }
             let w: [V; C] = std::array::from_fn(|c| V::load(w.add(c * V::LANES)));
@@ -344,18 +346,35 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: 
     let w: [&[f32]; C] = std::array::from_fn(|c| &task.weight[(column + c) * depth..][..depth]);
     let whole = depth / LANES * LANES;
     let ahead = AHEAD.max(C * depth);
+    let streams = row == 0 && (column + C) * depth + ahead <= task.end * depth;
     let mut sums = [[V::splat(0.0); C]; R];
-    for k in (0..whole).step_by(LANES) {
-        if row == 0 {
-            w.iter().for_each(|w| prefetch(w.as_ptr().wrapping_add(k + ahead)));
+    if R == 1 {
+        // One row of the weight after the other, as they lie: memory is what this waits for.
+        for (c, w) in w.iter().enumerate() {
+            for k in (0..whole).step_by(LANES) {
+                if streams {
+                    prefetch(w.as_ptr().wrapping_add(k + ahead));
+                }
+                // SAFETY: `k + LANES` is at most `depth`, the length of both.
+                unsafe {
+                    let (a, w) = (V::load(a[0].as_ptr().add(k)), V::load(w.as_ptr().add(k)));
+                    sums[0][c] = a.fused(w, sums[0][c]);
+                }
+            }
         }
-        // SAFETY: `k + LANES` is at most `depth`, the length of all.
-        unsafe {
-            let w: [V; C] = std::array::from_fn(|c| V::load(w[c].as_ptr().add(k)));
-            for (sums, a) in sums.iter_mut().zip(&a) {
-                let a = V::load(a.as_ptr().add(k));
-                for (sum, w) in sums.iter_mut().zip(w) {
-                    *sum = a.fused(w, *sum);
+    } else {
+        for k in (0..whole).step_by(LANES) {
+            if streams {
+                w.iter().for_each(|w| prefetch(w.as_ptr().wrapping_add(k + ahead)));
+            }
+            // SAFETY: `k + LANES` is at most `depth`, the length of all.
+            unsafe {
+                let w: [V; C] = std::array::from_fn(|c| V::load(w[c].as_ptr().add(k)));
+                for (sums, a) in sums.iter_mut().zip(&a) {
+                    let a = V::load(a.as_ptr().add(k));
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        *sum = a.fused(w, *sum);
+                    }
                 }
             }
         }

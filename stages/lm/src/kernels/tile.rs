@@ -51,13 +51,17 @@ impl Wide for Product<'_> {
     fn run<V: Vector>(mut self) {
         let mut column = 0;
         while column < self.columns {
-            // With few rows more columns side by side, so that no addition waits for the one before.
-            column += match self.columns - column {
-                left if left >= 8 * V::LANES && self.rows < 4 => self.strip::<V, 8>(column),
-                left if left >= 2 * V::LANES => self.strip::<V, 2>(column),
-                left if left >= V::LANES => self.strip::<V, 1>(column),
-                left if left >= 8 => self.strip::<[f32; 8], 1>(column),
-                _ => self.strip::<f32, 1>(column),
+            let left = self.columns - column;
+            column += match left / V::LANES {
+                0 if left >= 8 => self.strip::<[f32; 8], 1>(column),
+                0 => self.strip::<f32, 1>(column),
+                1 => self.strip::<V, 1>(column),
+                // With few rows more columns side by side, so that no addition waits for the one before, and memory is read
+                // as it lies.
+                8.. if self.rows < 4 => self.strip::<V, 8>(column),
+                6.. if self.rows < 4 => self.strip::<V, 6>(column),
+                4.. if self.rows < 4 => self.strip::<V, 4>(column),
+                _ => self.strip::<V, 2>(column),
             };
         }
     }
