@@ -19,7 +19,7 @@ use super::backend::Backend;
 use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, contiguous, joined};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
-use crate::kernels::cuda::attention::{self, Heads, Qkv, Sequences};
+use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::embed::{self, Groups, Tables};
 use crate::kernels::cuda::matmul::{Matrix, Scalar, product, product_into_columns};
 use crate::kernels::cuda::{Mask, elementwise, norm, rope, row_keys, rows as row_kernels, unset, upload};
@@ -283,7 +283,7 @@ impl<T: Number> Backend for Cuda<T> {
         self.matrix(linear.weight, |weight| {
             product(&self.device, &mut out, Matrix::new(x, depth), Matrix::new(weight, width), false)
         })?;
-        view(linear.bias, |bias| elementwise::in_place(&self.device, &mut out, Some(bias), None, width))?;
+        view(linear.bias, |bias| elementwise::bias_dropout(&self.device, &mut out, Some(bias), None, width))?;
         Ok(out)
     }
 
@@ -336,7 +336,7 @@ impl<T: Number> Backend for Cuda<T> {
             first += columns;
         }
         if let Some(biases) = biases {
-            elementwise::in_place(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
+            elementwise::bias_dropout(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
         }
         Ok(out)
     }
@@ -393,9 +393,8 @@ impl<T: Number> Backend for Cuda<T> {
         let rows = qkv.len() / heads(width, spec).row();
         let mut out = self.unset(rows * width)?;
         let mut normalisers = unset(&self.device, rows * spec.heads)?;
-        let (qkv, heads) = (Qkv::Packed(qkv), heads(width, spec));
-        let sequences = &self.batch.sequences;
-        attention::forward(&self.device, &mut out, &mut normalisers, &qkv, sequences, heads, spec.dropout)?;
+        let (sequences, heads) = (&self.batch.sequences, heads(width, spec));
+        attention::forward(&self.device, &mut out, &mut normalisers, qkv, sequences, heads, spec.dropout)?;
         let out = Arc::new(out);
         Ok((out.clone(), (out, normalisers)))
     }
@@ -411,8 +410,8 @@ impl<T: Number> Backend for Cuda<T> {
         let mut gradient = self.unset(qkv.len())?;
         attention::backward(
             &self.device,
-            Qkv::Packed(&mut gradient),
-            &Qkv::Packed(qkv),
+            &mut gradient,
+            qkv,
             &**out,
             dy,
             normalisers,
@@ -459,7 +458,7 @@ impl<T: Number> Backend for Cuda<T> {
         rate: f32,
         site: u32,
     ) -> Result<()> {
-        elementwise::in_place(&self.device, x, None, Some(self.mask(dropout, rate, site)), width)
+        elementwise::bias_dropout(&self.device, x, None, Some(self.mask(dropout, rate, site)), width)
     }
 
     fn select(&self, x: &CudaSlice<T>, width: usize, rows: &[u32]) -> Result<CudaSlice<T>> {

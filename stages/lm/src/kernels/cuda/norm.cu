@@ -2,25 +2,17 @@
 
 #include "columns.cuh"
 
-// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`. With `y` it is the
-// norm of x + y, which goes to `sum`; that may be the place of `x`.
+// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`.
 template <bool CENTRED, class T>
-__device__ void norm(T *out, float *moments, T *sum, const T *x, const T *y, const float *weight, const float *bias,
-                     int width, float eps) {
+__device__ void norm(T *out, float *moments, const T *x, const float *weight, const float *bias, int width, float eps) {
     long long start = static_cast<long long>(blockIdx.x) * width;
+    const T *row = x + start;
     float values[PACK], others[PACK];
     float total = 0.0f;
     for (int first = threadIdx.x * PACK; first < width; first += blockDim.x * PACK) {
-        load(values, x + start, first, width);
-        if (y) {
-            load(others, y + start, first, width);
-            for (int i = 0; i < PACK; i++) values[i] = rounded<T>(values[i] + others[i]);
-            store(sum + start, first, width, values);
-        }
+        load(values, row, first, width);
         for (int i = 0; i < PACK; i++) total += CENTRED ? values[i] : values[i] * values[i];
     }
-    // From here on each thread reads again what it has just written.
-    const T *row = (y ? sum : x) + start;
     total = over_block<Sum>(total);
     float mean = CENTRED ? total / width : 0.0f;
     if (CENTRED) {
@@ -50,21 +42,21 @@ __device__ void norm(T *out, float *moments, T *sum, const T *x, const T *y, con
         moments[2 * blockIdx.x + 1] = scale;
     }
 }
-extern "C" __global__ void layer_norm_f32(float *out, float *moments, float *sum, const float *x, const float *y,
-                                          const float *weight, const float *bias, int width, float eps) {
-    norm<true>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void layer_norm_f32(float *out, float *moments, const float *x, const float *weight,
+                                          const float *bias, int width, float eps) {
+    norm<true>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void layer_norm_bf16(bf16 *out, float *moments, bf16 *sum, const bf16 *x, const bf16 *y,
-                                           const float *weight, const float *bias, int width, float eps) {
-    norm<true>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void layer_norm_bf16(bf16 *out, float *moments, const bf16 *x, const float *weight,
+                                           const float *bias, int width, float eps) {
+    norm<true>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void rms_norm_f32(float *out, float *moments, float *sum, const float *x, const float *y,
-                                        const float *weight, const float *bias, int width, float eps) {
-    norm<false>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void rms_norm_f32(float *out, float *moments, const float *x, const float *weight,
+                                        const float *bias, int width, float eps) {
+    norm<false>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, bf16 *sum, const bf16 *x, const bf16 *y,
-                                         const float *weight, const float *bias, int width, float eps) {
-    norm<false>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, const bf16 *x, const float *weight,
+                                         const float *bias, int width, float eps) {
+    norm<false>(out, moments, x, weight, bias, width, eps);
 }
 
 // With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)), where RMS norm has no mean(g).

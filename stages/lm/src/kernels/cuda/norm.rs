@@ -42,22 +42,7 @@ pub(crate) fn forward<T: Element>(
     norm: Norm<'_, impl DevicePtr<f32>>,
 ) -> Result<()> {
     let rows = check(out.len(), x.len(), moments.len(), &norm);
-    launch(Call::of::<T>(device, &MODULE, &norm.kernel("")).write(out).write(moments).null().read(x).null(), norm, rows)
-}
-
-/// Adds `y` to `x` in place, and writes the norm of the sum: a residual connection with the norm behind it.
-pub(crate) fn forward_residual<T: Element>(
-    device: &CudaDevice,
-    out: &mut impl DevicePtrMut<T>,
-    moments: &mut impl DevicePtrMut<f32>,
-    x: &mut impl DevicePtrMut<T>,
-    y: &impl DevicePtr<T>,
-    norm: Norm<'_, impl DevicePtr<f32>>,
-) -> Result<()> {
-    let rows = check(out.len(), x.len(), moments.len(), &norm);
-    assert_eq!(x.len(), y.len(), "elements side by side");
-    let call = Call::of::<T>(device, &MODULE, &norm.kernel(""));
-    launch(call.write(out).write(moments).write_twice(x).read(y), norm, rows)
+    launch(Call::of::<T>(device, &MODULE, &norm.kernel("")).write(out).write(moments).read(x), norm, rows)
 }
 
 fn check<W: DevicePtr<f32>>(out: usize, x: usize, moments: usize, norm: &Norm<'_, W>) -> usize {

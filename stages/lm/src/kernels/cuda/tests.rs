@@ -5,7 +5,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use contract::random::{philox, uniform};
 use half::bf16;
 
-use super::attention::{Heads, Qkv, Sequences};
+use super::attention::{Heads, Sequences};
 use super::testing::device;
 use super::{Element, Mask, fold, row_keys, upload};
 use crate::config::Activation;
@@ -148,7 +148,7 @@ fn single_elements() {
 }
 
 #[test]
-fn bias_dropout_and_residual() {
+fn bias_and_dropout() {
     fn check<T: Number>(device: &CudaDevice) {
         let lengths = [1, 0, 37];
         let (segments, ids) = segments(&lengths);
@@ -156,26 +156,22 @@ fn bias_dropout_and_residual() {
         for width in [1, 33, 64, 768, 2056] {
             let mask = Mask { dropout: DROPOUT, rate: 0.3, site: 5, keys: &keys };
             let masks = mask_rows(&lengths, 0.3, 5, width);
-            let ((x, there), (residual, other)) =
-                (random::<T>(device, 1, 38 * width), random::<T>(device, 2, 38 * width));
+            let (x, _) = random::<T>(device, 1, 38 * width);
             let (bias, bias_there) = random::<f32>(device, 3, width);
-            let expected: Vec<f32> =
-                (0..38 * width).map(|i| residual[i] + masks[i] * (x[i] + bias[i % width])).collect();
-            let (other, biases) = (other.as_view(), bias_there.as_view());
-            let mut out = zeros::<T>(device, 38 * width);
-            super::elementwise::residual(device, &mut out, &there, Some(&other), Some(&biases), Some(mask), width)
-                .unwrap();
-            near::<T>("residual", &get(device, &out), &expected);
-            let mut in_place = put::<T>(device, &x);
-            super::elementwise::in_place(device, &mut in_place, None, Some(mask), width).unwrap();
-            let found = get(device, &in_place);
+            let sums: Vec<f32> = (0..38 * width).map(|i| x[i] + bias[i % width]).collect();
+            let run = |bias, mask| {
+                let mut out = put::<T>(device, &x);
+                super::elementwise::bias_dropout(device, &mut out, bias, mask, width).unwrap();
+                get(device, &out)
+            };
+            let bias = bias_there.as_view();
+            let rounded: Vec<f32> = sums.iter().map(|x| T::of(*x).value()).collect();
+            assert_eq!(run(Some(&bias), None), rounded);
+            let expected: Vec<f32> = sums.iter().zip(&masks).map(|(x, mask)| mask * x).collect();
+            near::<T>("dropout of a sum", &run(Some(&bias), Some(mask)), &expected);
             let dropped = |values: &[f32]| values.iter().map(|x| *x == 0.0).collect::<Vec<_>>();
+            let found = run(None, Some(mask));
             assert_eq!(dropped(&found), dropped(&masks), "the same elements are dropped as on the CPU");
-            let mut pre = put::<T>(device, &x);
-            super::elementwise::bias_activation(device, &mut out, &mut pre, &bias_there, Activation::GeluNew).unwrap();
-            let sums: Vec<f32> = (0..38 * width).map(|i| T::of(x[i] + bias[i % width]).value()).collect();
-            assert_eq!(get(device, &pre), sums);
-            near::<T>("activation", &get(device, &out), &kernels::elementwise::activation(&sums, Activation::GeluNew));
         }
     }
     let Some(device) = device() else { return };
@@ -227,13 +223,6 @@ fn norms() {
                         near_by("gradient of bias", &get(device, &by_bias), &scaled(&dbias), 1e-5);
                     }
                 }
-
-                // Behind a residual connection.
-                let mut sum = put::<T>(device, &x);
-                super::norm::forward_residual(device, &mut out, &mut moments, &mut sum, &dy_there, norm).unwrap();
-                let sums: Vec<f32> = x.iter().zip(&dy).map(|(x, y)| T::of(x + y).value()).collect();
-                assert_eq!(get(device, &sum), sums);
-                near::<T>("norm of a sum", &get(device, &out), &expected(&sums, &weight, &bias, &dy, layer).out);
             }
         }
     }
@@ -593,14 +582,15 @@ fn attention_over_packed_sequences() {
             let expected = kernels::attention::forward(&wide, queries * width, &attention);
             let gradient = gather(&kernels::attention::backward(&wide, &dy, queries * width, &attention), heads);
 
-            let run = |qkv: &Qkv<&CudaSlice<T>>, gradients: Qkv<&mut CudaSlice<T>>| {
+            let run = |gradients: &mut CudaSlice<T>| {
                 let mut out = zeros::<T>(device, rows * queries * width);
                 let mut normalisers = zeros::<f32>(device, rows * queries);
-                super::attention::forward(device, &mut out, &mut normalisers, qkv, &sequences, heads, dropout).unwrap();
+                super::attention::forward(device, &mut out, &mut normalisers, &there, &sequences, heads, dropout)
+                    .unwrap();
                 super::attention::backward(
                     device,
                     gradients,
-                    qkv,
+                    &there,
                     &out,
                     &dy_there,
                     &normalisers,
@@ -612,27 +602,13 @@ fn attention_over_packed_sequences() {
                 get(device, &out)
             };
             let mut packed = zeros::<T>(device, rows * heads.row());
-            let out = run(&Qkv::Packed(&there), Qkv::Packed(&mut packed));
+            let out = run(&mut packed);
             let name = format!("{queries}, {keys} heads of {width}");
             near::<T>(&name, &out, &expected);
             near_by(&format!("gradient of {name}"), &get(device, &packed), &gradient, 2.0 * T::NEAR);
             let mut again = zeros::<T>(device, rows * heads.row());
-            run(&Qkv::Packed(&there), Qkv::Packed(&mut again));
+            run(&mut again);
             assert_eq!(get(device, &packed), get(device, &again), "the same bits twice");
-
-            // The same from three matrices.
-            let part = |x: &[f32], from: usize, count: usize| -> Vec<f32> {
-                x.chunks(heads.row()).flat_map(|row| row[from * width..(from + count) * width].to_vec()).collect()
-            };
-            let parts = [(0, queries), (queries, keys), (queries + keys, keys)];
-            let [q, k, v] = parts.map(|(from, count)| put::<T>(device, &part(&qkv, from, count)));
-            let [mut dq, mut dk, mut dv] = parts.map(|(_, count)| zeros::<T>(device, rows * count * width));
-            let separate = run(&Qkv::Separate(&q, &k, &v), Qkv::Separate(&mut dq, &mut dk, &mut dv));
-            assert_eq!(separate, out);
-            let packed = get(device, &packed);
-            for (found, (from, count)) in [dq, dk, dv].iter().zip(parts) {
-                assert_eq!(get(device, found), part(&packed, from, count));
-            }
         }
     }
     let Some(device) = device() else { return };
@@ -647,8 +623,7 @@ fn heads_that_are_too_wide_are_errors() {
     let sequences = Sequences::new(&device, &segments(&[1]).0, &[1]).unwrap();
     let qkv = zeros::<f32>(&device, 480);
     let (mut out, mut normalisers) = (zeros::<f32>(&device, 160), zeros::<f32>(&device, 1));
-    let error =
-        super::attention::forward(&device, &mut out, &mut normalisers, &Qkv::Packed(&qkv), &sequences, heads, None);
+    let error = super::attention::forward(&device, &mut out, &mut normalisers, &qkv, &sequences, heads, None);
     assert!(error.unwrap_err().to_string().contains("at most 128"));
 }
 
