@@ -88,7 +88,7 @@ impl<T: Number> Cuda<T> {
             self.matrix_if(positions, |positions| {
                 self.matrix_if(prompt, |prompt| {
                     let tables = Tables { tokens, prompt, positions };
-                    embed::embed(&self.device, &mut out, inputs, at, tables, None, width)
+                    embed::embed(&self.device, &mut out, inputs, at, tables, width)
                 })
             })
         })?;
@@ -235,14 +235,14 @@ impl<T: Number> Backend for Cuda<T> {
         view(weight, |weight| {
             // Of the bias only its being there matters: it makes this a layer norm.
             let norm = norm::Norm { weight, bias: Some(weight), eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy, true)
+            norm::backward(&self.device, dx, x, norm, moments, dy)
         })?;
         if !parameters {
             return Ok(None);
         }
         let width = weight.elem_count();
         let (mut dweight, mut dbias) = (unset(&self.device, width)?, unset(&self.device, width)?);
-        norm::backward_parameters(&self.device, &mut dweight, Some(&mut dbias), x, moments, dy, false)?;
+        norm::backward_parameters(&self.device, &mut dweight, Some(&mut dbias), x, moments, dy)?;
         let vector = |values| tensor(&self.device, values, Shape::from(width));
         Ok(Some((vector(dweight), vector(dbias))))
     }
@@ -267,13 +267,13 @@ impl<T: Number> Backend for Cuda<T> {
     ) -> Result<Option<Tensor>> {
         view(weight, |weight| {
             let norm = norm::Norm { weight, bias: None, eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy, true)
+            norm::backward(&self.device, dx, x, norm, moments, dy)
         })?;
         if !parameters {
             return Ok(None);
         }
         let mut dweight = unset(&self.device, weight.elem_count())?;
-        norm::backward_parameters(&self.device, &mut dweight, None, x, moments, dy, false)?;
+        norm::backward_parameters(&self.device, &mut dweight, None, x, moments, dy)?;
         Ok(Some(tensor(&self.device, dweight, weight.elem_count())))
     }
 
@@ -307,7 +307,7 @@ impl<T: Number> Backend for Cuda<T> {
         let mut dweight = unset::<f32>(&self.device, depth * width)?;
         let mut dbias = unset::<f32>(&self.device, width)?;
         product(&self.device, &mut dweight, Matrix::new(x, depth).transposed(), Matrix::new(dy, width), false)?;
-        row_kernels::sum_rows(&self.device, &mut dbias, dy, false)?;
+        row_kernels::sum_rows(&self.device, &mut dbias, dy)?;
         Ok((tensor(&self.device, dweight, (depth, width)), tensor(&self.device, dbias, width)))
     }
 
@@ -374,7 +374,7 @@ impl<T: Number> Backend for Cuda<T> {
             return Ok((dweight, None));
         }
         let mut sums = unset::<f32>(&self.device, channels)?;
-        row_kernels::sum_rows(&self.device, &mut sums, dy, false)?;
+        row_kernels::sum_rows(&self.device, &mut sums, dy)?;
         let mut dbias = unset::<f32>(&self.device, width)?;
         self.device.memcpy_dtod(&sums.slice(first..first + width), &mut dbias)?;
         Ok((dweight, Some(tensor(&self.device, dbias, width))))

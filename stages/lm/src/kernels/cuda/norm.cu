@@ -60,10 +60,9 @@ extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, const bf16 *
 }
 
 // With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)), where RMS norm has no mean(g).
-// Added to what is in dx where it is to be. A block has a row.
+// Added to what is in dx. A block has a row.
 template <bool CENTRED, class T>
-__device__ void norm_backward(T *dx, const T *x, const float *weight, const float *moments, const T *dy, int width,
-                              int accumulate) {
+__device__ void norm_backward(T *dx, const T *x, const float *weight, const float *moments, const T *dy, int width) {
     long long start = static_cast<long long>(blockIdx.x) * width;
     float mean = moments[2 * blockIdx.x], scale = moments[2 * blockIdx.x + 1];
     float n[PACK], g[PACK], factors[PACK];
@@ -85,28 +84,27 @@ __device__ void norm_backward(T *dx, const T *x, const float *weight, const floa
         load(g, dy + start, first, width);
         load(factors, weight, first, width);
         for (int i = 0; i < PACK; i++) g[i] = scale * (g[i] * factors[i] - g_mean - (n[i] - mean) * scale * gn_mean);
-        if (accumulate) {
-            load(n, dx + start, first, width);
-            for (int i = 0; i < PACK; i++) g[i] += n[i];
-        }
+        load(n, dx + start, first, width);
+        // Never fused with the product before it, which the compiler would do in some of the columns only.
+        for (int i = 0; i < PACK; i++) g[i] = __fadd_rn(g[i], n[i]);
         store(dx + start, first, width, g);
     }
 }
 extern "C" __global__ void layer_norm_backward_f32(float *dx, const float *x, const float *weight, const float *moments,
-                                                   const float *dy, int width, int accumulate) {
-    norm_backward<true>(dx, x, weight, moments, dy, width, accumulate);
+                                                   const float *dy, int width) {
+    norm_backward<true>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void layer_norm_backward_bf16(bf16 *dx, const bf16 *x, const float *weight, const float *moments,
-                                                    const bf16 *dy, int width, int accumulate) {
-    norm_backward<true>(dx, x, weight, moments, dy, width, accumulate);
+                                                    const bf16 *dy, int width) {
+    norm_backward<true>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void rms_norm_backward_f32(float *dx, const float *x, const float *weight, const float *moments,
-                                                 const float *dy, int width, int accumulate) {
-    norm_backward<false>(dx, x, weight, moments, dy, width, accumulate);
+                                                 const float *dy, int width) {
+    norm_backward<false>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void rms_norm_backward_bf16(bf16 *dx, const bf16 *x, const float *weight, const float *moments,
-                                                  const bf16 *dy, int width, int accumulate) {
-    norm_backward<false>(dx, x, weight, moments, dy, width, accumulate);
+                                                  const bf16 *dy, int width) {
+    norm_backward<false>(dx, x, weight, moments, dy, width);
 }
 
 // Sums over blocks of rows of dy n, the gradient of the weight, and of dy, that of the bias.

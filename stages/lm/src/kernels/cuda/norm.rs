@@ -7,7 +7,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceSlice};
 
 use super::rows::{column_blocks, sum_parts};
-use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row};
+use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row, unset};
 
 static MODULE: Module = module!("norm");
 
@@ -62,7 +62,7 @@ fn launch<'a, W: DevicePtr<f32>>(call: Call<'a>, norm: Norm<'a, W>, rows: usize)
     call.size(width).float(norm.eps).launch(rows as u32, threads_for_row(width, THREADS), 0)
 }
 
-/// The gradient of `x` from that of the result, `dy`: added to `dx` where `accumulate`, else written.
+/// Adds the gradient of `x`, from that of the result, `dy`, to `dx`.
 pub(crate) fn backward<T: Element>(
     device: &CudaDevice,
     dx: &mut impl DevicePtrMut<T>,
@@ -70,7 +70,6 @@ pub(crate) fn backward<T: Element>(
     norm: Norm<'_, impl DevicePtr<f32>>,
     moments: &impl DevicePtr<f32>,
     dy: &impl DevicePtr<T>,
-    accumulate: bool,
 ) -> Result<()> {
     let rows = check(dx.len(), x.len(), moments.len(), &norm);
     assert_eq!(x.len(), dy.len(), "elements side by side");
@@ -82,11 +81,10 @@ pub(crate) fn backward<T: Element>(
         .read(moments)
         .read(dy)
         .size(width)
-        .size(usize::from(accumulate))
         .launch(rows as u32, threads_for_row(width, THREADS), 0)
 }
 
-/// The gradients of weight and, where there is one, bias, `[width]` each: added where `accumulate`, else written.
+/// The gradients of weight and, where there is one, bias, `[width]` each.
 pub(crate) fn backward_parameters<T: Element>(
     device: &CudaDevice,
     dweight: &mut impl DevicePtrMut<f32>,
@@ -94,14 +92,12 @@ pub(crate) fn backward_parameters<T: Element>(
     x: &impl DevicePtr<T>,
     moments: &impl DevicePtr<f32>,
     dy: &impl DevicePtr<T>,
-    accumulate: bool,
 ) -> Result<()> {
     let width = dweight.len();
     let rows = rows_of(x.len(), width);
     assert_eq!((dy.len(), moments.len()), (x.len(), 2 * rows), "elements and moments of a norm");
     let (blocks, _) = column_blocks(rows, width);
-    // SAFETY: every element is written before it is read.
-    let mut parts = unsafe { device.alloc::<f32>(blocks as usize * 2 * width) }?;
+    let mut parts = unset::<f32>(device, blocks as usize * 2 * width)?;
     Call::of::<T>(device, &MODULE, "norm_parameters")
         .write(&mut parts)
         .read(x)
@@ -110,8 +106,8 @@ pub(crate) fn backward_parameters<T: Element>(
         .size(rows)
         .size(width)
         .launch(column_blocks(rows, width), THREADS, 0)?;
-    sum_parts(device, dweight, &parts, blocks as usize, 2 * width, accumulate)?;
+    sum_parts(device, dweight, &parts, blocks as usize, 2 * width)?;
     let Some(dbias) = dbias else { return Ok(()) };
     let biases: CudaView<'_, f32> = parts.slice(width.min(parts.len())..);
-    sum_parts(device, dbias, &biases, blocks as usize, 2 * width, accumulate)
+    sum_parts(device, dbias, &biases, blocks as usize, 2 * width)
 }
