@@ -22,7 +22,8 @@ use crate::kernels::attention::Attention;
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::embed::{self, Groups, Tables};
 use crate::kernels::cuda::matmul::{Matrix, Scalar, product, product_into_columns};
-use crate::kernels::cuda::{Mask, elementwise, norm, rope, row_keys, rows as row_kernels, unset, upload};
+use crate::kernels::cuda::norm::{self, Kind};
+use crate::kernels::cuda::{Mask, elementwise, rope, row_keys, rows as row_kernels, unset, upload};
 use crate::kernels::rope::Turn;
 
 /// What a GPU computes in.
@@ -136,6 +137,46 @@ impl<T: Number> Cuda<T> {
         Mask { dropout: *dropout, rate, site, keys: &self.batch.keys }
     }
 
+    /// The norm of each row, a layer norm where there is a bias, and what its way back wants to know.
+    fn norm(
+        &self,
+        x: &CudaSlice<T>,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        eps: f32,
+    ) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
+        let mut out = self.unset(x.len())?;
+        let mut moments = unset(&self.device, 2 * x.len() / weight.elem_count())?;
+        view(weight, |weight| {
+            view_if(bias, |bias| norm::forward(&self.device, &mut out, &mut moments, x, weight, bias, eps))
+        })?;
+        Ok((out, moments))
+    }
+
+    /// Adds the gradient of `x` to `dx`; gives those of weight and, of a layer norm, bias where `parameters`.
+    #[expect(clippy::too_many_arguments, reason = "what goes in and what comes out")]
+    fn norm_backward(
+        &self,
+        kind: Kind,
+        dx: &mut CudaSlice<T>,
+        x: &CudaSlice<T>,
+        weight: &Tensor,
+        moments: &CudaSlice<f32>,
+        dy: &CudaSlice<T>,
+        parameters: bool,
+    ) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        view(weight, |weight| norm::backward(&self.device, kind, dx, x, weight, moments, dy))?;
+        if !parameters {
+            return Ok(None);
+        }
+        let width = weight.elem_count();
+        let mut dweight = unset(&self.device, width)?;
+        let mut dbias = (kind == Kind::Layer).then(|| unset(&self.device, width)).transpose()?;
+        norm::backward_parameters(&self.device, &mut dweight, dbias.as_mut(), x, moments, dy)?;
+        let vector = |values| tensor(&self.device, values, width);
+        Ok(Some((vector(dweight), dbias.map(vector))))
+    }
+
     /// Lets `f` read a matrix of weights in the type that is computed in.
     pub(crate) fn matrix<R>(&self, weight: &Tensor, f: impl FnOnce(&CudaView<'_, T>) -> Result<R>) -> Result<R> {
         if weight.dtype() == T::DTYPE {
@@ -212,15 +253,7 @@ impl<T: Number> Backend for Cuda<T> {
     }
 
     fn layer_norm(&self, x: &CudaSlice<T>, norm: Norm<'_>, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        let mut out = self.unset(x.len())?;
-        let mut moments = unset(&self.device, 2 * x.len() / norm.weight.elem_count())?;
-        view(norm.weight, |weight| {
-            view(norm.bias, |bias| {
-                let norm = norm::Norm { weight, bias: Some(bias), eps };
-                norm::forward(&self.device, &mut out, &mut moments, x, norm)
-            })
-        })?;
-        Ok((out, moments))
+        self.norm(x, norm.weight, Some(norm.bias), eps)
     }
 
     fn layer_norm_backward(
@@ -232,28 +265,12 @@ impl<T: Number> Backend for Cuda<T> {
         dy: &CudaSlice<T>,
         parameters: bool,
     ) -> Result<Option<(Tensor, Tensor)>> {
-        view(weight, |weight| {
-            // Of the bias only its being there matters: it makes this a layer norm.
-            let norm = norm::Norm { weight, bias: Some(weight), eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy)
-        })?;
-        if !parameters {
-            return Ok(None);
-        }
-        let width = weight.elem_count();
-        let (mut dweight, mut dbias) = (unset(&self.device, width)?, unset(&self.device, width)?);
-        norm::backward_parameters(&self.device, &mut dweight, Some(&mut dbias), x, moments, dy)?;
-        let vector = |values| tensor(&self.device, values, Shape::from(width));
-        Ok(Some((vector(dweight), vector(dbias))))
+        let gradients = self.norm_backward(Kind::Layer, dx, x, weight, moments, dy, parameters)?;
+        Ok(gradients.and_then(|(dweight, dbias)| Some(dweight).zip(dbias)))
     }
 
     fn rms_norm(&self, x: &CudaSlice<T>, weight: &Tensor, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        let mut out = self.unset(x.len())?;
-        let mut moments = unset(&self.device, 2 * x.len() / weight.elem_count())?;
-        view(weight, |weight| {
-            norm::forward(&self.device, &mut out, &mut moments, x, norm::Norm { weight, bias: None, eps })
-        })?;
-        Ok((out, moments))
+        self.norm(x, weight, None, eps)
     }
 
     fn rms_norm_backward(
@@ -265,16 +282,8 @@ impl<T: Number> Backend for Cuda<T> {
         dy: &CudaSlice<T>,
         parameters: bool,
     ) -> Result<Option<Tensor>> {
-        view(weight, |weight| {
-            let norm = norm::Norm { weight, bias: None, eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy)
-        })?;
-        if !parameters {
-            return Ok(None);
-        }
-        let mut dweight = unset(&self.device, weight.elem_count())?;
-        norm::backward_parameters(&self.device, &mut dweight, None, x, moments, dy)?;
-        Ok(Some(tensor(&self.device, dweight, weight.elem_count())))
+        let gradients = self.norm_backward(Kind::Rms, dx, x, weight, moments, dy, parameters)?;
+        Ok(gradients.map(|(dweight, _)| dweight))
     }
 
     fn linear(&self, x: &CudaSlice<T>, linear: Linear<'_>) -> Result<CudaSlice<T>> {
@@ -496,6 +505,17 @@ pub(crate) fn view<T: CudaDType, R>(tensor: &Tensor, f: impl FnOnce(&CudaView<'_
 pub(crate) fn view_of<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
     let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a gpu, found one elsewhere") };
     Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
+}
+
+/// As [`view`], of a tensor that need not be there.
+fn view_if<T: CudaDType, R>(
+    tensor: Option<&Tensor>,
+    f: impl FnOnce(Option<&CudaView<'_, T>>) -> Result<R>,
+) -> Result<R> {
+    match tensor {
+        Some(tensor) => view(tensor, |tensor| f(Some(tensor))),
+        None => f(None),
+    }
 }
 
 /// A tensor to compute with in `T`: its own elements, or converted ones.

@@ -4,80 +4,78 @@
 
 use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceSlice};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut};
 
 use super::rows::{column_blocks, sum_parts};
 use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row, unset};
 
 static MODULE: Module = module!("norm");
 
-/// Parameters of a norm, `[width]` each: with a bias a layer norm, without one an RMS norm.
-pub(crate) struct Norm<'a, W> {
-    pub(crate) weight: &'a W,
-    pub(crate) bias: Option<&'a W>,
-    pub(crate) eps: f32,
+/// Which norm. A layer norm has a bias, an RMS norm has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Layer,
+    Rms,
 }
 
-// Not derived: it is a copy of references, whatever `W` is.
-impl<W> Clone for Norm<'_, W> {
-    fn clone(&self) -> Self {
-        *self
+impl Kind {
+    fn kernel(self, suffix: &str) -> String {
+        let kind = match self {
+            Kind::Layer => "layer",
+            Kind::Rms => "rms",
+        };
+        format!("{kind}_norm{suffix}")
     }
 }
 
-impl<W> Copy for Norm<'_, W> {}
-
-impl<W: DeviceSlice<f32>> Norm<'_, W> {
-    fn kernel(&self, suffix: &str) -> String {
-        format!("{}_norm{suffix}", if self.bias.is_some() { "layer" } else { "rms" })
-    }
-}
-
-/// The norm of every row of `x`.
+/// The norm of every row of `x`, with `weight` and `bias` `[width]`: a layer norm where there is a bias, else an RMS norm.
 pub(crate) fn forward<T: Element>(
     device: &CudaDevice,
     out: &mut impl DevicePtrMut<T>,
     moments: &mut impl DevicePtrMut<f32>,
     x: &impl DevicePtr<T>,
-    norm: Norm<'_, impl DevicePtr<f32>>,
+    weight: &impl DevicePtr<f32>,
+    bias: Option<&CudaView<'_, f32>>,
+    eps: f32,
 ) -> Result<()> {
-    let rows = check(out.len(), x.len(), moments.len(), &norm);
-    launch(Call::of::<T>(device, &MODULE, &norm.kernel("")).write(out).write(moments).read(x), norm, rows)
+    let width = weight.len();
+    let rows = check(out.len(), x.len(), moments.len(), width);
+    assert!(bias.is_none_or(|bias| bias.len() == width), "weight and bias of a norm");
+    let kind = if bias.is_some() { Kind::Layer } else { Kind::Rms };
+    Call::of::<T>(device, &MODULE, &kind.kernel(""))
+        .write(out)
+        .write(moments)
+        .read(x)
+        .read(weight)
+        .read_if(bias)
+        .size(width)
+        .float(eps)
+        .launch(rows as u32, threads_for_row(width, THREADS), 0)
 }
 
-fn check<W: DevicePtr<f32>>(out: usize, x: usize, moments: usize, norm: &Norm<'_, W>) -> usize {
-    let rows = rows_of(x, norm.weight.len());
+fn check(out: usize, x: usize, moments: usize, width: usize) -> usize {
+    let rows = rows_of(x, width);
     assert_eq!((out, moments), (x, 2 * rows), "elements and moments of a norm");
-    assert!(norm.bias.is_none_or(|bias| bias.len() == norm.weight.len()), "weight and bias of a norm");
     rows
-}
-
-fn launch<'a, W: DevicePtr<f32>>(call: Call<'a>, norm: Norm<'a, W>, rows: usize) -> Result<()> {
-    let width = norm.weight.len();
-    let call = call.read(norm.weight);
-    let call = match norm.bias {
-        Some(bias) => call.read(bias),
-        None => call.null(),
-    };
-    call.size(width).float(norm.eps).launch(rows as u32, threads_for_row(width, THREADS), 0)
 }
 
 /// Adds the gradient of `x`, from that of the result, `dy`, to `dx`.
 pub(crate) fn backward<T: Element>(
     device: &CudaDevice,
+    kind: Kind,
     dx: &mut impl DevicePtrMut<T>,
     x: &impl DevicePtr<T>,
-    norm: Norm<'_, impl DevicePtr<f32>>,
+    weight: &impl DevicePtr<f32>,
     moments: &impl DevicePtr<f32>,
     dy: &impl DevicePtr<T>,
 ) -> Result<()> {
-    let rows = check(dx.len(), x.len(), moments.len(), &norm);
+    let width = weight.len();
+    let rows = check(dx.len(), x.len(), moments.len(), width);
     assert_eq!(x.len(), dy.len(), "elements side by side");
-    let width = norm.weight.len();
-    Call::of::<T>(device, &MODULE, &norm.kernel("_backward"))
+    Call::of::<T>(device, &MODULE, &kind.kernel("_backward"))
         .write(dx)
         .read(x)
-        .read(norm.weight)
+        .read(weight)
         .read(moments)
         .read(dy)
         .size(width)

@@ -6,6 +6,7 @@ use contract::random::{philox, uniform};
 use half::bf16;
 
 use super::attention::{Heads, Sequences};
+use super::norm::Kind;
 use super::testing::device;
 use super::{Element, Mask, fold, row_keys, upload};
 use crate::config::Activation;
@@ -187,16 +188,18 @@ fn norms() {
             let ((x, there), (dy, dy_there)) = (random::<T>(device, 1, count), random::<T>(device, 2, count));
             let (weight, weight_there) = random::<f32>(device, 3, width);
             let (bias, bias_there) = random::<f32>(device, 4, width);
-            for layer in [true, false] {
-                let norm = super::norm::Norm { weight: &weight_there, bias: layer.then_some(&bias_there), eps: 1e-5 };
+            let bias_there = bias_there.as_view();
+            for kind in [Kind::Layer, Kind::Rms] {
+                let layer = kind == Kind::Layer;
+                let with_bias = layer.then_some(&bias_there);
                 let (mut out, mut moments) = (zeros::<T>(device, count), zeros::<f32>(device, 2 * rows));
-                super::norm::forward(device, &mut out, &mut moments, &there, norm).unwrap();
+                super::norm::forward(device, &mut out, &mut moments, &there, &weight_there, with_bias, 1e-5).unwrap();
                 let Expected { out: value, mut dx, dweight, dbias } = expected(&x, &weight, &bias, &dy, layer);
                 near::<T>("norm", &get(device, &out), &value);
 
                 let mut gradients = [zeros::<T>(device, count), zeros::<T>(device, count), put::<T>(device, &x)];
                 for gradient in &mut gradients {
-                    super::norm::backward(device, gradient, &there, norm, &moments, &dy_there).unwrap();
+                    super::norm::backward(device, kind, gradient, &there, &weight_there, &moments, &dy_there).unwrap();
                 }
                 let [gradient, again, added] = gradients.map(|gradient| get(device, &gradient));
                 near::<T>("gradient of a norm", &gradient, &dx);
@@ -205,9 +208,8 @@ fn norms() {
                 near::<T>("added gradient of a norm", &added, &dx);
 
                 let (mut by_weight, mut by_bias) = (zeros::<f32>(device, width), zeros::<f32>(device, width));
-                let with_bias = layer.then_some(&mut by_bias);
-                super::norm::backward_parameters(device, &mut by_weight, with_bias, &there, &moments, &dy_there)
-                    .unwrap();
+                let both = layer.then_some(&mut by_bias);
+                super::norm::backward_parameters(device, &mut by_weight, both, &there, &moments, &dy_there).unwrap();
                 near_by("gradient of weight", &get(device, &by_weight), &dweight, 1e-5);
                 if layer {
                     near_by("gradient of bias", &get(device, &by_bias), &dbias, 1e-5);
