@@ -1,4 +1,7 @@
-"""GPT-2 written out for decoding: keys and values in tensors that are made once, nothing of a module's overhead."""
+"""The two ways to write text: `generate` of transformers, and GPT-2 written out for decoding.
+
+The latter has keys and values in tensors that are made once, and nothing of a module's overhead.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +90,22 @@ class Decoder:
                 return written[:, : t + 1]
             end = start + t + 1
             logits = feed(self.next, written[:, t : t + 1].contiguous(), self.places[end - 1 : end], end)
+
+
+def generate(model, ids, length, sampling, given=None, stop=None):
+    """What `Decoder.write` does, by transformers."""
+    options = dict(do_sample=False)
+    if sampling["temperature"] != 0:
+        options = dict(do_sample=True, temperature=1.0, top_k=sampling["top_k"], top_p=sampling["top_p"])
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if given is None else given,
+        max_new_tokens=length,
+        eos_token_id=stop,
+        pad_token_id=0 if stop is None else stop,
+        **options,
+    )
+    return written[:, ids.shape[1] :]
 
 
 def linear(x, layer):

@@ -5,7 +5,7 @@ The check scores given answers, since sampled ones differ. Ways: `generate`, and
 
 import peer
 import torch
-from decode import Decoder
+from decode import Decoder, generate
 from rouge_score import rouge_scorer
 from transformers import AutoTokenizer
 
@@ -25,16 +25,7 @@ def prepare(task, way):
         mask = torch.tensor([[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         if decoder:
             return decoder.write(ids, longest, line["sampling"], mask, end)
-        return model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=end,
-            pad_token_id=end,
-        )[:, widest:]
+        return generate(model, ids, longest, line["sampling"], mask, end)
 
     def score(answers):
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 import peer
 import torch
-from decode import Decoder
+from decode import Decoder, generate
 
 
 def prepare(task, way):
@@ -11,16 +11,9 @@ def prepare(task, way):
     sampling, length = task["line"]["sampling"], task["line"]["response"]
     greedy = sampling["temperature"] == 0
     if way == "generate":
-        options = dict(do_sample=False)
-        if not greedy:
-            options = dict(do_sample=True, temperature=1.0, top_k=sampling["top_k"], top_p=sampling["top_p"])
 
         def write():
-            mask = torch.ones_like(ids)
-            written = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, eos_token_id=None, pad_token_id=0, **options
-            )
-            return written[:, ids.shape[1] :]
+            return generate(model, ids, length, sampling)
     else:
         decoder = Decoder(model, len(ids), ids.shape[1] + length)
 

@@ -13,7 +13,7 @@ to positions that predict a response token only.
 import peer
 import torch
 import torch.nn.functional as F
-from decode import Decoder
+from decode import Decoder, generate
 
 
 def prepare(task, way):
@@ -40,16 +40,7 @@ def prepare(task, way):
             if decoder:
                 written = decoder.write(ids, longest, sampling, mask, end)
             else:
-                written = student.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=longest,
-                    do_sample=True,
-                    top_k=0,
-                    top_p=1.0,
-                    eos_token_id=end,
-                    pad_token_id=end,
-                )[:, widest:]
+                written = generate(student, ids, longest, sampling, mask, end)
         responses = written.tolist()
         for response in responses:
             if end in response:

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::elementary::LOG_FLOOR;
-use crate::kernels::head::{Input, InputSource, InputTarget, head_terms};
+use crate::kernels::head::{Input, InputSource, InputTarget, active, head_terms};
 use crate::ops::collect::{Contribution, deliver, is_collecting, is_differentiated};
 pub use crate::top_k::TopK;
 
@@ -358,11 +358,15 @@ impl<'a> Request<'a> {
         })
     }
 
+    /// The rows that count, as devices index them.
+    fn active(&self) -> Vec<u32> {
+        active(self.weights).map(|row| row as u32).collect()
+    }
+
     /// By plain operations and autograd, `rows` rows at a time, so that the graph of one chunk is all that lives.
     fn by_chunks(&self, hidden_gradient: bool, head_gradient: bool, rows: usize) -> Result<Answer> {
         let device = self.hidden.device();
-        let active: Vec<u32> =
-            (0..self.weights.len() as u32).filter(|&row| self.weights[row as usize] != 0.0).collect();
+        let active = self.active();
         let count = self.coefficients().len();
         let mut terms = vec![0.0; self.weights.len() * count];
         let mut hidden_parts = Vec::new();

@@ -69,7 +69,7 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
         let held: Vec<_> = gradients.values().map(Tensor::storage_and_layout).collect();
         let views =
             held.iter().map(|(storage, layout)| cuda::view_of(storage, layout)).collect::<TensorResult<Vec<_>>>()?;
-        let (norm, _) = kernels::cuda::adamw::norm(device, &views, 0.0)?;
+        let norm = kernels::cuda::adamw::norm(device, &views)?;
         return Ok(device.clone_dtoh(&norm)?[0]);
     }
     let mut squares = 0.0;
@@ -246,7 +246,6 @@ impl AdamW {
                 first: cuda::view_of(&first.0, first.1)?,
                 second: cuda::view_of(&second.0, second.1)?,
                 gradient: cuda::view_of(&gradient.0, gradient.1)?,
-                copy: None,
                 keep: update.keep,
             });
         }

@@ -17,7 +17,7 @@ use contract::{End, Result};
 use super::{Generate, Generated, Prompt};
 use crate::config::Activation;
 use crate::gpt2::LanguageModel;
-use crate::kernels::cuda::attention::{self, Heads, Qkv, Sequences};
+use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::decode;
 use crate::kernels::cuda::embed::code;
 use crate::kernels::cuda::matmul::{Matrix, product};
@@ -461,7 +461,7 @@ impl<T: Number> Ops for Pass<'_, T> {
                 let places = slots.as_view();
                 decode::append(device, keys, values, &qkv, Some(&places), self.backend.positions(), heads, capacity)?;
                 let mut normalisers = unset::<f32>(device, count * heads.queries)?;
-                attention::forward(device, &mut out, &mut normalisers, &Qkv::Packed(&qkv), sequences, heads, None)?;
+                attention::forward(device, &mut out, &mut normalisers, &qkv, sequences, heads, None)?;
             }
             Feed::Tokens { writing, rows } => {
                 let positions = writing.positions.slice(..*rows);

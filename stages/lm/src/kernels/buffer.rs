@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::vector::widen;
 use super::{BLOCK, ROW_BLOCK};
 
 /// A matrix of `rows` rows of `width` elements, where element `c` of row `r` is `element(r)(c)`.
@@ -13,9 +14,11 @@ pub(crate) fn matrix<F: Fn(usize) -> f32>(rows: usize, width: usize, element: im
     blocks.enumerate().for_each(|(block, out)| {
         for (r, out) in out.chunks_exact_mut(width).enumerate() {
             let element = element(block * ROW_BLOCK + r);
-            for (c, out) in out.iter_mut().enumerate() {
-                out.write(element(c));
-            }
+            widen(|| {
+                for (c, out) in out.iter_mut().enumerate() {
+                    out.write(element(c));
+                }
+            });
         }
     });
     // SAFETY: the blocks are the first `length` elements, blocks and their rows are whole, and each element of a row was
@@ -30,9 +33,11 @@ pub(crate) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());
     let blocks = out.spare_capacity_mut()[..x.len()].par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
     blocks.for_each(|(out, x)| {
-        for (out, x) in out.iter_mut().zip(x) {
-            out.write(f(*x));
-        }
+        widen(|| {
+            for (out, x) in out.iter_mut().zip(x) {
+                out.write(f(*x));
+            }
+        });
     });
     // SAFETY: the blocks of both sides are the first `x.len()` elements, and each was written.
     unsafe { out.set_len(x.len()) };

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::buffer::{map, matrix};
 use super::elementary::{exp, tanh};
+use super::vector::widen;
 use super::{BLOCK, ROW_BLOCK, sum_in_order};
 use crate::config::Activation;
 
@@ -81,6 +82,6 @@ pub(crate) fn sum_rows_of(x: &[f32], width: usize, columns: Range<usize>) -> Vec
 fn update(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     assert_eq!(x.len(), y.len(), "elements side by side");
     x.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK)).for_each(|(x, y)| {
-        x.iter_mut().zip(y).for_each(|(x, y)| *x = f(*x, *y));
+        widen(|| x.iter_mut().zip(y).for_each(|(x, y)| *x = f(*x, *y)));
     });
 }

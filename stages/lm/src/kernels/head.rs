@@ -77,10 +77,15 @@ pub(crate) fn rows_per_chunk(vocabulary: usize) -> usize {
     rows / FEWEST_ROWS * FEWEST_ROWS
 }
 
+/// The rows that count: those whose weight is not 0.
+pub(crate) fn active(weights: &[f32]) -> impl Iterator<Item = usize> {
+    (0..weights.len()).filter(|&row| weights[row] != 0.0)
+}
+
 /// Losses and gradients of all rows.
 pub(crate) fn head_terms(input: &Input, hidden_gradient: bool, head_gradient: bool) -> Output {
     let (width, vocabulary) = (input.width, input.vocabulary);
-    let active: Vec<usize> = (0..input.weights.len()).filter(|&row| input.weights[row] != 0.0).collect();
+    let active: Vec<usize> = active(input.weights).collect();
     let count = usize::from(input.labels.is_some()) + input.targets.len();
     let mut output = Output {
         terms: vec![0.0; input.weights.len() * count],

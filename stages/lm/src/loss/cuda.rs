@@ -23,8 +23,7 @@ impl Request<'_> {
     ) -> Result<Answer> {
         let [hidden_wanted, head_wanted] = wanted;
         let (width, vocabulary) = (self.hidden.dim(1)?, self.head.dim(0)?);
-        let active: Vec<u32> =
-            (0..self.weights.len() as u32).filter(|&row| self.weights[row as usize] != 0.0).collect();
+        let active = self.active();
         let columns = self.coefficients().len();
         let mut terms = vec![0.0; self.weights.len() * columns];
         if active.is_empty() {

@@ -19,10 +19,11 @@ use super::backend::Backend;
 use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, contiguous, joined};
 use crate::config::Activation;
 use crate::kernels::attention::Attention;
-use crate::kernels::cuda::attention::{self, Heads, Qkv, Sequences};
+use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::embed::{self, Groups, Tables};
 use crate::kernels::cuda::matmul::{Matrix, Scalar, product, product_into_columns};
-use crate::kernels::cuda::{Mask, elementwise, norm, rope, row_keys, rows as row_kernels, unset, upload};
+use crate::kernels::cuda::norm::{self, Kind};
+use crate::kernels::cuda::{Mask, elementwise, rope, row_keys, rows as row_kernels, unset, upload};
 use crate::kernels::rope::Turn;
 
 /// What a GPU computes in.
@@ -94,7 +95,7 @@ impl<T: Number> Cuda<T> {
             self.matrix_if(positions, |positions| {
                 self.matrix_if(prompt, |prompt| {
                     let tables = Tables { tokens, prompt, positions };
-                    embed::embed(&self.device, &mut out, inputs, at, tables, None, width)
+                    embed::embed(&self.device, &mut out, inputs, at, tables, width)
                 })
             })
         })?;
@@ -143,6 +144,46 @@ impl<T: Number> Cuda<T> {
         let Batch { keys, wanted_keys, .. } = &*self.batch;
         let keys = wanted_keys.as_ref().filter(|keys| keys.len() == 2 * count).unwrap_or(keys);
         Mask { dropout: *dropout, rate, site, keys }
+    }
+
+    /// The norm of each row, a layer norm where there is a bias, and what its way back wants to know.
+    fn norm(
+        &self,
+        x: &CudaSlice<T>,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        eps: f32,
+    ) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
+        let mut out = self.unset(x.len())?;
+        let mut moments = unset(&self.device, 2 * x.len() / weight.elem_count())?;
+        view(weight, |weight| {
+            view_if(bias, |bias| norm::forward(&self.device, &mut out, &mut moments, x, weight, bias, eps))
+        })?;
+        Ok((out, moments))
+    }
+
+    /// Adds the gradient of `x` to `dx`; gives those of weight and, of a layer norm, bias where `parameters`.
+    #[expect(clippy::too_many_arguments, reason = "what goes in and what comes out")]
+    fn norm_backward(
+        &self,
+        kind: Kind,
+        dx: &mut CudaSlice<T>,
+        x: &CudaSlice<T>,
+        weight: &Tensor,
+        moments: &CudaSlice<f32>,
+        dy: &CudaSlice<T>,
+        parameters: bool,
+    ) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        view(weight, |weight| norm::backward(&self.device, kind, dx, x, weight, moments, dy))?;
+        if !parameters {
+            return Ok(None);
+        }
+        let width = weight.elem_count();
+        let mut dweight = unset(&self.device, width)?;
+        let mut dbias = (kind == Kind::Layer).then(|| unset(&self.device, width)).transpose()?;
+        norm::backward_parameters(&self.device, &mut dweight, dbias.as_mut(), x, moments, dy)?;
+        let vector = |values| tensor(&self.device, values, width);
+        Ok(Some((vector(dweight), dbias.map(vector))))
     }
 
     /// Lets `f` read a matrix of weights in the type that is computed in.
@@ -221,15 +262,7 @@ impl<T: Number> Backend for Cuda<T> {
     }
 
     fn layer_norm(&self, x: &CudaSlice<T>, norm: Norm<'_>, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        let mut out = self.unset(x.len())?;
-        let mut moments = unset(&self.device, 2 * x.len() / norm.weight.elem_count())?;
-        view(norm.weight, |weight| {
-            view(norm.bias, |bias| {
-                let norm = norm::Norm { weight, bias: Some(bias), eps };
-                norm::forward(&self.device, &mut out, &mut moments, x, norm)
-            })
-        })?;
-        Ok((out, moments))
+        self.norm(x, norm.weight, Some(norm.bias), eps)
     }
 
     fn layer_norm_backward(
@@ -241,28 +274,12 @@ impl<T: Number> Backend for Cuda<T> {
         dy: &CudaSlice<T>,
         parameters: bool,
     ) -> Result<Option<(Tensor, Tensor)>> {
-        view(weight, |weight| {
-            // Of the bias only its being there matters: it makes this a layer norm.
-            let norm = norm::Norm { weight, bias: Some(weight), eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy, true)
-        })?;
-        if !parameters {
-            return Ok(None);
-        }
-        let width = weight.elem_count();
-        let (mut dweight, mut dbias) = (unset(&self.device, width)?, unset(&self.device, width)?);
-        norm::backward_parameters(&self.device, &mut dweight, Some(&mut dbias), x, moments, dy, false)?;
-        let vector = |values| tensor(&self.device, values, Shape::from(width));
-        Ok(Some((vector(dweight), vector(dbias))))
+        let gradients = self.norm_backward(Kind::Layer, dx, x, weight, moments, dy, parameters)?;
+        Ok(gradients.and_then(|(dweight, dbias)| Some(dweight).zip(dbias)))
     }
 
     fn rms_norm(&self, x: &CudaSlice<T>, weight: &Tensor, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        let mut out = self.unset(x.len())?;
-        let mut moments = unset(&self.device, 2 * x.len() / weight.elem_count())?;
-        view(weight, |weight| {
-            norm::forward(&self.device, &mut out, &mut moments, x, norm::Norm { weight, bias: None, eps })
-        })?;
-        Ok((out, moments))
+        self.norm(x, weight, None, eps)
     }
 
     fn rms_norm_backward(
@@ -274,16 +291,8 @@ impl<T: Number> Backend for Cuda<T> {
         dy: &CudaSlice<T>,
         parameters: bool,
     ) -> Result<Option<Tensor>> {
-        view(weight, |weight| {
-            let norm = norm::Norm { weight, bias: None, eps: 0.0 };
-            norm::backward(&self.device, dx, x, norm, moments, dy, true)
-        })?;
-        if !parameters {
-            return Ok(None);
-        }
-        let mut dweight = unset(&self.device, weight.elem_count())?;
-        norm::backward_parameters(&self.device, &mut dweight, None, x, moments, dy, false)?;
-        Ok(Some(tensor(&self.device, dweight, weight.elem_count())))
+        let gradients = self.norm_backward(Kind::Rms, dx, x, weight, moments, dy, parameters)?;
+        Ok(gradients.map(|(dweight, _)| dweight))
     }
 
     fn linear(&self, x: &CudaSlice<T>, linear: Linear<'_>) -> Result<CudaSlice<T>> {
@@ -292,7 +301,7 @@ impl<T: Number> Backend for Cuda<T> {
         self.matrix(linear.weight, |weight| {
             product(&self.device, &mut out, Matrix::new(x, depth), Matrix::new(weight, width), false)
         })?;
-        view(linear.bias, |bias| elementwise::in_place(&self.device, &mut out, Some(bias), None, width))?;
+        view(linear.bias, |bias| elementwise::bias_dropout(&self.device, &mut out, Some(bias), None, width))?;
         Ok(out)
     }
 
@@ -316,7 +325,7 @@ impl<T: Number> Backend for Cuda<T> {
         let mut dweight = unset::<f32>(&self.device, depth * width)?;
         let mut dbias = unset::<f32>(&self.device, width)?;
         product(&self.device, &mut dweight, Matrix::new(x, depth).transposed(), Matrix::new(dy, width), false)?;
-        row_kernels::sum_rows(&self.device, &mut dbias, dy, false)?;
+        row_kernels::sum_rows(&self.device, &mut dbias, dy)?;
         Ok((tensor(&self.device, dweight, (depth, width)), tensor(&self.device, dbias, width)))
     }
 
@@ -345,7 +354,7 @@ impl<T: Number> Backend for Cuda<T> {
             first += columns;
         }
         if let Some(biases) = biases {
-            elementwise::in_place(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
+            elementwise::bias_dropout(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
         }
         Ok(out)
     }
@@ -383,7 +392,7 @@ impl<T: Number> Backend for Cuda<T> {
             return Ok((dweight, None));
         }
         let mut sums = unset::<f32>(&self.device, channels)?;
-        row_kernels::sum_rows(&self.device, &mut sums, dy, false)?;
+        row_kernels::sum_rows(&self.device, &mut sums, dy)?;
         let mut dbias = unset::<f32>(&self.device, width)?;
         self.device.memcpy_dtod(&sums.slice(first..first + width), &mut dbias)?;
         Ok((dweight, Some(tensor(&self.device, dbias, width))))
@@ -402,9 +411,8 @@ impl<T: Number> Backend for Cuda<T> {
         let rows = qkv.len() / heads(width, spec).row();
         let mut out = self.unset(rows * width)?;
         let mut normalisers = unset(&self.device, rows * spec.heads)?;
-        let (qkv, heads) = (Qkv::Packed(qkv), heads(width, spec));
-        let sequences = &self.batch.sequences;
-        attention::forward(&self.device, &mut out, &mut normalisers, &qkv, sequences, heads, spec.dropout)?;
+        let (sequences, heads) = (&self.batch.sequences, heads(width, spec));
+        attention::forward(&self.device, &mut out, &mut normalisers, qkv, sequences, heads, spec.dropout)?;
         let out = Arc::new(out);
         Ok((out.clone(), (out, normalisers)))
     }
@@ -420,8 +428,8 @@ impl<T: Number> Backend for Cuda<T> {
         let mut gradient = self.unset(qkv.len())?;
         attention::backward(
             &self.device,
-            Qkv::Packed(&mut gradient),
-            &Qkv::Packed(qkv),
+            &mut gradient,
+            qkv,
             &**out,
             dy,
             normalisers,
@@ -469,7 +477,7 @@ impl<T: Number> Backend for Cuda<T> {
         site: u32,
     ) -> Result<()> {
         let mask = self.mask(x.len() / width, dropout, rate, site);
-        elementwise::in_place(&self.device, x, None, Some(mask), width)
+        elementwise::bias_dropout(&self.device, x, None, Some(mask), width)
     }
 
     fn select(&self, x: &CudaSlice<T>, width: usize, rows: &[u32]) -> Result<CudaSlice<T>> {
@@ -507,6 +515,17 @@ pub(crate) fn view<T: CudaDType, R>(tensor: &Tensor, f: impl FnOnce(&CudaView<'_
 pub(crate) fn view_of<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
     let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a gpu, found one elsewhere") };
     Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
+}
+
+/// As [`view`], of a tensor that need not be there.
+fn view_if<T: CudaDType, R>(
+    tensor: Option<&Tensor>,
+    f: impl FnOnce(Option<&CudaView<'_, T>>) -> Result<R>,
+) -> Result<R> {
+    match tensor {
+        Some(tensor) => view(tensor, |tensor| f(Some(tensor))),
+        None => f(None),
+    }
 }
 
 /// A tensor to compute with in `T`: its own elements, or converted ones.

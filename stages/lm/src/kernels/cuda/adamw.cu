@@ -10,7 +10,6 @@ constexpr long long CHUNK = 8192;
 struct Parameter {
     float *weight, *first, *second;
     const float *gradient;
-    bf16 *copy;
     unsigned count;
     float keep;
 };
@@ -37,7 +36,6 @@ extern "C" __global__ void adamw(const Parameter *table, const unsigned *places,
         store(p.weight, at, count, weight);
         store(p.first, at, count, first);
         store(p.second, at, count, second);
-        if (p.copy) store(p.copy, at, count, weight);
     }
 }
 
@@ -60,12 +58,10 @@ extern "C" __global__ void squares(double *parts, const Gradient *table, const u
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// The norm from the sums of squares, and the factor that clips it. One block.
-extern "C" __global__ void clip_factor(double *norm, float *factor, const double *parts, int count, double clip) {
+// The norm from the sums of squares. One block.
+extern "C" __global__ void root_of_sum(double *norm, const double *parts, int count) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += parts[i];
     sum = over_block<Sum>(sum);
-    if (threadIdx.x > 0) return;
-    *norm = sqrt(sum);
-    *factor = clip > 0.0 ? static_cast<float>(fmin(clip / (*norm + 1e-6), 1.0)) : 1.0f;
+    if (threadIdx.x == 0) *norm = sqrt(sum);
 }

@@ -3,9 +3,8 @@
 use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr};
-use half::bf16;
 
-use super::{Call, Module, THREADS, module};
+use super::{Call, Module, THREADS, module, unset};
 use crate::kernels::adamw::Update;
 
 static MODULE: Module = module!("adamw");
@@ -22,8 +21,6 @@ pub(crate) struct Parameter<'a> {
     pub(crate) first: CudaView<'a, f32>,
     pub(crate) second: CudaView<'a, f32>,
     pub(crate) gradient: CudaView<'a, f32>,
-    /// A copy of the weight to compute with, written along with it.
-    pub(crate) copy: Option<CudaView<'a, bf16>>,
     /// The weight is multiplied by this: `1 - rate * decay`.
     pub(crate) keep: f32,
 }
@@ -37,17 +34,15 @@ pub(crate) fn adamw(
     scale: &impl DevicePtr<f32>,
 ) -> Result<()> {
     let stream = device.cuda_stream();
-    let mut table = Vec::with_capacity(parameters.len() * 6);
+    let mut table = Vec::with_capacity(parameters.len() * 5);
     for p in parameters {
         let count = p.weight.len();
         assert_eq!([p.first.len(), p.second.len(), p.gradient.len()], [count; 3], "elements side by side");
-        assert!(p.copy.as_ref().is_none_or(|copy| copy.len() == count), "elements side by side");
         table.extend([
             p.weight.device_ptr(&stream).0,
             p.first.device_ptr(&stream).0,
             p.second.device_ptr(&stream).0,
             p.gradient.device_ptr(&stream).0,
-            p.copy.as_ref().map_or(0, |copy| copy.device_ptr(&stream).0),
             count as u64 | u64::from(p.keep.to_bits()) << 32,
         ]);
     }
@@ -75,31 +70,19 @@ fn chunks(lengths: impl Iterator<Item = usize>) -> Vec<u32> {
     lengths.enumerate().flat_map(pairs).collect()
 }
 
-/// The norm of all gradients and the factor that clips it to `clip`, `min(1, clip / (norm + 1e-6))`, both left on the
-/// device: `[norm]` and `[factor]`. A `clip` of 0 clips nothing.
-pub(crate) fn norm(
-    device: &CudaDevice,
-    gradients: &[CudaView<'_, f32>],
-    clip: f64,
-) -> Result<(CudaSlice<f64>, CudaSlice<f32>)> {
+/// The norm of all gradients, left on the device: `[1]`.
+pub(crate) fn norm(device: &CudaDevice, gradients: &[CudaView<'_, f32>]) -> Result<CudaSlice<f64>> {
     let stream = device.cuda_stream();
     let table: Vec<u64> = gradients.iter().flat_map(|g| [g.device_ptr(&stream).0, g.len() as u64]).collect();
     let chunks = chunks(gradients.iter().map(|g| g.len()));
     let count = chunks.len() / 2;
     let (table, places) = (super::upload(device, table)?, super::upload(device, chunks)?);
-    let mut parts = device.alloc_zeros::<f64>(count.max(1))?;
-    let (mut norm, mut factor) = (device.alloc_zeros::<f64>(1)?, device.alloc_zeros::<f32>(1)?);
+    let (mut parts, mut norm) = (unset::<f64>(device, count.max(1))?, unset::<f64>(device, 1)?);
     Call::named(device, &MODULE, "squares").write(&mut parts).read(&table).read(&places).launch(
         count as u32,
         THREADS,
         0,
     )?;
-    Call::named(device, &MODULE, "clip_factor")
-        .write(&mut norm)
-        .write(&mut factor)
-        .read(&parts)
-        .size(count)
-        .double(clip)
-        .launch(1, THREADS, 0)?;
-    Ok((norm, factor))
+    Call::named(device, &MODULE, "root_of_sum").write(&mut norm).read(&parts).size(count).launch(1, THREADS, 0)?;
+    Ok(norm)
 }

@@ -10,7 +10,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use candle_core::{Result, bail};
 
-use super::{Call, Element, Module, fold, module, rows_of, upload};
+use super::{Call, Element, Module, fold, module, rows_of, unset, upload};
 use crate::ops::Dropout;
 
 static MODULE: Module = module!("attention");
@@ -42,14 +42,6 @@ impl Heads {
     }
 }
 
-/// Queries, keys and values of all N rows, or their gradients. `S` is a buffer, read or written.
-pub(crate) enum Qkv<S> {
-    /// `[N, (Hq + 2 Hkv) d]`: a row's queries, then its keys, then its values.
-    Packed(S),
-    /// `[N, Hq d]`, `[N, Hkv d]` and `[N, Hkv d]`.
-    Separate(S, S, S),
-}
-
 /// The sequences of a batch, cut into tiles, on the device.
 pub(crate) struct Sequences {
     /// For each tile: first row and length of its sequence, its own first row within it, and the folded row id.
@@ -77,14 +69,14 @@ impl Sequences {
 pub(crate) type ProbabilityDropout = Option<(Dropout, f32, u32)>;
 
 /// Writes the result, `out` `[N, Hq d]`, and for the way back the logarithm of each softmax' denominator, `normalisers`
-/// `[Hq, N]`.
+/// `[Hq, N]`. `qkv` is packed, `[N, (Hq + 2 Hkv) d]`: a row's queries, then its keys, then its values.
 ///
 /// Errors where heads are wider than 128.
 pub(crate) fn forward<T: Element>(
     device: &CudaDevice,
     out: &mut impl DevicePtrMut<T>,
     normalisers: &mut impl DevicePtrMut<f32>,
-    qkv: &Qkv<&CudaSlice<T>>,
+    qkv: &impl DevicePtr<T>,
     sequences: &Sequences,
     heads: Heads,
     dropout: ProbabilityDropout,
@@ -92,10 +84,11 @@ pub(crate) fn forward<T: Element>(
     let padded = padded(heads.width)?;
     let rows = rows_of(out.len(), heads.queries * heads.width);
     assert!(rows >= sequences.rows && normalisers.len() == rows * heads.queries, "rows of attention");
+    let parts = parts::<T>(qkv.device_ptr(qkv.stream()).0, qkv.len(), rows, heads);
     Call::of::<T>(device, &MODULE, &format!("attention_{padded}"))
         .write(out)
         .write(normalisers)
-        .parts(qkv.parts(device, rows, heads))
+        .parts(&parts, heads)
         .read(&sequences.tiles)
         .heads(heads, rows)
         .dropout(dropout)
@@ -103,12 +96,12 @@ pub(crate) fn forward<T: Element>(
         .launch((sequences.count as u32, heads.queries as u32), THREADS, forward_bytes::<T>(padded))
 }
 
-/// Writes the gradients of queries, keys and values from that of the result, `dout`. Rows in no sequence stay as they are.
+/// Writes the gradients of queries, keys and values, packed, from that of the result, `dout`. Rows in no sequence stay as they are.
 #[expect(clippy::too_many_arguments, reason = "what goes in and what comes out")]
 pub(crate) fn backward<T: Element>(
     device: &CudaDevice,
-    mut gradients: Qkv<&mut CudaSlice<T>>,
-    qkv: &Qkv<&CudaSlice<T>>,
+    gradients: &mut impl DevicePtrMut<T>,
+    qkv: &impl DevicePtr<T>,
     out: &impl DevicePtr<T>,
     dout: &impl DevicePtr<T>,
     normalisers: &impl DevicePtr<f32>,
@@ -120,8 +113,7 @@ pub(crate) fn backward<T: Element>(
     let rows = rows_of(out.len(), heads.queries * heads.width);
     assert!(rows >= sequences.rows && normalisers.len() == rows * heads.queries, "rows of attention");
     assert_eq!(out.len(), dout.len(), "a gradient of every element");
-    // SAFETY: every element is written before it is read.
-    let mut products = unsafe { device.alloc::<f32>((rows * heads.queries).max(1)) }?;
+    let mut products = unset::<f32>(device, (rows * heads.queries).max(1))?;
     Call::of::<T>(device, &MODULE, "attention_products")
         .write(&mut products)
         .read(out)
@@ -130,11 +122,14 @@ pub(crate) fn backward<T: Element>(
         .size(heads.queries)
         .size(heads.width)
         .launch((rows * heads.queries).div_ceil(4) as u32, THREADS, 0)?;
-    let [dq, dk, dv] = gradients.parts_mut(device, rows, heads);
-    for (kernel, gradients, blocks) in [("queries", vec![dq], heads.queries), ("keys", vec![dk, dv], heads.keys)] {
+    let parts = |address, length| self::parts::<T>(address, length, rows, heads);
+    let qkv = parts(qkv.device_ptr(qkv.stream()).0, qkv.len());
+    let (stream, length) = (device.cuda_stream(), gradients.len());
+    let [dq, dk, dv] = parts(gradients.device_ptr_mut(&stream).0, length);
+    for (kernel, gradients, blocks) in [("queries", &[dq][..], heads.queries), ("keys", &[dk, dv], heads.keys)] {
         Call::of::<T>(device, &MODULE, &format!("attention_{kernel}_{padded}"))
-            .parts(gradients)
-            .parts(qkv.parts(device, rows, heads))
+            .parts(gradients, heads)
+            .parts(&qkv, heads)
             .read(dout)
             .read(normalisers)
             .read(&products)
@@ -154,16 +149,10 @@ fn padded(width: usize) -> Result<usize> {
     }
 }
 
-/// Address of the first row and distance of rows, in elements.
-#[derive(Clone, Copy)]
-struct Part {
-    address: u64,
-    stride: usize,
-}
-
 impl Call<'_> {
-    fn parts(self, parts: impl IntoIterator<Item = Part>) -> Self {
-        parts.into_iter().fold(self, |call, part| call.size(part.address as usize).size(part.stride))
+    /// Some of the [`parts`] of packed rows: address and distance of rows of each.
+    fn parts(self, addresses: &[u64], heads: Heads) -> Self {
+        addresses.iter().fold(self, |call, address| call.size(*address as usize).size(heads.row()))
     }
 
     fn heads(self, heads: Heads, rows: usize) -> Self {
@@ -171,46 +160,11 @@ impl Call<'_> {
     }
 }
 
-fn packed_parts<T>(address: u64, length: usize, rows: usize, heads: Heads) -> [Part; 3] {
+/// Addresses of queries, keys and values, or their gradients, in packed rows that begin at `address`.
+fn parts<T>(address: u64, length: usize, rows: usize, heads: Heads) -> [u64; 3] {
     assert_eq!(length, rows * heads.row(), "packed queries, keys and values");
     let (queries, keys) = (heads.queries * heads.width, heads.keys * heads.width);
-    [0, queries, queries + keys]
-        .map(|offset| Part { address: address + (offset * size_of::<T>()) as u64, stride: heads.row() })
-}
-
-impl<T: Element> Qkv<&CudaSlice<T>> {
-    fn parts(&self, device: &CudaDevice, rows: usize, heads: Heads) -> [Part; 3] {
-        let stream = device.cuda_stream();
-        match self {
-            Qkv::Packed(qkv) => packed_parts::<T>(qkv.device_ptr(&stream).0, qkv.len(), rows, heads),
-            Qkv::Separate(q, k, v) => {
-                [(q, heads.queries), (k, heads.keys), (v, heads.keys)].map(|(part, heads_of_part)| {
-                    let stride = heads_of_part * heads.width;
-                    assert_eq!(part.len(), rows * stride, "queries, keys or values");
-                    Part { address: part.device_ptr(&stream).0, stride }
-                })
-            }
-        }
-    }
-}
-
-impl<T: Element> Qkv<&mut CudaSlice<T>> {
-    fn parts_mut(&mut self, device: &CudaDevice, rows: usize, heads: Heads) -> [Part; 3] {
-        let stream = device.cuda_stream();
-        match self {
-            Qkv::Packed(qkv) => {
-                let length = qkv.len();
-                packed_parts::<T>(qkv.device_ptr_mut(&stream).0, length, rows, heads)
-            }
-            Qkv::Separate(q, k, v) => {
-                [(q, heads.queries), (k, heads.keys), (v, heads.keys)].map(|(part, heads_of_part)| {
-                    let stride = heads_of_part * heads.width;
-                    assert_eq!(part.len(), rows * stride, "gradients of queries, keys or values");
-                    Part { address: part.device_ptr_mut(&stream).0, stride }
-                })
-            }
-        }
-    }
+    [0, queries, queries + keys].map(|offset| address + (offset * size_of::<T>()) as u64)
 }
 
 /// Shared memory of the kernels, in bytes: tiles of rows that are a little longer than a head, so that rows begin in

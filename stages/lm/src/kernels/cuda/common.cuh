@@ -19,9 +19,6 @@ template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
 
-// A number as it will be read again after it was written.
-template <class T> __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }
-
 template <class T> __device__ __forceinline__ bool wide(const T *x) {
     return (reinterpret_cast<uintptr_t>(x) & 15) == 0;
 }

@@ -82,20 +82,6 @@ template <class F, class T> __device__ void activation_backward(T *dy, const T *
     store(dy, first, count, slopes);
 }
 
-// x += bias, and out = f(x), row by row: a block has a row.
-template <class F, class T> __device__ void bias_activation(T *out, T *x, const float *bias, int width) {
-    T *row = x + static_cast<long long>(blockIdx.x) * width, *to = out + static_cast<long long>(blockIdx.x) * width;
-    for (int first = threadIdx.x * PACK; first < width; first += blockDim.x * PACK) {
-        float values[PACK], biases[PACK];
-        load(values, row, first, width);
-        load(biases, bias, first, width);
-        for (int i = 0; i < PACK; i++) values[i] += biases[i];
-        store(row, first, width, values);
-        for (int i = 0; i < PACK; i++) values[i] = F::of(rounded<T>(values[i]));
-        store(to, first, width, values);
-    }
-}
-
 extern "C" __global__ void gelu_tanh_f32(float *out, const float *x, long long n) { activation<GeluTanh>(out, x, n); }
 extern "C" __global__ void gelu_tanh_bf16(bf16 *out, const bf16 *x, long long n) { activation<GeluTanh>(out, x, n); }
 extern "C" __global__ void gelu_erf_f32(float *out, const float *x, long long n) { activation<GeluErf>(out, x, n); }
@@ -120,25 +106,6 @@ extern "C" __global__ void relu_backward_f32(float *dy, const float *x, long lon
 }
 extern "C" __global__ void relu_backward_bf16(bf16 *dy, const bf16 *x, long long n) {
     activation_backward<Relu>(dy, x, n);
-}
-
-extern "C" __global__ void bias_gelu_tanh_f32(float *out, float *x, const float *bias, int width) {
-    bias_activation<GeluTanh>(out, x, bias, width);
-}
-extern "C" __global__ void bias_gelu_tanh_bf16(bf16 *out, bf16 *x, const float *bias, int width) {
-    bias_activation<GeluTanh>(out, x, bias, width);
-}
-extern "C" __global__ void bias_gelu_erf_f32(float *out, float *x, const float *bias, int width) {
-    bias_activation<GeluErf>(out, x, bias, width);
-}
-extern "C" __global__ void bias_gelu_erf_bf16(bf16 *out, bf16 *x, const float *bias, int width) {
-    bias_activation<GeluErf>(out, x, bias, width);
-}
-extern "C" __global__ void bias_relu_f32(float *out, float *x, const float *bias, int width) {
-    bias_activation<Relu>(out, x, bias, width);
-}
-extern "C" __global__ void bias_relu_bf16(bf16 *out, bf16 *x, const float *bias, int width) {
-    bias_activation<Relu>(out, x, bias, width);
 }
 
 // out = silu(gate) up
@@ -181,37 +148,32 @@ extern "C" __global__ void swiglu_backward_bf16(bf16 *dgate, bf16 *dup, const bf
     swiglu_backward(dgate, dup, dy, gate, up, n);
 }
 
-// out = residual + dropout(x + bias); without residual, bias or dropout where their pointer is null. A block has a row.
+// x = dropout(x + bias); without bias or dropout where their pointer is null. A block has a row.
 template <class T>
-__device__ void residual(T *out, const T *x, const T *residual, const float *bias, int width, const unsigned *keys,
-                         Dropout dropout) {
-    long long start = static_cast<long long>(blockIdx.x) * width;
+__device__ void bias_dropout(T *x, const float *bias, int width, const unsigned *keys, Dropout dropout) {
+    T *own = x + static_cast<long long>(blockIdx.x) * width;
     unsigned row = keys ? keys[2 * blockIdx.x] : 0, line = keys ? keys[2 * blockIdx.x + 1] : 0;
     int warp_start = threadIdx.x / WARP * WARP * PACK;
     // The lanes of a warp stay together: they draw masks together.
     for (; warp_start < width; warp_start += blockDim.x * PACK) {
         int first = warp_start + threadIdx.x % WARP * PACK;
-        float values[PACK], others[PACK];
-        load(values, x + start, first, width);
+        float values[PACK], biases[PACK];
+        load(values, own, first, width);
         if (bias) {
-            load(others, bias, first, width);
-            for (int i = 0; i < PACK; i++) values[i] += others[i];
+            load(biases, bias, first, width);
+            for (int i = 0; i < PACK; i++) values[i] += biases[i];
         }
         if (keys) drop(values, dropout, row, line, warp_start);
-        if (residual) {
-            load(others, residual + start, first, width);
-            for (int i = 0; i < PACK; i++) values[i] += others[i];
-        }
-        store(out + start, first, width, values);
+        store(own, first, width, values);
     }
 }
-extern "C" __global__ void residual_f32(float *out, const float *x, const float *other, const float *bias, int width,
-                                        const unsigned *keys, unsigned long long seed, unsigned update,
-                                        unsigned purpose, unsigned threshold, float kept) {
-    residual(out, x, other, bias, width, keys, {seed, update, purpose, threshold, kept});
+extern "C" __global__ void bias_dropout_f32(float *x, const float *bias, int width, const unsigned *keys,
+                                            unsigned long long seed, unsigned update, unsigned purpose,
+                                            unsigned threshold, float kept) {
+    bias_dropout(x, bias, width, keys, {seed, update, purpose, threshold, kept});
 }
-extern "C" __global__ void residual_bf16(bf16 *out, const bf16 *x, const bf16 *other, const float *bias, int width,
-                                         const unsigned *keys, unsigned long long seed, unsigned update,
-                                         unsigned purpose, unsigned threshold, float kept) {
-    residual(out, x, other, bias, width, keys, {seed, update, purpose, threshold, kept});
+extern "C" __global__ void bias_dropout_bf16(bf16 *x, const float *bias, int width, const unsigned *keys,
+                                             unsigned long long seed, unsigned update, unsigned purpose,
+                                             unsigned threshold, float kept) {
+    bias_dropout(x, bias, width, keys, {seed, update, purpose, threshold, kept});
 }

@@ -48,24 +48,6 @@ pub(crate) fn activation<T: Element>(
     Call::of::<T>(device, &MODULE, root(activation)).write(out).read(x).size(count).launch(blocks(count), THREADS, 0)
 }
 
-/// Adds `bias`, `[width]`, to every row of `x`, and writes the nonlinearity of the sum to `out`.
-pub(crate) fn bias_activation<T: Element>(
-    device: &CudaDevice,
-    out: &mut impl DevicePtrMut<T>,
-    x: &mut impl DevicePtrMut<T>,
-    bias: &impl DevicePtr<f32>,
-    activation: Activation,
-) -> Result<()> {
-    let (width, rows) = (bias.len(), rows_of(x.len(), bias.len()));
-    assert_eq!(x.len(), out.len(), "elements side by side");
-    Call::of::<T>(device, &MODULE, &format!("bias_{}", root(activation)))
-        .write(out)
-        .write(x)
-        .read(bias)
-        .size(width)
-        .launch(rows as u32, threads_for_row(width, THREADS), 0)
-}
-
 /// Multiplies `dy` by the derivative of the nonlinearity at `x`.
 pub(crate) fn activation_backward<T: Element>(
     device: &CudaDevice,
@@ -120,34 +102,10 @@ pub(crate) fn swiglu_backward<T: Element>(
         .launch(blocks(count), THREADS, 0)
 }
 
-/// `out = residual + dropout(x + bias)`, with what is there of the three; `out`, `x` and `residual` are `[N, width]`.
+/// `x = dropout(x + bias)`, with what is there of the two; `x` is `[N, width]`.
 ///
-/// With neither it is a copy; the gradient of a dropout is a dropout again, of the gradient.
-pub(crate) fn residual<T: Element>(
-    device: &CudaDevice,
-    out: &mut impl DevicePtrMut<T>,
-    x: &impl DevicePtr<T>,
-    residual: Option<&CudaView<'_, T>>,
-    bias: Option<&CudaView<'_, f32>>,
-    mask: Option<Mask<'_>>,
-    width: usize,
-) -> Result<()> {
-    let rows = rows_of(x.len(), width);
-    assert!(out.len() == x.len() && residual.is_none_or(|r| r.len() == x.len()), "elements side by side");
-    assert!(bias.is_none_or(|bias| bias.len() == width), "one bias a column");
-    assert!(mask.is_none_or(|mask| mask.keys.len() == 2 * rows), "a pair of keys a row");
-    Call::of::<T>(device, &MODULE, "residual")
-        .write(out)
-        .read(x)
-        .read_if(residual)
-        .read_if(bias)
-        .size(width)
-        .mask(mask)
-        .launch(rows as u32, threads_for_row(width, THREADS), 0)
-}
-
-/// The same with `x` in place: `x = dropout(x + bias)`.
-pub(crate) fn in_place<T: Element>(
+/// The gradient of a dropout is a dropout again, of the gradient.
+pub(crate) fn bias_dropout<T: Element>(
     device: &CudaDevice,
     x: &mut impl DevicePtrMut<T>,
     bias: Option<&CudaView<'_, f32>>,
@@ -157,11 +115,9 @@ pub(crate) fn in_place<T: Element>(
     let rows = rows_of(x.len(), width);
     assert!(bias.is_none_or(|bias| bias.len() == width), "one bias a column");
     assert!(mask.is_none_or(|mask| mask.keys.len() == 2 * rows), "a pair of keys a row");
-    Call::of::<T>(device, &MODULE, "residual")
-        .write_twice(x)
-        .read_if::<T>(None)
-        .read_if(bias)
-        .size(width)
-        .mask(mask)
-        .launch(rows as u32, threads_for_row(width, THREADS), 0)
+    Call::of::<T>(device, &MODULE, "bias_dropout").write(x).read_if(bias).size(width).mask(mask).launch(
+        rows as u32,
+        threads_for_row(width, THREADS),
+        0,
+    )
 }

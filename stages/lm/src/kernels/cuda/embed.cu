@@ -2,40 +2,33 @@
 
 #include "common.cuh"
 
-// out = dropout(vector of the input + vector of the position). Inputs from 0 are token ids, -1 - i is vector i of the
+// out = vector of the input + vector of the position. Inputs from 0 are token ids, -1 - i is vector i of the
 // prompt. Without positions where their table is null. A block has a row.
 template <class T>
 __device__ void embed(T *out, const int *inputs, const unsigned *at, const T *tokens, const T *prompt,
-                      const T *positions, int width, const unsigned *keys, Dropout dropout) {
+                      const T *positions, int width) {
     int input = inputs[blockIdx.x];
     const T *vector = input >= 0 ? tokens + static_cast<long long>(input) * width
                                  : prompt + static_cast<long long>(-1 - input) * width;
     const T *position = positions ? positions + static_cast<long long>(at[blockIdx.x]) * width : nullptr;
     T *row = out + static_cast<long long>(blockIdx.x) * width;
-    // The lanes of a warp stay together: they draw masks together.
-    for (int start = threadIdx.x / WARP * WARP * PACK; start < width; start += blockDim.x * PACK) {
-        int first = start + threadIdx.x % WARP * PACK;
+    for (int first = threadIdx.x * PACK; first < width; first += blockDim.x * PACK) {
         float values[PACK], others[PACK];
         load(values, vector, first, width);
         if (position) {
             load(others, position, first, width);
             for (int i = 0; i < PACK; i++) values[i] += others[i];
         }
-        if (keys) drop(values, dropout, keys[2 * blockIdx.x], keys[2 * blockIdx.x + 1], start);
         store(row, first, width, values);
     }
 }
 extern "C" __global__ void embed_f32(float *out, const int *inputs, const unsigned *at, const float *tokens,
-                                     const float *prompt, const float *positions, int width, const unsigned *keys,
-                                     unsigned long long seed, unsigned update, unsigned purpose, unsigned threshold,
-                                     float kept) {
-    embed(out, inputs, at, tokens, prompt, positions, width, keys, {seed, update, purpose, threshold, kept});
+                                     const float *prompt, const float *positions, int width) {
+    embed(out, inputs, at, tokens, prompt, positions, width);
 }
 extern "C" __global__ void embed_bf16(bf16 *out, const int *inputs, const unsigned *at, const bf16 *tokens,
-                                      const bf16 *prompt, const bf16 *positions, int width, const unsigned *keys,
-                                      unsigned long long seed, unsigned update, unsigned purpose, unsigned threshold,
-                                      float kept) {
-    embed(out, inputs, at, tokens, prompt, positions, width, keys, {seed, update, purpose, threshold, kept});
+                                      const bf16 *prompt, const bf16 *positions, int width) {
+    embed(out, inputs, at, tokens, prompt, positions, width);
 }
 
 // table[ids[g]] += sum of dy[order[i]] for i in starts[g] .. starts[g + 1]. A block has one place of the table and 256

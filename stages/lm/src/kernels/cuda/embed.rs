@@ -4,7 +4,7 @@ use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut};
 
-use super::{Call, Element, Mask, Module, THREADS, module, rows_of, threads_for_row, upload};
+use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row, upload};
 use crate::ops::Input;
 
 static MODULE: Module = module!("embed");
@@ -28,7 +28,7 @@ pub(crate) struct Tables<'a, T> {
     pub(crate) positions: Option<&'a CudaView<'a, T>>,
 }
 
-/// For every row the vector of its input, [`code`]d, plus that of its position, behind a dropout where there is one.
+/// For every row the vector of its input, [`code`]d, plus that of its position.
 ///
 /// `out` is `[N, width]`, `inputs` and `at` `[N]`. Ids and positions must be rows of their tables.
 pub(crate) fn embed<T: Element>(
@@ -37,12 +37,10 @@ pub(crate) fn embed<T: Element>(
     inputs: &impl DevicePtr<i32>,
     at: &impl DevicePtr<u32>,
     tables: Tables<'_, T>,
-    mask: Option<Mask<'_>>,
     width: usize,
 ) -> Result<()> {
     let rows = rows_of(out.len(), width);
     assert_eq!((inputs.len(), at.len()), (rows, rows), "an input and a position a row");
-    assert!(mask.is_none_or(|mask| mask.keys.len() == 2 * rows), "a pair of keys a row");
     Call::of::<T>(device, &MODULE, "embed")
         .write(out)
         .read(inputs)
@@ -51,7 +49,6 @@ pub(crate) fn embed<T: Element>(
         .read_if(tables.prompt)
         .read_if(tables.positions)
         .size(width)
-        .mask(mask)
         .launch(rows as u32, threads_for_row(width, THREADS), 0)
 }
 

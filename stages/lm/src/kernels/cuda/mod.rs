@@ -10,8 +10,6 @@
 //! - Where nothing is to be done (no rows), nothing is launched.
 //! - Lengths are checked here, and panic: they follow from the shapes of the caller, never from a user.
 
-#![allow(dead_code, reason = "the backend takes these into use one by one")]
-
 pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod decode;
@@ -157,12 +155,6 @@ impl<'a> Call<'a> {
     fn write_twice<T>(mut self, buffer: &'a mut impl DevicePtrMut<T>) -> Self {
         let address = buffer.device_ptr_mut(&self.stream).0;
         self.arguments.extend([address; 2]);
-        self
-    }
-
-    /// A buffer that the kernel writes, or a null pointer.
-    fn write_if<T>(mut self, buffer: Option<&'a mut CudaSlice<T>>) -> Self {
-        self.arguments.push(buffer.map_or(0, |buffer| buffer.device_ptr_mut(&self.stream).0));
         self
     }
 

@@ -2,25 +2,17 @@
 
 #include "columns.cuh"
 
-// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`. With `y` it is the
-// norm of x + y, which goes to `sum`; that may be the place of `x`.
+// A block has a row. Writes mean (0 for RMS norm) and reciprocal deviation to `moments`, `[N, 2]`.
 template <bool CENTRED, class T>
-__device__ void norm(T *out, float *moments, T *sum, const T *x, const T *y, const float *weight, const float *bias,
-                     int width, float eps) {
+__device__ void norm(T *out, float *moments, const T *x, const float *weight, const float *bias, int width, float eps) {
     long long start = static_cast<long long>(blockIdx.x) * width;
+    const T *row = x + start;
     float values[PACK], others[PACK];
     float total = 0.0f;
     for (int first = threadIdx.x * PACK; first < width; first += blockDim.x * PACK) {
-        load(values, x + start, first, width);
-        if (y) {
-            load(others, y + start, first, width);
-            for (int i = 0; i < PACK; i++) values[i] = rounded<T>(values[i] + others[i]);
-            store(sum + start, first, width, values);
-        }
+        load(values, row, first, width);
         for (int i = 0; i < PACK; i++) total += CENTRED ? values[i] : values[i] * values[i];
     }
-    // From here on each thread reads again what it has just written.
-    const T *row = (y ? sum : x) + start;
     total = over_block<Sum>(total);
     float mean = CENTRED ? total / width : 0.0f;
     if (CENTRED) {
@@ -50,28 +42,27 @@ __device__ void norm(T *out, float *moments, T *sum, const T *x, const T *y, con
         moments[2 * blockIdx.x + 1] = scale;
     }
 }
-extern "C" __global__ void layer_norm_f32(float *out, float *moments, float *sum, const float *x, const float *y,
-                                          const float *weight, const float *bias, int width, float eps) {
-    norm<true>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void layer_norm_f32(float *out, float *moments, const float *x, const float *weight,
+                                          const float *bias, int width, float eps) {
+    norm<true>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void layer_norm_bf16(bf16 *out, float *moments, bf16 *sum, const bf16 *x, const bf16 *y,
-                                           const float *weight, const float *bias, int width, float eps) {
-    norm<true>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void layer_norm_bf16(bf16 *out, float *moments, const bf16 *x, const float *weight,
+                                           const float *bias, int width, float eps) {
+    norm<true>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void rms_norm_f32(float *out, float *moments, float *sum, const float *x, const float *y,
-                                        const float *weight, const float *bias, int width, float eps) {
-    norm<false>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void rms_norm_f32(float *out, float *moments, const float *x, const float *weight,
+                                        const float *bias, int width, float eps) {
+    norm<false>(out, moments, x, weight, bias, width, eps);
 }
-extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, bf16 *sum, const bf16 *x, const bf16 *y,
-                                         const float *weight, const float *bias, int width, float eps) {
-    norm<false>(out, moments, sum, x, y, weight, bias, width, eps);
+extern "C" __global__ void rms_norm_bf16(bf16 *out, float *moments, const bf16 *x, const float *weight,
+                                         const float *bias, int width, float eps) {
+    norm<false>(out, moments, x, weight, bias, width, eps);
 }
 
 // With n = (x - mean) scale and g = dy weight: dx = scale (g - mean(g) - n mean(g n)), where RMS norm has no mean(g).
-// Added to what is in dx where it is to be. A block has a row.
+// Added to what is in dx. A block has a row.
 template <bool CENTRED, class T>
-__device__ void norm_backward(T *dx, const T *x, const float *weight, const float *moments, const T *dy, int width,
-                              int accumulate) {
+__device__ void norm_backward(T *dx, const T *x, const float *weight, const float *moments, const T *dy, int width) {
     long long start = static_cast<long long>(blockIdx.x) * width;
     float mean = moments[2 * blockIdx.x], scale = moments[2 * blockIdx.x + 1];
     float n[PACK], g[PACK], factors[PACK];
@@ -93,28 +84,27 @@ __device__ void norm_backward(T *dx, const T *x, const float *weight, const floa
         load(g, dy + start, first, width);
         load(factors, weight, first, width);
         for (int i = 0; i < PACK; i++) g[i] = scale * (g[i] * factors[i] - g_mean - (n[i] - mean) * scale * gn_mean);
-        if (accumulate) {
-            load(n, dx + start, first, width);
-            for (int i = 0; i < PACK; i++) g[i] += n[i];
-        }
+        load(n, dx + start, first, width);
+        // Never fused with the product before it, which the compiler would do in some of the columns only.
+        for (int i = 0; i < PACK; i++) g[i] = __fadd_rn(g[i], n[i]);
         store(dx + start, first, width, g);
     }
 }
 extern "C" __global__ void layer_norm_backward_f32(float *dx, const float *x, const float *weight, const float *moments,
-                                                   const float *dy, int width, int accumulate) {
-    norm_backward<true>(dx, x, weight, moments, dy, width, accumulate);
+                                                   const float *dy, int width) {
+    norm_backward<true>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void layer_norm_backward_bf16(bf16 *dx, const bf16 *x, const float *weight, const float *moments,
-                                                    const bf16 *dy, int width, int accumulate) {
-    norm_backward<true>(dx, x, weight, moments, dy, width, accumulate);
+                                                    const bf16 *dy, int width) {
+    norm_backward<true>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void rms_norm_backward_f32(float *dx, const float *x, const float *weight, const float *moments,
-                                                 const float *dy, int width, int accumulate) {
-    norm_backward<false>(dx, x, weight, moments, dy, width, accumulate);
+                                                 const float *dy, int width) {
+    norm_backward<false>(dx, x, weight, moments, dy, width);
 }
 extern "C" __global__ void rms_norm_backward_bf16(bf16 *dx, const bf16 *x, const float *weight, const float *moments,
-                                                  const bf16 *dy, int width, int accumulate) {
-    norm_backward<false>(dx, x, weight, moments, dy, width, accumulate);
+                                                  const bf16 *dy, int width) {
+    norm_backward<false>(dx, x, weight, moments, dy, width);
 }
 
 // Sums over blocks of rows of dy n, the gradient of the weight, and of dy, that of the bias.

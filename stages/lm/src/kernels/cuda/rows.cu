@@ -14,9 +14,8 @@ extern "C" __global__ void sum_rows_bf16(float *parts, const bf16 *x, int rows, 
     sum_rows(parts, x, rows, width);
 }
 
-// The sum of `count` vectors that lie `stride` apart, in a fixed order; added to `out` where it is to be. A block has
-// 32 columns.
-extern "C" __global__ void sum_parts(float *out, const float *parts, int count, int stride, int width, int accumulate) {
+// The sum of `count` vectors that lie `stride` apart, in a fixed order. A block has 32 columns.
+extern "C" __global__ void sum_parts(float *out, const float *parts, int count, int stride, int width) {
     __shared__ float of_warps[COLUMN_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int column = blockIdx.x * WARP + lane;
@@ -29,7 +28,7 @@ extern "C" __global__ void sum_parts(float *out, const float *parts, int count, 
     if (warp > 0 || column >= width) return;
     sum = 0.0f;
     for (int w = 0; w < COLUMN_WARPS; w++) sum += of_warps[w][lane];
-    out[column] = accumulate ? out[column] + sum : sum;
+    out[column] = sum;
 }
 
 // Copies a row, by a block.

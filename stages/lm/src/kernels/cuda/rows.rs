@@ -4,7 +4,7 @@ use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut};
 
-use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row};
+use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row, unset};
 
 static MODULE: Module = module!("rows");
 
@@ -17,24 +17,22 @@ pub(super) fn column_blocks(rows: usize, width: usize) -> (u32, u32) {
     (rows.div_ceil(COLUMN_ROWS) as u32, width.div_ceil(COLUMN_WIDTH) as u32)
 }
 
-/// The sum of the rows of `x`, `[width]`: the gradient of a bias. Added to `out` where `accumulate`, else written.
+/// The sum of the rows of `x`, `[width]`: the gradient of a bias.
 pub(crate) fn sum_rows<T: Element>(
     device: &CudaDevice,
     out: &mut impl DevicePtrMut<f32>,
     x: &impl DevicePtr<T>,
-    accumulate: bool,
 ) -> Result<()> {
     let width = out.len();
     let rows = rows_of(x.len(), width);
     let (blocks, _) = column_blocks(rows, width);
-    // SAFETY: every element is written before it is read.
-    let mut parts = unsafe { device.alloc::<f32>(blocks as usize * width) }?;
+    let mut parts = unset::<f32>(device, blocks as usize * width)?;
     Call::of::<T>(device, &MODULE, "sum_rows").write(&mut parts).read(x).size(rows).size(width).launch(
         column_blocks(rows, width),
         THREADS,
         0,
     )?;
-    sum_parts(device, out, &parts, blocks as usize, width, accumulate)
+    sum_parts(device, out, &parts, blocks as usize, width)
 }
 
 /// Adds up `count` vectors as long as `out` that begin `stride` elements apart in `parts`, in a fixed order.
@@ -44,18 +42,14 @@ pub(super) fn sum_parts(
     parts: &impl DevicePtr<f32>,
     count: usize,
     stride: usize,
-    accumulate: bool,
 ) -> Result<()> {
     let width = out.len();
     assert!(count == 0 || (count - 1) * stride + width <= parts.len(), "parts of a sum");
-    Call::named(device, &MODULE, "sum_parts")
-        .write(out)
-        .read(parts)
-        .size(count)
-        .size(stride)
-        .size(width)
-        .size(usize::from(accumulate))
-        .launch(width.div_ceil(32) as u32, THREADS, 0)
+    Call::named(device, &MODULE, "sum_parts").write(out).read(parts).size(count).size(stride).size(width).launch(
+        width.div_ceil(32) as u32,
+        THREADS,
+        0,
+    )
 }
 
 /// `out[i] = x[indices[i]]`, rows of `width`. Indices must be rows of `x`.

@@ -5,7 +5,8 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use contract::random::{philox, uniform};
 use half::bf16;
 
-use super::attention::{Heads, Qkv, Sequences};
+use super::attention::{Heads, Sequences};
+use super::norm::Kind;
 use super::testing::device;
 use super::{Element, Mask, fold, row_keys, upload};
 use crate::config::Activation;
@@ -148,7 +149,7 @@ fn single_elements() {
 }
 
 #[test]
-fn bias_dropout_and_residual() {
+fn bias_and_dropout() {
     fn check<T: Number>(device: &CudaDevice) {
         let lengths = [1, 0, 37];
         let (segments, ids) = segments(&lengths);
@@ -156,26 +157,22 @@ fn bias_dropout_and_residual() {
         for width in [1, 33, 64, 768, 2056] {
             let mask = Mask { dropout: DROPOUT, rate: 0.3, site: 5, keys: &keys };
             let masks = mask_rows(&lengths, 0.3, 5, width);
-            let ((x, there), (residual, other)) =
-                (random::<T>(device, 1, 38 * width), random::<T>(device, 2, 38 * width));
+            let (x, _) = random::<T>(device, 1, 38 * width);
             let (bias, bias_there) = random::<f32>(device, 3, width);
-            let expected: Vec<f32> =
-                (0..38 * width).map(|i| residual[i] + masks[i] * (x[i] + bias[i % width])).collect();
-            let (other, biases) = (other.as_view(), bias_there.as_view());
-            let mut out = zeros::<T>(device, 38 * width);
-            super::elementwise::residual(device, &mut out, &there, Some(&other), Some(&biases), Some(mask), width)
-                .unwrap();
-            near::<T>("residual", &get(device, &out), &expected);
-            let mut in_place = put::<T>(device, &x);
-            super::elementwise::in_place(device, &mut in_place, None, Some(mask), width).unwrap();
-            let found = get(device, &in_place);
+            let sums: Vec<f32> = (0..38 * width).map(|i| x[i] + bias[i % width]).collect();
+            let run = |bias, mask| {
+                let mut out = put::<T>(device, &x);
+                super::elementwise::bias_dropout(device, &mut out, bias, mask, width).unwrap();
+                get(device, &out)
+            };
+            let bias = bias_there.as_view();
+            let rounded: Vec<f32> = sums.iter().map(|x| T::of(*x).value()).collect();
+            assert_eq!(run(Some(&bias), None), rounded);
+            let expected: Vec<f32> = sums.iter().zip(&masks).map(|(x, mask)| mask * x).collect();
+            near::<T>("dropout of a sum", &run(Some(&bias), Some(mask)), &expected);
             let dropped = |values: &[f32]| values.iter().map(|x| *x == 0.0).collect::<Vec<_>>();
+            let found = run(None, Some(mask));
             assert_eq!(dropped(&found), dropped(&masks), "the same elements are dropped as on the CPU");
-            let mut pre = put::<T>(device, &x);
-            super::elementwise::bias_activation(device, &mut out, &mut pre, &bias_there, Activation::GeluNew).unwrap();
-            let sums: Vec<f32> = (0..38 * width).map(|i| T::of(x[i] + bias[i % width]).value()).collect();
-            assert_eq!(get(device, &pre), sums);
-            near::<T>("activation", &get(device, &out), &kernels::elementwise::activation(&sums, Activation::GeluNew));
         }
     }
     let Some(device) = device() else { return };
@@ -191,49 +188,32 @@ fn norms() {
             let ((x, there), (dy, dy_there)) = (random::<T>(device, 1, count), random::<T>(device, 2, count));
             let (weight, weight_there) = random::<f32>(device, 3, width);
             let (bias, bias_there) = random::<f32>(device, 4, width);
-            for layer in [true, false] {
-                let norm = super::norm::Norm { weight: &weight_there, bias: layer.then_some(&bias_there), eps: 1e-5 };
+            let bias_there = bias_there.as_view();
+            for kind in [Kind::Layer, Kind::Rms] {
+                let layer = kind == Kind::Layer;
+                let with_bias = layer.then_some(&bias_there);
                 let (mut out, mut moments) = (zeros::<T>(device, count), zeros::<f32>(device, 2 * rows));
-                super::norm::forward(device, &mut out, &mut moments, &there, norm).unwrap();
+                super::norm::forward(device, &mut out, &mut moments, &there, &weight_there, with_bias, 1e-5).unwrap();
                 let Expected { out: value, mut dx, dweight, dbias } = expected(&x, &weight, &bias, &dy, layer);
                 near::<T>("norm", &get(device, &out), &value);
 
-                let (mut gradient, mut again) = (zeros::<T>(device, count), zeros::<T>(device, count));
-                super::norm::backward(device, &mut gradient, &there, norm, &moments, &dy_there, false).unwrap();
-                near::<T>("gradient of a norm", &get(device, &gradient), &dx);
-                super::norm::backward(device, &mut again, &there, norm, &moments, &dy_there, false).unwrap();
-                assert_eq!(get(device, &gradient), get(device, &again), "the same bits twice");
-                let mut added = put::<T>(device, &x);
-                super::norm::backward(device, &mut added, &there, norm, &moments, &dy_there, true).unwrap();
+                let mut gradients = [zeros::<T>(device, count), zeros::<T>(device, count), put::<T>(device, &x)];
+                for gradient in &mut gradients {
+                    super::norm::backward(device, kind, gradient, &there, &weight_there, &moments, &dy_there).unwrap();
+                }
+                let [gradient, again, added] = gradients.map(|gradient| get(device, &gradient));
+                near::<T>("gradient of a norm", &gradient, &dx);
+                assert_eq!(gradient, again, "the same bits twice");
                 dx.iter_mut().zip(&x).for_each(|(dx, x)| *dx += x);
-                near::<T>("added gradient of a norm", &get(device, &added), &dx);
+                near::<T>("added gradient of a norm", &added, &dx);
 
                 let (mut by_weight, mut by_bias) = (zeros::<f32>(device, width), zeros::<f32>(device, width));
-                for times in [1.0, 2.0] {
-                    let accumulate = times == 2.0;
-                    super::norm::backward_parameters(
-                        device,
-                        &mut by_weight,
-                        layer.then_some(&mut by_bias),
-                        &there,
-                        &moments,
-                        &dy_there,
-                        accumulate,
-                    )
-                    .unwrap();
-                    let scaled = |v: &[f32]| v.iter().map(|x| x * times).collect::<Vec<_>>();
-                    near_by("gradient of weight", &get(device, &by_weight), &scaled(&dweight), 1e-5);
-                    if layer {
-                        near_by("gradient of bias", &get(device, &by_bias), &scaled(&dbias), 1e-5);
-                    }
+                let both = layer.then_some(&mut by_bias);
+                super::norm::backward_parameters(device, &mut by_weight, both, &there, &moments, &dy_there).unwrap();
+                near_by("gradient of weight", &get(device, &by_weight), &dweight, 1e-5);
+                if layer {
+                    near_by("gradient of bias", &get(device, &by_bias), &dbias, 1e-5);
                 }
-
-                // Behind a residual connection.
-                let mut sum = put::<T>(device, &x);
-                super::norm::forward_residual(device, &mut out, &mut moments, &mut sum, &dy_there, norm).unwrap();
-                let sums: Vec<f32> = x.iter().zip(&dy).map(|(x, y)| T::of(x + y).value()).collect();
-                assert_eq!(get(device, &sum), sums);
-                near::<T>("norm of a sum", &get(device, &out), &expected(&sums, &weight, &bias, &dy, layer).out);
             }
         }
     }
@@ -279,12 +259,8 @@ fn rows_are_summed_and_moved() {
         for (rows, width) in [(1, 1), (64, 8), (65, 300), (200, 33)] {
             let (x, there) = random::<T>(device, 1, rows * width);
             let mut sum = zeros::<f32>(device, width);
-            let mut expected = kernels::elementwise::sum_rows(&x, width);
-            super::rows::sum_rows(device, &mut sum, &there, false).unwrap();
-            near_by("sum of rows", &get(device, &sum), &expected, 1e-5);
-            super::rows::sum_rows(device, &mut sum, &there, true).unwrap();
-            expected.iter_mut().for_each(|x| *x *= 2.0);
-            near_by("added sum of rows", &get(device, &sum), &expected, 1e-5);
+            super::rows::sum_rows(device, &mut sum, &there).unwrap();
+            near_by("sum of rows", &get(device, &sum), &kernels::elementwise::sum_rows(&x, width), 1e-5);
 
             let indices: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
             let indices_there = upload(device, indices.clone()).unwrap();
@@ -306,9 +282,7 @@ fn rows_are_summed_and_moved() {
 #[test]
 fn embeddings_and_their_gradients() {
     fn check<T: Number>(device: &CudaDevice) {
-        let lengths = [1, 0, 9, 40];
-        let (segments, ids) = segments(&lengths);
-        let keys = upload(device, row_keys(&segments, &ids)).unwrap();
+        let (segments, _) = segments(&[1, 0, 9, 40]);
         let inputs: Vec<Input> =
             (0..50).map(|i| if i % 7 == 3 { Input::Prompt(i % 3) } else { Input::Token(i * i % 11) }).collect();
         let at: Vec<u32> = segments.iter().flat_map(|s| 0..s.len() as u32).collect();
@@ -323,19 +297,14 @@ fn embeddings_and_their_gradients() {
                 Input::Token(id) => &tokens[id as usize * width..][..width],
                 Input::Prompt(id) => &prompt[id as usize * width..][..width],
             };
-            let masks = mask_rows(&lengths, 0.2, 9, width);
             let position = |i: usize, c: usize| positions[at[i] as usize * width + c];
             let sums: Vec<f32> = (0..50)
                 .flat_map(|i| (0..width).map(move |c| (i, c)))
                 .map(|(i, c)| row(i)[c] + position(i, c))
                 .collect();
             let mut out = zeros::<T>(device, 50 * width);
-            super::embed::embed(device, &mut out, &codes, &at_there, tables, None, width).unwrap();
+            super::embed::embed(device, &mut out, &codes, &at_there, tables, width).unwrap();
             near::<T>("embedding", &get(device, &out), &sums);
-            let mask = Mask { dropout: DROPOUT, rate: 0.2, site: 9, keys: &keys };
-            super::embed::embed(device, &mut out, &codes, &at_there, tables, Some(mask), width).unwrap();
-            let dropped: Vec<f32> = sums.iter().zip(&masks).map(|(x, m)| x * m).collect();
-            near::<T>("embedding with dropout", &get(device, &out), &dropped);
 
             let (dy, dy_there) = random::<T>(device, 5, 50 * width);
             let pairs = inputs.iter().enumerate().filter_map(|(row, input)| match input {
@@ -487,17 +456,15 @@ fn updates_of_all_parameters_at_once() {
     let (mut firsts, mut seconds): (Vec<_>, Vec<_>) = sizes.iter().map(|n| (vec![0.0; *n], vec![0.0; *n])).unzip();
     let upload_all = |all: &[Vec<f32>]| all.iter().map(|v| put::<f32>(&device, v)).collect::<Vec<_>>();
     let (w, m, v) = (upload_all(&weights), upload_all(&firsts), upload_all(&seconds));
-    let copies: Vec<CudaSlice<bf16>> = sizes.iter().map(|n| zeros(&device, *n)).collect();
     for step in 1..=3 {
         let gradients: Vec<Vec<f32>> = (0..5).map(|i| numbers(10 * step + i, sizes[i as usize])).collect();
         let there = upload_all(&gradients);
         let views: Vec<_> = there.iter().map(CudaSlice::as_view).collect();
         let squares = gradients.iter().flatten().map(|g| f64::from(*g).powi(2)).sum::<f64>();
-        let (norm, factor) = super::adamw::norm(&device, &views, 2.0).unwrap();
+        let norm = super::adamw::norm(&device, &views).unwrap();
         let found = device.clone_dtoh(&norm).unwrap()[0];
         assert!((found / squares.sqrt() - 1.0).abs() < 1e-12, "{found}");
-        let scale = device.clone_dtoh(&factor).unwrap()[0];
-        assert!((f64::from(scale) - 2.0 / squares.sqrt()).abs() < 1e-7);
+        let scale = (2.0 / found) as f32;
         let update = kernels::adamw::Update {
             scale,
             beta1: 0.9,
@@ -510,17 +477,16 @@ fn updates_of_all_parameters_at_once() {
             correction: 1.5,
         };
         let mut parameters = Vec::new();
-        for (i, ((w, m), (v, copy))) in w.iter().zip(&m).zip(v.iter().zip(&copies)).enumerate() {
+        for (i, ((w, m), v)) in w.iter().zip(&m).zip(&v).enumerate() {
             parameters.push(super::adamw::Parameter {
                 weight: w.as_view(),
                 first: m.as_view(),
                 second: v.as_view(),
                 gradient: there[i].as_view(),
-                copy: (i % 2 == 0).then(|| copy.as_view()),
                 keep: if i == 1 { 1.0 } else { 0.999 },
             });
         }
-        super::adamw::adamw(&device, &parameters, update, &factor).unwrap();
+        super::adamw::adamw(&device, &parameters, update, &put::<f32>(&device, &[scale])).unwrap();
         for i in 0..5 {
             let update = kernels::adamw::Update { keep: if i == 1 { 1.0 } else { 0.999 }, ..update };
             kernels::adamw::update(&mut weights[i], &mut firsts[i], &mut seconds[i], &gradients[i], update);
@@ -530,11 +496,7 @@ fn updates_of_all_parameters_at_once() {
         near_by("weight", &get(&device, &w[i]), &weights[i], 1e-6);
         near_by("first moment", &get(&device, &m[i]), &firsts[i], 1e-6);
         near_by("second moment", &get(&device, &v[i]), &seconds[i], 1e-6);
-        let copy = get(&device, &w[i]).iter().map(|w| bf16::from_f32(*w).to_f32()).collect();
-        assert_eq!(get(&device, &copies[i]), if i % 2 == 0 { copy } else { vec![0.0; sizes[i]] });
     }
-    let (_, factor) = super::adamw::norm(&device, &[w[0].as_view()], 0.0).unwrap();
-    assert_eq!(device.clone_dtoh(&factor).unwrap(), [1.0], "a clip of 0 clips nothing");
 }
 
 /// Packed queries, keys and values in which each head of keys stands once for each head of queries that takes it.
@@ -593,14 +555,15 @@ fn attention_over_packed_sequences() {
             let expected = kernels::attention::forward(&wide, queries * width, &attention);
             let gradient = gather(&kernels::attention::backward(&wide, &dy, queries * width, &attention), heads);
 
-            let run = |qkv: &Qkv<&CudaSlice<T>>, gradients: Qkv<&mut CudaSlice<T>>| {
+            let run = |gradients: &mut CudaSlice<T>| {
                 let mut out = zeros::<T>(device, rows * queries * width);
                 let mut normalisers = zeros::<f32>(device, rows * queries);
-                super::attention::forward(device, &mut out, &mut normalisers, qkv, &sequences, heads, dropout).unwrap();
+                super::attention::forward(device, &mut out, &mut normalisers, &there, &sequences, heads, dropout)
+                    .unwrap();
                 super::attention::backward(
                     device,
                     gradients,
-                    qkv,
+                    &there,
                     &out,
                     &dy_there,
                     &normalisers,
@@ -612,27 +575,13 @@ fn attention_over_packed_sequences() {
                 get(device, &out)
             };
             let mut packed = zeros::<T>(device, rows * heads.row());
-            let out = run(&Qkv::Packed(&there), Qkv::Packed(&mut packed));
+            let out = run(&mut packed);
             let name = format!("{queries}, {keys} heads of {width}");
             near::<T>(&name, &out, &expected);
             near_by(&format!("gradient of {name}"), &get(device, &packed), &gradient, 2.0 * T::NEAR);
             let mut again = zeros::<T>(device, rows * heads.row());
-            run(&Qkv::Packed(&there), Qkv::Packed(&mut again));
+            run(&mut again);
             assert_eq!(get(device, &packed), get(device, &again), "the same bits twice");
-
-            // The same from three matrices.
-            let part = |x: &[f32], from: usize, count: usize| -> Vec<f32> {
-                x.chunks(heads.row()).flat_map(|row| row[from * width..(from + count) * width].to_vec()).collect()
-            };
-            let parts = [(0, queries), (queries, keys), (queries + keys, keys)];
-            let [q, k, v] = parts.map(|(from, count)| put::<T>(device, &part(&qkv, from, count)));
-            let [mut dq, mut dk, mut dv] = parts.map(|(_, count)| zeros::<T>(device, rows * count * width));
-            let separate = run(&Qkv::Separate(&q, &k, &v), Qkv::Separate(&mut dq, &mut dk, &mut dv));
-            assert_eq!(separate, out);
-            let packed = get(device, &packed);
-            for (found, (from, count)) in [dq, dk, dv].iter().zip(parts) {
-                assert_eq!(get(device, found), part(&packed, from, count));
-            }
         }
     }
     let Some(device) = device() else { return };
@@ -647,8 +596,7 @@ fn heads_that_are_too_wide_are_errors() {
     let sequences = Sequences::new(&device, &segments(&[1]).0, &[1]).unwrap();
     let qkv = zeros::<f32>(&device, 480);
     let (mut out, mut normalisers) = (zeros::<f32>(&device, 160), zeros::<f32>(&device, 1));
-    let error =
-        super::attention::forward(&device, &mut out, &mut normalisers, &Qkv::Packed(&qkv), &sequences, heads, None);
+    let error = super::attention::forward(&device, &mut out, &mut normalisers, &qkv, &sequences, heads, None);
     assert!(error.unwrap_err().to_string().contains("at most 128"));
 }
 
