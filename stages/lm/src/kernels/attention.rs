@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::buffer::transposed;
 use super::elementary::{exp, max, sum_of};
 use super::masks;
 use super::tile::{self, Left};
@@ -121,7 +122,7 @@ impl Task {
         let count = self.rows.len();
         let stride = count.next_multiple_of(ALIGN);
         let [queries, keys, values] = self.parts(qkv, row, d, attention);
-        let keys = transpose(keys, row, count, d, stride);
+        let keys = transposed(keys, row, count, d, stride);
         let mut out = vec![0.0; attention.group() * count * d];
         let mut probabilities = vec![0.0; QUERIES.min(count) * stride];
         let mut mask = vec![0.0; if attention.dropout.is_some() { stride } else { 0 }];
@@ -152,8 +153,8 @@ impl Task {
         let count = self.rows.len();
         let stride = count.next_multiple_of(ALIGN);
         let [queries, keys, values] = self.parts(qkv, row, d, attention);
-        let transposed_keys = transpose(keys, row, count, d, stride);
-        let transposed_values = transpose(values, row, count, d, stride);
+        let transposed_keys = transposed(keys, row, count, d, stride);
+        let transposed_values = transposed(values, row, count, d, stride);
         let dy = &dy[(self.rows.start * width + self.kv_head * group * d).min(dy.len())..];
 
         let mut out = vec![0.0; (group + 2) * count * d];
@@ -231,15 +232,4 @@ impl Task {
         let (dropout, rate, site) = attention.dropout.as_ref().expect("asked for with dropout only");
         masks::fill(out, dropout, *rate, site + head as u32, self.row_id, query as u32);
     }
-}
-
-/// `[T, d]`, rows `stride_in` apart, as `[d, stride]` with zeros behind the `T`th column.
-fn transpose(x: &[f32], stride_in: usize, count: usize, d: usize, stride: usize) -> Vec<f32> {
-    let mut out = vec![0.0; d * stride];
-    for t in 0..count {
-        for (c, value) in x[t * stride_in..][..d].iter().enumerate() {
-            out[c * stride + t] = *value;
-        }
-    }
-    out
 }
