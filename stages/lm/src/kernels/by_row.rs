@@ -10,7 +10,7 @@
 use rayon::prelude::*;
 
 use super::elementwise;
-use super::vector::{self, Vector, Wide};
+use super::vector::{self, Vector, Wide, prefetch};
 
 /// Up to so many rows a product is bound by memory.
 const FEW: usize = 16;
@@ -254,18 +254,6 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
             }
         }
     }
-}
-
-/// Asks for a cache line that will be wanted soon. The address may be any.
-#[inline(always)]
-fn prefetch(address: *const f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of an address that does not exist does nothing.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
 }
 
 /// Products with rows `start..end` of a transposed weight. Nobody else uses these columns of `out`.

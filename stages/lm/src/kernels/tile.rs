@@ -3,7 +3,7 @@
 //! Each element is one chain of fused multiply-adds in the order of the depth, whatever the shape; so a row's bits do not
 //! depend on the others.
 
-use super::vector::{self, Vector, Wide};
+use super::vector::{self, Vector, Wide, prefetch};
 
 /// A small operand `a`: element `(i, k)` is `data[i * row + k * depth]`, and one of the two steps is 1.
 #[derive(Clone, Copy)]
@@ -31,6 +31,9 @@ pub(crate) fn product(
     assert!(a.row == 1 || a.depth == 1, "neither rows nor columns of a matrix are dense");
     vector::run(Product { out, out_stride, a, b, b_stride, rows, columns, depth, accumulate });
 }
+
+/// Rows of the right operand that are asked for ahead.
+const AHEAD: usize = 8;
 
 struct Product<'a> {
     out: &'a mut [f32],
@@ -99,6 +102,11 @@ impl Product<'_> {
         if a.depth == 1 {
             let rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[(row + r) * a.row..][..self.depth]);
             for k in 0..self.depth {
+                if R == 1 {
+                    // One row waits for memory: what it reads next is asked for ahead.
+                    let next = b.as_ptr().wrapping_add((k + AHEAD) * self.b_stride);
+                    (0..width).step_by(16).for_each(|line| prefetch(next.wrapping_add(line)));
+                }
                 add(&mut sums, &std::array::from_fn(|r| rows[r][k]), &b[k * self.b_stride..]);
             }
         } else {

@@ -60,6 +60,18 @@ static HAS_AVX_512: LazyLock<bool> = LazyLock::new(|| {
     has && cfg!(target_feature = "fma")
 });
 
+/// Asks for a cache line that will be wanted soon. The address may be any.
+#[inline(always)]
+pub(super) fn prefetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of an address that does not exist does nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Numbers that one instruction works on. Every method is inlined into code compiled for the instructions it needs.
 pub(super) trait Vector: Copy {
     const LANES: usize;
