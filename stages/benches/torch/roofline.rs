@@ -103,8 +103,9 @@ impl Model {
     }
 }
 
-/// What a line must do at least. `size` is the bytes of an element in what is frozen.
-pub(crate) fn phases(line: &Line, size: f64) -> Vec<Phase> {
+/// What a line must do at least. `size` is the bytes of an element in what is frozen,
+/// `tokens_in_all` how many were written, which counts where responses end by themselves.
+pub(crate) fn phases(line: &Line, size: f64, tokens_in_all: f64) -> Vec<Phase> {
     let Line { student, teacher, prompt, response, .. } = *line;
     let rows = line.rows as f64;
     let length = (prompt + response - 1) as f64;
@@ -122,7 +123,7 @@ pub(crate) fn phases(line: &Line, size: f64) -> Vec<Phase> {
             phases.extend(student.training(tokens, seen, predicted));
         }
         Case::Promptkd => {
-            let (tokens, seen, predicted, written) = mean_sizes(line);
+            let (tokens, seen, predicted, written) = mean_sizes(line, tokens_in_all);
             let reading = |model: Model| model.reading(tokens, seen, predicted, size);
             phases = student.writing(rows, prompt * 3 / 4, written as usize, size);
             // Plain teacher, student, prompted teacher and its backward pass, which is for activations only; the prompted
@@ -132,7 +133,7 @@ pub(crate) fn phases(line: &Line, size: f64) -> Vec<Phase> {
         }
         Case::Generate => phases = student.writing(rows, prompt, response, size),
         Case::Evaluate => {
-            let (.., written) = mean_sizes(line);
+            let (.., written) = mean_sizes(line, tokens_in_all / SEEDS as f64);
             for _ in 0..SEEDS {
                 phases.extend(student.writing(rows, prompt * 3 / 4, written as usize, size));
             }
@@ -144,11 +145,10 @@ pub(crate) fn phases(line: &Line, size: f64) -> Vec<Phase> {
 /// Seeds of an evaluation.
 pub(crate) const SEEDS: u64 = 3;
 
-/// Where responses end by themselves: mean tokens fed, tokens seen, tokens predicted of all rows, and tokens a row.
-fn mean_sizes(line: &Line) -> (f64, f64, f64, f64) {
+/// Where responses end by themselves, after `tokens` in all: mean tokens fed, tokens seen, tokens predicted of all rows, and tokens a row.
+fn mean_sizes(line: &Line, tokens: f64) -> (f64, f64, f64, f64) {
     let rows = line.rows as f64;
-    // A token ends the response with probability 3 / response; it is cut off at response.
-    let written = (1.0 - (-3.0f64).exp()) * line.response as f64 / 3.0;
+    let written = tokens / rows;
     let length = 0.75 * line.prompt as f64 + written - 1.0;
     (rows * length, (length + 1.0) / 2.0, rows * written, written)
 }

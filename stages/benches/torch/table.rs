@@ -52,7 +52,7 @@ pub(crate) fn print(measured: &[Measured], rates: Rates) {
 pub(crate) fn rows(measured: &Measured, rates: Rates) -> Vec<Vec<String>> {
     let (ours, theirs) = measured.sides.split_first().expect("our side is always there");
     let own = median(ours.seconds());
-    let share = rates.bound(&phases(&measured.line, measured.element)) / own;
+    let share = rates.bound(&phases(&measured.line, measured.element, ours.tokens())) / own;
     let fastest = theirs.iter().map(|side| median(side.seconds())).fold(f64::INFINITY, f64::min);
     let row = |theirs: Option<&Runs>| {
         let beside = |cell: &dyn Fn(&Runs) -> String| theirs.map_or(String::new(), cell);
@@ -110,10 +110,14 @@ impl Runs {
         self.runs.iter().map(|ran| ran.seconds).collect()
     }
 
+    /// Tokens of a run, on average.
+    fn tokens(&self) -> f64 {
+        self.runs.iter().map(|ran| ran.tokens).sum::<usize>() as f64 / self.runs.len() as f64
+    }
+
     /// Tokens a second.
     fn rate(&self) -> f64 {
-        let tokens: usize = self.runs.iter().map(|ran| ran.tokens).sum();
-        tokens as f64 / self.seconds().iter().sum::<f64>()
+        self.tokens() * self.runs.len() as f64 / self.seconds().iter().sum::<f64>()
     }
 
     /// Largest memory, KiB: of the accelerator where there is one, else of the process.
