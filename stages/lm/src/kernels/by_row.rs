@@ -18,7 +18,7 @@ const FEW: usize = 16;
 /// Rows of the weight that are read together, and how wide they are at most, where rows are few.
 const STREAM: (usize, usize) = (16, 1536);
 
-/// The same where they are more: a tile's columns of such a piece of the weight fit the first cache.
+/// The same where they are more: a piece of the weight that fits the second cache.
 const PANEL: (usize, usize) = (768, 192);
 
 /// Rows of a transposed weight that one task takes.

@@ -78,7 +78,7 @@ impl Product<'_> {
         while row < self.rows {
             row += match self.rows - row {
                 // As many sums as there are registers for.
-                8.. if C * V::LANES >= 16 && C <= 2 && V::LANES == 16 => self.block::<V, 8, C>(row, column),
+                8.. if C <= 2 && V::LANES == 16 => self.block::<V, 8, C>(row, column),
                 4.. if C <= 2 => self.block::<V, 4, C>(row, column),
                 _ => self.block::<V, 1, C>(row, column),
             };

@@ -5,7 +5,7 @@ use contract::random::purpose;
 use lm::loss::head_loss;
 use lm::{AdamW, AdamWOptions, Dropout, Gradients, LanguageModel, Packed, accumulate, gradients};
 
-use crate::{flat, gap, small_model, with_threads};
+use crate::{flat, gap, small_llama, small_model, with_threads};
 
 fn rows() -> Vec<Vec<u32>> {
     [7, 3, 12, 1, 9]
@@ -132,9 +132,15 @@ fn a_prompt_is_trained_through_a_frozen_model() {
 
 #[test]
 fn wanted_tokens_are_those_of_the_whole_batch() {
-    let model = small_model(0.1).trainable().unwrap();
+    for model in [small_model(0.1), small_llama()] {
+        wanted_tokens_of(&model.trainable().unwrap());
+    }
+}
+
+fn wanted_tokens_of(model: &LanguageModel) {
     let dropout = Dropout { seed: 3, update: 7, purpose: purpose::DROPOUT };
     let prompt = model.embedding().detach().narrow(0, 5, 3).unwrap();
+    let prompt = Var::from_tensor(&prompt).unwrap().into_inner();
     let mut whole = Packed::new();
     rows().iter().zip(100..).for_each(|(ids, id)| whole.push(id, ids));
     let wanted = vec![2, 6, 7, 30];
@@ -144,9 +150,11 @@ fn wanted_tokens_are_those_of_the_whole_batch() {
         let whole = model.hidden(&whole, prompt, Some(&dropout)).unwrap().index_select(&indices, 0).unwrap();
         let part = model.hidden(&part, prompt, Some(&dropout)).unwrap();
         assert_eq!(flat(&whole), flat(&part));
+        let mut parameters = model.parameters().clone();
+        parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
         let [whole, part] = [whole, part].map(|hidden| {
             let loss = head_loss(&hidden, model.head(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
-            gradients(&loss, model.parameters()).unwrap()
+            gradients(&loss, &parameters).unwrap()
         });
         for (name, gradient) in &whole {
             assert!(gap(&flat(&part[name]), &flat(gradient)) < 1e-6, "{name}");
@@ -169,6 +177,8 @@ fn a_batch_that_does_not_fit_is_an_error() {
     assert!(error(&[1], Some(&prompt(8))).contains("soft prompt of width 8 for a model of width 32"));
     let wanted = Packed { wanted: Some(vec![1]), ids: vec![1], ..Packed::new() };
     assert!(model.hidden(&wanted, None, None).unwrap_err().to_string().contains("token 1 is wanted of a batch of 1"));
+    let wanted = Packed { wanted: Some(vec![1, 0]), ids: vec![1, 2], ..Packed::new() };
+    assert!(model.hidden(&wanted, None, None).unwrap_err().to_string().contains("must be in order"));
     let empty = model.hidden(&Packed::new(), None, None).unwrap();
     assert_eq!(empty.dims(), [0, 32]);
 }
