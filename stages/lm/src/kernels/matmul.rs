@@ -1,8 +1,8 @@
 //! The matrix product, by the `gemm` crate, behind bounds checks.
 //!
 //! `gemm` gives each element of the result to one thread, which adds its products in an order that depends on the depth
-//! alone; with the depth cut at [`DEPTH`] here, on nothing at all. So neither threads nor the number of rows change a bit,
-//! but for two special paths for tiny results; what must not change a bit even there uses [`super::by_row`].
+//! alone; with the depth cut at [`DEPTH`] here, on nothing at all. It has two other ways for tiny results, which are not
+//! taken. So neither threads nor the number of rows change a bit.
 
 use gemm::Parallelism;
 
@@ -13,6 +13,9 @@ const DEPTH: usize = 512;
 
 /// Multiplications below which a product runs on one thread.
 const ONE_THREAD: usize = 48 * 48 * 64;
+
+/// Elements of a result up to which `gemm` adds in another order where both operands are dense along the depth.
+const TINY: usize = 16 * 16;
 
 /// Rows for which a transposed operand is turned first.
 const WORTH_TURNING: usize = 64;
@@ -128,7 +131,23 @@ unsafe fn multiply(out: *mut f32, stride: usize, a: Matrix<'_>, b: Matrix<'_>, a
     if a.rows == 0 || b.columns == 0 {
         return;
     }
-    if b.is_deep_and_transposed() && a.rows >= WORTH_TURNING {
+    if a.rows == 1 {
+        // A lone row goes as one of two, or `gemm` would add in another order.
+        let mut two = vec![0.0; 2 * b.columns];
+        let a = Matrix { rows: 2, row_stride: 0, ..a };
+        // SAFETY: the caller's promise, which is for the first row; `two` has both.
+        unsafe {
+            if accumulate {
+                out.copy_to(two.as_mut_ptr(), b.columns);
+            }
+            multiply(two.as_mut_ptr(), b.columns, a, b, accumulate);
+            out.copy_from(two.as_ptr(), b.columns);
+        }
+        return;
+    }
+    let both_dense_along_the_depth = a.column_stride == 1 && b.row_stride == 1 && b.column_stride > 1;
+    let tiny = both_dense_along_the_depth && a.rows * b.columns <= TINY;
+    if tiny || b.is_deep_and_transposed() && a.rows >= WORTH_TURNING {
         let turned = transposed(b.data, b.column_stride, b.columns, b.rows, b.columns);
         // SAFETY: the caller's promise; the operand is the same.
         return unsafe { multiply(out, stride, a, Matrix::new(&turned, b.columns), accumulate) };
@@ -205,14 +224,31 @@ mod tests {
 
     #[test]
     fn turning_an_operand_changes_no_bit() {
-        for (m, k, n) in [(64, 700, 130), (100, 1030, 33), (70, 64, 1)] {
+        for (m, k, n) in [(64, 700, 130), (100, 1030, 33), (70, 64, 2), (65, 40, 16)] {
             let (a, b) = (numbers(1, m * k), numbers(2, n * k));
-            let a = Matrix::new(&a, k);
-            let found = product(a, Matrix::new(&b, k).transposed());
-            // Too few rows to turn it.
-            let parts = a.data.chunks(m / 2 * k);
-            let parts = parts.flat_map(|rows| product(Matrix::new(rows, k), Matrix::new(&b, k).transposed()));
-            assert!(found.iter().copied().eq(parts), "{m} {k} {n}");
+            let turned = transposed(&b, k, n, k, n);
+            let operands = [Matrix::new(&b, k).transposed(), Matrix::new(&turned, n)];
+            let [found, expected] = operands.map(|b| product(Matrix::new(&a, k), b));
+            assert!(found == expected, "{m} {k} {n}");
+        }
+    }
+
+    #[test]
+    fn other_rows_do_not_change_a_bit() {
+        for (k, n) in [(32, 2), (32, 33), (600, 64), (192, 300)] {
+            let (a, b) = (numbers(1, 40 * k), numbers(2, k * n));
+            for b in [Matrix::new(&b, n), Matrix::new(&b, k).transposed()] {
+                let all = product(Matrix::new(&a, k), b);
+                for rows in 1..40 {
+                    let some = product(Matrix::new(&a[..rows * k], k), b);
+                    assert!(some == all[..rows * n], "{rows} of 40 rows, {k} {n}");
+                    let mut added = vec![1.0; rows * n];
+                    product_into(&mut added, Matrix::new(&a[..rows * k], k), b, true);
+                    let mut expected = vec![1.0; 40 * n];
+                    product_into(&mut expected, Matrix::new(&a, k), b, true);
+                    assert!(added == expected[..rows * n], "{rows} of 40 rows, {k} {n}, added");
+                }
+            }
         }
     }
 
