@@ -19,7 +19,7 @@ use safetensors::tensor::{Metadata, TensorView};
 use serde_json::{Value as Json, json};
 
 use crate::config::Config;
-use crate::gpt2::LanguageModel;
+use crate::model::LanguageModel;
 
 /// Writes everything that [`LanguageModel::load`] and `transformers` read.
 pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {

@@ -14,11 +14,11 @@ use rayon::prelude::*;
 use crate::config::{Activation, Config};
 #[cfg(feature = "cuda")]
 use crate::dtype::Dtype;
-use crate::gpt2::LanguageModel;
 use crate::kernels::attention::softmax;
 use crate::kernels::rope::{self, Turn};
 use crate::kernels::tile::{self, Left};
 use crate::kernels::{by_row, elementwise, layer_norm, rms_norm, swiglu};
+use crate::model::LanguageModel;
 use crate::ops::cpu::embed;
 use crate::ops::{Attend, Input, Linear, Norm, Ops, Projection, Rotary, elements};
 use crate::packed::Packed;

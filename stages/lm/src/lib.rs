@@ -22,6 +22,7 @@ mod gpt2;
 mod kernels;
 mod llama;
 pub mod loss;
+mod model;
 mod ops;
 mod optim;
 mod packed;
@@ -35,7 +36,7 @@ pub use config::{Activation, Architecture, Config, EndTokens, Family, Gpt2Config
 pub use device::{device, gpus};
 pub use dtype::Dtype;
 pub use generate::{Generate, Generated, Prompt, generate};
-pub use gpt2::LanguageModel;
+pub use model::LanguageModel;
 pub use ops::Dropout;
 pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, gradients, norm};
 pub use packed::Packed;

@@ -10,7 +10,7 @@ use contract::{PortType, Result, Value};
 use serde_json::{Value as Json, json};
 
 use crate::checkpoint::{read, read_tensors, write_json, write_tensors};
-use crate::gpt2::LanguageModel;
+use crate::model::LanguageModel;
 
 /// Vectors that stand before a text, in place of tokens (Lester et al., 2021).
 pub struct SoftPrompt {

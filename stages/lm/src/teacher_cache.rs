@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::checkpoint::{read, write_json};
-use crate::gpt2::LanguageModel;
+use crate::model::LanguageModel;
 use crate::top_k::TopK;
 
 /// What is kept of every token.

@@ -16,7 +16,6 @@ use contract::{End, Result};
 
 use super::{Generate, Generated, Prompt};
 use crate::config::Activation;
-use crate::gpt2::LanguageModel;
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::decode;
 use crate::kernels::cuda::embed::code;
@@ -24,6 +23,7 @@ use crate::kernels::cuda::matmul::{Matrix, product};
 use crate::kernels::cuda::sample::{Draws, Writing, sample};
 use crate::kernels::cuda::{fold, unset, upload};
 use crate::kernels::rope::Turn;
+use crate::model::LanguageModel;
 use crate::ops::backend::Backend;
 use crate::ops::cuda::{Cuda, Number};
 use crate::ops::{Attend, Input, Linear, Norm, Ops, Projection, Rotary, Rows};

@@ -1,0 +1,482 @@
+//! A language model: its parameters and its tokenizer, whatever the architecture, and the passes that everything else is made
+//! of.
+//!
+//! Dimensions: `N` tokens of the batch, `C` channels, `V` vocabulary.
+
+use std::any::Any;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use contract::random::{normal, philox, purpose};
+use contract::{PortType, Result, TokenizerFile, Value};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+
+use crate::checkpoint;
+use crate::config::{Architecture, Config};
+use crate::dtype::Dtype;
+use crate::gpt2::Gpt2;
+use crate::llama::{Angles, Llama};
+use crate::ops::backend::Backend;
+use crate::ops::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::Cuda;
+use crate::ops::plain::Plain;
+use crate::ops::tape::Tape;
+use crate::ops::{Dropout, Ops, Rows};
+use crate::packed::Packed;
+
+/// A model with its tokenizer.
+///
+/// Its parameters are either all variables, which training changes in place, or all frozen.
+pub struct LanguageModel {
+    /// Sizes and options.
+    pub config: Config,
+    /// What gives ids their meaning. Its `json` is empty where the checkpoint had no `tokenizer.json`.
+    pub tokenizer: TokenizerFile,
+    parameters: IndexMap<String, Tensor>,
+    device: Device,
+    angles: Angles,
+    activation_checkpointing: bool,
+    dtype: Dtype,
+}
+
+impl LanguageModel {
+    /// A model with random weights over the vocabulary of `tokenizer`, frozen.
+    ///
+    /// Matrices are normal with standard deviation 0.02, those that end a residual branch divided by `sqrt(2 layers)`;
+    /// norm weights are 1, biases 0. Each number depends on the seed, its parameter's index and its place alone.
+    pub fn init(architecture: &Architecture, tokenizer: TokenizerFile, seed: u64, device: &Device) -> Result<Self> {
+        let config = architecture.config(tokenizer.size as usize, tokenizer.end)?;
+        let residual = 1.0 / (2.0 * config.layers() as f64).sqrt();
+        let mut parameters = IndexMap::new();
+        for (index, (name, shape)) in config.parameter_shapes().into_iter().enumerate() {
+            let count = shape.iter().product();
+            let values = if name.ends_with("bias") {
+                vec![0.0; count]
+            } else if shape.len() == 1 {
+                vec![1.0; count]
+            } else {
+                let scale = if config.ends_branch(&name) { residual } else { 1.0 };
+                random_values(seed, index as u32, count, (config.initializer_range() * scale) as f32)
+            };
+            parameters.insert(name, Tensor::from_vec(values, shape, device)?);
+        }
+        Ok(LanguageModel::of(config, tokenizer, parameters, device.clone()))
+    }
+
+    /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
+    /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one. Names may lack
+    /// the prefix `transformer.` or `model.`. Weights of any float type become f32. The model is frozen.
+    ///
+    /// Errors name the file, and the tensor with expected and found shape.
+    pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        let config = Config::load(folder)?;
+        let tokenizer = checkpoint::tokenizer(folder, &config)?;
+        ensure!(
+            tokenizer.size as usize <= config.vocab_size(),
+            "`{}` has a tokenizer of {} ids and a model of {}: expected at least as many",
+            folder.display(),
+            tokenizer.size,
+            config.vocab_size()
+        );
+        let parameters = checkpoint::parameters(folder, &config, device)?;
+        Ok(LanguageModel::of(config, tokenizer, parameters, device.clone()))
+    }
+
+    fn of(config: Config, tokenizer: TokenizerFile, parameters: IndexMap<String, Tensor>, device: Device) -> Self {
+        LanguageModel {
+            config,
+            tokenizer,
+            parameters,
+            device,
+            angles: Angles::default(),
+            activation_checkpointing: false,
+            dtype: Dtype::F32,
+        }
+    }
+
+    /// An independent, frozen copy with storage of its own.
+    pub fn deep_clone(&self) -> Result<Self> {
+        self.map(|parameter| parameter.detach().copy())
+    }
+
+    /// The model with variables as parameters. Those that are variables already are taken as they are.
+    pub fn trainable(self) -> Result<Self> {
+        self.map(|parameter| Ok(Var::from_tensor(parameter)?.into_inner()))
+    }
+
+    /// A view of the same weights through which no gradient flows. It sees later updates of the model.
+    pub fn frozen(&self) -> Self {
+        self.map(|parameter| Ok(parameter.detach())).expect("detaching a tensor cannot fail")
+    }
+
+    /// The model with activation checkpointing on or off (as it begins): in passes that will be differentiated each block
+    /// keeps only its input, and is run again in the backward pass. Less memory, a third more time, the same bits.
+    pub fn with_activation_checkpointing(self, on: bool) -> Self {
+        LanguageModel { activation_checkpointing: on, ..self }
+    }
+
+    /// The model, to be computed in `dtype`. Matrices of a frozen model are converted now; those that are trained stay f32
+    /// and are converted in every pass.
+    ///
+    /// Errors when its device does not compute in that type.
+    pub fn computed_in(self, dtype: Dtype) -> Result<Self> {
+        dtype.check(&self.device)?;
+        let convert = |parameter: &Tensor| {
+            if parameter.rank() == 2 && !parameter.is_variable() {
+                return parameter.to_dtype(dtype.candle());
+            }
+            Ok(parameter.clone())
+        };
+        Ok(LanguageModel { dtype, ..self.map(convert)? })
+    }
+
+    /// All parameters, by their names in Hugging Face checkpoints, in a fixed order.
+    pub fn parameters(&self) -> &IndexMap<String, Tensor> {
+        &self.parameters
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What it is computed in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Channels `C` of the hidden state.
+    pub fn width(&self) -> usize {
+        self.config.width()
+    }
+
+    /// Rows `V` of the embedding and of the head.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size()
+    }
+
+    /// The input embedding `[V, C]`.
+    pub fn embedding(&self) -> &Tensor {
+        &self.parameters[self.config.embedding()]
+    }
+
+    /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
+    pub fn head(&self) -> &Tensor {
+        self.parameters.get("lm_head.weight").unwrap_or_else(|| self.embedding())
+    }
+
+    /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
+    ///
+    /// The `n` vectors of `prompt`, `[n, C]`, stand before every sequence at positions `0..n`; text follows from position
+    /// `n`, and only its rows are returned. Gradients flow to parameters and prompt where they are variables; on the CPU,
+    /// those of parameters are given by [`crate::gradients`].
+    ///
+    /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or the tokens that are
+    /// wanted are not in order or not there.
+    pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
+        let prompt_length = self.check(batch, prompt)?;
+        let rows = Rows::new(batch, prompt_length);
+        if rows.inputs.is_empty() || rows.text.as_ref().is_some_and(Vec::is_empty) {
+            return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
+        }
+        let dropout = dropout.copied();
+        match (&self.device, self.dtype) {
+            (Device::Cpu, _) => self.hidden_by(Cpu, rows, prompt, dropout),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), Dtype::F32) => {
+                self.hidden_by(Cuda::<f32>::new(device, &rows)?, rows, prompt, dropout)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), Dtype::Bf16) => {
+                self.hidden_by(Cuda::<half::bf16>::new(device, &rows)?, rows, prompt, dropout)
+            }
+            #[allow(unreachable_patterns, reason = "with cuda, the device of other systems is left")]
+            _ => self.hidden_plain(&rows, prompt, dropout),
+        }
+    }
+
+    fn hidden_by<B: Backend>(
+        &self,
+        backend: B,
+        rows: Rows,
+        prompt: Option<&Tensor>,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let prompt = prompt.map(Tensor::contiguous).transpose()?;
+        let positions = rows.positions_in_use();
+        let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
+        let mut tape = new(backend, rows, dropout);
+        let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
+        let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
+        Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
+    }
+
+    /// [`LanguageModel::hidden`] by candle's own operations.
+    pub(crate) fn hidden_plain(
+        &self,
+        rows: &Rows,
+        prompt: Option<&Tensor>,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        Ok(self.forward(&mut Plain { rows, dropout }, prompt, rows.positions_in_use())?)
+    }
+
+    /// Final hidden states by the operations of `ops`, whose rows stand at positions below `positions`.
+    pub(crate) fn forward<O: Ops>(
+        &self,
+        ops: &mut O,
+        prompt: Option<&Tensor>,
+        positions: usize,
+    ) -> TensorResult<O::Array> {
+        match &self.config {
+            Config::Gpt2(config) => Gpt2::new(config, |name| self.parameters.get(name)).forward(ops, prompt),
+            Config::Llama(config) => {
+                let angles = self.angles.table(config, positions, &self.device)?;
+                Llama::new(config, &angles, |name| self.parameters.get(name)).forward(ops, prompt)
+            }
+        }
+    }
+
+    fn check(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<usize> {
+        let prompt_length = match prompt {
+            Some(prompt) => {
+                let (length, width) = prompt.dims2().context("a soft prompt has shape [length, width]")?;
+                ensure!(width == self.width(), "soft prompt of width {width} for a model of width {}", self.width());
+                length
+            }
+            None => 0,
+        };
+        for (segment, row) in batch.segments.iter().zip(&batch.rows) {
+            ensure!(
+                segment.len() + prompt_length <= self.config.positions(),
+                "row {row} has {} tokens with the soft prompt: the model has {} positions, so shorten the text",
+                segment.len() + prompt_length,
+                self.config.positions()
+            );
+        }
+        if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
+            anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
+        }
+        let wanted = batch.wanted.as_deref().unwrap_or_default();
+        ensure!(wanted.is_sorted_by(|a, b| a < b), "the tokens that are wanted must be in order");
+        if let Some(token) = wanted.last().filter(|token| **token as usize >= batch.ids.len()) {
+            anyhow::bail!("token {token} is wanted of a batch of {}", batch.ids.len());
+        }
+        Ok(prompt_length)
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> TensorResult<Tensor>) -> Result<Self> {
+        let parameters = self.parameters.iter().map(|(name, parameter)| Ok((name.clone(), f(parameter)?)));
+        Ok(LanguageModel {
+            config: self.config.clone(),
+            tokenizer: self.tokenizer.clone(),
+            parameters: parameters.collect::<Result<_>>()?,
+            device: self.device.clone(),
+            angles: self.angles.clone(),
+            dtype: self.dtype,
+            activation_checkpointing: self.activation_checkpointing,
+        })
+    }
+}
+
+impl Value for LanguageModel {
+    fn port_type(&self) -> PortType {
+        PortType::Model
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        checkpoint::save(self, folder)
+    }
+
+    fn fact(&self, name: &str) -> Option<String> {
+        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+/// Normal numbers with standard deviation `scale`, four from each counter.
+fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32> {
+    let mut values = vec![0.0; count];
+    values.par_chunks_mut(4).enumerate().for_each(|(i, out)| {
+        let [a, b, c, d] = philox(seed, [i as u32, 0, parameter, purpose::INIT]);
+        let ((w, x), (y, z)) = (normal(a, b), normal(c, d));
+        out.iter_mut().zip([w, x, y, z]).for_each(|(out, value)| *out = value * scale);
+    });
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Activation, Family, Gpt2Config, LlamaConfig, RopeScaling};
+    use crate::kernels::testing::numbers;
+    use crate::optim::gradients;
+
+    fn gpt2(change: impl FnOnce(&mut Gpt2Config)) -> LanguageModel {
+        let dropout = Some(0.2);
+        let architecture = Architecture { heads: Some(3), dropout, ..Architecture::new(Family::Gpt2, 2, 24) };
+        let Ok(Config::Gpt2(mut config)) = architecture.config(17, 0) else { panic!("not a GPT-2") };
+        change(&mut config);
+        model(Config::Gpt2(config))
+    }
+
+    fn llama(change: impl FnOnce(&mut LlamaConfig)) -> LanguageModel {
+        let dropout = Some(0.2);
+        let architecture = Architecture { heads: Some(3), dropout, ..Architecture::new(Family::Llama, 2, 24) };
+        let Ok(Config::Llama(mut config)) = architecture.config(17, 0) else { panic!("not a Llama") };
+        change(&mut config);
+        model(Config::Llama(config))
+    }
+
+    fn model(config: Config) -> LanguageModel {
+        let shapes = config.parameter_shapes().into_iter().zip(0..);
+        let parameters = shapes.map(|((name, shape), seed)| {
+            let values = numbers(seed, shape.iter().product()).into_iter().map(|x| 0.3 * x).collect();
+            (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
+        });
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 17 };
+        LanguageModel::of(config, tokenizer, parameters.collect(), Device::Cpu)
+    }
+
+    #[test]
+    fn the_fused_model_is_the_plain_one_in_value_and_every_gradient() {
+        let mut batch = Packed::new();
+        batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
+        batch.push(u64::MAX, &[16]);
+        batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
+        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
+        let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        let scaling = |original_max_position_embeddings| RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings,
+        };
+        let models = [
+            gpt2(|_| {}),
+            gpt2(|config| config.tie_word_embeddings = false),
+            gpt2(|config| config.activation_function = Activation::Relu),
+            gpt2(|config| (config.scale_attn_by_inverse_layer_idx, config.n_inner) = (true, Some(50))),
+            llama(|_| {}),
+            llama(|config| (config.tie_word_embeddings, config.num_key_value_heads) = (false, Some(1))),
+            llama(|config| (config.attention_bias, config.mlp_bias, config.head_dim) = (true, true, Some(10))),
+            llama(|config| config.rope_scaling = Some(scaling(16))),
+        ];
+        for model in &models {
+            for (prompt, dropout) in
+                [(None, None), (Some(&prompt), None), (None, Some(dropout)), (Some(&prompt), Some(dropout))]
+            {
+                let rows = Rows::new(&batch, if prompt.is_some() { 4 } else { 0 });
+                let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
+                let plain = model.hidden_plain(&rows, prompt, dropout).unwrap();
+                let mut parameters = model.parameters.clone();
+                parameters.shift_remove("lm_head.weight");
+                parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
+                let factors = Tensor::from_vec(numbers(7, 41 * 24), (41, 24), &Device::Cpu).unwrap();
+                let [(fused, found), (plain, expected)] = [fused, plain].map(|hidden| {
+                    let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
+                    (hidden, gradients(&loss, &parameters).unwrap())
+                });
+                let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let near = |what: &str, found: &Tensor, expected: &Tensor| {
+                    let (found, expected) = (flat(found), flat(expected));
+                    let largest = expected.iter().fold(1e-3f32, |a, b| a.max(b.abs()));
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert!((found - expected).abs() < 2e-5 * largest, "{what}: {found}, expected {expected}");
+                    }
+                };
+                near("hidden", &fused, &plain);
+                for (name, gradient) in &expected {
+                    near(name, &found[name], gradient);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn activation_checkpointing_changes_no_bit() {
+        let mut batch = Packed::new();
+        batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
+        batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
+        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
+        let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
+        // GPT-2 has 12 parameters in a block and 4 outside, Llama 9 and 2.
+        for (family, count, frozen) in
+            [(Family::Gpt2, 28, false), (Family::Gpt2, 0, true), (Family::Llama, 20, false), (Family::Llama, 0, true)]
+        {
+            let run = |on: bool| {
+                let model = match family {
+                    Family::Gpt2 => gpt2(|_| {}),
+                    Family::Llama => llama(|config| config.num_key_value_heads = Some(1)),
+                };
+                let model = model.with_activation_checkpointing(on);
+                let model = if frozen { model.frozen() } else { model };
+                let hidden = model.hidden(&batch, Some(&prompt), Some(&dropout)).unwrap();
+                let factors = Tensor::from_vec(numbers(7, 40 * 24), (40, 24), &Device::Cpu).unwrap();
+                let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
+                let mut parameters = model.parameters.clone();
+                parameters.insert("prompt".to_owned(), prompt.clone());
+                let gradients = gradients(&loss, &parameters).unwrap();
+                let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                (flat(&hidden), gradients.values().map(flat).collect::<Vec<_>>())
+            };
+            let (hidden, gradients) = run(false);
+            assert_eq!(gradients.len(), 1 + count);
+            assert!((hidden, gradients) == run(true), "{family:?}, frozen {frozen}");
+        }
+    }
+
+    #[test]
+    fn fresh_weights_have_their_scale_and_depend_on_the_seed_alone() {
+        let architecture = Architecture::new(Family::Gpt2, 8, 64);
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
+        let values =
+            |model: &LanguageModel, name: &str| model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let model = init(1);
+        for (name, expected) in [
+            ("transformer.wte.weight", 0.02),
+            ("transformer.h.3.attn.c_attn.weight", 0.02),
+            ("transformer.h.3.attn.c_proj.weight", 0.005),
+            ("transformer.h.7.mlp.c_proj.weight", 0.005),
+        ] {
+            let values = values(&model, name);
+            let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
+            assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
+        }
+        assert!(values(&model, "transformer.h.0.ln_1.weight").iter().all(|x| *x == 1.0));
+        assert!(values(&model, "transformer.h.0.ln_1.bias").iter().all(|x| *x == 0.0));
+        let name = "transformer.h.5.mlp.c_fc.weight";
+        assert_eq!(values(&model, name), values(&init(1), name));
+        assert_ne!(values(&model, name), values(&init(2), name));
+        assert_ne!(values(&model, name)[..100], values(&model, "transformer.h.4.mlp.c_fc.weight")[..100]);
+    }
+
+    #[test]
+    fn a_fresh_llama_begins_like_a_fresh_gpt2() {
+        let architecture = Architecture { tied: Some(false), ..Architecture::new(Family::Llama, 8, 64) };
+        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let model = LanguageModel::init(&architecture, tokenizer, 1, &Device::Cpu).unwrap();
+        for (name, expected) in [
+            ("model.embed_tokens.weight", 0.02),
+            ("lm_head.weight", 0.02),
+            ("model.layers.3.self_attn.k_proj.weight", 0.02),
+            ("model.layers.3.self_attn.o_proj.weight", 0.005),
+            ("model.layers.7.mlp.up_proj.weight", 0.02),
+            ("model.layers.7.mlp.down_proj.weight", 0.005),
+        ] {
+            let values = model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
+            assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
+        }
+        let norm = model.parameters["model.layers.0.post_attention_layernorm.weight"].to_vec1::<f32>().unwrap();
+        assert!(norm.iter().all(|x| *x == 1.0));
+    }
+}
