@@ -233,13 +233,20 @@ impl<'a> Decoder<'a> {
         if !self.model.device().is_cpu() {
             return self.logits_plain(rows);
         }
-        let capacity = |row: &Row| self.soft_length + row.prompt + row.limit;
+        let mut hidden = Vec::with_capacity(rows.len() * self.model.width());
+        for rows in together(rows, |row| row.ids.len() + self.soft_length - row.cache.length) {
+            hidden.extend(self.hidden(rows)?);
+        }
+        Ok(by_row::product_transposed(&hidden, &elements(self.model.head())?, self.model.width()))
+    }
+
+    /// Final hidden states of the last token of every row, `[rows, C]`; what is new of them goes into their caches.
+    fn hidden(&self, rows: &mut [Row]) -> Result<Vec<f32>> {
         let mut pass = Cached { inputs: Vec::new(), positions: Vec::new(), counts: Vec::new(), caches: Vec::new() };
-        for row in rows.iter_mut() {
-            let capacity = capacity(row);
+        for row in rows {
             let seen = row.cache.length;
             if seen == 0 {
-                row.cache = Cache::new(&self.model.config, capacity);
+                row.cache = Cache::new(&self.model.config, self.soft_length + row.prompt + row.limit);
                 pass.inputs.extend((0..self.soft_length as u32).map(Input::Prompt));
             }
             let new = seen.saturating_sub(self.soft_length);
@@ -254,7 +261,7 @@ impl<'a> Decoder<'a> {
         for (cache, count) in pass.caches.iter_mut().zip(&pass.counts) {
             cache.length += count;
         }
-        Ok(by_row::product_transposed(&hidden, &elements(self.model.head())?, self.model.width()))
+        Ok(hidden)
     }
 
     /// The same by a whole forward pass over each row, without a cache: on devices without a kernel, and for tests.
@@ -267,6 +274,25 @@ impl<'a> Decoder<'a> {
         let last = Tensor::from_slice(&last, last.len(), model.device())?;
         Ok(hidden.index_select(&last, 0)?.matmul(&model.head().t()?)?.flatten_all()?.to_vec1()?)
     }
+}
+
+/// New tokens that go through the model together: more would take memory and gain no time.
+const TOGETHER: usize = 1024;
+
+/// Cuts rows into parts of at most [`TOGETHER`] new tokens, or of one row.
+fn together(mut rows: &mut [Row], new_tokens: impl Fn(&Row) -> usize) -> Vec<&mut [Row]> {
+    let mut parts = Vec::new();
+    while !rows.is_empty() {
+        let mut tokens = 0;
+        let fit = rows.iter().take_while(|row| {
+            tokens += new_tokens(row);
+            tokens <= TOGETHER
+        });
+        let (part, rest) = rows.split_at_mut(fit.count().max(1));
+        parts.push(part);
+        rows = rest;
+    }
+    parts
 }
 
 /// Keys and values of what a row has seen.
@@ -451,6 +477,17 @@ mod tests {
 
     use super::*;
     use crate::config::{Architecture, Family};
+
+    #[test]
+    fn rows_with_many_new_tokens_go_in_parts() {
+        let ids = [3; 3 * TOGETHER];
+        let lengths = [400, 600, 25, 1, TOGETHER + 5, 1, 1];
+        let row = |index: usize| Row::new(index, &Prompt { row: 0, ids: &ids[..lengths[index]] }, 8);
+        let mut rows: Vec<Row> = (0..lengths.len()).map(row).collect();
+        let parts = together(&mut rows, |row| row.ids.len());
+        assert!(parts.iter().map(|rows| rows.len()).eq([2, 2, 1, 2]));
+        assert!(parts.into_iter().flatten().map(|row| row.index).eq(0..lengths.len()));
+    }
 
     #[test]
     fn a_step_with_a_cache_gives_the_logits_of_a_whole_pass() {
