@@ -93,6 +93,8 @@ pub(crate) fn print_growth(line: &Line, measured: &[(&str, usize, Measured)]) {
     let start = figures(&measured[0].2);
     for (size, factor, measured) in measured {
         let cells = figures(measured).into_iter().zip(&start).map(|(figure, start)| match *factor {
+            // There is no PyTorch to compare with.
+            _ if figure.is_nan() => String::new(),
             1 => format!("{figure:.0}"),
             _ => format!("{figure:.0} (x {:.2})", figure / start),
         });
