@@ -4,25 +4,19 @@ use rayon::prelude::*;
 
 use super::elementary::sum_of;
 use super::layer_norm::Moments;
-use super::{ROW_BLOCK, sum_in_order};
+use super::{ROW_BLOCK, buffer, sum_in_order};
 
 /// Normalises the rows of `x`; gives what [`backward`] wants: a mean of 0, and the reciprocal root mean square.
 pub(crate) fn forward(x: &[f32], weight: &[f32], eps: f32) -> (Vec<f32>, Vec<Moments>) {
     let width = weight.len();
-    let mut out = vec![0.0; x.len()];
-    let mut moments = vec![(0.0, 0.0); x.len() / width];
-    out.par_chunks_mut(ROW_BLOCK * width)
-        .zip(x.par_chunks(ROW_BLOCK * width))
-        .zip(moments.par_chunks_mut(ROW_BLOCK))
-        .for_each(|((out, x), moments)| {
-            for ((out, x), moment) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(moments) {
-                let scale = 1.0 / (sum_of(width, |i| x[i] * x[i]) / width as f32 + eps).sqrt();
-                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                    *out = x * scale * weight;
-                }
-                *moment = (0.0, scale);
-            }
-        });
+    let rows = x.len() / width;
+    let scale_of = |x: &[f32]| 1.0 / (sum_of(width, |i| x[i] * x[i]) / width as f32 + eps).sqrt();
+    let moments: Vec<Moments> =
+        (0..rows).into_par_iter().with_min_len(ROW_BLOCK).map(|r| (0.0, scale_of(&x[r * width..][..width]))).collect();
+    let out = buffer::matrix(rows, width, |r| {
+        let (x, (_, scale)) = (&x[r * width..][..width], moments[r]);
+        move |c| x[c] * scale * weight[c]
+    });
     (out, moments)
 }
 
