@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use contract::files::in_words as bytes;
 
 use super::{open_store, pretty, say, status};
 use crate::cli::CacheCommand;
@@ -49,26 +50,5 @@ pub(crate) fn cache(command: &CacheCommand) -> Result<ExitCode> {
             }
             Ok(if found.damage.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(status::STORE) })
         }
-    }
-}
-
-fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut size = count as f64;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < UNITS.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{count} B") } else { format!("{size:.1} {}", UNITS[unit]) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn sizes_read_well() {
-        assert_eq!([0, 1023, 1024, 1536, 3 << 30].map(bytes), ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "3.0 GiB"]);
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod clock;
 pub mod dataset;
+pub mod files;
 pub mod kind;
 pub mod port;
 pub mod random;
