@@ -21,6 +21,7 @@ use serde_json::json;
 
 use crate::key::{Action, InputDigests};
 use crate::protocol::{Input, Job, Message, Order};
+use crate::sources;
 use crate::worker::PARENT;
 
 /// What an attempt says.
@@ -43,6 +44,8 @@ pub(crate) enum Ended {
     Reused(Record),
     /// It went wrong.
     Failed(anyhow::Error),
+    /// A local file no longer holds what the key says: the key has to be made again.
+    Changed { source: PathBuf },
     /// An input was damaged and is gone: what made it has to run again.
     Damaged { entry: String },
     /// It was told to stop. Where a cut was kept: rounds done and all rounds.
@@ -145,7 +148,7 @@ impl Attempt {
         };
         match ended {
             Some(Message::Done { outputs, seconds, rounds }) => {
-                self.check_unchanged()?;
+                self.check_inputs()?;
                 let outputs: Vec<_> =
                     outputs.into_iter().map(|(name, port_type)| (name, port_type.name().to_owned())).collect();
                 let info = json!({
@@ -159,9 +162,17 @@ impl Attempt {
                 tracing::info!(seconds, "published");
                 // Checkpoints of finished work only take room.
                 let _ = self.store.drop_cuts(&key);
+                self.compare_sources();
                 Ok(Ended::Ran(record))
             }
             Some(Message::Failed { error }) => Ok(Ended::Failed(anyhow!(error))),
+            Some(Message::Changed { source }) => {
+                // The file's times may not have shown it, so that the next key must not trust them.
+                for (source, _) in &self.action.sources {
+                    let _ = self.store.digest_files_now(&source.path, &|name| source.takes(name));
+                }
+                Ok(Ended::Changed { source })
+            }
             Some(Message::Stopped { cut }) => Ok(Ended::Stopped(cut)),
             _ if self.control.is_stopping() => Ok(Ended::Stopped(None)),
             _ => Ok(Ended::Failed(anyhow!("the worker ended without a result: {}", in_words(status)))),
@@ -190,6 +201,7 @@ impl Attempt {
     ) -> Result<Option<(Option<Message>, ExitStatus)>> {
         let job = Job {
             subgraph: self.action.subgraph.clone(),
+            sources: self.action.sources.clone(),
             inputs: inputs.clone(),
             work: work.to_owned(),
             store: self.store.root().to_owned(),
@@ -214,7 +226,7 @@ impl Attempt {
         };
         (self.say)(Update::Started);
         tracing::info!(worker = child.id(), "started");
-        let last = self.hear(&mut child)?;
+        let last = self.hear(&mut child, work)?;
         self.control.lock().stdin = None;
         self.end_group(&child);
         let status = child.wait().context("cannot wait for the worker")?;
@@ -252,13 +264,14 @@ impl Attempt {
     }
 
     /// Hands on what the worker says until it is silent; returns how it says it ended.
-    fn hear(&self, child: &mut Child) -> Result<Option<Message>> {
+    fn hear(&self, child: &mut Child, work: &Path) -> Result<Option<Message>> {
+        let as_written = |text: String| sources::as_written(&text, &self.action.sources, work);
         let stdout = child.stdout.take().expect("standard output is a pipe");
         let mut last = None;
         for line in BufReader::new(stdout).lines() {
             let line = line.context("cannot hear the worker")?;
-            match serde_json::from_str(&line) {
-                Ok(end @ (Message::Done { .. } | Message::Failed { .. } | Message::Stopped { .. })) => last = Some(end),
+            match serde_json::from_str::<Message>(&line).map(|message| message.map_text(as_written)) {
+                Ok(message) if message.is_last() => last = Some(message),
                 Ok(message) => (self.say)(Update::Said(message)),
                 // A library that prints: its words belong to the log.
                 Err(_) => append(&self.log, &line),
@@ -267,21 +280,24 @@ impl Attempt {
         Ok(last)
     }
 
-    /// A result must never be bound to sources or inputs that are not those it was made from.
-    fn check_unchanged(&self) -> Result<()> {
-        for (path, before) in &self.action.sources {
-            // One that is gone has changed, too; that is no trouble of the store's.
-            if self.store.digest_path(path).ok() != Some(*before) {
-                return Err(anyhow!(
-                    "`{}` changed while the stage was running, so its result was thrown away; run again",
-                    path.display()
-                ));
-            }
-        }
+    /// A result must never be bound to inputs that are not those it was made from.
+    fn check_inputs(&self) -> Result<()> {
         for (entry, artifact) in &self.inputs {
             self.store.open_artifact(artifact).with_context(|| format!("input `{entry}` changed while it was read"))?;
         }
         Ok(())
+    }
+
+    /// The stage read what the key says, whatever became of the files since. Who edits one meanwhile should know that this
+    /// run was not about the edit.
+    fn compare_sources(&self) {
+        for (source, before) in &self.action.sources {
+            if self.store.digest_files(&source.path, &|name| source.takes(name)).ok() != Some(*before) {
+                let path = source.path.display();
+                let text = format!("`{path}` changed since it was read; the result is that of what it held before");
+                (self.say)(Update::Said(Message::Warned { part: None, text }));
+            }
+        }
     }
 }
 

@@ -10,11 +10,10 @@
 //! what they are (`in_canonical_order`), so neither their names nor their order in the file matter.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use cache::{Artifact, Digest, Key};
-use contract::{About, Kind, Registry};
+use contract::{About, Kind, Registry, Source};
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
@@ -34,7 +33,7 @@ pub struct Action {
     /// The subgraph; a loop is in canonical order, so that a place in it is what the preimage calls it.
     pub subgraph: Subgraph,
     /// Local files that are read, with what they held when the key was made.
-    pub sources: Vec<(PathBuf, Digest)>,
+    pub sources: Vec<(Source, Digest)>,
 }
 
 /// A local file that a stage names cannot be read: the user's affair, not the store's.
@@ -51,12 +50,13 @@ pub struct UnreadableSource {
 
 /// Makes the preimage of a subgraph. `digest` hashes a local file or folder.
 ///
-/// Errors when a stage kind is unknown or a local file cannot be read: then nothing can be cached, and nothing run.
+/// Errors when any part of it cannot be computed: a stage kind is unknown, a local file cannot be read, or a kind names a
+/// source where its configuration has none. Then nothing can be cached, and nothing run.
 pub fn action(
     subgraph: &Subgraph,
     inputs: &InputDigests,
     registry: &Registry,
-    digest: &mut dyn FnMut(&Path) -> Result<Digest>,
+    digest: &mut dyn FnMut(&Source) -> Result<Digest>,
 ) -> Result<Action> {
     let mut maker = Maker { registry, inputs, digest, sources: Vec::new() };
     let (subgraph, preimage) = match subgraph {
@@ -83,8 +83,8 @@ type Described = BTreeMap<String, Map<String, Json>>;
 struct Maker<'a> {
     registry: &'a Registry,
     inputs: &'a InputDigests,
-    digest: &'a mut dyn FnMut(&Path) -> Result<Digest>,
-    sources: Vec<(PathBuf, Digest)>,
+    digest: &'a mut dyn FnMut(&Source) -> Result<Digest>,
+    sources: Vec<(Source, Digest)>,
 }
 
 impl Maker<'_> {
@@ -92,17 +92,26 @@ impl Maker<'_> {
     fn operator(&mut self, operator: &Operator) -> Result<Map<String, Json>> {
         let kind = find_kind(self.registry, &operator.kind)?;
         let mut config = operator.config.clone();
+        let known = self.sources.len();
         for source in kind.sources(&operator.config) {
-            let digest = (self.digest)(&source.path).map_err(|error| UnreadableSource {
+            let digest = (self.digest)(&source).map_err(|error| UnreadableSource {
                 field: source.field.join("."),
                 kind: operator.kind.clone(),
                 reason: format!("{error:#}"),
             })?;
-            replace(&mut config, &source.field, json!({"content": digest.to_string()}));
-            self.sources.push((source.path, digest));
+            put(&mut config, &source.field, json!({"content": digest.to_string()}), &operator.kind)?;
+            self.sources.push((source, digest));
         }
-        if let Json::Object(fields) = &mut config {
-            kind.outside_key(&operator.config).into_iter().for_each(|field| drop(fields.shift_remove(field)));
+        for field in kind.outside_key(&operator.config) {
+            let named = |(source, _): &(Source, Digest)| source.field.first().is_some_and(|first| first == field);
+            ensure!(
+                !self.sources[known..].iter().any(named),
+                "stage kind `{}` names the source `{field}` and leaves it out of the key: a fault of the kind",
+                operator.kind
+            );
+            if let Json::Object(fields) = &mut config {
+                fields.shift_remove(field);
+            }
         }
         let mut fields = version_of(kind);
         fields.insert("config".into(), without_defaults(&config, &kind.schema()));
@@ -298,13 +307,23 @@ fn content(artifact: &Artifact) -> Json {
     json!({"type": artifact.port_type, "digest": artifact.digest.to_string()})
 }
 
-fn replace(config: &mut Json, field: &[String], value: Json) {
+/// Puts a value in the place of a source's field; an item of a list is called by its index.
+///
+/// Errors when the configuration has no such field: the source would stay out of the key, and its path in it.
+pub(crate) fn put(config: &mut Json, field: &[String], value: Json, kind: &str) -> Result<()> {
     let mut at = config;
     for name in field {
-        let Some(inner) = at.get_mut(name.as_str()) else { return };
-        at = inner;
+        let inner = match at {
+            Json::Array(items) => name.parse().ok().and_then(|index: usize| items.get_mut(index)),
+            other => other.get_mut(name.as_str()),
+        };
+        at = inner.with_context(|| {
+            let field = field.join(".");
+            format!("stage kind `{kind}` names a source `{field}` that its configuration does not have: a fault of the kind")
+        })?;
     }
     *at = value;
+    Ok(())
 }
 
 /// A configuration without the values that its schema gives as defaults.

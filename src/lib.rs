@@ -30,6 +30,7 @@ pub mod results;
 pub mod rounds;
 pub mod schedule;
 pub mod selection;
+mod sources;
 pub mod table;
 mod worker;
 pub mod yaml;

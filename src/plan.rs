@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use cache::{Artifact, Lookup, Record, Store, Why};
-use contract::Registry;
+use contract::{Registry, Source};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
@@ -128,7 +128,7 @@ pub fn plan(graph: &Graph, selection: &Selection, registry: &Registry, store: &S
 ///
 /// Errors when its key cannot be computed, for example since a local file is missing, or when the store fails.
 pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Decision> {
-    let mut digest = |path: &std::path::Path| Ok(store.digest_path(path)?);
+    let mut digest = |source: &Source| Ok(store.digest_files(&source.path, &|name| source.takes(name))?);
     let action = key::action(&node.subgraph, inputs, registry, &mut digest)
         .with_context(|| format!("cannot tell what stage `{}` depends on", node.name))?;
     match store.lookup(&action.key)? {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cache::{Digest, Key};
-use contract::PortType;
+use contract::{PortType, Source};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -25,6 +25,8 @@ pub(crate) enum Order {
 pub(crate) struct Job {
     /// In canonical order, see [`crate::key`].
     pub(crate) subgraph: Subgraph,
+    /// Local files that its stages name, with what the key says they hold.
+    pub(crate) sources: Vec<(Source, Digest)>,
     /// Content that enters, by entry.
     pub(crate) inputs: BTreeMap<String, Input>,
     /// Folder `outputs/NAME` of each output, named as in the store, is made here.
@@ -67,6 +69,28 @@ pub(crate) enum Message {
     Done { outputs: Vec<(String, PortType)>, seconds: f64, rounds: Option<u64> },
     /// It went wrong.
     Failed { error: String },
+    /// A local file no longer holds what the key says, so that nothing was begun.
+    Changed { source: PathBuf },
     /// It stopped because it was told to; `cut` says where it will go on.
     Stopped { cut: Option<(u64, u64)> },
+}
+
+impl Message {
+    /// Whether it says how the job ended.
+    pub(crate) fn is_last(&self) -> bool {
+        use Message::{Changed, Cut, Done, Failed, Metrics, Progress, Resumed, Stopped, Warned};
+        match self {
+            Done { .. } | Failed { .. } | Changed { .. } | Stopped { .. } => true,
+            Resumed { .. } | Progress { .. } | Metrics { .. } | Warned { .. } | Cut { .. } => false,
+        }
+    }
+
+    /// The same with other words for people.
+    pub(crate) fn map_text(self, map: impl Fn(String) -> String) -> Self {
+        match self {
+            Message::Warned { part, text } => Message::Warned { part, text: map(text) },
+            Message::Failed { error } => Message::Failed { error: map(error) },
+            other => other,
+        }
+    }
 }

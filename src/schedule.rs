@@ -95,6 +95,7 @@ pub fn run(
         queue: VecDeque::new(),
         running: BTreeMap::new(),
         mended: BTreeMap::new(),
+        planned_again: BTreeMap::new(),
         ran: 0,
         reused: 0,
         failed: Vec::new(),
@@ -127,6 +128,8 @@ struct Coordinator<'a> {
     running: BTreeMap<NodeIndex, Running>,
     /// How often each subgraph was run again because its result was damaged when read.
     mended: BTreeMap<NodeIndex, u32>,
+    /// How often each subgraph got another key since a local file changed.
+    planned_again: BTreeMap<NodeIndex, u32>,
     ran: usize,
     reused: usize,
     failed: Vec<(String, anyhow::Error)>,
@@ -298,7 +301,7 @@ impl Coordinator<'_> {
             Message::Metrics { part, row } => Event::StageMetrics { stage, part, row },
             Message::Warned { part, text } => Event::StageWarned { stage, part, text },
             Message::Cut { round, rounds } => Event::StageCut { stage, round, rounds },
-            Message::Done { .. } | Message::Failed { .. } | Message::Stopped { .. } => return,
+            Message::Done { .. } | Message::Failed { .. } | Message::Changed { .. } | Message::Stopped { .. } => return,
         });
     }
 
@@ -323,6 +326,7 @@ impl Coordinator<'_> {
                 self.events.send(&Event::StageStopped { stage, cut });
             }
             Ended::Damaged { entry } => self.mend(node, &entry),
+            Ended::Changed { source } => self.plan_again(node, &source),
             Ended::Failed(error) if is_store_trouble(&error) => return Err(error),
             Ended::Failed(error) => self.fail(node, error, Some(&running.log)),
         }
@@ -357,6 +361,20 @@ impl Coordinator<'_> {
         self.events.send(&Event::StageWarned { stage, part: None, text });
         self.settled.remove(&maker);
         self.open.extend([maker, node]);
+    }
+
+    /// A local file changed between the plan and the start, so the stage has another key now.
+    fn plan_again(&mut self, node: NodeIndex, source: &Path) {
+        let times = self.planned_again.entry(node).or_default();
+        *times += 1;
+        let source = source.display();
+        if *times > 2 {
+            let error = anyhow::anyhow!("`{source}` keeps changing; run again when nothing writes to it");
+            return self.fail(node, error, None);
+        }
+        let text = format!("`{source}` changed since this run looked at it; what it holds now is used");
+        self.events.send(&Event::StageWarned { stage: self.label(node), part: None, text });
+        self.open.insert(node);
     }
 
     /// Shows the failure at once and gives up whatever needs the stage.

@@ -22,6 +22,7 @@ use serde_json::{Map, Value as Json};
 use crate::graph::{Loop, Operator, Subgraph};
 use crate::protocol::{Input, Job, Message, Order};
 use crate::rounds::{self, Ask, Ended, Host, MetricsRow, Standing};
+use crate::sources;
 
 /// Set by the coordinator to its own process id, so that a worker started an instant too late notices.
 pub(crate) const PARENT: &str = "PIPELINE_PARENT";
@@ -50,7 +51,7 @@ pub(crate) fn run(registry: Registry) -> ExitCode {
     let interruptible = matches!(job.subgraph, Subgraph::Loop(_));
     let listening = Arc::clone(&stop);
     thread::spawn(move || listen(&listening, interruptible));
-    let worker = thread::Builder::new().stack_size(STACK).spawn(move || work(&job, &registry, &stop));
+    let worker = thread::Builder::new().stack_size(STACK).spawn(move || work(*job, &registry, &stop));
     let outcome = match worker.map(thread::JoinHandle::join) {
         Ok(Ok(Ok(message))) => message,
         Ok(Ok(Err(error))) => Message::Failed { error: format!("{error:#}") },
@@ -91,15 +92,18 @@ fn listen(stop: &AtomicBool, interruptible: bool) {
     std::process::exit(1);
 }
 
-fn work(job: &Job, registry: &Registry, stop: &AtomicBool) -> Result<Message> {
+fn work(mut job: Job, registry: &Registry, stop: &AtomicBool) -> Result<Message> {
     let since = Instant::now();
+    if let Some(source) = sources::take(&mut job.subgraph, &job.sources, &job.work, registry)? {
+        return Ok(Message::Changed { source });
+    }
     let scratch = job.work.join("scratch");
     make(&scratch)?;
     let env = Env { device: job.device.clone(), threads: job.threads, scratch };
     let entries = load_inputs(&job.inputs, registry, &env)?;
     match &job.subgraph {
-        Subgraph::Operator(operator) => run_once(job, operator, entries, registry, &env, since),
-        Subgraph::Loop(body) => run_rounds(job, body, entries, registry, &env, stop),
+        Subgraph::Operator(operator) => run_once(&job, operator, entries, registry, &env, since),
+        Subgraph::Loop(body) => run_rounds(&job, body, entries, registry, &env, stop),
     }
 }
 

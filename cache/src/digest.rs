@@ -112,18 +112,32 @@ impl Digest {
 /// Reads an open file to its end. Returns the digest and how many bytes there were.
 ///
 /// The file is read, not mapped: somebody who truncates a mapped file kills the process that reads it.
-pub(crate) fn of_file(mut file: &File) -> io::Result<(Digest, u64)> {
+pub(crate) fn of_file(file: &File) -> io::Result<(Digest, u64)> {
+    of_stream(file, |_| Ok(()), |error| error)
+}
+
+/// As [`of_file`], and hands on every piece that was read. `failed` says what an error of reading means to the caller.
+pub(crate) fn of_stream<E>(
+    mut file: &File,
+    mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    failed: impl Fn(io::Error) -> E,
+) -> Result<(Digest, u64), E> {
     const BUFFER: u64 = 4 << 20;
     const WORTH_SHARING: usize = 256 << 10; // below it, threads cost more than they save
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; (file.metadata()?.len() + 1).min(BUFFER) as usize];
+    let length = file.metadata().map_err(&failed)?.len();
+    let mut buffer = vec![0; (length + 1).min(BUFFER) as usize];
     loop {
-        match file.read(&mut buffer) {
+        let read = match file.read(&mut buffer) {
             Ok(0) => return Ok((Digest(*hasher.finalize().as_bytes()), hasher.count())),
-            Ok(read) if read >= WORTH_SHARING => hasher.update_rayon(&buffer[..read]),
-            Ok(read) => hasher.update(&buffer[..read]),
+            Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
+            Err(error) => return Err(failed(error)),
+        };
+        each(&buffer[..read])?;
+        match read {
+            WORTH_SHARING.. => hasher.update_rayon(&buffer[..read]),
+            _ => hasher.update(&buffer[..read]),
         };
     }
 }

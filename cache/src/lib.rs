@@ -91,6 +91,7 @@ pub use error::{Result, StoreError};
 pub use key::{Key, canonical};
 pub use lock::Guard;
 pub use record::{Artifact, Lookup, Record, Why};
+pub use source::{Takes, copy_source};
 pub use store::Store;
 pub use usage::{Size, Usage};
 pub use verify::{Damage, Part, Verification};

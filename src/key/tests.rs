@@ -72,7 +72,7 @@ fn entries() -> InputDigests {
 }
 
 fn made(subgraph: &Subgraph, inputs: &InputDigests) -> Action {
-    let mut digest = |path: &Path| Ok(Digest::of(path.as_os_str().as_encoded_bytes()));
+    let mut digest = |source: &Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
     action(subgraph, inputs, &fakes::registry(), &mut digest).unwrap()
 }
 
@@ -296,7 +296,7 @@ fn a_file_that_cannot_be_read_is_named_with_its_field() {
     let operator = Operator { kind: "read-rows".into(), config, ports, places: BTreeMap::new() };
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).unwrap();
-    let mut digest = |path: &Path| Ok(store.digest_path(path)?);
+    let mut digest = |source: &Source| Ok(store.digest_path(&source.path)?);
     let error = action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest).unwrap_err();
     assert!(error.to_string().starts_with("`path` of stage kind `read-rows`: "), "{error}");
     assert!(error.to_string().contains("nowhere.txt"), "{error}");

@@ -261,10 +261,7 @@ impl Stage for Download {
     }
 
     fn sources(&self, config: &Config) -> Vec<Source> {
-        let source = |field: &[&str], path: &String| Source {
-            field: field.iter().map(|part| part.to_string()).collect(),
-            path: PathBuf::from(path),
-        };
+        let source = |field: &[&str], path: &String| Source::new(field, path);
         let corpus = match &config.source {
             Some(Place::One(path)) if !config.is_builtin() => vec![source(&["source"], path)],
             Some(Place::Files(files)) => Split::ALL

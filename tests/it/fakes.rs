@@ -163,7 +163,7 @@ impl Stage for ReadRows {
     }
 
     fn sources(&self, config: &ReadRowsConfig) -> Vec<Source> {
-        vec![Source { field: vec!["path".into()], path: config.path.clone() }]
+        vec![Source::new(&["path"], &config.path)]
     }
 
     fn start(&self, config: ReadRowsConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {

@@ -68,12 +68,41 @@ impl ConfigError {
 }
 
 /// A local file or folder whose content decides the result. Its digest takes the field's place in the key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// A running stage never meets the original. Before it starts, the runner makes a private copy of what the key says was
+/// there and puts the copy's path into the field. A file's copy has a name that says nothing, not even an ending: bytes
+/// alone decide how it is read. The files of a folder keep their names, which are part of its digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
-    /// Path of the field inside `with` that names it.
+    /// Path of the field inside `with` that names it; an item of a list is called by its index.
     pub field: Vec<String>,
     /// Where it is, relative to the folder that `pipeline` was started in.
     pub path: PathBuf,
+    /// Which files of a folder are read, as names inside of it or endings such as `*.safetensors`; all where absent. Others
+    /// are in no key, and are not there for the running stage.
+    pub only: Option<Vec<String>>,
+}
+
+impl Source {
+    /// What the field `field` of `with` names.
+    pub fn new(field: &[&str], path: impl Into<PathBuf>) -> Self {
+        Source { field: field.iter().map(|part| (*part).to_owned()).collect(), path: path.into(), only: None }
+    }
+
+    /// Of a folder, only the files with these names or endings.
+    pub fn only(mut self, files: &[&str]) -> Self {
+        self.only = Some(files.iter().map(|file| (*file).to_owned()).collect());
+        self
+    }
+
+    /// Whether a file of the folder is read, by its path inside with `/`.
+    pub fn takes(&self, name: &str) -> bool {
+        let fits = |pattern: &String| match pattern.strip_prefix('*') {
+            Some(ending) => name.ends_with(ending),
+            None => name == pattern,
+        };
+        self.only.as_ref().is_none_or(|patterns| patterns.iter().any(fits))
+    }
 }
 
 /// How a training kind is used outside of a `loop:`, where it is short for a loop with this one stage.

@@ -221,8 +221,9 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
             fs::create_dir_all(&target).with_context(|| format!("cannot make folder `{}`", target.display()))?;
             copy_tree(&entry.path(), &target)?;
         } else {
-            let bytes = fs::read(entry.path()).with_context(|| format!("cannot read `{}`", entry.path().display()))?;
-            write(&target, &bytes)?;
+            fs::copy(entry.path(), &target).with_context(|| {
+                format!("cannot copy `{}` to `{}`", entry.path().display(), target.display())
+            })?;
         }
     }
     Ok(())
