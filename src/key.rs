@@ -319,7 +319,9 @@ pub(crate) fn put(config: &mut Json, field: &[String], value: Json, kind: &str) 
         };
         at = inner.with_context(|| {
             let field = field.join(".");
-            format!("stage kind `{kind}` names a source `{field}` that its configuration does not have: a fault of the kind")
+            format!(
+                "stage kind `{kind}` names a source `{field}` that its configuration does not have: a fault of the kind"
+            )
         })?;
     }
     *at = value;

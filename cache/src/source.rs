@@ -105,7 +105,10 @@ fn share_blocks(source: &File, target: &File) -> bool {
     #[cfg(target_os = "linux")]
     return rustix::fs::ioctl_ficlone(target, source).is_ok();
     #[cfg(not(target_os = "linux"))]
-    return { let _ = (source, target); false };
+    return {
+        let _ = (source, target);
+        false
+    };
 }
 
 /// Reads to the end a file that is as long as it was when it was opened: one that grows meanwhile may have no end.

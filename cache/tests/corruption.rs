@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use cache::{Artifact, Digest, Key, Lookup, Record, Store, StoreError, Usage, Why};
+use cache::{Artifact, Digest, Key, Lookup, Record, Store, StoreError, Usage, Why, copy_source};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -429,6 +429,77 @@ fn a_source_that_cannot_be_read_is_named() {
     let socket = fixture.folder.path().join("socket");
     let _listener = UnixListener::bind(&socket).unwrap();
     assert!(matches!(fixture.store.digest_path(&socket), Err(StoreError::NotPlain { .. })));
+}
+
+#[test]
+fn a_copy_of_a_source_has_the_digest_of_what_it_holds() {
+    let fixture = Fixture::new();
+    let at = |name: &str| fixture.folder.path().join(name);
+    fs::create_dir_all(at("source/deep")).unwrap();
+    fs::write(at("elsewhere"), vec![7; 5 << 20]).unwrap();
+    fs::write(at("source/weights"), WEIGHTS).unwrap();
+    fs::write(at("source/README.md"), "not read").unwrap();
+    symlink(at("elsewhere"), at("source/deep/big")).unwrap();
+    let all = |_: &str| true;
+    let some = |name: &str| name != "README.md";
+    for (from, takes, expected) in [
+        ("elsewhere", &all as cache::Takes, vec![""]),
+        ("source", &all, vec!["README.md", "deep/big", "weights"]),
+        ("source", &some, vec!["deep/big", "weights"]),
+        ("source", &|_| false, vec![]),
+    ] {
+        let copy = at("copy");
+        let digest = copy_source(&at(from), &copy, takes).unwrap();
+        assert_eq!(digest, fixture.store.digest_files(&at(from), takes).unwrap());
+        assert_eq!(digest, fixture.store.digest_path(&copy).unwrap(), "the copy is as it was hashed");
+        let found = if copy.is_dir() { files(&copy) } else { vec![String::new()] };
+        assert_eq!(found, expected);
+        if copy.is_dir() { fs::remove_dir_all(&copy).unwrap() } else { fs::remove_file(&copy).unwrap() }
+    }
+    let before = fixture.store.digest_files(&at("source"), &some).unwrap();
+    fs::write(at("source/README.md"), "other words").unwrap();
+    assert_eq!(fixture.store.digest_files(&at("source"), &some).unwrap(), before, "what is not read does not count");
+}
+
+#[test]
+fn what_is_no_plain_file_is_never_opened_as_a_source() {
+    let fixture = Fixture::new();
+    let pipe = fixture.folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let copy = fixture.folder.path().join("copy");
+    for path in [pipe.as_path(), Path::new("/dev/zero"), Path::new("/dev/null")] {
+        assert!(matches!(fixture.store.digest_path(path), Err(StoreError::NotPlain { .. })));
+        assert!(matches!(copy_source(path, &copy, &|_| true), Err(StoreError::NotPlain { .. })));
+    }
+    assert!(!copy.exists());
+}
+
+#[test]
+fn a_source_that_grows_without_end_is_not_read_without_end() {
+    use std::io::Write;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let fixture = Fixture::new();
+    let source = fixture.folder.path().join("source");
+    fs::write(&source, vec![1; 1 << 20]).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut file = File::options().append(true).open(&source).unwrap();
+            for _ in 0..500 {
+                if !done.load(Ordering::Relaxed) {
+                    file.write_all(&[2; 1 << 16]).unwrap();
+                }
+            }
+        });
+        for copy in ["one", "two", "three"] {
+            let copy = fixture.folder.path().join(copy);
+            match copy_source(&source, &copy, &|_| true) {
+                Ok(digest) => assert_eq!(digest, Digest::of(&fs::read(&copy).unwrap())),
+                Err(error) => assert!(matches!(error, StoreError::Changed { .. }), "{error}"),
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]

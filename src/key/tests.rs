@@ -301,3 +301,90 @@ fn a_file_that_cannot_be_read_is_named_with_its_field() {
     assert!(error.to_string().starts_with("`path` of stage kind `read-rows`: "), "{error}");
     assert!(error.to_string().contains("nowhere.txt"), "{error}");
 }
+
+/// A kind whose sources lie wherever its configuration says.
+struct Listed;
+
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+struct ListedConfig {
+    /// Files, in order.
+    #[serde(default)]
+    code: Vec<String>,
+    /// Files with a name.
+    #[serde(default)]
+    named: Vec<BTreeMap<String, String>>,
+    /// Fields that it says are sources.
+    #[serde(default)]
+    says: Vec<Vec<String>>,
+    /// A field that it leaves out of the key.
+    #[serde(default)]
+    leaves_out_code: bool,
+}
+
+impl contract::Stage for Listed {
+    type Config = ListedConfig;
+
+    fn about(&self) -> About {
+        About { name: "listed", ..fakes::registry().get("read-rows").unwrap().about() }
+    }
+
+    fn ports(&self, _: &ListedConfig) -> contract::Ports {
+        contract::Ports::new()
+    }
+
+    fn sources(&self, config: &ListedConfig) -> Vec<Source> {
+        let path = |field: &Vec<String>| format!("at-{}", field.join("-"));
+        let source = |field: &Vec<String>| Source { field: field.clone(), path: path(field).into(), only: None };
+        config.says.iter().map(source).collect()
+    }
+
+    fn outside_key(&self, config: &ListedConfig) -> Vec<&'static str> {
+        if config.leaves_out_code { vec!["says", "code"] } else { vec!["says"] }
+    }
+
+    fn start(
+        &self,
+        _: ListedConfig,
+        _: &contract::Env,
+        _: Option<contract::AnyValue>,
+    ) -> Result<Box<dyn contract::Operator>> {
+        anyhow::bail!("never started")
+    }
+}
+
+fn listed(config: Json) -> Result<Action> {
+    let registry = fakes::registry().with(Listed);
+    let config = registry.get("listed").unwrap().resolve(&config, Conventions::Sound).unwrap();
+    let operator = Operator { kind: "listed".into(), config, ports: contract::Ports::new(), places: BTreeMap::new() };
+    let mut digest = |source: &Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
+    action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest)
+}
+
+#[test]
+fn sources_in_lists_are_in_the_key_by_content_and_their_paths_are_not() {
+    let config = |code: [&str; 2], name: &str| {
+        json!({
+            "code": code,
+            "named": [{"name": name, "other": "kept"}],
+            "says": [["code", "0"], ["code", "1"], ["named", "0", "name"]],
+        })
+    };
+    let action = listed(config(["a.py", "b.py"], "c.py")).unwrap();
+    assert_eq!(action.sources.len(), 3);
+    let content = |text: &str| json!({"content": Digest::of(text.as_bytes()).to_string()});
+    let keyed = &action.preimage["stage"]["config"];
+    assert_eq!(keyed["code"], json!([content("at-code-0"), content("at-code-1")]));
+    assert_eq!(keyed["named"], json!([{"name": content("at-named-0-name"), "other": "kept"}]));
+    assert_eq!(listed(config(["x.py", "y.py"], "z.py")).unwrap().key, action.key, "paths are in no key");
+}
+
+#[test]
+fn a_source_that_cannot_be_put_into_the_key_is_an_error() {
+    for field in [&["code", "1"][..], &["code", "x"], &["code", "0", "deep"], &["nothing"], &["named", "0", "name"]] {
+        let error = listed(json!({"code": ["a.py"], "says": [field]})).unwrap_err().to_string();
+        let field = field.join(".");
+        assert!(error.contains(&format!("`listed` names a source `{field}` that its configuration")), "{error}");
+    }
+    let error = listed(json!({"code": ["a.py"], "says": [["code", "0"]], "leaves_out_code": true})).unwrap_err();
+    assert!(error.to_string().contains("`listed` names the source `code` and leaves it out of the key"), "{error}");
+}

@@ -146,7 +146,10 @@ struct ReadRows;
 #[serde(deny_unknown_fields)]
 struct ReadRowsConfig {
     path: PathBuf,
-    /// Milliseconds to sleep after reading, so that a test can change the file meanwhile.
+    /// Milliseconds to sleep before reading, so that a test can change the file meanwhile.
+    #[serde(default)]
+    before: u64,
+    /// The same after reading.
     #[serde(default)]
     sleep: u64,
 }
@@ -168,10 +171,16 @@ impl Stage for ReadRows {
 
     fn start(&self, config: ReadRowsConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         once(move |_, _, _| {
-            let text = fs::read_to_string(&config.path).context("cannot read the file of numbers")?;
+            std::thread::sleep(Duration::from_millis(config.before));
+            let cannot_read = || format!("cannot read `{}`", config.path.display());
+            let text = fs::read_to_string(&config.path).with_context(cannot_read)?;
             std::thread::sleep(Duration::from_millis(config.sleep));
             let numbers = text.lines().enumerate();
-            let rows = numbers.map(|(id, line)| Ok(row(id as u64, line.parse()?))).collect::<Result<_>>()?;
+            let row = |(id, line): (usize, &str)| {
+                let number = line.parse().with_context(|| format!("line {}", id + 1)).with_context(cannot_read)?;
+                Ok(row(id as u64, number))
+            };
+            let rows = numbers.map(row).collect::<Result<_>>()?;
             Ok(Outputs::new().with("data", dataset(rows, "words")))
         })
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
-use crate::harness::{Project, Ran};
+use crate::harness::{Project, Ran, wait_until};
 
 /// Prompt distillation in miniature.
 pub(crate) const PROMPTKD: &str = "
@@ -183,22 +183,90 @@ fn a_source_is_known_by_its_content_and_not_by_its_path() {
     project.run("run FILE").expect(1, &["`path` of stage kind `read-rows`", "c.txt"]);
 }
 
+/// Two sources, one after the other; their stages are slow.
+const SOURCES: &str = "
+version: 1
+name: source
+stages:
+  first: {kind: read-rows, with: {path: a.txt, before: 500}}
+  second: {kind: read-rows, with: {path: b.txt}}
+";
+
+/// Digests of what a run makes of these files when nobody touches them.
+fn undisturbed(a: &str, b: &str) -> Vec<String> {
+    let project = Project::new(SOURCES);
+    project.write("a.txt", a);
+    project.write("b.txt", b);
+    project.run("run FILE").expect(0, &["done: 2 ran"]);
+    project.digests("")
+}
+
+/// Starts a run and waits until the first stage has its copy of `a.txt`.
+fn start_reading(project: &Project) -> std::process::Child {
+    project.write("a.txt", "1\n2\n3\n");
+    project.write("b.txt", "1\n");
+    let running = project.start("run FILE");
+    wait_until("the source is copied", || {
+        let work = fs::read_dir(project.path(".pipeline/work")).into_iter().flatten().flatten();
+        work.into_iter().any(|folder| folder.path().join("scratch").is_dir())
+    });
+    running
+}
+
 #[test]
-fn a_source_that_changes_while_it_is_read_is_not_published_under_the_old_key() {
-    let pipeline = "version: 1\nname: source\nstages:\n  read: {kind: read-rows, with: {path: a.txt, sleep: 600}}\n  other: {kind: init}\n";
+fn what_is_read_is_what_was_hashed_although_the_file_changes_and_changes_back() {
+    let project = Project::new(SOURCES);
+    let running = start_reading(&project);
+    // Before the stage reads it.
+    project.write("a.txt", "4\n5\n6\n");
+    wait_until("the first stage has ended", || project.path(".pipeline/runs").is_dir() && ended(&project, "first"));
+    project.write("a.txt", "1\n2\n3\n");
+    let ran = Ran::new(running.wait_with_output().unwrap()).expect(0, &["done: 2 ran"]);
+    assert!(ran.stderr.contains("warning  first") && ran.stderr.contains("`a.txt` changed since it was read"));
+    assert_eq!(project.digests(""), undisturbed("1\n2\n3\n", "1\n"));
+}
+
+#[test]
+fn a_source_that_changes_or_goes_after_it_was_read_leaves_the_result_and_is_said() {
     let edits: [fn(&Project); 2] =
         [|project| project.write("a.txt", "4\n5\n6\n"), |project| fs::remove_file(project.path("a.txt")).unwrap()];
     for edit in edits {
-        let project = Project::new(pipeline);
-        project.write("a.txt", "1\n2\n3\n");
-        let running = project.start("run FILE");
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        let project = Project::new(SOURCES);
+        let running = start_reading(&project);
         edit(&project);
-        let said = ["`a.txt` changed while the stage was running", "ran      other"];
-        Ran::new(running.wait_with_output().unwrap()).expect(1, &said);
+        let said = ["`a.txt` changed since it was read; the result is that of what it held before", "done: 2 ran"];
+        Ran::new(running.wait_with_output().unwrap()).expect(0, &said);
         project.write("a.txt", "1\n2\n3\n");
-        project.run("plan FILE --check").expect(3, &["run"]);
+        project.run("plan FILE --check").expect(0, &["cached"]);
+        assert_eq!(project.digests(""), undisturbed("1\n2\n3\n", "1\n"));
     }
+}
+
+#[test]
+fn a_source_edited_before_its_stage_starts_gets_the_stage_another_key() {
+    let project = Project::new(SOURCES);
+    let running = start_reading(&project);
+    project.write("b.txt", "7\n8\n");
+    let said = ["`b.txt` changed since this run looked at it; what it holds now is used", "done: 2 ran, 0 reused"];
+    Ran::new(running.wait_with_output().unwrap()).expect(0, &said);
+    project.run("plan FILE --check").expect(0, &["cached"]);
+    assert_eq!(project.digests(""), undisturbed("1\n2\n3\n", "7\n8\n"));
+}
+
+#[test]
+fn a_stage_speaks_of_its_sources_as_they_are_written() {
+    let project = Project::new(SOURCES);
+    project.write("a.txt", "1\ntwo\n");
+    project.write("b.txt", "1\n");
+    let ran = project.run("run FILE").expect(1, &["cannot read `a.txt`: line 2"]);
+    assert!(!ran.stderr.contains("sources/0"), "{}", ran.stderr);
+}
+
+/// Whether a stage of the only run has ended.
+fn ended(project: &Project, stage: &str) -> bool {
+    let run = fs::read_dir(project.path(".pipeline/runs")).unwrap().flatten().next();
+    let events = run.map(|run| fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default());
+    events.unwrap_or_default().lines().any(|line| line.contains("stage_finished") && line.contains(stage))
 }
 
 #[test]

@@ -221,9 +221,8 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
             fs::create_dir_all(&target).with_context(|| format!("cannot make folder `{}`", target.display()))?;
             copy_tree(&entry.path(), &target)?;
         } else {
-            fs::copy(entry.path(), &target).with_context(|| {
-                format!("cannot copy `{}` to `{}`", entry.path().display(), target.display())
-            })?;
+            fs::copy(entry.path(), &target)
+                .with_context(|| format!("cannot copy `{}` to `{}`", entry.path().display(), target.display()))?;
         }
     }
     Ok(())
