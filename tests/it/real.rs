@@ -544,7 +544,7 @@ fn the_keys_of_every_kind_are_as_reviewed() {
         let ports = kind.ports(&config);
         let inputs: InputDigests = ports.inputs.iter().map(|port| (port.name.clone(), artifact(port))).collect();
         let operator = Operator { kind: name.into(), config, ports, places: BTreeMap::new() };
-        let mut digest = |path: &Path| Ok(Digest::of(path.as_os_str().as_encoded_bytes()));
+        let mut digest = |source: &contract::Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
         let action = key::action(&Subgraph::Operator(operator), &inputs, &registry, &mut digest).unwrap();
         let mut stage = action.preimage["stage"].clone();
         // Digests of inputs are the same for every kind.
