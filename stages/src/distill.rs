@@ -28,67 +28,37 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Dtype, Gradients, Keep, LanguageModel, Said, Schedule, SoftPrompt, TeacherCache};
+use lm::{Architecture, Keep, LanguageModel, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::training::{self, Mean, MicroBatch, Optimizer, Parts, Rate, Trainer};
+use crate::training::{self, MicroBatch, Trainer, Training};
 
-/// The `with` of `distill`.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Divergence between student and teacher at every response token; `reverse-kl` is KL(student || teacher).
-    pub divergence: Divergence,
-    /// What the divergence counts in the loss.
-    #[serde(default = "one")]
-    pub weight: f64,
-    /// What the cross-entropy of the response counts in the loss.
-    #[serde(default)]
-    pub cross_entropy: f64,
-    /// Temperature of both distributions in the divergence.
-    #[serde(default = "one")]
-    pub temperature: f64,
-    /// Shape of a student with random weights; for when no `student` is connected.
-    #[serde(default)]
-    pub init: Option<Architecture>,
-    /// Learning rate at the top of the schedule.
-    pub learning_rate: f64,
-    /// How the learning rate goes on after the warm-up.
-    #[serde(default)]
-    pub schedule: Schedule,
-    /// Updates of linear warm-up.
-    #[serde(default)]
-    pub warmup: u64,
-    /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
-    #[serde(default)]
-    pub warmup_from_zero: Option<bool>,
-    /// Optimiser.
-    #[serde(default)]
-    pub optimizer: Optimizer,
-    /// Whether the student's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
-    #[serde(default = "yes")]
-    pub dropout: bool,
-    /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
-    #[serde(default)]
-    pub micro_batch: Option<u64>,
-    /// Whether the student keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
-    /// memory, a third more time, the same bits.
-    #[serde(default)]
-    pub activation_checkpointing: bool,
-    /// How the loss is averaged; left out: as the conventions say.
-    #[serde(default)]
-    pub mean: Option<Mean>,
-    /// Which prompt the teacher uses in the micro-batches before the last: `new`, or `old` as in the published program,
-    /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
-    #[serde(default)]
-    pub accumulation_prompt: Option<AccumulationPrompt>,
-    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Seed of initial weights and dropout.
-    #[serde(default)]
-    pub seed: u64,
+training::config! {
+    /// The `with` of `distill`.
+    pub struct Config {
+        /// Divergence between student and teacher at every response token; `reverse-kl` is KL(student || teacher).
+        pub divergence: Divergence,
+        /// What the divergence counts in the loss.
+        #[serde(default = "one")]
+        pub weight: f64,
+        /// What the cross-entropy of the response counts in the loss.
+        #[serde(default)]
+        pub cross_entropy: f64,
+        /// Temperature of both distributions in the divergence.
+        #[serde(default = "one")]
+        pub temperature: f64,
+        /// Shape of a student with random weights; for when no `student` is connected.
+        #[serde(default)]
+        pub init: Option<Architecture>,
+        /// Whether the student's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
+        #[serde(default = "yes")]
+        pub dropout: bool,
+        /// Which prompt the teacher uses in the micro-batches before the last: `new`, or `old` as in the published program,
+        /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
+        #[serde(default)]
+        pub accumulation_prompt: Option<AccumulationPrompt>,
+    }
 }
 
 /// Which prompt the teacher uses while micro-batches accumulate.
@@ -127,8 +97,7 @@ impl Stage for Distill {
     }
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
-        config.mean.get_or_insert(Mean::of(conventions));
-        config.warmup_from_zero.get_or_insert(conventions == Conventions::Reference);
+        config.fill_settings(conventions);
         config.accumulation_prompt.get_or_insert(match conventions {
             Conventions::Sound => AccumulationPrompt::New,
             Conventions::Reference => AccumulationPrompt::Old,
@@ -136,7 +105,7 @@ impl Stage for Distill {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
+        let mut errors = config.settings().validate();
         if config.temperature <= 0.0 {
             errors
                 .push(ConfigError::at("temperature", format!("expected a number above 0, got {}", config.temperature)));
@@ -181,10 +150,9 @@ impl Stage for Distill {
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        let rate = Rate::new(config.learning_rate, config.schedule, config.warmup, config.warmup_from_zero);
-        let trainer = Trainer::new(rate, &config.optimizer, 1e-2, state);
+        let trainer = Trainer::new(config.settings(), 1e-2, state);
         let device = lm::device(&env.device)?;
-        Ok(Box::new(Distilling { device, trainer, config, warned: false, cache_is_checked: false }))
+        Ok(Box::new(Distilling { device, trainer, config, cache_is_checked: false }))
     }
 }
 
@@ -192,7 +160,6 @@ struct Distilling {
     config: Config,
     device: Device,
     trainer: Trainer,
-    warned: bool,
     /// Whether the cache has been compared with the teacher.
     cache_is_checked: bool,
 }
@@ -204,29 +171,27 @@ impl Operator for Distilling {
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
+        let config = self.config.clone();
         let student = match inputs.take_optional::<LanguageModel>("student")? {
             Some(student) => training::own(student)?,
-            None => training::initial(self.config.init.as_ref(), "student", &data, self.config.seed, &self.device)?,
+            None => training::initial(config.init.as_ref(), "student", &data, config.seed, &self.device)?,
         };
-        let student =
-            student.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
-        training::warn_of_empty_rows(&data, &mut self.warned, sink);
+        let student = student.computed_in(config.dtype)?.with_activation_checkpointing(config.activation_checkpointing);
         if let Some(cache) = &cache {
             self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;
         }
-        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(self.config.dtype)).transpose()?;
+        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
 
-        let name = self.config.divergence.name();
-        let mean = self.config.mean.unwrap_or(Mean::Tokens);
-        let mut gradients = Gradients::default();
-        let mut parts = Parts::default();
-        let mut tokens = 0;
-        for batch in training::micro_batches(&data, self.config.micro_batch, mean)? {
-            let prompt = self.prompt_of(&batch, prompt.as_ref(), prompt_before.as_ref())?;
+        let name = config.divergence.name();
+        let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
+        let row = self.trainer.update(student.parameters(), &data, step, sink, |batch, parts| {
             let text = &batch.text;
             let said = match (&cache, &teacher) {
                 (Some(cache), _) => cache.read(&text.rows(), &self.device)?,
-                (None, Some(teacher)) => Said::Hidden(text.hidden(teacher, prompt.as_ref(), None)?),
+                (None, Some(teacher)) => {
+                    let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
+                    Said::Hidden(text.hidden(teacher, prompt.as_ref(), None)?)
+                }
                 (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
             };
             let source = match (&said, &teacher) {
@@ -234,30 +199,23 @@ impl Operator for Distilling {
                 (Said::Hidden(hidden), Some(teacher)) => Source::Head { hidden, head: teacher.head() },
                 (Said::Hidden(_), None) => bail!("{NEEDS_HEAD}"),
             };
-            let dropout = training::dropout(self.config.dropout, self.config.seed, step, purpose::DROPOUT);
-            let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
-            let labels =
-                (self.config.cross_entropy != 0.0).then_some((text.labels.as_slice(), self.config.cross_entropy));
             let target = Target {
                 source,
-                divergence: self.config.divergence,
-                coefficient: self.config.weight,
-                temperature: self.config.temperature,
+                divergence: config.divergence,
+                coefficient: config.weight,
+                temperature: config.temperature,
             };
-            let weights = vec![batch.token_weight; text.tokens()];
-            let loss = head_loss(&hidden, student.head(), labels, &[target], &weights)?;
-            lm::accumulate(&mut gradients, lm::gradients(&loss.loss, student.parameters())?)?;
+            let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
+            let labels = (config.cross_entropy != 0.0).then_some((text.labels.as_slice(), config.cross_entropy));
+            let loss = head_loss(&hidden, student.head(), labels, &[target], &batch.weights())?;
             parts.add(name, loss.divergences[0]);
-            parts.add("loss", self.config.weight * loss.divergences[0]);
+            parts.add("loss", config.weight * loss.divergences[0]);
             if let Some(cross_entropy) = loss.cross_entropy {
                 parts.add("cross_entropy", cross_entropy);
-                parts.add("loss", self.config.cross_entropy * cross_entropy);
+                parts.add("loss", config.cross_entropy * cross_entropy);
             }
-            tokens += text.tokens();
-        }
-        let mut row = parts.into_row();
-        row.insert("tokens".into(), tokens.into());
-        self.trainer.update(student.parameters(), &gradients, step, &mut row)?;
+            Ok(loss.loss)
+        })?;
         sink.metrics(row);
         Ok(Outputs::new().with("model", student))
     }
@@ -297,14 +255,17 @@ impl Distilling {
         self.cache_is_checked = true;
         Ok(())
     }
+}
 
+impl Config {
+    /// The soft prompt that the teacher has in a micro-batch.
     fn prompt_of(
         &self,
         batch: &MicroBatch,
         prompt: Option<&Arc<SoftPrompt>>,
         prompt_before: Option<&Arc<SoftPrompt>>,
     ) -> Result<Option<Tensor>> {
-        let old = self.config.accumulation_prompt == Some(AccumulationPrompt::Old);
+        let old = self.accumulation_prompt == Some(AccumulationPrompt::Old);
         let chosen = match (prompt, prompt_before) {
             (Some(_), None) if old && batch.of > 1 => bail!(
                 "`accumulation_prompt: old` needs the prompt as the round found it: connect `prompt_before` to the \

@@ -29,10 +29,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
+use crate::aligned::Aligned;
 use crate::score;
 use crate::student_generate::sampling_errors;
 use crate::text::Text;
-use crate::training::Aligned;
 
 /// The `with` of `evaluate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

@@ -18,52 +18,20 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::head_loss;
-use lm::{Architecture, Dtype, Gradients, LanguageModel, Schedule};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use lm::{Architecture, LanguageModel};
 
-use crate::training::{self, Mean, Optimizer, Parts, Rate, Trainer};
+use crate::training::{self, Trainer, Training};
 
-/// The `with` of `finetune`.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Shape of a model with random weights; for when no `model` is connected.
-    #[serde(default)]
-    pub init: Option<Architecture>,
-    /// Learning rate at the top of the schedule.
-    pub learning_rate: f64,
-    /// How the learning rate goes on after the warm-up.
-    #[serde(default)]
-    pub schedule: Schedule,
-    /// Updates of linear warm-up.
-    #[serde(default)]
-    pub warmup: u64,
-    /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
-    #[serde(default)]
-    pub warmup_from_zero: Option<bool>,
-    /// Optimiser.
-    #[serde(default)]
-    pub optimizer: Optimizer,
-    /// Whether the model's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
-    #[serde(default = "yes")]
-    pub dropout: bool,
-    /// Rows that go through the model at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
-    #[serde(default)]
-    pub micro_batch: Option<u64>,
-    /// Whether the model keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
-    /// memory, a third more time, the same bits.
-    #[serde(default)]
-    pub activation_checkpointing: bool,
-    /// How the loss is averaged; left out: as the conventions say.
-    #[serde(default)]
-    pub mean: Option<Mean>,
-    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Seed of initial weights and dropout.
-    #[serde(default)]
-    pub seed: u64,
+training::config! {
+    /// The `with` of `finetune`.
+    pub struct Config {
+        /// Shape of a model with random weights; for when no `model` is connected.
+        #[serde(default)]
+        pub init: Option<Architecture>,
+        /// Whether the model's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
+        #[serde(default = "yes")]
+        pub dropout: bool,
+    }
 }
 
 fn yes() -> bool {
@@ -88,12 +56,11 @@ impl Stage for Finetune {
     }
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
-        config.mean.get_or_insert(Mean::of(conventions));
-        config.warmup_from_zero.get_or_insert(conventions == Conventions::Reference);
+        config.fill_settings(conventions);
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
+        let mut errors = config.settings().validate();
         errors.extend(training::validate_init(config.init.as_ref()));
         errors
     }
@@ -115,9 +82,8 @@ impl Stage for Finetune {
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        let rate = Rate::new(config.learning_rate, config.schedule, config.warmup, config.warmup_from_zero);
-        let trainer = Trainer::new(rate, &config.optimizer, 1e-2, state);
-        Ok(Box::new(Finetuning { device: lm::device(&env.device)?, trainer, config, warned: false }))
+        let trainer = Trainer::new(config.settings(), 1e-2, state);
+        Ok(Box::new(Finetuning { device: lm::device(&env.device)?, trainer, config }))
     }
 }
 
@@ -125,38 +91,27 @@ struct Finetuning {
     config: Config,
     device: Device,
     trainer: Trainer,
-    warned: bool,
 }
 
 impl Operator for Finetuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
+        let Config { init, seed, dropout, dtype, activation_checkpointing, .. } = &self.config;
         let model = match inputs.take_optional::<LanguageModel>("model")? {
             Some(model) => training::own(model)?,
-            None => training::initial(self.config.init.as_ref(), "model", &data, self.config.seed, &self.device)?,
+            None => training::initial(init.as_ref(), "model", &data, *seed, &self.device)?,
         };
-        let model =
-            model.computed_in(self.config.dtype)?.with_activation_checkpointing(self.config.activation_checkpointing);
-        training::warn_of_empty_rows(&data, &mut self.warned, sink);
-
-        let mut gradients = Gradients::default();
-        let mut parts = Parts::default();
-        let mut tokens = 0;
-        let mean = self.config.mean.unwrap_or(Mean::Tokens);
-        for batch in training::micro_batches(&data, self.config.micro_batch, mean)? {
-            let text = &batch.text;
-            let dropout = training::dropout(self.config.dropout, self.config.seed, step, purpose::DROPOUT);
-            let hidden = text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
-            let weights = vec![batch.token_weight; text.tokens()];
-            let loss = head_loss(&hidden, model.head(), Some((&text.labels, 1.0)), &[], &weights)?;
-            lm::accumulate(&mut gradients, lm::gradients(&loss.loss, model.parameters())?)?;
-            parts.add("loss", loss.cross_entropy.unwrap_or_default());
-            tokens += text.tokens();
-        }
-        let mut row = parts.into_row();
-        row.insert("cross_entropy".into(), row["loss"].clone());
-        row.insert("tokens".into(), tokens.into());
-        self.trainer.update(model.parameters(), &gradients, step, &mut row)?;
+        let model = model.computed_in(*dtype)?.with_activation_checkpointing(*activation_checkpointing);
+        let dropout = training::dropout(*dropout, *seed, step, purpose::DROPOUT);
+        let row = self.trainer.update(model.parameters(), &data, step, sink, |batch, parts| {
+            let hidden = batch.text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
+            let labels = Some((batch.text.labels.as_slice(), 1.0));
+            let loss = head_loss(&hidden, model.head(), labels, &[], &batch.weights())?;
+            let cross_entropy = loss.cross_entropy.unwrap_or_default();
+            parts.add("loss", cross_entropy);
+            parts.add("cross_entropy", cross_entropy);
+            Ok(loss.loss)
+        })?;
         sink.metrics(row);
         Ok(Outputs::new().with("model", model))
     }

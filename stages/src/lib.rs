@@ -11,6 +11,7 @@ use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, R
 pub use lm::gpus;
 use lm::{LanguageModel, OptimizerState, SoftPrompt, TeacherCache};
 
+pub mod aligned;
 pub mod corpus;
 pub mod distill;
 pub mod download;

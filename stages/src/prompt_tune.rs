@@ -12,7 +12,6 @@
 //! Inputs: `teacher`, `student`, `prompt`, and `data` that the student wrote. Outputs: `prompt`, a row of metrics an update.
 //! Cost: a forward and a backward pass through the frozen teacher, a second forward while w is not 0, one of the student.
 
-use anyhow::ensure;
 use candle_core::{Tensor, Var};
 use contract::random::purpose;
 use contract::{
@@ -21,56 +20,27 @@ use contract::{
 };
 use indexmap::IndexMap;
 use lm::loss::{Divergence, Source, Target, head_loss, log_probs};
-use lm::{Dtype, Gradients, LanguageModel, Schedule, SoftPrompt};
+use lm::{LanguageModel, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
-use crate::training::{self, Aligned, Mean, MicroBatch, Optimizer, Parts, Rate, Trainer};
+use crate::aligned::Aligned;
+use crate::training::{self, MicroBatch, Parts, Trainer, Training};
 
-/// The `with` of `prompt-tune`.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Divergence between the prompted teacher and the student; `reverse-kl` is KL(prompted teacher || student).
-    #[serde(default = "reverse_kl")]
-    pub divergence: Divergence,
-    /// Keeps the prompted teacher near the plain one.
-    #[serde(default)]
-    pub regulariser: Regulariser,
-    /// Learning rate at the top of the schedule.
-    pub learning_rate: f64,
-    /// How the learning rate goes on after the warm-up.
-    #[serde(default)]
-    pub schedule: Schedule,
-    /// Updates of linear warm-up.
-    #[serde(default)]
-    pub warmup: u64,
-    /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
-    #[serde(default)]
-    pub warmup_from_zero: Option<bool>,
-    /// Optimiser of the prompt.
-    #[serde(default)]
-    pub optimizer: Optimizer,
-    /// Whether the teacher's dropout is on; left out: as the conventions say.
-    #[serde(default)]
-    pub teacher_dropout: Option<bool>,
-    /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
-    #[serde(default)]
-    pub micro_batch: Option<u64>,
-    /// Whether the prompted teacher keeps only the inputs of its blocks for the backward pass, and computes the rest again there: less
-    /// memory, a third more time, the same bits.
-    #[serde(default)]
-    pub activation_checkpointing: bool,
-    /// How the loss is averaged; left out: as the conventions say.
-    #[serde(default)]
-    pub mean: Option<Mean>,
-    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Seed of the teacher's dropout.
-    #[serde(default)]
-    pub seed: u64,
+training::config! {
+    /// The `with` of `prompt-tune`.
+    pub struct Config {
+        /// Divergence between the prompted teacher and the student; `reverse-kl` is KL(prompted teacher || student).
+        #[serde(default = "reverse_kl")]
+        pub divergence: Divergence,
+        /// Keeps the prompted teacher near the plain one.
+        #[serde(default)]
+        pub regulariser: Regulariser,
+        /// Whether the teacher's dropout is on; left out: as the conventions say.
+        #[serde(default)]
+        pub teacher_dropout: Option<bool>,
+    }
 }
 
 /// Keeps the prompted teacher near the plain one.
@@ -146,15 +116,14 @@ impl Stage for PromptTune {
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
         let reference = conventions == Conventions::Reference;
-        config.mean.get_or_insert(Mean::of(conventions));
-        config.warmup_from_zero.get_or_insert(conventions == Conventions::Reference);
+        config.fill_settings(conventions);
         config.teacher_dropout.get_or_insert(reference);
         config.regulariser.count.get_or_insert(if reference { Count::Published } else { Count::Updates });
         config.optimizer.weight_decay.get_or_insert(if reference { 1e-2 } else { 0.0 });
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = training::validate_rate(config.learning_rate, &config.optimizer, config.micro_batch);
+        let mut errors = config.settings().validate();
         let divergences =
             [("divergence", config.divergence), ("regulariser.divergence", config.regulariser.divergence)];
         for (field, divergence) in divergences {
@@ -189,16 +158,13 @@ impl Stage for PromptTune {
     }
 
     fn start(&self, config: Config, _env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        let rate = Rate::new(config.learning_rate, config.schedule, config.warmup, config.warmup_from_zero);
-        let trainer = Trainer::new(rate, &config.optimizer, 0.0, state);
-        Ok(Box::new(Tuning { trainer, config, warned: false }))
+        Ok(Box::new(Tuning { trainer: Trainer::new(config.settings(), 0.0, state), config }))
     }
 }
 
 struct Tuning {
     config: Config,
     trainer: Trainer,
-    warned: bool,
 }
 
 /// The name of the prompt among the parameters of its optimiser.
@@ -206,38 +172,27 @@ const PROMPT: &str = "prompt_embeddings";
 
 impl Operator for Tuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let config = &self.config;
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(self.config.dtype)?;
-        let teacher = teacher.with_activation_checkpointing(self.config.activation_checkpointing);
-        let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(self.config.dtype)?;
+        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(config.dtype)?;
+        let teacher = teacher.with_activation_checkpointing(config.activation_checkpointing);
+        let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
-        training::warn_of_empty_rows(&data, &mut self.warned, sink);
 
         // A new variable: whoever else holds the old prompt keeps it as it was.
-        let vectors = Var::from_tensor(&prompt.vectors.copy()?)?;
-        let parameters = IndexMap::from([(PROMPT.to_owned(), vectors.as_tensor().clone())]);
-        let mut gradients = Gradients::default();
-        let mut parts = Parts::default();
-        let mut weight_sum = 0.0;
-        let mut tokens = 0;
-        let batches =
-            training::micro_batches(&data, self.config.micro_batch, self.config.mean.unwrap_or(Mean::Tokens))?;
+        let vectors = Var::from_tensor(&prompt.vectors.copy()?)?.into_inner();
+        let parameters = IndexMap::from([(PROMPT.to_owned(), vectors.clone())]);
+        let row = self.trainer.update(&parameters, &data, step, sink, |batch, parts| {
+            if step.round == 0 {
+                measure_start(batch, &teacher, &vectors, parts)?;
+            }
+            config.loss(batch, &teacher, &student, &vectors, step, parts)
+        })?;
         if step.round == 0 {
-            self.compare_start(&batches, &teacher, vectors.as_tensor(), &mut parts, sink)?;
+            say_start(&row, sink);
         }
-        for batch in &batches {
-            let weight = self.regulariser_weight(step, batch);
-            let gradient = self.batch(batch, weight, &teacher, &student, vectors.as_tensor(), step, &mut parts)?;
-            lm::accumulate(&mut gradients, lm::gradients(&gradient, &parameters)?)?;
-            weight_sum += weight / batch.of as f64;
-            tokens += batch.text.tokens();
-        }
-        let mut row: Map<String, Json> = parts.into_row();
-        row.insert("regulariser_weight".into(), json!(weight_sum));
-        row.insert("tokens".into(), tokens.into());
-        self.trainer.update(&parameters, &gradients, step, &mut row)?;
         sink.metrics(row);
-        let tuned = SoftPrompt::new(vectors.as_tensor().detach(), &teacher)?;
+        let tuned = SoftPrompt::new(vectors.detach(), &teacher)?;
         Ok(Outputs::new().with("prompt", tuned))
     }
 
@@ -246,22 +201,20 @@ impl Operator for Tuning {
     }
 }
 
-impl Tuning {
-    #[expect(clippy::too_many_arguments, reason = "the terms of one formula")]
-    fn batch(
+impl Config {
+    /// Guidance and regulariser of some rows.
+    fn loss(
         &self,
         batch: &MicroBatch,
-        weight: f64,
         teacher: &LanguageModel,
         student: &LanguageModel,
         vectors: &Tensor,
         step: &Step,
         parts: &mut Parts,
     ) -> Result<Tensor> {
-        let Config { divergence, regulariser, seed, .. } = &self.config;
-        let text = &batch.text;
-        let dropout =
-            training::dropout(self.config.teacher_dropout == Some(true), *seed, step, purpose::TEACHER_DROPOUT);
+        let Config { divergence, regulariser, .. } = self;
+        let (text, weight) = (&batch.text, self.regulariser_weight(step, batch));
+        let dropout = training::dropout(self.teacher_dropout == Some(true), self.seed, step, purpose::TEACHER_DROPOUT);
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
@@ -278,19 +231,19 @@ impl Tuning {
             temperature: 1.0,
         });
         let targets: Vec<Target<'_>> = std::iter::once(guide).chain(near).collect();
-        let weights = vec![batch.token_weight; text.tokens()];
-        let loss = head_loss(&prompted, teacher.head(), None, &targets, &weights)?;
+        let loss = head_loss(&prompted, teacher.head(), None, &targets, &batch.weights())?;
         parts.add("guidance", loss.divergences[0]);
         parts.add("loss", loss.divergences[0]);
         if let Some(regulariser) = loss.divergences.get(1) {
             parts.add("regulariser", *regulariser);
             parts.add("loss", weight * regulariser);
         }
+        parts.add("regulariser_weight", weight / batch.of as f64);
         Ok(loss.loss)
     }
 
     fn regulariser_weight(&self, step: &Step, batch: &MicroBatch) -> f64 {
-        let Regulariser { coefficient, schedule, count, .. } = &self.config.regulariser;
+        let Regulariser { coefficient, schedule, count, .. } = &self.regulariser;
         let counted = match count {
             Some(Count::Published) if batch.of > 1 && batch.last => step.round + 2,
             Some(Count::Published) => step.round + 1,
@@ -301,38 +254,32 @@ impl Tuning {
             Decay::LinearToZero => coefficient * (1.0 - counted as f64 / step.rounds as f64),
         }
     }
+}
 
-    /// Whether the start prompt harms the teacher: the loss of the plain and of the prompted one on the same text.
-    fn compare_start(
-        &self,
-        batches: &[MicroBatch],
-        teacher: &LanguageModel,
-        vectors: &Tensor,
-        parts: &mut Parts,
-        sink: &mut dyn Sink,
-    ) -> Result<()> {
-        let vectors = vectors.detach();
-        let loss = |text: &Aligned, prompt: Option<&Tensor>| -> Result<f64> {
-            let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, teacher.head(), &text.labels)?;
-            Ok(-probabilities.iter().map(|&p| f64::from(p)).sum::<f64>())
-        };
-        let tokens: usize = batches.iter().map(|b| b.text.tokens()).sum();
-        let (mut plain, mut prompted) = (0.0, 0.0);
-        for batch in batches {
-            plain += loss(&batch.text, None)? / tokens as f64;
-            prompted += loss(&batch.text, Some(&vectors))? / tokens as f64;
-        }
-        ensure!(prompted.is_finite(), "the prompted teacher's loss is not finite at the start");
-        parts.add("plain_teacher_loss", plain);
-        parts.add("prompted_teacher_loss", prompted);
-        let words = format!(
-            "before tuning, the teacher's loss on this round's text is {plain:.3} plain and {prompted:.3} prompted"
-        );
-        if prompted > plain + 0.5 {
-            sink.warn(&format!("{words}: the start prompt harms it"))
-        } else {
-            sink.note(&words)
-        }
-        Ok(())
+const PLAIN_LOSS: &str = "plain_teacher_loss";
+const PROMPTED_LOSS: &str = "prompted_teacher_loss";
+
+/// The loss of the plain and of the prompted teacher on the same text, a mean over the tokens of the effective batch.
+fn measure_start(batch: &MicroBatch, teacher: &LanguageModel, vectors: &Tensor, parts: &mut Parts) -> Result<()> {
+    let vectors = vectors.detach();
+    for (name, prompt) in [(PLAIN_LOSS, None), (PROMPTED_LOSS, Some(&vectors))] {
+        let text: &Aligned = &batch.text;
+        let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, teacher.head(), &text.labels)?;
+        let loss = -probabilities.iter().map(|&p| f64::from(p)).sum::<f64>();
+        parts.add(name, loss / batch.tokens_of_batch as f64);
+    }
+    Ok(())
+}
+
+/// Says whether the start prompt harms the teacher.
+fn say_start(row: &Map<String, Json>, sink: &mut dyn Sink) {
+    let [plain, prompted] = [PLAIN_LOSS, PROMPTED_LOSS].map(|name| row[name].as_f64().unwrap_or(f64::NAN));
+    let words = format!(
+        "before tuning, the teacher's loss on this round's text is {plain:.3} plain and {prompted:.3} prompted"
+    );
+    if prompted > plain + 0.5 {
+        sink.warn(&format!("{words}: the start prompt harms it"));
+    } else {
+        sink.note(&words);
     }
 }

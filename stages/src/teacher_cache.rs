@@ -27,7 +27,7 @@ use lm::{CacheFacts, Dtype, Keep, LanguageModel, Said, SoftPrompt, Storage, Teac
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::training::Aligned;
+use crate::aligned::Aligned;
 
 /// The `with` of `teacher-cache`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

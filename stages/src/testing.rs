@@ -3,8 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use contract::{AnyValue, Conventions, Env, Folder, Inputs, Kind, Outputs, PortType, Sink, Step};
+use contract::{AnyValue, Conventions, End, Env, Folder, Inputs, Kind, Outputs, PortType, Row, Sink, Step};
 use serde_json::{Map, Value as Json};
+
+/// A row without references, of which only the ids matter.
+pub(crate) fn row(id: u64, prompt: &[u32], response: &[u32]) -> Row {
+    let (prompt, response) = (prompt.to_vec(), response.to_vec());
+    Row { id, prompt, response, end: End::Stop, log_probs: None, references: Vec::new() }
+}
 
 /// Keeps warnings and rows of metrics.
 #[derive(Default)]

@@ -17,9 +17,9 @@ use lm::sample::Sampling;
 use lm::{AdamW, AdamWOptions, Generate, Gradients, LanguageModel, Packed, Prompt, SoftPrompt};
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
+use stages::aligned::Aligned;
 use stages::score::{Stemming, rouge_l_with};
 use stages::text::Text;
-use stages::training::Aligned;
 
 use crate::WARM_UP;
 use crate::child::{Ended, Ran, Ready};

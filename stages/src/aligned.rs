@@ -1,0 +1,87 @@
+//! Text aligned by response token: what is trained on, measured and cached.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use contract::{Result, Row};
+use lm::{Dropout, LanguageModel, Packed};
+
+/// Text of some rows, laid out for a model, with the places that predict response tokens.
+///
+/// A response token is found by its place in its own response, so teacher and student agree on it whatever stands before
+/// the prompt.
+pub struct Aligned {
+    /// Prompt and response without the last id, which is only predicted. Wanted are the tokens before each response
+    /// token: those that predict one.
+    pub packed: Packed,
+    /// The response tokens.
+    pub labels: Vec<u32>,
+    /// Where the response tokens of each sequence lie in `labels`.
+    pub responses: Vec<Range<usize>>,
+}
+
+impl Aligned {
+    /// Lays out `rows`. A row without response tokens adds nothing; one without a prompt cannot predict its first token.
+    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
+        let mut text = Aligned { packed: Packed::new(), labels: Vec::new(), responses: Vec::new() };
+        let mut predicts = Vec::new();
+        for row in rows {
+            let ids: Vec<u32> = row.prompt.iter().chain(&row.response).copied().collect();
+            let tokens = Aligned::tokens_of(row);
+            if tokens == 0 {
+                continue;
+            }
+            let first = ids.len() - tokens;
+            let start = text.packed.ids.len();
+            text.packed.push(row.id, &ids[..ids.len() - 1]);
+            predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
+            let before = text.labels.len();
+            text.labels.extend(&ids[first..]);
+            text.responses.push(before..text.labels.len());
+        }
+        text.packed.wanted = Some(predicts);
+        text
+    }
+
+    /// The response tokens that a row adds: all of its response, but for the first where there is no prompt.
+    pub fn response_of(row: &Row) -> &[u32] {
+        let skipped = usize::from(row.prompt.is_empty() && !row.response.is_empty());
+        &row.response[skipped..]
+    }
+
+    /// Number of response tokens that a row adds.
+    pub fn tokens_of(row: &Row) -> usize {
+        Aligned::response_of(row).len()
+    }
+
+    /// Number of response tokens.
+    pub fn tokens(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Row id and response tokens of every sequence, which is how a teacher cache finds what was said of them.
+    pub fn rows(&self) -> Vec<(u64, &[u32])> {
+        let rows = self.packed.rows.iter().zip(&self.responses);
+        rows.map(|(id, response)| (*id, &self.labels[response.clone()])).collect()
+    }
+
+    /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
+    pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
+        model.hidden(&self.packed, prompt, dropout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::row;
+
+    #[test]
+    fn every_response_token_is_predicted_from_the_place_before_it() {
+        let text = Aligned::of(&[row(0, &[1, 2, 3], &[4, 5]), row(1, &[6], &[]), row(2, &[], &[7, 8])]);
+        assert_eq!(text.packed.ids, [1, 2, 3, 4, 7]);
+        assert_eq!(text.packed.wanted, Some(vec![2, 3, 4]));
+        assert_eq!(text.labels, [4, 5, 8]);
+        assert_eq!(text.rows(), [(0, &[4, 5][..]), (2, &[8][..])]);
+    }
+}

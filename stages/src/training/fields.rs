@@ -1,0 +1,132 @@
+//! The fields that all training stages have in `with`.
+
+use contract::{ConfigError, Conventions};
+use lm::Warmup;
+
+use super::{Mean, Rate};
+
+/// Writes the `with` of a training stage: its own fields, and behind them those that all such stages have.
+///
+/// A macro, because serde's `flatten` would put an end to `deny_unknown_fields`.
+macro_rules! config {
+    ($(#[$about:meta])* pub struct $name:ident { $($own:tt)* }) => {
+        $(#[$about])*
+        #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+        #[serde(deny_unknown_fields)]
+        pub struct $name {
+            $($own)*
+            /// Learning rate at the top of the schedule.
+            pub learning_rate: f64,
+            /// How the learning rate goes on after the warm-up.
+            #[serde(default)]
+            pub schedule: lm::Schedule,
+            /// Updates of linear warm-up.
+            #[serde(default)]
+            pub warmup: u64,
+            /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
+            #[serde(default)]
+            pub warmup_from_zero: Option<bool>,
+            /// Optimiser.
+            #[serde(default)]
+            pub optimizer: $crate::training::Optimizer,
+            /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
+            #[serde(default)]
+            pub micro_batch: Option<u64>,
+            /// Whether what is trained keeps only the inputs of its blocks for the backward pass, and computes the rest again
+            /// there: less memory, a third more time, the same bits.
+            #[serde(default)]
+            pub activation_checkpointing: bool,
+            /// How the loss is averaged; left out: as the conventions say.
+            #[serde(default)]
+            pub mean: Option<$crate::training::Mean>,
+            /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
+            #[serde(default)]
+            pub dtype: lm::Dtype,
+            /// Seed of initial weights and dropout.
+            #[serde(default)]
+            pub seed: u64,
+        }
+
+        impl $crate::training::Training for $name {
+            fn settings(&self) -> $crate::training::Settings {
+                $crate::training::Settings {
+                    learning_rate: self.learning_rate,
+                    schedule: self.schedule,
+                    warmup: self.warmup,
+                    warmup_from_zero: self.warmup_from_zero,
+                    optimizer: self.optimizer.clone(),
+                    micro_batch: self.micro_batch,
+                    activation_checkpointing: self.activation_checkpointing,
+                    mean: self.mean,
+                    dtype: self.dtype,
+                    seed: self.seed,
+                }
+            }
+
+            fn fill_settings(&mut self, conventions: contract::Conventions) {
+                let reference = conventions == contract::Conventions::Reference;
+                self.mean.get_or_insert($crate::training::Mean::of(conventions));
+                self.warmup_from_zero.get_or_insert(reference);
+            }
+        }
+    };
+}
+pub(crate) use config;
+
+config! {
+    /// What all training stages are set to.
+    pub struct Settings {}
+}
+
+/// The `with` of a training stage.
+pub trait Training {
+    /// The fields that all training stages have.
+    fn settings(&self) -> Settings;
+
+    /// Fills in those of them whose default follows the conventions.
+    fn fill_settings(&mut self, conventions: Conventions);
+}
+
+impl Settings {
+    /// What is wrong with them.
+    pub fn validate(&self) -> Vec<ConfigError> {
+        let Settings { learning_rate, optimizer, micro_batch, .. } = self;
+        let mut errors = Vec::new();
+        if !(learning_rate.is_finite() && *learning_rate >= 0.0) {
+            errors
+                .push(ConfigError::at("learning_rate", format!("expected a number of 0 or more, got {learning_rate}")));
+        }
+        let (first, second) = optimizer.betas;
+        if !((0.0..1.0).contains(&first) && (0.0..1.0).contains(&second)) {
+            let message = format!("expected two numbers below 1, got [{first}, {second}]");
+            errors.push(ConfigError::at("optimizer.betas", message));
+        }
+        if *micro_batch == Some(0) {
+            errors.push(
+                ConfigError::at("micro_batch", "expected 1 row or more, got 0")
+                    .hint("leave it out to take all rows at once"),
+            );
+        }
+        errors
+    }
+
+    /// The learning rate.
+    pub fn rate(&self) -> Rate {
+        let warmup = Warmup { updates: self.warmup, from_zero: self.warmup_from_zero.unwrap_or(false) };
+        Rate { peak: self.learning_rate, schedule: self.schedule, warmup }
+    }
+
+    /// How the loss is averaged.
+    pub fn mean(&self) -> Mean {
+        self.mean.unwrap_or(Mean::Tokens)
+    }
+}
+
+/// What is only a matter of memory: activation checkpointing, and under a mean over all tokens the split into micro-batches.
+pub fn outside_key(mean: Option<Mean>) -> Vec<&'static str> {
+    let mut fields = vec!["activation_checkpointing"];
+    if mean != Some(Mean::MicroBatches) {
+        fields.push("micro_batch");
+    }
+    fields
+}

@@ -1,0 +1,63 @@
+//! How a stage changes its weights.
+
+use lm::AdamWOptions;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// AdamW and the clipping before it.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Optimizer {
+    /// AdamW's decay rates of the two moments.
+    #[serde(default = "Optimizer::default_betas")]
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    #[serde(default = "Optimizer::default_eps")]
+    pub eps: f64,
+    /// Decoupled weight decay, applied to matrices; left out: 0.01 for models, for a soft prompt 0 (`reference`: 0.01).
+    #[serde(default)]
+    pub weight_decay: Option<f64>,
+    /// Global norm that gradients are scaled down to; 0 switches clipping off.
+    #[serde(default = "Optimizer::default_clip")]
+    pub clip: f64,
+}
+
+impl Optimizer {
+    fn default_betas() -> (f64, f64) {
+        (0.9, 0.999)
+    }
+
+    fn default_eps() -> f64 {
+        1e-8
+    }
+
+    fn default_clip() -> f64 {
+        1.0
+    }
+
+    /// What AdamW is set to, with `default_decay` where no weight decay is given.
+    pub(super) fn adamw(&self, default_decay: f64) -> AdamWOptions {
+        AdamWOptions {
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay.unwrap_or(default_decay),
+            ..AdamWOptions::default()
+        }
+    }
+
+    /// What gradients of that norm are multiplied by.
+    pub(super) fn scale(&self, norm: f64) -> f64 {
+        if self.clip > 0.0 { (self.clip / (norm + 1e-6)).min(1.0) } else { 1.0 }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Optimizer {
+            betas: Self::default_betas(),
+            eps: Self::default_eps(),
+            weight_decay: None,
+            clip: Self::default_clip(),
+        }
+    }
+}
