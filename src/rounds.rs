@@ -172,7 +172,7 @@ impl<'a> LoopRun<'a> {
         let clock = window::clock(body, &slicers)?;
         let firsts: Vec<_> = body.carry.keys().map(|name| entries.remove(&format!("carry.{name}"))).collect();
         let (held, seconds_before) = match cut {
-            Some(folder) => cut::load(folder, body.stages.len(), registry, env)
+            Some(folder) => cut::load(folder, body, registry, env)
                 .with_context(|| format!("cannot resume from `{}`", folder.display()))?,
             None => (Held::new(firsts, body.stages.len()), 0.0),
         };
@@ -396,7 +396,7 @@ impl<'a> LoopRun<'a> {
         cut::save(&self.held, self.clock.rounds, self.seconds(), &folder)?;
         self.held = Held::default();
         self.stages.fill_with(Started::default);
-        (self.held, _) = cut::load(&folder, self.body.stages.len(), self.registry, self.env)?;
+        (self.held, _) = cut::load(&folder, self.body, self.registry, self.env)?;
         // Values may lie in the cut they were read from, so the one before goes only now.
         if let Some(before) = self.last_cut.replace(folder) {
             fs::remove_dir_all(&before).with_context(|| format!("cannot remove `{}`", before.display()))?;

@@ -19,7 +19,8 @@ use anyhow::{Context, ensure};
 use contract::{AnyValue, Env, PortType, Registry, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{MetricsRow, Position, Slot};
+use super::{MetricsRow, Position, Slot, find_kind};
+use crate::graph::Loop;
 
 /// What a loop holds. `values` holds the inner states of stages too.
 #[derive(Default)]
@@ -98,14 +99,22 @@ pub(super) fn save(held: &Held, rounds: u64, seconds: f64, folder: &Path) -> Res
     contract::value::write(&folder.join("cut.json"), &serde_json::to_vec_pretty(&manifest)?)
 }
 
-pub(super) fn load(folder: &Path, stages: usize, registry: &Registry, env: &Env) -> Result<(Held, f64)> {
+pub(super) fn load(folder: &Path, body: &Loop, registry: &Registry, env: &Env) -> Result<(Held, f64)> {
     let manifest = read_manifest(folder)?;
     let mut values = BTreeMap::new();
     for (index, shared) in manifest.values.into_iter().enumerate() {
-        let value = registry.load(shared.port_type, &folder.join("values").join(index.to_string()), env)?;
+        let folder = folder.join("values").join(index.to_string());
+        let value = match shared.slots.first() {
+            Some(Slot::State(stage)) => {
+                let (name, stage) = body.stages.get_index(*stage).context("a state of a stage that is not there")?;
+                let state = find_kind(registry, &stage.operator.kind)?.load_state(&folder, env);
+                state.with_context(|| format!("inner state of stage `{name}`"))?
+            }
+            _ => registry.load(shared.port_type, &folder, env)?,
+        };
         values.extend(shared.slots.into_iter().map(|slot| (slot, Arc::clone(&value))));
     }
-    let rows = (0..stages).map(|index| read_rows(&folder.join("metrics").join(format!("{index}.jsonl"))));
+    let rows = (0..body.stages.len()).map(|index| read_rows(&folder.join("metrics").join(format!("{index}.jsonl"))));
     let scores =
         |bits: Vec<(usize, u64)>| bits.into_iter().map(|(carry, bits)| (carry, f64::from_bits(bits))).collect();
     let held = Held {

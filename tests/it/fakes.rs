@@ -38,7 +38,7 @@ fn load(port_type: PortType, folder: &Path, _env: &Env) -> Result<AnyValue> {
     Ok(match port_type {
         PortType::Dataset => Arc::new(Dataset::load(folder)?),
         PortType::Metrics => Arc::new(Metrics::load(folder)?),
-        PortType::Model | PortType::SoftPrompt | PortType::State => Arc::new(Numbers::load(port_type, folder)?),
+        PortType::Model | PortType::SoftPrompt => Arc::new(Numbers::load(port_type, folder)?),
         other => Arc::new(Folder::new(other, folder)),
     })
 }
@@ -310,6 +310,10 @@ impl Stage for Learn {
 
     fn alone(&self) -> Option<Alone> {
         Some(Alone { data: "data", carry: "model", next: "model", valid: Some("valid") })
+    }
+
+    fn load_state(&self, folder: &Path, _: &Env) -> Result<AnyValue> {
+        Ok(Arc::new(Numbers::load(PortType::State, folder)?))
     }
 
     fn start(&self, config: LearnConfig, _: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

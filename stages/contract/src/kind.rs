@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use anyhow::bail;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -171,6 +172,8 @@ pub trait Kind: Send + Sync {
     fn outside_key(&self, config: &Json) -> Vec<&'static str>;
     /// How it is used alone, for training kinds.
     fn alone(&self) -> Option<Alone>;
+    /// Reads back, from the folder that its `save` wrote, what an operator's [`Operator::state`] gave.
+    fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue>;
     /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
 }
@@ -208,6 +211,12 @@ pub trait Stage: Send + Sync + 'static {
     /// How it is used alone, for training kinds.
     fn alone(&self) -> Option<Alone> {
         None
+    }
+
+    /// Reads back, from the folder that its `save` wrote, what an operator's [`Operator::state`] gave. Only the kind knows
+    /// what that is, so whoever has a state reads it here.
+    fn load_state(&self, _folder: &Path, _env: &Env) -> Result<AnyValue> {
+        bail!("stages of kind `{}` have no inner state", self.about().name)
     }
 
     /// Starts it.
@@ -251,6 +260,10 @@ impl<S: Stage> Kind for S {
         Stage::alone(self)
     }
 
+    fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
+        Stage::load_state(self, folder, env)
+    }
+
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Stage::start(self, typed::<S>(config), env, state)
     }
@@ -266,7 +279,8 @@ pub struct Registry {
     load: LoadValue,
 }
 
-/// Reads a value of that type from the folder that [`crate::Value::save`] wrote.
+/// Reads a value of that type from the folder that [`crate::Value::save`] wrote. Inner states are read by
+/// [`Kind::load_state`].
 pub type LoadValue = fn(PortType, &Path, &Env) -> Result<AnyValue>;
 
 impl Registry {
