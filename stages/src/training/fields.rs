@@ -29,7 +29,8 @@ macro_rules! config {
             /// Optimiser.
             #[serde(default)]
             pub optimizer: $crate::training::Optimizer,
-            /// Rows that go through the models at once; left out: all. A matter of memory, unless `mean` is `micro-batches`.
+            /// Rows that go through the models at once; left out: all. Fewer take less memory, and round otherwise: the last bits
+            /// of the result depend on it, so another number is another result.
             #[serde(default)]
             pub micro_batch: Option<u64>,
             /// Whether what is trained keeps only the inputs of its blocks for the backward pass, and computes the rest again
@@ -122,11 +123,6 @@ impl Settings {
     }
 }
 
-/// What is only a matter of memory: activation checkpointing, and under a mean over all tokens the split into micro-batches.
-pub fn outside_key(mean: Option<Mean>) -> Vec<&'static str> {
-    let mut fields = vec!["activation_checkpointing"];
-    if mean != Some(Mean::MicroBatches) {
-        fields.push("micro_batch");
-    }
-    fields
-}
+/// What is only a matter of memory, and changes no bit. Not so `micro_batch`: a matrix product over the tokens of a few rows
+/// adds them up in another order than one over those of all rows.
+pub const OUTSIDE_KEY: &[&str] = &["activation_checkpointing"];

@@ -1,5 +1,6 @@
 //! How a stage changes its weights.
 
+use contract::Conventions;
 use lm::AdamWOptions;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,10 @@ pub struct Optimizer {
     /// Decoupled weight decay, applied to matrices; left out: 0.01 for models, for a soft prompt 0 (`reference`: 0.01).
     #[serde(default)]
     pub weight_decay: Option<f64>,
+    /// Whether weights of norms decay too, but for GPT-2's: the published programs know only its names, and so decay the norms
+    /// of OPT and Llama. Left out: no (`reference`: yes).
+    #[serde(default)]
+    pub decay_norms: Option<bool>,
     /// Global norm that gradients are scaled down to; 0 switches clipping off.
     #[serde(default = "Optimizer::default_clip")]
     pub clip: f64,
@@ -41,7 +46,14 @@ impl Optimizer {
             betas: self.betas,
             eps: self.eps,
             weight_decay: self.weight_decay.unwrap_or(default_decay),
-            ..AdamWOptions::default()
+            decay_norms: self.decay_norms == Some(true),
+        }
+    }
+
+    /// Fills in what follows the conventions in the optimiser of a model.
+    pub fn fill_for_model(&mut self, conventions: Conventions) {
+        if conventions == Conventions::Reference {
+            self.decay_norms.get_or_insert(true);
         }
     }
 
@@ -57,6 +69,7 @@ impl Default for Optimizer {
             betas: Self::default_betas(),
             eps: Self::default_eps(),
             weight_decay: None,
+            decay_norms: None,
             clip: Self::default_clip(),
         }
     }
