@@ -18,6 +18,7 @@
 //! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`. Outputs: `model`, and a row of metrics an update.
 //! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{bail, ensure};
@@ -32,6 +33,7 @@ use lm::{Architecture, Keep, LanguageModel, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::finite::Behind;
 use crate::training::{self, MicroBatch, Trainer, Training};
 
 training::config! {
@@ -98,6 +100,7 @@ impl Stage for Distill {
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
         config.fill_settings(conventions);
+        config.optimizer.fill_for_model(conventions);
         config.accumulation_prompt.get_or_insert(match conventions {
             Conventions::Sound => AccumulationPrompt::New,
             Conventions::Reference => AccumulationPrompt::Old,
@@ -141,12 +144,16 @@ impl Stage for Distill {
             .agree("width", &["teacher", "prompt"])
     }
 
-    fn outside_key(&self, config: &Config) -> Vec<&'static str> {
-        training::outside_key(config.mean)
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        training::OUTSIDE_KEY.to_vec()
     }
 
     fn alone(&self) -> Option<Alone> {
         Some(Alone { data: "data", carry: "student", next: "model", valid: Some("valid") })
+    }
+
+    fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
+        Trainer::load_state(folder, env)
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -184,7 +191,11 @@ impl Operator for Distilling {
 
         let name = config.divergence.name();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
-        let row = self.trainer.update(student.parameters(), &data, step, sink, |batch, parts| {
+        let teaching = prompt.as_ref().map(|prompt| prompt.vectors.detach());
+        let behind = [Behind::new("student", &student, None)].into_iter();
+        let behind: Vec<Behind<'_>> =
+            behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, teaching.as_ref()))).collect();
+        let row = self.trainer.update(student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let text = &batch.text;
             let said = match (&cache, &teacher) {
                 (Some(cache), _) => cache.read(&text.rows(), &self.device)?,

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
 use crate::aligned::Aligned;
+use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
 use crate::score;
 use crate::student_generate::sampling_errors;
 use crate::text::Text;
@@ -277,6 +278,7 @@ impl Evaluating {
             let before = (index * rows.len()) as u64;
             let mut progress = |done: usize| sink.progress(before + done as u64, total, "answers");
             let generated = generate(model, prompt, &prompts, &options, &mut progress)
+                .map_err(|error| explain(error, NEXT_TOKEN, |at| rows.get(at), &[Behind::new("model", model, prompt)]))
                 .with_context(|| format!("cannot answer the {} prompts", rows.len()))?;
             answers.push((seed, generated));
         }
@@ -296,7 +298,11 @@ impl Evaluating {
             for row in chunk {
                 let (own, after) = rest.split_at(Aligned::tokens_of(row));
                 rest = after;
-                sums.push(-own.iter().map(|&p| f64::from(p)).sum::<f64>());
+                let sum = -own.iter().map(|&p| f64::from(p)).sum::<f64>();
+                if !sum.is_finite() {
+                    return Err(not_finite("the loss", row, &[Behind::new("model", model, prompt)]));
+                }
+                sums.push(sum);
                 counts.push(own.len() as f64);
             }
         }
@@ -338,7 +344,12 @@ impl Evaluating {
             for row in chunk {
                 let (own, after) = rest.split_at(Aligned::tokens_of(row));
                 rest = after;
-                distances.push((own.iter().sum(), own.len() as f64));
+                let sum = own.iter().sum::<f64>();
+                if !sum.is_finite() {
+                    let models = [Behind::new("model", model, prompt), Behind::new("teacher", teacher, None)];
+                    return Err(not_finite("`reverse_kl`", row, &models));
+                }
+                distances.push((sum, own.len() as f64));
             }
         }
         Ok(distances)

@@ -11,6 +11,8 @@
 //! Inputs: `data`, and `model` to start from. Outputs: `model`, and a row of metrics an update.
 //! Cost: one forward and backward pass a round, 6 x parameters x tokens floating-point operations.
 
+use std::path::Path;
+
 use candle_core::Device;
 use contract::random::purpose;
 use contract::{
@@ -20,6 +22,7 @@ use contract::{
 use lm::loss::head_loss;
 use lm::{Architecture, LanguageModel};
 
+use crate::finite::Behind;
 use crate::training::{self, Trainer, Training};
 
 training::config! {
@@ -57,6 +60,7 @@ impl Stage for Finetune {
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
         config.fill_settings(conventions);
+        config.optimizer.fill_for_model(conventions);
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
@@ -73,12 +77,16 @@ impl Stage for Finetune {
             .agree("vocabulary", &["data", "model"])
     }
 
-    fn outside_key(&self, config: &Config) -> Vec<&'static str> {
-        training::outside_key(config.mean)
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        training::OUTSIDE_KEY.to_vec()
     }
 
     fn alone(&self) -> Option<Alone> {
         Some(Alone { data: "data", carry: "model", next: "model", valid: Some("valid") })
+    }
+
+    fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
+        Trainer::load_state(folder, env)
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -103,7 +111,8 @@ impl Operator for Finetuning {
         };
         let model = model.computed_in(*dtype)?.with_activation_checkpointing(*activation_checkpointing);
         let dropout = training::dropout(*dropout, *seed, step, purpose::DROPOUT);
-        let row = self.trainer.update(model.parameters(), &data, step, sink, |batch, parts| {
+        let behind = [Behind::new("model", &model, None)];
+        let row = self.trainer.update(model.parameters(), &data, step, sink, &behind, |batch, parts| {
             let hidden = batch.text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
             let labels = Some((batch.text.labels.as_slice(), 1.0));
             let loss = head_loss(&hidden, model.head(), labels, &[], &batch.weights())?;
@@ -118,5 +127,70 @@ impl Operator for Finetuning {
 
     fn state(&self) -> Result<Option<AnyValue>> {
         self.trainer.state()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
+    use candle_core::Tensor;
+    use contract::Kind;
+    use serde_json::{Value as Json, json};
+
+    use super::*;
+    use crate::testing::{Log, output, row};
+
+    fn fixtures() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity")
+    }
+
+    fn read(name: &str) -> Json {
+        serde_json::from_slice(&std::fs::read(fixtures().join("conventions").join(name)).unwrap()).unwrap()
+    }
+
+    fn ids(list: &Json) -> Vec<u32> {
+        list.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    }
+
+    /// Three updates of a tiny Llama: how a loss is averaged, what decays, where a warm-up begins. `make_conventions.py` is
+    /// the other program.
+    #[test]
+    fn a_llama_is_trained_as_pytorch_does_it_under_both_conventions() {
+        for (conventions, name) in [(Conventions::Sound, "sound"), (Conventions::Reference, "reference")] {
+            let config = json!({
+                "learning_rate": 1e-2, "warmup": 2, "micro_batch": 2, "optimizer": {"weight_decay": 0.5},
+            });
+            let config = Kind::resolve(&Finetune, &config, conventions).unwrap();
+            let env = Env { device: "cpu".into(), threads: 1, scratch: std::env::temp_dir() };
+            let mut operator = Kind::start(&Finetune, &config, &env, None).unwrap();
+            let model = LanguageModel::load(&fixtures().join("llama/llama2"), &Device::Cpu).unwrap();
+            let tokenizer = model.tokenizer.clone();
+            let mut model: Arc<LanguageModel> = Arc::new(model);
+            let (batches, expected) = (read("batches.json"), read("expected.json"));
+            for (round, expected) in expected[name].as_array().unwrap().iter().enumerate() {
+                let rows = batches[round].as_array().unwrap().iter().enumerate();
+                let rows = rows.map(|(id, it)| row(id as u64, &ids(&it["prompt"]), &ids(&it["response"]))).collect();
+                let mut inputs = Inputs::new();
+                inputs.insert("data", Arc::new(Dataset { rows, tokenizer: tokenizer.clone() }));
+                inputs.insert("model", model);
+                let step = Step { round: round as u64, rounds: 3, epoch: 0, rounds_per_epoch: 3 };
+                let mut log = Log::default();
+                model = output(&operator.run(inputs, &step, &mut log).unwrap(), "model");
+                for field in ["loss", "gradient_norm"] {
+                    let (found, right) = (log.rows[0][field].as_f64().unwrap(), expected[field].as_f64().unwrap());
+                    assert!((found / right - 1.0).abs() < 1e-5, "{name}, {field} of update {round}: {found}, {right}");
+                }
+            }
+            let path = fixtures().join(format!("conventions/final_{name}.safetensors"));
+            let finals: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+            assert_eq!(finals.len(), model.parameters().len());
+            for (parameter, found) in model.parameters() {
+                let difference = (found.detach() - &finals[parameter]).unwrap().abs().unwrap();
+                let difference = difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+                assert!(difference < 1e-4, "{name}: `{parameter}` is off by {difference}");
+            }
+        }
     }
 }

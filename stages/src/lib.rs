@@ -7,9 +7,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::bail;
 use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, Registry, Result};
 pub use lm::gpus;
-use lm::{LanguageModel, OptimizerState, SoftPrompt, TeacherCache};
+use lm::{LanguageModel, SoftPrompt, TeacherCache};
 
 pub mod aligned;
 pub mod corpus;
@@ -18,6 +19,7 @@ pub mod download;
 pub mod evaluate;
 pub mod export;
 pub mod finetune;
+pub mod finite;
 pub mod instruct;
 pub mod jsonl;
 pub mod mmidx;
@@ -59,7 +61,7 @@ fn load(port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
         PortType::Model => Arc::new(LanguageModel::load(folder, &device()?)?),
         PortType::SoftPrompt => Arc::new(SoftPrompt::load(folder, &device()?)?),
         PortType::TeacherCache => Arc::new(TeacherCache::load(folder)?),
-        PortType::State => Arc::new(OptimizerState::load(folder, &device()?)?),
+        PortType::State => bail!("an inner state is read by the kind of the stage that it is of"),
         PortType::Metrics => Arc::new(Metrics::load(folder)?),
         PortType::Predictions => Arc::new(Predictions::load(folder)?),
         other => Arc::new(Folder::new(other, folder)),

@@ -12,6 +12,7 @@
 //! until tuning repairs that, so the stage warns when the text is not exactly `length` tokens.
 //! Inputs: `model`. Outputs: `prompt`, `[length, width]`. Cost: none.
 
+use anyhow::ensure;
 use candle_core::Tensor;
 use contract::random::{normal, philox, purpose};
 use contract::{
@@ -128,6 +129,10 @@ impl Operator for Initialising {
                 embeddings(&model, &ids)?
             }
         };
+        ensure!(
+            lm::is_finite(&vectors)?,
+            "the embeddings that the prompt is to start from are not all finite: the weights of `model` are broken"
+        );
         Ok(Outputs::new().with("prompt", SoftPrompt::new(vectors, &model)?))
     }
 }

@@ -12,6 +12,8 @@
 //! Inputs: `teacher`, `student`, `prompt`, and `data` that the student wrote. Outputs: `prompt`, a row of metrics an update.
 //! Cost: a forward and a backward pass through the frozen teacher, a second forward while w is not 0, one of the student.
 
+use std::path::Path;
+
 use candle_core::{Tensor, Var};
 use contract::random::purpose;
 use contract::{
@@ -26,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::aligned::Aligned;
+use crate::finite::Behind;
 use crate::training::{self, MicroBatch, Parts, Trainer, Training};
 
 training::config! {
@@ -149,12 +152,16 @@ impl Stage for PromptTune {
             .agree("width", &["teacher", "prompt"])
     }
 
-    fn outside_key(&self, config: &Config) -> Vec<&'static str> {
-        training::outside_key(config.mean)
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        training::OUTSIDE_KEY.to_vec()
     }
 
     fn alone(&self) -> Option<Alone> {
         Some(Alone { data: "data", carry: "prompt", next: "prompt", valid: None })
+    }
+
+    fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
+        Trainer::load_state(folder, env)
     }
 
     fn start(&self, config: Config, _env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -182,7 +189,12 @@ impl Operator for Tuning {
         // A new variable: whoever else holds the old prompt keeps it as it was.
         let vectors = Var::from_tensor(&prompt.vectors.copy()?)?.into_inner();
         let parameters = IndexMap::from([(PROMPT.to_owned(), vectors.clone())]);
-        let row = self.trainer.update(&parameters, &data, step, sink, |batch, parts| {
+        let behind = [
+            Behind::new("teacher", &teacher, None),
+            Behind::new("teacher", &teacher, Some(&vectors)),
+            Behind::new("student", &student, None),
+        ];
+        let row = self.trainer.update(&parameters, &data, step, sink, &behind, |batch, parts| {
             if step.round == 0 {
                 measure_start(batch, &teacher, &vectors, parts)?;
             }

@@ -22,6 +22,8 @@ use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::finite::{Behind, NEXT_TOKEN, explain};
+
 /// The `with` of `student-generate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -160,7 +162,9 @@ impl Operator for Generating {
         };
         let total = prompts.len() as u64;
         let generated =
-            generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows"))?;
+            generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows")).map_err(
+                |error| explain(error, NEXT_TOKEN, |at| data.rows.get(at), &[Behind::new("model", &model, None)]),
+            )?;
         let rows = data.rows.iter().zip(generated).map(|(row, generated)| {
             self::answered(row, generated, config.cut_off == Some(CutOff::ForcedEnd), data.tokenizer.end)
         });

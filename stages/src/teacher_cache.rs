@@ -28,6 +28,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::aligned::Aligned;
+use crate::finite::{Behind, explain};
 
 /// The `with` of `teacher-cache`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -149,10 +150,14 @@ impl Operator for Caching {
             let text = Aligned::of(rows.iter().copied());
             let hidden = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C]
             let said = match keep {
-                Keep::Hidden => Said::Hidden(hidden),
-                Keep::TopK(k) => Said::TopK(TopK::of(&hidden, teacher.head(), k, temperature)?),
+                Keep::Hidden => Ok(Said::Hidden(hidden)),
+                Keep::TopK(k) => TopK::of(&hidden, teacher.head(), k, temperature).map(Said::TopK),
             };
-            cache.push(rows.len(), &said)?;
+            said.and_then(|said| cache.push(rows.len(), &said)).map_err(|error| {
+                let row = |token| text.responses.iter().position(|response| response.contains(&token));
+                let models = [Behind::new("teacher", &teacher, prompt.as_ref())];
+                explain(error, "what the teacher says", |token| row(token).map(|row| rows[row]), &models)
+            })?;
             done += rows.len() as u64;
             sink.progress(done, responses.len() as u64, "rows");
         }

@@ -20,7 +20,7 @@ use lm::{Architecture, Dropout, LanguageModel};
 
 pub use batches::{Mean, MicroBatch, Parts};
 pub(crate) use fields::config;
-pub use fields::{Settings, Training, outside_key};
+pub use fields::{OUTSIDE_KEY, Settings, Training};
 pub use optimizer::Optimizer;
 pub use rate::Rate;
 pub use update::Trainer;

@@ -15,6 +15,21 @@ use crate::Result;
 use crate::port::PortType;
 use crate::value::{Value, write};
 
+/// The splits of a corpus, in the order of their row ids.
+pub const SPLITS: [&str; 3] = ["train", "valid", "test"];
+
+/// The first row id of each split is this far from that of the split before: far enough for any corpus, and all ids stay
+/// below 2^32.
+pub const SPLIT_ROWS: u64 = 1 << 30;
+
+/// A row as people know it: `row 7 of `train``, counted from 1.
+pub fn row_name(id: u64) -> String {
+    match SPLITS.get((id / SPLIT_ROWS) as usize) {
+        Some(split) => format!("row {} of `{split}`", id % SPLIT_ROWS + 1),
+        None => format!("row {id}"),
+    }
+}
+
 /// How a response ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum End {

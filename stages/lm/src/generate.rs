@@ -5,7 +5,7 @@
 //! on that: on the CPU every operation gives a row the same bits whoever shares the pass, and draws are keyed by row and
 //! position.
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use candle_core::{Result as TensorResult, Tensor};
 use contract::random::{philox, uniform};
 use contract::{End, Result};
@@ -14,7 +14,9 @@ use rayon::prelude::*;
 use crate::config::{Activation, Config};
 #[cfg(feature = "cuda")]
 use crate::dtype::Dtype;
+use crate::finite::NotFinite;
 use crate::kernels::attention::softmax;
+use crate::kernels::elementary::all_finite;
 use crate::kernels::rope::{self, Turn};
 use crate::kernels::tile::{self, Left};
 use crate::kernels::{by_row, elementwise, layer_norm, rms_norm, swiglu};
@@ -69,7 +71,8 @@ pub struct Generated {
 /// The vectors of `soft_prompt`, `[n, C]`, stand before every prompt. The draw for the `k`th token of a response (from 0)
 /// is keyed by `(seed, [k, row, time, purpose])`. `progress` is told how many rows are finished.
 ///
-/// Errors when a prompt is empty, holds an unknown id, or is longer than the model's positions.
+/// Errors when a prompt is empty, holds an unknown id, or is longer than the model's positions, and with [`NotFinite`] when
+/// the distribution of a next token is not made of numbers.
 pub fn generate(
     model: &LanguageModel,
     soft_prompt: Option<&Tensor>,
@@ -80,9 +83,14 @@ pub fn generate(
     check(model, soft_prompt, prompts, options)?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = model.device() {
-        return match model.dtype() {
+        let generated = match model.dtype() {
             Dtype::F32 => cuda::generate::<f32>(device, model, soft_prompt, prompts, options, progress),
             Dtype::Bf16 => cuda::generate::<half::bf16>(device, model, soft_prompt, prompts, options, progress),
+        }?;
+        let finite = |generated: &Generated| generated.log_probs.iter().all(|log| log.is_finite());
+        return match generated.iter().position(|generated| !finite(generated)) {
+            Some(index) => bail!(NotFinite { index }),
+            None => Ok(generated),
         };
     }
     let prompt_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
@@ -125,6 +133,9 @@ pub fn generate(
             with_logits.for_each(|(row, logits)| row.extend(logits, options));
             Ok::<_, anyhow::Error>(())
         })?;
+        if let Some(row) = rows.iter().find(|row| row.log_probs.last().is_some_and(|log| !log.is_finite())) {
+            bail!(NotFinite { index: row.index });
+        }
     }
     finished.into_iter().map(|row| row.context("a row was never finished")).collect()
 }
@@ -154,11 +165,7 @@ fn check(
             model.config.positions()
         );
         if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
-            anyhow::bail!(
-                "row {} has token id {id}, not in the model's vocabulary of {}",
-                prompt.row,
-                model.vocab_size()
-            );
+            bail!("row {} has token id {id}, not in the model's vocabulary of {}", prompt.row, model.vocab_size());
         }
     }
     Ok(())
@@ -200,7 +207,7 @@ impl Row {
         let choice = choose(logits, &self.ids, &options.sampling, uniform(word), &mut self.scratch);
         let Choice { token, log_prob } = choice;
         self.ids.push(token);
-        self.log_probs.push(log_prob);
+        self.log_probs.push(if all_finite(logits) { log_prob } else { f32::NAN });
     }
 
     fn is_finished(&self, end: u32) -> bool {

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use crate::checkpoint;
 use crate::config::{Architecture, Config};
 use crate::dtype::Dtype;
+use crate::finite::{first_not_finite, is_finite};
 use crate::gpt2::Gpt2;
 use crate::llama::{Angles, Llama};
 use crate::ops::backend::Backend;
@@ -222,7 +223,41 @@ impl LanguageModel {
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
-        Ok(self.forward(&mut Plain { rows, dropout }, prompt, rows.positions_in_use())?)
+        Ok(self.forward(&mut Plain::new(rows, dropout), prompt, rows.positions_in_use())?)
+    }
+
+    /// What of a forward pass is not finite, the first thing first, in words: a weight, the soft prompt, the hidden states
+    /// behind a block, the logits. `None` where all is finite, in f32.
+    ///
+    /// Slow: for the message of an error that is certain. Errors as [`LanguageModel::hidden`] does.
+    pub fn find_not_finite(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<Option<String>> {
+        for (name, parameter) in &self.parameters {
+            if let Some(found) = first_not_finite(parameter)? {
+                return Ok(Some(format!("its weight `{name}` holds {found}")));
+            }
+        }
+        if let Some(found) = prompt.map(first_not_finite).transpose()?.flatten() {
+            return Ok(Some(format!("its soft prompt holds {found}")));
+        }
+        let rows = Rows::new(batch, self.check(batch, prompt)?);
+        if rows.inputs.is_empty() {
+            return Ok(None);
+        }
+        let model = self.map(|parameter| parameter.detach().to_dtype(candle_core::DType::F32))?;
+        let mut plain = Plain::watching(&rows);
+        let hidden = model.forward(&mut plain, prompt, rows.positions_in_use())?;
+        if let Some(block) = plain.broken_block() {
+            let layers = self.config.layers();
+            return Ok(Some(format!(
+                "its weights are finite, and its hidden states are not behind layer {} of {layers}",
+                block + 1
+            )));
+        }
+        if !is_finite(&hidden)? {
+            return Ok(Some("its layers are finite, and its final hidden states are not".to_owned()));
+        }
+        let logits = hidden.matmul(&model.head().t()?)?;
+        Ok((!is_finite(&logits)?).then(|| "its hidden states are finite, and its logits are not".to_owned()))
     }
 
     /// Final hidden states by the operations of `ops`, whose rows stand at positions below `positions`.

@@ -309,7 +309,7 @@ mod tests {
             let result = pass.tape(&mut tape, x);
             tape.finish(result, tokens, prompted).unwrap()
         } else {
-            let mut plain = Plain { rows, dropout };
+            let mut plain = Plain::new(rows, dropout);
             let x = plain.embed(tokens, Some(positions), prompted).unwrap();
             pass.plain(&mut plain, x)
         };

@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::checkpoint::{read, write_json};
+use crate::finite::NotFinite;
 use crate::model::LanguageModel;
 use crate::top_k::TopK;
 
@@ -385,12 +386,14 @@ impl TeacherCacheWriter {
 
     /// Adds what was said of the next `rows` rows.
     ///
-    /// Errors when it is not as many tokens as they have, not what the cache keeps, or not finite.
+    /// Errors when it is not as many tokens as they have, not what the cache keeps, or, with [`NotFinite`], not finite.
     pub fn push(&mut self, rows: usize, said: &Said) -> Result<()> {
         let columns: Vec<Vec<u8>> = match (said, self.facts.keep) {
             (Said::Hidden(hidden), Keep::Hidden) => {
                 let values = hidden.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-                ensure!(values.iter().all(|value| value.is_finite()), "the teacher's hidden states are not finite");
+                if let Some(place) = values.iter().position(|value| !value.is_finite()) {
+                    bail!(NotFinite { index: place / self.facts.width });
+                }
                 vec![match self.facts.storage {
                     Storage::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
                     Storage::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
@@ -589,7 +592,7 @@ mod tests {
         assert_eq!(error(5, &all), "these are more rows than the cache has");
         assert_eq!(error(4, &Said::TopK(top_k())), "this is not what the cache keeps");
         let broken = Said::Hidden((hidden() * f64::NAN).unwrap());
-        assert_eq!(error(4, &broken), "the teacher's hidden states are not finite");
+        assert_eq!(error(4, &broken), "what the model says at place 0 is not finite");
         assert_eq!(writer().finish().err().unwrap().to_string(), "0 of 4 rows were written");
         let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[(4, &[1]), (4, &[1])]);
         assert!(twice.err().unwrap().to_string().starts_with("rows 0 and 1 of the text have the same id 4"));

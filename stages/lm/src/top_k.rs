@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use crate::finite::NotFinite;
 use crate::kernels::by_row;
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::rows_per_chunk;
@@ -33,7 +34,7 @@ impl TopK {
     /// Of `softmax(hidden headᵀ / temperature)`, best first, and of equally likely tokens the lower id first. `hidden` is
     /// `[N, D]`, `head` `[V, D]`. Chunked.
     ///
-    /// Errors when shapes do not fit, `k` is not within 1 to V, or a distribution is not made of numbers.
+    /// Errors when shapes do not fit, `k` is not within 1 to V, or, with [`NotFinite`], a distribution is not made of numbers.
     pub fn of(hidden: &Tensor, head: &Tensor, k: usize, temperature: f64) -> Result<Self> {
         let (rows, width) = hidden.dims2().context("`hidden` of a model must be [rows, width]")?;
         let (vocabulary, head_width) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
@@ -56,8 +57,13 @@ impl TopK {
                 *log_rest = most_likely(logits, scale, tokens, log_probs);
             });
         }
-        let found = kept.log_probs.iter().chain(&kept.log_rest).all(|log| log.is_finite());
-        ensure!(found, "the model's distributions are not finite");
+        let finite = |row: usize| {
+            let Classes { log_probs, log_rest, .. } = kept.row(row);
+            log_rest.is_finite() && log_probs.iter().all(|log| log.is_finite())
+        };
+        if let Some(index) = (0..rows).find(|row| !finite(*row)) {
+            bail!(NotFinite { index });
+        }
         Ok(kept)
     }
 
@@ -360,8 +366,8 @@ mod tests {
     fn a_broken_trainee_gives_nan_and_a_broken_target_an_error() {
         let models = models(12, DType::F32);
         let broken = (&models[2] * f64::NAN).unwrap();
-        let error = TopK::of(&broken, &models[3], 2, 1.0).unwrap_err().to_string();
-        assert_eq!(error, "the model's distributions are not finite");
+        let error = TopK::of(&broken, &models[3], 2, 1.0).unwrap_err();
+        assert_eq!(error.downcast_ref(), Some(&NotFinite { index: 0 }));
         let kept = TopK::of(&models[2], &models[3], 2, 1.0).unwrap();
         let hidden = (&models[0] * f64::NAN).unwrap();
         for divergence in EVERY_DIVERGENCE {

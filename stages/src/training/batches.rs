@@ -1,7 +1,7 @@
 //! An effective batch and its micro-batches.
 
 use anyhow::ensure;
-use contract::{Conventions, Dataset, Result};
+use contract::{Conventions, Dataset, Result, Row};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,19 @@ pub(super) fn micro_batches(data: &Dataset, micro_batch: Option<u64>, mean: Mean
     Ok(batches.collect())
 }
 
+/// A row by itself; `None` where it has no response token.
+pub(super) fn single(row: &Row) -> Option<MicroBatch> {
+    let text = Aligned::of([row]);
+    let tokens = text.tokens();
+    (tokens > 0).then(|| MicroBatch {
+        text,
+        token_weight: 1.0 / tokens as f32,
+        last: true,
+        of: 1,
+        tokens_of_batch: tokens,
+    })
+}
+
 /// A loss and its parts, by name, each a sum over the tokens of some rows.
 #[derive(Clone, Debug, Default)]
 pub struct Parts(IndexMap<String, f64>);
@@ -78,6 +91,11 @@ impl Parts {
             Some(sum) => *sum += value,
             None => drop(self.0.insert(name.to_owned(), value)),
         }
+    }
+
+    /// One that is not finite.
+    pub(super) fn not_finite(&self) -> Option<&str> {
+        self.iter().find(|(_, value)| !value.is_finite()).map(|(name, _)| name)
     }
 
     /// By name, in the order in which they came.

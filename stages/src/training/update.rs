@@ -1,18 +1,20 @@
 //! One update.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, Error, anyhow, bail, ensure};
 use candle_core::Tensor;
-use contract::{AnyValue, Dataset, Result, Sink, Step};
+use contract::{AnyValue, Dataset, Env, Result, Sink, Step};
 use indexmap::IndexMap;
 use lm::{AdamW, AdamWOptions, Gradients, OptimizerState};
 use serde_json::{Map, Value as Json, json};
 
-use super::batches::{MicroBatch, Parts, micro_batches};
+use super::batches::{MicroBatch, Parts, micro_batches, single};
 use super::fields::Settings;
 use super::rate::Rate;
 use super::sum::{Order, Sum};
+use crate::finite::{Behind, not_finite};
 
 /// Applies updates and keeps the optimiser's state between them.
 pub struct Trainer {
@@ -22,6 +24,46 @@ pub struct Trainer {
     optimizer: Option<AdamW>,
     restored: Option<AnyValue>,
     warned: bool,
+}
+
+/// What a gradient may be for its square to be a number in f32, as AdamW's second moment needs it.
+const MOST_GRADIENT: f64 = 1.8e19;
+
+/// What to do about an update that failed.
+fn advice(step: &Step, at_start: &str) -> String {
+    // Before the first update no learning rate has done anything yet.
+    if step.round == 0 { at_start.to_owned() } else { "lower `learning_rate`".to_owned() }
+}
+
+fn first_not_finite(tensors: &IndexMap<String, Tensor>) -> Result<Option<String>> {
+    for (name, tensor) in tensors {
+        if !lm::is_finite(tensor)? {
+            return Ok(Some(name.clone()));
+        }
+    }
+    Ok(None)
+}
+
+/// The error of a loss that is not finite: finds the row by taking one after the other.
+fn broken_loss(
+    part: &str,
+    data: &Dataset,
+    step: &Step,
+    models: &[Behind<'_>],
+    mut loss: impl FnMut(&MicroBatch, &mut Parts) -> Result<Tensor>,
+) -> Error {
+    let part = format!("`{part}` in update {}", step.round);
+    let broken = data.rows.iter().find(|row| {
+        single(row).is_some_and(|batch| {
+            let mut parts = Parts::default();
+            loss(&batch, &mut parts).is_err() || parts.not_finite().is_some()
+        })
+    });
+    let error = match broken {
+        Some(row) => not_finite(&part, row, models),
+        None => anyhow!("{part} is not finite, though it is for every row alone"),
+    };
+    if step.round == 0 { error } else { anyhow!("{error:#}; if training made it so, lower `learning_rate`") }
 }
 
 impl Trainer {
@@ -37,13 +79,15 @@ impl Trainer {
     /// adds its value and its parts by name. The row of metrics that comes back has their sums, and `tokens`, `update`,
     /// `learning_rate` and `gradient_norm`.
     ///
-    /// Errors when no row has a response token, or a gradient is missing or not finite.
+    /// Errors when no row has a response token, a gradient is missing, or a number is not finite: then it says on which row,
+    /// and by what of the `models` behind the loss.
     pub fn update(
         &mut self,
         parameters: &IndexMap<String, Tensor>,
         data: &Dataset,
         step: &Step,
         sink: &mut dyn Sink,
+        models: &[Behind<'_>],
         mut loss: impl FnMut(&MicroBatch, &mut Parts) -> Result<Tensor>,
     ) -> Result<Map<String, Json>> {
         self.warn_of_empty_rows(data, sink);
@@ -51,8 +95,11 @@ impl Trainer {
         let mut parts = Parts::default();
         let batches = micro_batches(data, self.settings.micro_batch, self.settings.mean())?;
         for batch in &batches {
-            let loss = loss(batch, &mut parts)?;
-            sum.add(lm::gradients(&loss, parameters)?)?;
+            let value = loss(batch, &mut parts)?;
+            if let Some(name) = parts.not_finite() {
+                return Err(broken_loss(name, data, step, models, loss));
+            }
+            sum.add(lm::gradients(&value, parameters)?)?;
         }
         let gradients = sum.total()?.context("an update without rows")?;
         let mut row: Map<String, Json> = parts.iter().map(|(name, value)| (name.to_owned(), json!(value))).collect();
@@ -69,14 +116,30 @@ impl Trainer {
         row: &mut Map<String, Json>,
     ) -> Result<()> {
         let norm = lm::norm(gradients)?;
+        if !norm.is_finite() {
+            let name = first_not_finite(gradients)?.unwrap_or_default();
+            bail!(
+                "the gradient of `{name}` in update {} is not finite, though its loss is: {}",
+                step.round,
+                advice(
+                    step,
+                    "the weights that training begins with, or this round's rows, are too extreme to learn from"
+                )
+            );
+        }
+        let scale = self.settings.optimizer.scale(norm);
         ensure!(
-            norm.is_finite(),
-            "the gradient of update {} is not finite: lower `learning_rate`, or look at the data of this round",
+            norm * scale < MOST_GRADIENT,
+            "the gradient of update {} has norm {norm:e}, whose square is no number in f32: clip it (`optimizer.clip: 1.0`)",
             step.round
         );
         let learning_rate = self.rate.at(step);
-        let scale = self.settings.optimizer.scale(norm);
         self.optimizer()?.step(parameters, gradients, learning_rate, scale)?;
+        // Later updates would notice; of the last nobody computes a loss.
+        if step.round + 1 == step.rounds && !lm::norm(parameters)?.is_finite() {
+            let name = first_not_finite(parameters)?.unwrap_or_default();
+            bail!("`{name}` is not finite after the last update: lower `learning_rate`");
+        }
         row.insert("update".into(), json!(step.round));
         row.insert("learning_rate".into(), json!(learning_rate));
         row.insert("gradient_norm".into(), json!(norm));
@@ -104,6 +167,11 @@ impl Trainer {
             (Some(optimizer), _) => Ok(Some(Arc::new(optimizer.to_state()?))),
             (None, restored) => Ok(restored.clone()),
         }
+    }
+
+    /// Reads back what [`Trainer::state`] gave.
+    pub fn load_state(folder: &Path, env: &Env) -> Result<AnyValue> {
+        Ok(Arc::new(OptimizerState::load(folder, &lm::device(&env.device)?)?))
     }
 
     /// Warns once when a batch is smaller than asked for, since rows without a response are left out.

@@ -127,6 +127,21 @@ pub(crate) fn max(row: &[f32]) -> f32 {
     lanes.into_iter().fold(rest, larger)
 }
 
+/// Whether all numbers are finite.
+#[inline(always)]
+pub(crate) fn all_finite(row: &[f32]) -> bool {
+    // Zero times a finite number is zero; times another it is not a number.
+    let mut lanes = [0.0_f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|x| x * 0.0).sum();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += x * 0.0;
+        }
+    }
+    lanes.iter().sum::<f32>() + rest == 0.0
+}
+
 /// Sum of `exp((x - max) * scale)` over one block, the shifted exponentials being at most 1.
 #[inline(always)]
 pub(crate) fn sum_exp_block(block: &[f32], max: f32, scale: f32) -> f32 {
@@ -227,6 +242,22 @@ mod tests {
             let total: f64 = logits.iter().map(|&x| f64::from(normaliser.log_probability(x)).exp()).sum();
             assert!((total - 1.0).abs() < 1e-6, "{length} logits add up to {total}");
         }
+    }
+
+    #[test]
+    fn one_number_that_is_not_finite_is_found_anywhere() {
+        for length in [1, 15, 16, 17, 40] {
+            let mut row: Vec<f32> = (0..length).map(|i| i as f32 - 7.0).collect();
+            assert!(all_finite(&row));
+            for place in 0..length {
+                for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let finite = std::mem::replace(&mut row[place], broken);
+                    assert!(!all_finite(&row), "{broken} at {place} of {length}");
+                    row[place] = finite;
+                }
+            }
+        }
+        assert!(all_finite(&[]) && all_finite(&[f32::MAX, f32::MIN, -0.0]));
     }
 
     #[test]

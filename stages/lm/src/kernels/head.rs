@@ -11,7 +11,7 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::elementary::{BLOCK, Normaliser, exp, ln, sum};
+use super::elementary::{BLOCK, Normaliser, all_finite, exp, ln, sum};
 use super::matmul::{Matrix, product, product_in, product_into};
 use super::top_k;
 use crate::loss::{Divergence, TopK};
@@ -53,7 +53,7 @@ pub(crate) enum InputSource<'a> {
 /// What came out.
 pub(crate) struct Output {
     /// Per row the cross-entropy, where there are labels, and then the divergence from each target; `[N, terms]`.
-    /// Without weight and coefficient; 0 for rows of weight 0.
+    /// Without weight and coefficient; 0 for rows of weight 0, not a number where a logit is not finite.
     pub(crate) terms: Vec<f64>,
     /// Gradient of the weighted sum by the hidden states, `[N, C]`, where asked for.
     pub(crate) hidden_gradient: Option<Vec<f32>>,
@@ -226,6 +226,9 @@ impl Buffers {
         let rows = self.logits.par_chunks_mut(self.vocabulary).zip(chunk);
         let term = |(logits, &row): (&mut [f32], &usize)| {
             let label = labels[row] as usize;
+            if !all_finite(logits) {
+                return f64::NAN;
+            }
             let normaliser = Normaliser::of(logits, 1.0);
             let term = -f64::from(normaliser.log_probability(logits[label]));
             if gradient {
@@ -254,6 +257,9 @@ fn split_rows(mut matrix: &mut [f32], width: usize, count: usize) -> Vec<&mut [f
 /// Minus the log-probability of `label`. Adds `factor * (softmax(logits) - onehot(label))` to `slopes`, unless that
 /// is empty.
 fn cross_entropy(logits: &[f32], label: usize, factor: f64, slopes: &mut [f32]) -> f64 {
+    if !all_finite(logits) {
+        return f64::NAN;
+    }
     let normaliser = Normaliser::of(logits, 1.0);
     if !slopes.is_empty() {
         let factor = factor as f32;
@@ -408,6 +414,9 @@ fn by_rule<R: Rule>(
     factor: f64,
     slopes: &mut [f32],
 ) -> f64 {
+    if !(all_finite(logits) && all_finite(target)) {
+        return f64::NAN;
+    }
     let scale = (1.0 / temperature) as f32;
     let (of_logits, of_target) = (Normaliser::of(logits, scale), Normaliser::of(target, scale));
     let mut values = [0.0_f32; BLOCK];

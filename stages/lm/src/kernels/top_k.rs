@@ -5,7 +5,7 @@
 
 use std::collections::BinaryHeap;
 
-use super::elementary::{LOG_FLOOR, Normaliser, exp, max};
+use super::elementary::{LOG_FLOOR, Normaliser, all_finite, exp, max};
 use super::head::{Rule, Token};
 use crate::loss::Divergence;
 use crate::sample::{rank, token_of};
@@ -93,6 +93,9 @@ pub(crate) fn divergence(
     factor: f64,
     slopes: &mut [f32],
 ) -> f64 {
+    if !all_finite(logits) {
+        return f64::NAN;
+    }
     let scale = (1.0 / temperature) as f32;
     scratch.copy_from_slice(logits);
     let rest = Rest::of(scratch, target.tokens, scale);

@@ -4,17 +4,34 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::{Attend, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
+use super::{Attend, Block, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
 use crate::config::Activation;
+use crate::finite::is_finite;
 use crate::kernels::masks;
 
 /// Runs a forward pass over `rows`.
 pub(crate) struct Plain<'a> {
-    pub(crate) rows: &'a Rows,
-    pub(crate) dropout: Option<Dropout>,
+    rows: &'a Rows,
+    dropout: Option<Dropout>,
+    /// Blocks run so far, where it is watched, and the first of them whose result was not finite.
+    watch: Option<(usize, Option<usize>)>,
 }
 
-impl Plain<'_> {
+impl<'a> Plain<'a> {
+    pub(crate) fn new(rows: &'a Rows, dropout: Option<Dropout>) -> Self {
+        Plain { rows, dropout, watch: None }
+    }
+
+    /// One that notes which block's result is the first that is not finite.
+    pub(crate) fn watching(rows: &'a Rows) -> Self {
+        Plain { watch: Some((0, None)), ..Plain::new(rows, None) }
+    }
+
+    /// That block, counted from 0.
+    pub(crate) fn broken_block(&self) -> Option<usize> {
+        self.watch.and_then(|(_, broken)| broken)
+    }
+
     /// The position of every row.
     fn at(&self, device: &Device) -> Result<Tensor> {
         Tensor::from_slice(&self.rows.positions, self.rows.positions.len(), device)
@@ -168,5 +185,16 @@ impl Ops for Plain<'_> {
     fn text(&mut self, x: Tensor) -> Result<Tensor> {
         let Some(text) = &self.rows.text else { return Ok(x) };
         x.index_select(&Tensor::from_slice(text, text.len(), x.device())?, 0)
+    }
+
+    fn block<T: Block>(&mut self, x: Tensor, block: &T) -> Result<Tensor> {
+        let x = block.forward(self, x)?;
+        if let Some((blocks, broken)) = &mut self.watch {
+            if broken.is_none() && !is_finite(&x)? {
+                *broken = Some(*blocks);
+            }
+            *blocks += 1;
+        }
+        Ok(x)
     }
 }
