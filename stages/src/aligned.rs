@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use contract::{Result, Row};
-use lm::{Dropout, LanguageModel, Packed};
+use lm::{Dropout, LanguageModel, Packed, Response};
 
 /// Text of some rows, laid out for a model, with the places that predict response tokens.
 ///
@@ -49,6 +49,11 @@ impl Aligned {
         &row.response[skipped..]
     }
 
+    /// What stands before them: the prompt, or the first response token where there is none.
+    pub fn prompt_of(row: &Row) -> &[u32] {
+        if row.prompt.is_empty() { &row.response[..row.response.len().min(1)] } else { &row.prompt }
+    }
+
     /// Number of response tokens that a row adds.
     pub fn tokens_of(row: &Row) -> usize {
         Aligned::response_of(row).len()
@@ -59,10 +64,15 @@ impl Aligned {
         self.labels.len()
     }
 
-    /// Row id and response tokens of every sequence, which is how a teacher cache finds what was said of them.
-    pub fn rows(&self) -> Vec<(u64, &[u32])> {
-        let rows = self.packed.rows.iter().zip(&self.responses);
-        rows.map(|(id, response)| (*id, &self.labels[response.clone()])).collect()
+    /// Every sequence as a teacher cache knows it.
+    pub fn rows(&self) -> Vec<Response<'_>> {
+        let rows = self.packed.rows.iter().zip(&self.packed.segments).zip(&self.responses);
+        let response = |((id, segment), response): ((&u64, &Range<usize>), &Range<usize>)| {
+            // The last response token is predicted and not read.
+            let prompt = segment.start..segment.end + 1 - response.len();
+            Response { row: *id, prompt: &self.packed.ids[prompt], tokens: &self.labels[response.clone()] }
+        };
+        rows.map(response).collect()
     }
 
     /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
@@ -78,10 +88,15 @@ mod tests {
 
     #[test]
     fn every_response_token_is_predicted_from_the_place_before_it() {
-        let text = Aligned::of(&[row(0, &[1, 2, 3], &[4, 5]), row(1, &[6], &[]), row(2, &[], &[7, 8])]);
+        let rows = [row(0, &[1, 2, 3], &[4, 5]), row(1, &[6], &[]), row(2, &[], &[7, 8])];
+        let text = Aligned::of(&rows);
         assert_eq!(text.packed.ids, [1, 2, 3, 4, 7]);
         assert_eq!(text.packed.wanted, Some(vec![2, 3, 4]));
         assert_eq!(text.labels, [4, 5, 8]);
-        assert_eq!(text.rows(), [(0, &[4, 5][..]), (2, &[8][..])]);
+        let found: Vec<_> = text.rows().iter().map(|it| (it.row, it.prompt, it.tokens)).collect();
+        assert_eq!(found, [(0, &[1, 2, 3][..], &[4, 5][..]), (2, &[7], &[8])]);
+        for (row, found) in [&rows[0], &rows[2]].into_iter().zip(found) {
+            assert_eq!((Aligned::prompt_of(row), Aligned::response_of(row)), (found.1, found.2));
+        }
     }
 }

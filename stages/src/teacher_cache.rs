@@ -12,8 +12,8 @@
 //! the teacher's head, the only part that still runs, gives the same bits as the whole teacher would. `keep: {top_k: K}`
 //! keeps the K likeliest tokens and the mass of the rest, needs no teacher at all, and biases the loss downwards: see
 //! `TopK` of `lm`.
-//! Inputs: `teacher`, `data`, and the teacher's soft prompt. The text before the responses may be another one than the
-//! student reads (a text prompt for the teacher): rows are found by id, and only responses must be the same.
+//! Inputs: `teacher`, `data`, and the teacher's soft prompt. Rows are found by id, and must have the prompt and the response
+//! that the student reads; with `cache_prompts: any` in `distill` the teacher may read another prompt (response priming).
 //! Outputs: `cache`. Cost: one forward pass of the teacher. Disk, per response token: 4 bytes a channel (`storage: bf16`: 2),
 //! or 8 bytes a kept token.
 
@@ -23,7 +23,7 @@ use contract::{
     Step,
 };
 use lm::loss::TopK;
-use lm::{CacheFacts, Dtype, Keep, LanguageModel, Said, SoftPrompt, Storage, TeacherCacheWriter};
+use lm::{CacheFacts, Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -71,7 +71,7 @@ impl Stage for TeacherCaching {
     fn about(&self) -> About {
         About {
             name: "teacher-cache",
-            version: 1,
+            version: 2,
             numerics: Some(lm::NUMERICS),
             summary: "keeps what a frozen teacher says of a fixed text, so that it never runs twice",
             example: "kind: teacher-cache\nin: {teacher: teacher, data: data.train}\nwith: {keep: hidden}",
@@ -141,17 +141,20 @@ impl Operator for Caching {
             .collect();
         ensure!(!rows.is_empty(), "the text has no response to keep anything of");
 
-        let responses: Vec<_> = rows.iter().map(|row| (row.id, Aligned::response_of(row))).collect();
+        let responses: Vec<Response<'_>> = (rows.iter())
+            .map(|row| Response { row: row.id, prompt: Aligned::prompt_of(row), tokens: Aligned::response_of(row) })
+            .collect();
         let facts = CacheFacts::of(&teacher, keep, storage, temperature)?;
         let teacher = teacher.frozen().computed_in(dtype)?;
         let mut cache = TeacherCacheWriter::new(&self.env.scratch, facts, data.tokenizer.clone(), &responses)?;
+        let head = teacher.head_of_tokens()?;
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {
             let text = Aligned::of(rows.iter().copied());
             let hidden = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C]
             let said = match keep {
                 Keep::Hidden => Ok(Said::Hidden(hidden)),
-                Keep::TopK(k) => TopK::of(&hidden, teacher.head(), k, temperature).map(Said::TopK),
+                Keep::TopK(k) => TopK::of(&hidden, &head, k, temperature).map(Said::TopK),
             };
             said.and_then(|said| cache.push(rows.len(), &said)).map_err(|error| {
                 let row = |token| text.responses.iter().position(|response| response.contains(&token));
@@ -348,6 +351,25 @@ mod tests {
             let found = error(&inputs, config);
             assert!(found.contains(said), "{found}");
         }
+    }
+
+    /// A teacher that reads more than the student does, by mistake or on purpose.
+    #[test]
+    fn a_cache_behind_other_prompts_must_be_meant() {
+        let scratch = Scratch::new();
+        let mut primed = data();
+        primed.rows.iter_mut().filter(|row| !row.prompt.is_empty()).for_each(|row| row.prompt.insert(0, 9));
+        let inputs = vec![("teacher", teacher()), ("data", Arc::new(primed) as AnyValue)];
+        let cache = scratch.run(&TeacherCaching, json!({}), inputs).unwrap().0;
+        let inputs = [("teacher", teacher()), ("cache", cache.0["cache"].clone())];
+        let mut config = json!({"divergence": "forward-kl", "learning_rate": 1e-2});
+        let error = learn(&scratch, &config, &inputs).err().map(|error| format!("{error:#}")).expect("an error");
+        assert!(
+            error.contains("is not the one that the teacher read") && error.contains("`cache_prompts: any`"),
+            "{error}"
+        );
+        config["cache_prompts"] = json!("any");
+        learn(&scratch, &config, &inputs).unwrap();
     }
 
     #[test]

@@ -17,8 +17,8 @@ use candle_core::{Device, Tensor};
 use contract::TokenizerFile;
 use lm::loss::{Divergence, Source, Target, TopK, head_loss};
 use lm::{
-    AdamW, AdamWOptions, Architecture, CacheFacts, Family, Keep, LanguageModel, Packed, Response, Said, Storage,
-    TeacherCache, TeacherCacheWriter, gradients, norm,
+    AdamW, AdamWOptions, Architecture, CacheFacts, Family, Keep, LanguageModel, Packed, Prompts, Response, Said,
+    Storage, TeacherCache, TeacherCacheWriter, gradients, norm,
 };
 
 #[global_allocator]
@@ -47,11 +47,12 @@ fn main() -> anyhow::Result<()> {
 
 fn line(name: &str, teacher: &LanguageModel, student: &LanguageModel, keep: Keep) -> anyhow::Result<()> {
     let batch = batch();
+    let rows = batch.segments.iter().zip(&batch.rows);
     let responses: Vec<Response<'_>> =
-        batch.segments.iter().zip(&batch.rows).map(|(segment, row)| (*row, &batch.ids[segment.clone()])).collect();
+        rows.map(|(segment, row)| Response { row: *row, prompt: &[], tokens: &batch.ids[segment.clone()] }).collect();
     let scratch = tempfile::tempdir()?;
     let cache = cache(teacher, &batch, &responses, keep, scratch.path())?;
-    let read = || cache.read(&responses, &Device::Cpu);
+    let read = || cache.read(&responses, Prompts::Same, &Device::Cpu);
 
     let mut optimizer = AdamW::new(AdamWOptions::default());
     let mut update = |said: Said| -> anyhow::Result<()> {

@@ -1,10 +1,10 @@
 //! What a frozen model says of a text, kept on disk and read row by row.
 //!
 //! A cache holds, for every response token of every row, either the final hidden state before it or the likeliest tokens
-//! there. It is found again by row id; a fingerprint of the response guards against another text under the same id. Files:
+//! there. It is found again by row id; fingerprints of prompt and response guard against another text under the same id. Files:
 //!
 //! - `cache.json`: what is kept, and of which model;
-//! - `rows.safetensors`: per row, in order, its id, fingerprint, number of tokens, and shard;
+//! - `rows.safetensors`: per row, in order, its id, fingerprints and numbers of tokens of prompt and response, and shard;
 //! - `shard-NNNNN.safetensors`: the values of whole rows, one after the other, `[tokens, ...]`;
 //! - the model's tokenizer.
 //!
@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use candle_core::{DType, Device, Tensor};
+use contract::dataset::row_name;
 use contract::value::write;
 use contract::{PortType, Result, TokenizerFile, Value};
 use half::bf16;
@@ -119,8 +120,46 @@ pub enum Said {
     TopK(TopK),
 }
 
-/// A row of the text: its id, and the response tokens of which something is said.
-pub type Response<'a> = (u64, &'a [u32]);
+/// A response of the text.
+#[derive(Clone, Copy, Debug)]
+pub struct Response<'a> {
+    /// Id of its row.
+    pub row: u64,
+    /// What stands before it.
+    pub prompt: &'a [u32],
+    /// The tokens of which something is said.
+    pub tokens: &'a [u32],
+}
+
+/// Which prompts the responses of a cache may be read behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prompts {
+    /// Those that the teacher read.
+    #[default]
+    Same,
+    /// Any: the teacher was meant to read another text than the student, such as one with instructions (response priming).
+    Any,
+}
+
+/// Some text, for comparison.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Print {
+    tokens: usize,
+    fingerprint: u64,
+}
+
+impl Print {
+    fn of(text: &[u32]) -> Self {
+        Print { tokens: text.len(), fingerprint: fingerprint_of_words(text.iter().copied()) }
+    }
+
+    /// How a text differs from this one, which the cache has.
+    fn difference(self, other: Print) -> String {
+        let Print { tokens, .. } = self;
+        if tokens == other.tokens { format!("other {tokens} tokens than these") } else { format!("{tokens} tokens") }
+    }
+}
 
 /// What a frozen model says of a text, on disk.
 pub struct TeacherCache {
@@ -137,8 +176,8 @@ pub struct TeacherCache {
 /// Where a row lies.
 #[derive(Clone, Copy)]
 struct Place {
-    fingerprint: u64,
-    tokens: usize,
+    prompt: Print,
+    response: Print,
     shard: usize,
     /// Its first token among those of the shard.
     start: usize,
@@ -152,18 +191,19 @@ struct Shard {
 }
 
 impl TeacherCache {
-    /// What was said of rows, one after the other.
+    /// What was said of responses, one after the other.
     ///
-    /// Errors when a row is not in the cache, or its response is not the one that was kept.
-    pub fn read(&self, rows: &[Response<'_>], device: &Device) -> Result<Said> {
-        let places = rows.iter().map(|row| self.place(row)).collect::<Result<Vec<_>>>()?;
+    /// Errors when a row is not in the cache, or its response is not the one that was kept, or, unless `prompts` allows it,
+    /// not its prompt.
+    pub fn read(&self, responses: &[Response<'_>], prompts: Prompts, device: &Device) -> Result<Said> {
+        let places = responses.iter().map(|response| self.place(response, prompts)).collect::<Result<Vec<_>>>()?;
         let column = |index: usize| -> Result<Vec<u8>> {
             let bytes = self.facts.columns()[index].bytes();
-            let mut all = vec![0; places.iter().map(|place| place.tokens * bytes).sum()];
+            let mut all = vec![0; places.iter().map(|place| place.response.tokens * bytes).sum()];
             let mut rest = all.as_mut_slice();
             for place in &places {
                 let Shard { file, columns } = &self.shards[place.shard];
-                let (own, others) = rest.split_at_mut(place.tokens * bytes);
+                let (own, others) = rest.split_at_mut(place.response.tokens * bytes);
                 file.read_exact_at(own, columns[index] + (place.start * bytes) as u64)
                     .with_context(|| format!("cannot read shard {} of the teacher cache", place.shard))?;
                 rest = others;
@@ -172,6 +212,7 @@ impl TeacherCache {
         };
         Ok(match self.facts.keep {
             Keep::TopK(k) => Said::TopK(TopK {
+                vocabulary: self.tokenizer.size as usize,
                 k,
                 tokens: words(&column(0)?, u32::from_le_bytes),
                 log_probs: words(&column(1)?, f32::from_le_bytes),
@@ -203,18 +244,29 @@ impl TeacherCache {
         self.places.len()
     }
 
-    fn place(&self, (id, response): &Response<'_>) -> Result<Place> {
-        let Some(place) = self.places.get(id) else {
+    fn place(&self, response: &Response<'_>, prompts: Prompts) -> Result<Place> {
+        let row = row_name(response.row);
+        let Some(place) = self.places.get(&response.row) else {
             bail!(
-                "row {id} is not in the teacher cache, which holds {} rows: make the cache of the dataset that is \
-                 learnt from, and of all its rows that are used (`rows` of `teacher-cache`)",
+                "{row} is not in the teacher cache, which holds {} rows: make the cache of the dataset that is learnt from, \
+                 and of all its rows that are used (`rows` of `teacher-cache`)",
                 self.places.len()
             );
         };
+        let (prompt, tokens) = (Print::of(response.prompt), Print::of(response.tokens));
         ensure!(
-            place.tokens == response.len() && place.fingerprint == fingerprint(response),
-            "the response of row {id} is not the one in the teacher cache: a cache is of one fixed text; make it of the \
-             dataset that is learnt from, or connect `teacher` without `cache` where text changes from round to round"
+            place.response == tokens,
+            "the response of {row}, {} tokens, is not the one in the teacher cache, {}: a cache is of one fixed text; make it \
+             of the dataset that is learnt from, or connect `teacher` without `cache` where text changes from round to round",
+            tokens.tokens,
+            place.response.difference(tokens)
+        );
+        ensure!(
+            prompts == Prompts::Any || place.prompt == prompt,
+            "the prompt of {row}, {} tokens, is not the one that the teacher read, {}: make the cache of the dataset that is \
+             learnt from, or say `cache_prompts: any` if the teacher is to read another prompt than the student",
+            prompt.tokens,
+            place.prompt.difference(prompt)
         );
         Ok(*place)
     }
@@ -229,16 +281,22 @@ impl TeacherCache {
         let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("`{}` is broken", path.display()))?;
         let column = |name| tensors.tensor(name).with_context(|| format!("`{}` has no `{name}`", path.display()));
         let ids = words(column("id")?.data(), u64::from_le_bytes);
-        let fingerprints = words(column("fingerprint")?.data(), u64::from_le_bytes);
-        let tokens = words(column("tokens")?.data(), u32::from_le_bytes);
+        let prints = |fingerprint, tokens| -> Result<Vec<Print>> {
+            let fingerprints = words(column(fingerprint)?.data(), u64::from_le_bytes);
+            let tokens = words(column(tokens)?.data(), u32::from_le_bytes);
+            let pairs = fingerprints.into_iter().zip(tokens);
+            Ok(pairs.map(|(fingerprint, tokens)| Print { tokens: tokens as usize, fingerprint }).collect())
+        };
+        let prompts = prints("prompt_fingerprint", "prompt_tokens")?;
+        let responses = prints("fingerprint", "tokens")?;
         let shards = words(column("shard")?.data(), u32::from_le_bytes);
         let mut lengths = Vec::new();
         let mut places = HashMap::with_capacity(ids.len());
-        for (((id, fingerprint), tokens), shard) in ids.into_iter().zip(fingerprints).zip(tokens).zip(shards) {
-            let (tokens, shard) = (tokens as usize, shard as usize);
+        for (((id, prompt), response), shard) in ids.into_iter().zip(prompts).zip(responses).zip(shards) {
+            let shard = shard as usize;
             lengths.resize(lengths.len().max(shard + 1), 0);
-            places.insert(id, Place { fingerprint, tokens, shard, start: lengths[shard] });
-            lengths[shard] += tokens;
+            places.insert(id, Place { prompt, response, shard, start: lengths[shard] });
+            lengths[shard] += response.tokens;
         }
         let shards = lengths.iter().enumerate().map(|(index, tokens)| {
             let path = folder.join(shard_name(index));
@@ -327,13 +385,20 @@ fn shard_name(index: usize) -> String {
     format!("shard-{index:05}.safetensors")
 }
 
+/// A row of a cache that is being written.
+struct Entry {
+    id: u64,
+    prompt: Print,
+    response: Print,
+    shard: usize,
+}
+
 /// Writes a [`TeacherCache`], row after row.
 pub struct TeacherCacheWriter {
     facts: Facts,
     tokenizer: TokenizerFile,
     scratch: TempDir,
-    /// Id, number of tokens, fingerprint and shard of every row.
-    rows: Vec<(u64, usize, u64, usize)>,
+    rows: Vec<Entry>,
     shards: Vec<Shard>,
     /// Rows written so far, and tokens in the shard of the next.
     done: usize,
@@ -360,17 +425,18 @@ impl TeacherCacheWriter {
         let mut placed = Vec::with_capacity(rows.len());
         let mut lengths: Vec<usize> = Vec::new();
         let mut seen = HashMap::with_capacity(rows.len());
-        for (index, (id, response)) in rows.iter().enumerate() {
+        for (index, Response { row: id, prompt, tokens }) in rows.iter().enumerate() {
             if let Some(other) = seen.insert(*id, index) {
                 bail!(
                     "rows {other} and {index} of the text have the same id {id}: a teacher cache tells rows apart by it"
                 );
             }
             match lengths.last_mut() {
-                Some(length) if *length + response.len() <= most => *length += response.len(),
-                _ => lengths.push(response.len()),
+                Some(length) if *length + tokens.len() <= most => *length += tokens.len(),
+                _ => lengths.push(tokens.len()),
             }
-            placed.push((*id, response.len(), fingerprint(response), lengths.len() - 1));
+            let (prompt, response) = (Print::of(prompt), Print::of(tokens));
+            placed.push(Entry { id: *id, prompt, response, shard: lengths.len() - 1 });
         }
         let shards = lengths.iter().enumerate().map(|(index, tokens)| {
             let path = scratch.path().join(shard_name(index));
@@ -407,14 +473,15 @@ impl TeacherCacheWriter {
             _ => bail!("this is not what the cache keeps"),
         };
         let next = self.rows.get(self.done..self.done + rows).context("these are more rows than the cache has")?;
-        let tokens: usize = next.iter().map(|(_, tokens, ..)| tokens).sum();
+        let tokens: usize = next.iter().map(|row| row.response.tokens).sum();
         for (values, column) in columns.iter().zip(self.facts.columns()) {
             let (name, found, expected) = (column.name, values.len(), tokens * column.bytes());
             ensure!(found == expected, "`{name}` of {tokens} tokens has {found} bytes, expected {expected}");
         }
         let mut before = 0;
-        for (offset, (_, tokens, _, shard)) in next.iter().enumerate() {
-            let first_of_shard = self.done + offset == 0 || self.rows[self.done + offset - 1].3 != *shard;
+        for (offset, Entry { response, shard, .. }) in next.iter().enumerate() {
+            let tokens = response.tokens;
+            let first_of_shard = self.done + offset == 0 || self.rows[self.done + offset - 1].shard != *shard;
             self.start = if first_of_shard { 0 } else { self.start };
             let Shard { file, columns: starts } = &self.shards[*shard];
             for ((values, column), start) in columns.iter().zip(self.facts.columns()).zip(starts) {
@@ -437,11 +504,16 @@ impl TeacherCacheWriter {
         ensure!(done == rows.len(), "{done} of {} rows were written", rows.len());
         let folder = scratch.path();
         write_json(&folder.join("cache.json"), &serde_json::to_value(facts)?)?;
-        let columns: [(&str, Dtype, usize, Vec<u8>); 4] = [
-            ("id", Dtype::U64, 8, rows.iter().flat_map(|row| row.0.to_le_bytes()).collect()),
-            ("fingerprint", Dtype::U64, 8, rows.iter().flat_map(|row| row.2.to_le_bytes()).collect()),
-            ("tokens", Dtype::U32, 4, rows.iter().flat_map(|row| (row.1 as u32).to_le_bytes()).collect()),
-            ("shard", Dtype::U32, 4, rows.iter().flat_map(|row| (row.3 as u32).to_le_bytes()).collect()),
+        let wide = |number: fn(&Entry) -> u64| rows.iter().flat_map(|row| number(row).to_le_bytes()).collect();
+        let short =
+            |number: fn(&Entry) -> usize| rows.iter().flat_map(|row| (number(row) as u32).to_le_bytes()).collect();
+        let columns: [(&str, Dtype, usize, Vec<u8>); 6] = [
+            ("id", Dtype::U64, 8, wide(|row| row.id)),
+            ("fingerprint", Dtype::U64, 8, wide(|row| row.response.fingerprint)),
+            ("tokens", Dtype::U32, 4, short(|row| row.response.tokens)),
+            ("prompt_fingerprint", Dtype::U64, 8, wide(|row| row.prompt.fingerprint)),
+            ("prompt_tokens", Dtype::U32, 4, short(|row| row.prompt.tokens)),
+            ("shard", Dtype::U32, 4, short(|row| row.shard)),
         ];
         let views = columns
             .iter()
@@ -457,10 +529,6 @@ impl TeacherCacheWriter {
 /// FNV-1a, 64 bits, over words: tells texts and models apart, guards against no ill will.
 fn fingerprint_of_words(words: impl Iterator<Item = u32>) -> u64 {
     words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
-fn fingerprint(response: &[u32]) -> u64 {
-    fingerprint_of_words(response.iter().copied())
 }
 
 fn fingerprint_of_head(model: &LanguageModel) -> Result<u64> {
@@ -488,7 +556,12 @@ mod tests {
     }
 
     /// Rows of several lengths, one after the other.
-    const RESPONSES: [Response<'_>; 4] = [(9, &[1, 2, 3]), (2, &[4]), (u64::MAX, &[5, 6]), (3, &[1, 2, 3, 7, 8])];
+    const RESPONSES: [Response<'_>; 4] =
+        [response(9, &[1, 2, 3]), response(2, &[4]), response(u64::MAX, &[5, 6]), response(3, &[1, 2, 3, 7, 8])];
+
+    const fn response(row: u64, tokens: &[u32]) -> Response<'_> {
+        Response { row, prompt: &[8, 6], tokens }
+    }
     const TOKENS: usize = 11;
 
     fn hidden() -> Tensor {
@@ -497,7 +570,7 @@ mod tests {
 
     fn top_k() -> TopK {
         let tokens = (0..TOKENS * 2).map(|i| (i * 5 % 9) as u32).collect();
-        TopK { k: 2, tokens, log_probs: numbers(2, TOKENS * 2), log_rest: numbers(3, TOKENS) }
+        TopK { vocabulary: 9, k: 2, tokens, log_probs: numbers(2, TOKENS * 2), log_rest: numbers(3, TOKENS) }
     }
 
     /// A cache of [`RESPONSES`] in shards of a few tokens, written in pieces of one and three rows.
@@ -521,9 +594,9 @@ mod tests {
     fn assert_holds(cache: &TeacherCache, places: &[usize]) {
         let rows: Vec<Response<'_>> = places.iter().map(|place| RESPONSES[*place]).collect();
         let starts = [0, 3, 4, 6];
-        let tokens = places.iter().flat_map(|&place| starts[place]..starts[place] + RESPONSES[place].1.len());
+        let tokens = places.iter().flat_map(|&place| starts[place]..starts[place] + RESPONSES[place].tokens.len());
         let tokens: Vec<u32> = tokens.map(|token| token as u32).collect();
-        match cache.read(&rows, &Device::Cpu).unwrap() {
+        match cache.read(&rows, Prompts::Same, &Device::Cpu).unwrap() {
             Said::TopK(found) => assert_eq!(found, top_k().select(&tokens)),
             Said::Hidden(found) => {
                 let count = tokens.len();
@@ -574,10 +647,33 @@ mod tests {
     fn another_text_is_an_error_that_says_what_to_do() {
         let scratch = tempfile::tempdir().unwrap();
         let cache = cache(scratch.path(), facts(Keep::Hidden, Storage::F32), &Said::Hidden(hidden()));
-        let error = |row: Response<'_>| cache.read(&[row], &Device::Cpu).unwrap_err().to_string();
-        assert!(error((5, &[1])).starts_with("row 5 is not in the teacher cache, which holds 4 rows: make the cache"));
-        for other in [&[1, 2, 4][..], &[1, 2], &[2, 1, 3], &[]] {
-            assert!(error((9, other)).starts_with("the response of row 9 is not the one in the teacher cache: "));
+        let read = |row: Response<'_>, prompts| cache.read(&[row], prompts, &Device::Cpu);
+        let error = |row: Response<'_>, prompts| read(row, prompts).unwrap_err().to_string();
+        for prompts in [Prompts::Same, Prompts::Any] {
+            let missing = error(response(5, &[1]), prompts);
+            assert!(missing.starts_with("row 6 of `train` is not in the teacher cache, which holds 4 rows: make"));
+            for (other, difference) in [
+                (&[1, 2, 4][..], "3 tokens, is not the one in the teacher cache, other 3 tokens than these"),
+                (&[1, 2], "2 tokens, is not the one in the teacher cache, 3 tokens"),
+                (&[2, 1, 3], "3 tokens, is not the one in the teacher cache, other 3 tokens than these"),
+                (&[], "0 tokens, is not the one in the teacher cache, 3 tokens"),
+            ] {
+                let found = error(response(9, other), prompts);
+                assert!(found.starts_with(&format!("the response of row 10 of `train`, {difference}: ")), "{found}");
+            }
+        }
+        for (prompt, difference) in [
+            (&[8, 7][..], "2 tokens, is not the one that the teacher read, other 2 tokens than these"),
+            (&[1, 8, 6], "3 tokens, is not the one that the teacher read, 2 tokens"),
+            (&[], "0 tokens, is not the one that the teacher read, 2 tokens"),
+        ] {
+            let row = Response { prompt, ..RESPONSES[0] };
+            let found = error(row, Prompts::Same);
+            assert!(found.starts_with(&format!("the prompt of row 10 of `train`, {difference}: ")), "{found}");
+            assert!(
+                found.ends_with("say `cache_prompts: any` if the teacher is to read another prompt than the student")
+            );
+            assert!(read(row, Prompts::Any).is_ok());
         }
     }
 
@@ -594,7 +690,7 @@ mod tests {
         let broken = Said::Hidden((hidden() * f64::NAN).unwrap());
         assert_eq!(error(4, &broken), "what the model says at place 0 is not finite");
         assert_eq!(writer().finish().err().unwrap().to_string(), "0 of 4 rows were written");
-        let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[(4, &[1]), (4, &[1])]);
+        let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[response(4, &[1]); 2]);
         assert!(twice.err().unwrap().to_string().starts_with("rows 0 and 1 of the text have the same id 4"));
     }
 
