@@ -21,7 +21,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use candle_core::{Device, Tensor};
 use contract::random::purpose;
 use contract::{
@@ -29,11 +29,12 @@ use contract::{
     Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Keep, LanguageModel, Said, SoftPrompt, TeacherCache};
+use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::finite::Behind;
+use crate::padding::Padding;
 use crate::training::{self, MicroBatch, Trainer, Training};
 
 training::config! {
@@ -56,6 +57,10 @@ training::config! {
         /// Whether the student's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
         #[serde(default = "yes")]
         pub dropout: bool,
+        /// Whether the rows of `cache` must have the prompts that the student reads, `same`, or `any`: for a teacher that is to
+        /// read another text before the responses (response priming).
+        #[serde(default)]
+        pub cache_prompts: Prompts,
         /// Which prompt the teacher uses in the micro-batches before the last: `new`, or `old` as in the published program,
         /// whose prompt steps at the end of the round (connect `prompt_before`). Left out: as the conventions say.
         #[serde(default)]
@@ -159,7 +164,7 @@ impl Stage for Distill {
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let trainer = Trainer::new(config.settings(), 1e-2, state);
         let device = lm::device(&env.device)?;
-        Ok(Box::new(Distilling { device, trainer, config, cache_is_checked: false }))
+        Ok(Box::new(Distilling { device, trainer, config, cache_is_checked: false, padding: Padding::default() }))
     }
 }
 
@@ -169,6 +174,7 @@ struct Distilling {
     trainer: Trainer,
     /// Whether the cache has been compared with the teacher.
     cache_is_checked: bool,
+    padding: Padding,
 }
 
 impl Operator for Distilling {
@@ -188,6 +194,10 @@ impl Operator for Distilling {
             self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;
         }
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
+        let head = teacher.as_ref().map(|teacher| teacher.head_beside(&student)).transpose()?;
+        if let Some(teacher) = &teacher {
+            self.padding.say("student", &student, "teacher", teacher, sink);
+        }
 
         let name = config.divergence.name();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
@@ -198,17 +208,16 @@ impl Operator for Distilling {
         let row = self.trainer.update(student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let text = &batch.text;
             let said = match (&cache, &teacher) {
-                (Some(cache), _) => cache.read(&text.rows(), &self.device)?,
+                (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
                 (None, Some(teacher)) => {
                     let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
                     Said::Hidden(text.hidden(teacher, prompt.as_ref(), None)?)
                 }
                 (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
             };
-            let source = match (&said, &teacher) {
-                (Said::TopK(kept), _) => Source::TopK(kept),
-                (Said::Hidden(hidden), Some(teacher)) => Source::Head { hidden, head: teacher.head() },
-                (Said::Hidden(_), None) => bail!("{NEEDS_HEAD}"),
+            let source = match &said {
+                Said::TopK(kept) => Source::TopK(kept),
+                Said::Hidden(hidden) => Source::Head { hidden, head: head.as_ref().context(NEEDS_HEAD)? },
             };
             let target = Target {
                 source,

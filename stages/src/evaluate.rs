@@ -320,6 +320,7 @@ impl Evaluating {
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
         let mut distances = Vec::with_capacity(rows.len());
+        let head = teacher.head_beside(model)?;
         let written: Vec<Row> = rows
             .iter()
             .zip(generated)
@@ -333,7 +334,7 @@ impl Evaluating {
                 let own = text.hidden(model, prompt, None)?;
                 let other = text.hidden(teacher, None, None)?;
                 let teacher = Target {
-                    source: Source::Head { hidden: &other, head: teacher.head() },
+                    source: Source::Head { hidden: &other, head: &head },
                     divergence: Divergence::ReverseKl,
                     coefficient: 1.0,
                     temperature: 1.0,

@@ -23,6 +23,7 @@ pub mod finite;
 pub mod instruct;
 pub mod jsonl;
 pub mod mmidx;
+mod padding;
 pub mod porter;
 pub mod prompt_init;
 pub mod prompt_tune;

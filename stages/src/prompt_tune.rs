@@ -29,6 +29,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::aligned::Aligned;
 use crate::finite::Behind;
+use crate::padding::Padding;
 use crate::training::{self, MicroBatch, Parts, Trainer, Training};
 
 training::config! {
@@ -165,13 +166,18 @@ impl Stage for PromptTune {
     }
 
     fn start(&self, config: Config, _env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Tuning { trainer: Trainer::new(config.settings(), 0.0, state), config }))
+        Ok(Box::new(Tuning {
+            trainer: Trainer::new(config.settings(), 0.0, state),
+            config,
+            padding: Padding::default(),
+        }))
     }
 }
 
 struct Tuning {
     config: Config,
     trainer: Trainer,
+    padding: Padding,
 }
 
 /// The name of the prompt among the parameters of its optimiser.
@@ -185,6 +191,7 @@ impl Operator for Tuning {
         let teacher = teacher.with_activation_checkpointing(config.activation_checkpointing);
         let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
+        self.padding.say("teacher", &teacher, "student", &student, sink);
 
         // A new variable: whoever else holds the old prompt keeps it as it was.
         let vectors = Var::from_tensor(&prompt.vectors.copy()?)?.into_inner();
@@ -230,8 +237,9 @@ impl Config {
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
+        let student_head = student.head_beside(teacher)?;
         let guide = Target {
-            source: Source::Head { hidden: &student_hidden, head: student.head() },
+            source: Source::Head { hidden: &student_hidden, head: &student_head },
             divergence: *divergence,
             coefficient: 1.0,
             temperature: 1.0,

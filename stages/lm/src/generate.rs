@@ -130,7 +130,7 @@ pub fn generate(
         rayon::scope(|_| {
             let logits = decoder.logits(&mut rows)?;
             let with_logits = rows.par_iter_mut().zip(logits.par_chunks_exact(model.vocab_size()));
-            with_logits.for_each(|(row, logits)| row.extend(logits, options));
+            with_logits.for_each(|(row, logits)| row.extend(logits, model.vocabulary(), options));
             Ok::<_, anyhow::Error>(())
         })?;
         if let Some(row) = rows.iter().find(|row| row.log_probs.last().is_some_and(|log| !log.is_finite())) {
@@ -164,8 +164,8 @@ fn check(
             prompt.row,
             model.config.positions()
         );
-        if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
-            bail!("row {} has token id {id}, not in the model's vocabulary of {}", prompt.row, model.vocab_size());
+        if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocabulary()) {
+            bail!("row {} has token id {id}, not in the model's vocabulary of {}", prompt.row, model.vocabulary());
         }
     }
     Ok(())
@@ -200,11 +200,11 @@ impl Row {
         }
     }
 
-    fn extend(&mut self, logits: &[f32], options: &Generate) {
+    fn extend(&mut self, logits: &[f32], vocabulary: usize, options: &Generate) {
         let position = self.log_probs.len() as u32;
         let row = (self.id ^ self.id >> 32) as u32;
         let [word, ..] = philox(options.seed, [position, row, options.time, options.purpose]);
-        let choice = choose(logits, &self.ids, &options.sampling, uniform(word), &mut self.scratch);
+        let choice = choose(logits, vocabulary, &self.ids, &options.sampling, uniform(word), &mut self.scratch);
         let Choice { token, log_prob } = choice;
         self.ids.push(token);
         self.log_probs.push(if all_finite(logits) { log_prob } else { f32::NAN });

@@ -44,7 +44,9 @@ pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, grad
 pub use packed::Packed;
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
-pub use teacher_cache::{Facts as CacheFacts, Keep, Response, Said, Storage, TeacherCache, TeacherCacheWriter};
+pub use teacher_cache::{
+    Facts as CacheFacts, Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter,
+};
 
 /// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
 /// give other bits on the same machine.

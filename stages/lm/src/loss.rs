@@ -129,7 +129,7 @@ pub enum Source<'a> {
     Head {
         /// Its final hidden states, `[N, D]`.
         hidden: &'a Tensor,
-        /// Its output head over the same vocabulary, `[V, D]`.
+        /// Its output head, `[U, D]`, over the first U of the V tokens: where it is fewer, both distributions are of these.
         head: &'a Tensor,
     },
     /// What was kept of them.
@@ -276,7 +276,7 @@ impl<'a> Request<'a> {
                 Source::Head { hidden, head } => {
                     let (found, width) = hidden.dims2().context("`hidden` of a target must be [rows, width]")?;
                     ensure!(found == rows, "target {i} has {found} rows, expected {rows}");
-                    let expected = [vocabulary, width];
+                    let expected = [head.dim(0)?.clamp(1, vocabulary), width];
                     ensure!(
                         head.dims() == expected,
                         "`head` of target {i} has shape {:?}, expected {expected:?}: both models must share a vocabulary",
@@ -284,9 +284,11 @@ impl<'a> Request<'a> {
                     );
                 }
             }
+            // Logits are multiplied by its inverse, in f32.
+            let scale = (1.0 / target.temperature) as f32;
             ensure!(
-                target.temperature > 0.0 && target.temperature.is_finite(),
-                "temperature of target {i} is {}, expected a number above 0",
+                target.temperature > 0.0 && scale.is_normal(),
+                "temperature of target {i} is {:?}, expected a number above 0 with an inverse in f32",
                 target.temperature
             );
         }
@@ -297,7 +299,7 @@ impl<'a> Request<'a> {
     fn answer(&self, hidden_gradient: bool, head_gradient: bool) -> Result<Answer> {
         #[cfg(feature = "cuda")]
         if let (Device::Cuda(device), DType::F32 | DType::BF16) = (self.hidden.device(), self.hidden.dtype())
-            && self.targets.iter().all(|target| matches!(target.source, Source::Head { .. }))
+            && self.targets.iter().all(|target| self.is_over_all(target))
         {
             return self.on_gpu_by_type(device, [hidden_gradient, head_gradient]);
         }
@@ -312,6 +314,12 @@ impl<'a> Request<'a> {
             let rows = (PLAIN_CHUNK_LOGITS / self.head.dim(0)?).max(16);
             self.by_chunks(hidden_gradient, head_gradient, rows)
         }
+    }
+
+    /// Whether a target is over all of the vocabulary, token by token.
+    #[cfg(feature = "cuda")]
+    fn is_over_all(&self, target: &Target<'_>) -> bool {
+        matches!(target.source, Source::Head { head, .. } if head.dims()[0] == self.head.dims()[0])
     }
 
     /// By the fused CPU kernel.
@@ -453,10 +461,12 @@ impl<'a> Request<'a> {
         for target in self.targets {
             let (log_s, log_t) = match target.source {
                 Source::Head { hidden, head } => {
+                    let logits = logits.narrow(1, 0, head.dim(0)?)?;
                     let target_logits = wide_logits(&hidden.detach(), &head.detach())?;
                     (log_softmax(&logits, target.temperature)?, log_softmax(&target_logits, target.temperature)?)
                 }
                 Source::TopK(kept) => {
+                    let logits = logits.narrow(1, 0, kept.vocabulary)?;
                     (kept.coarsened(&log_softmax(&logits, target.temperature)?)?, kept.classes(&logits)?)
                 }
             };
@@ -707,6 +717,8 @@ mod tests {
         target_width: usize,
         vocabulary: usize,
     }
+
+    type Loss = fn(&Tensor, &Tensor, Option<(&[u32], f64)>, &[Target], &[f32]) -> Result<HeadLoss>;
 
     struct Tensors {
         hidden: Tensor,
@@ -1165,6 +1177,41 @@ mod tests {
         }
     }
 
+    /// A trainee whose head has eleven rows of padding: a target without them sees it as if they were not there, while the
+    /// cross-entropy is over all rows.
+    #[test]
+    fn a_target_over_fewer_tokens_is_compared_over_those() {
+        let case = Case::new(9, 30, 6, 5);
+        let (narrow, wide) = (case.tensors(DType::F32, true), case.tensors(DType::F64, true));
+        for divergence in EVERY_DIVERGENCE {
+            for temperature in [1.0, 1.7] {
+                let parts = |tensors: &Tensors, loss: Loss| {
+                    let head = tensors.target_head.narrow(0, 0, 19).unwrap();
+                    let source = Source::Head { hidden: &tensors.target_hidden, head: &head };
+                    let target = Target { source, divergence, coefficient: 0.6, temperature };
+                    let labels = Some((case.labels.as_slice(), 0.4));
+                    let loss: HeadLoss =
+                        loss(&tensors.hidden, &tensors.head, labels, &[target], &case.weights).unwrap();
+                    let store = loss.loss.backward().unwrap();
+                    let gradients = [&tensors.hidden, &tensors.head].map(|tensor| numbers(store.get(tensor).unwrap()));
+                    let alone = tensors.head.detach().narrow(0, 0, 19).unwrap();
+                    let values = divergence_values(&tensors.hidden.detach(), &alone, &[target]).unwrap().remove(0);
+                    let expected: f64 = values.iter().zip(&case.weights).map(|(v, w)| v * f64::from(*w)).sum();
+                    (loss.cross_entropy.unwrap(), loss.divergences[0], expected, gradients)
+                };
+                let (found, right) = (parts(&narrow, head_loss), parts(&wide, head_loss_plain));
+                let chunked = parts(&wide, head_loss);
+                for found in [&found, &chunked] {
+                    assert!((found.0 - right.0).abs() < 1e-5 && (found.1 - right.1).abs() < 1e-5, "{divergence:?}");
+                    assert!((found.1 - found.2).abs() < 1e-6, "{divergence:?}: {} {}", found.1, found.2);
+                    for (found, right) in found.3.iter().flatten().zip(right.3.iter().flatten()) {
+                        assert!((found - right).abs() < 1e-5, "{divergence:?}: {found} {right}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn arguments_that_do_not_fit_are_named() {
         let case = Case::new(2, 10, 4, 2);
@@ -1181,18 +1228,20 @@ mod tests {
         let outside = "label 10 of row 1 is outside of the vocabulary, expected less than 10";
         assert_eq!(message(labels(&[0, 10]), &[], &both), outside);
         let target = tensors.target(Divergence::ForwardKl, 1.0, 1.0);
-        let smaller = tensors.target_head.narrow(0, 0, 9).unwrap();
-        let other = "`head` of target 0 has shape [9, 7], expected [10, 7]: both models must share a vocabulary";
+        let larger = Tensor::cat(&[&tensors.target_head, &tensors.target_head], 0).unwrap();
+        let other = "`head` of target 0 has shape [20, 7], expected [10, 7]: both models must share a vocabulary";
         assert_eq!(
             message(
                 None,
-                &[Target { source: Source::Head { hidden: &tensors.target_hidden, head: &smaller }, ..target }],
+                &[Target { source: Source::Head { hidden: &tensors.target_hidden, head: &larger }, ..target }],
                 &both
             ),
             other
         );
-        let cold = "temperature of target 0 is 0, expected a number above 0";
-        assert_eq!(message(None, &[Target { temperature: 0.0, ..target }], &both), cold);
+        for temperature in [0.0, 1e-60, 1e39, 1e308, f64::INFINITY, f64::NAN] {
+            let found = message(None, &[Target { temperature, ..target }], &both);
+            assert!(found.starts_with(&format!("temperature of target 0 is {temperature:?}, expected")), "{found}");
+        }
         let skewed = Divergence::SkewedReverseKl { alpha: 1.0 };
         let range = "`alpha` of divergence `skewed_reverse_kl` is 1, expected a number above 0 and below 1; for 0 use `reverse-kl`";
         assert_eq!(message(None, &[Target { divergence: skewed, ..target }], &both), range);

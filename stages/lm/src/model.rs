@@ -155,9 +155,29 @@ impl LanguageModel {
         self.config.width()
     }
 
-    /// Rows `V` of the embedding and of the head.
+    /// Rows `V` of the embedding and of the head. May be more than [`LanguageModel::vocabulary`].
     pub fn vocab_size(&self) -> usize {
         self.config.vocab_size()
+    }
+
+    /// The ids that there are tokens for: those below this. Rows behind them are padding, there for the hardware's sake.
+    ///
+    /// The one rule for padding: its ids are in no text, so they are never read, drawn, or a label, nor among the likeliest
+    /// tokens of a cache. A model's own softmax is over all its rows, as in `transformers`. Two models are compared over all
+    /// rows where they have equally many, else over the tokens: see [`LanguageModel::head_beside`].
+    pub fn vocabulary(&self) -> usize {
+        (self.tokenizer.size as usize).min(self.vocab_size())
+    }
+
+    /// The rows of the head that there are tokens for.
+    pub fn head_of_tokens(&self) -> Result<Tensor> {
+        Ok(self.head().narrow(0, 0, self.vocabulary())?)
+    }
+
+    /// The rows of the head by which this model, as a target, is compared with `trainee`: families pad their sizes
+    /// differently.
+    pub fn head_beside(&self, trainee: &LanguageModel) -> Result<Tensor> {
+        if self.vocab_size() == trainee.vocab_size() { Ok(self.head().clone()) } else { self.head_of_tokens() }
     }
 
     /// The input embedding `[V, C]`.
@@ -293,8 +313,8 @@ impl LanguageModel {
                 self.config.positions()
             );
         }
-        if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocab_size()) {
-            anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocab_size());
+        if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocabulary()) {
+            anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocabulary());
         }
         let wanted = batch.wanted.as_deref().unwrap_or_default();
         ensure!(wanted.is_sorted_by(|a, b| a < b), "the tokens that are wanted must be in order");

@@ -70,7 +70,7 @@ impl Sampling {
 pub struct Choice {
     /// Its id.
     pub token: u32,
-    /// Its log-probability under the model's own distribution: temperature 1, no penalty, no filter.
+    /// Its log-probability under the model's own distribution: over all rows of its head, temperature 1, no penalty, no filter.
     pub log_prob: f32,
 }
 
@@ -89,21 +89,30 @@ pub struct Scratch {
 
 /// Chooses the token whose share of [0, 1), in vocabulary order, holds `draw`.
 ///
-/// `logits` are those of the model, `[V]`; `history` is all before the token, prompt ++ response so far, ids below V;
+/// `logits` are those of the model, `[V]`, of which the first `vocabulary` are of tokens and may be chosen, the rest being
+/// padding; `history` is all before the token, prompt ++ response so far, ids below `vocabulary`;
 /// `draw` is uniform in [0, 1) and not looked at when greedy, where the first of equal tokens wins. Where no-repeat
 /// n-gram forbids every token, it is lifted. Finite logits are expected; with a NaN among them the choice is some
 /// valid id.
 ///
-/// Panics when `logits` is empty or a token of `history` is not below V.
-pub fn choose(logits: &[f32], history: &[u32], sampling: &Sampling, draw: f32, scratch: &mut Scratch) -> Choice {
+/// Panics when `vocabulary` is 0 or more than V, or a token of `history` is not below it.
+pub fn choose(
+    logits: &[f32],
+    vocabulary: usize,
+    history: &[u32],
+    sampling: &Sampling,
+    draw: f32,
+    scratch: &mut Scratch,
+) -> Choice {
     let own = total_weight(logits, 1.0, &mut scratch.block_sums);
+    let (all, logits) = (logits.len(), &logits[..vocabulary]);
     let token = if sampling.changes_logits() {
         let mut processed = std::mem::take(&mut scratch.logits);
         process(logits, history, sampling, &mut processed);
         let token = pick(&processed, sampling, draw, scratch);
         scratch.logits = processed;
         token
-    } else if sampling.temperature == 1.0 && !sampling.filters() {
+    } else if sampling.temperature == 1.0 && !sampling.filters() && vocabulary == all {
         // The sums are those of the distribution to draw from.
         draw_from_blocks(logits, own, 1.0, draw, &scratch.block_sums)
     } else {
@@ -368,7 +377,15 @@ mod tests {
         let mut scratch = Scratch::default();
         for (fixture, sampling) in fixtures() {
             for draw in draws(300).chain([0.0, 1.0 - f32::EPSILON / 2.0]) {
-                let token = choose(&fixture.logits, &fixture.history, &sampling, draw, &mut scratch).token as usize;
+                let token = choose(
+                    &fixture.logits,
+                    fixture.logits.len(),
+                    &fixture.history,
+                    &sampling,
+                    draw,
+                    &mut scratch,
+                )
+                .token as usize;
                 let before: f64 = fixture.probabilities[..token].iter().sum();
                 let after = before + fixture.probabilities[token];
                 let draw = f64::from(draw);
@@ -397,7 +414,7 @@ mod tests {
             let mut counts = vec![0_u32; logits.len()];
             let total = 20_000;
             for draw in draws(total) {
-                counts[choose(&logits, &history, &sampling, draw, &mut scratch).token as usize] += 1;
+                counts[choose(&logits, logits.len(), &history, &sampling, draw, &mut scratch).token as usize] += 1;
             }
             // Tokens expected less than ten times are taken together.
             let (mut cells, mut rare) = (Vec::new(), (0.0, 0.0));
@@ -462,7 +479,7 @@ mod tests {
         assert_eq!(kept(Sampling { top_k: 2, ..Sampling::default() }), [1, 2, 4]);
         assert_eq!(kept(Sampling::greedy()), [1]);
         let mut scratch = Scratch::default();
-        assert_eq!(choose(&logits, &[], &Sampling::greedy(), 0.99, &mut scratch).token, 1);
+        assert_eq!(choose(&logits, logits.len(), &[], &Sampling::greedy(), 0.99, &mut scratch).token, 1);
     }
 
     #[test]
@@ -470,7 +487,7 @@ mod tests {
         let logits = [1.0, 3.0, 2.9, -1.0];
         let mut scratch = Scratch::default();
         let mut greedy = |history: &[u32], sampling: Sampling| {
-            choose(&logits, history, &Sampling { temperature: 0.0, ..sampling }, 0.0, &mut scratch).token
+            choose(&logits, logits.len(), history, &Sampling { temperature: 0.0, ..sampling }, 0.0, &mut scratch).token
         };
         assert_eq!(greedy(&[1], Sampling::default()), 1);
         assert_eq!(greedy(&[1], Sampling { repetition_penalty: 1.1, ..Sampling::default() }), 2);
@@ -491,7 +508,7 @@ mod tests {
             Sampling { temperature: 0.5, top_k: 9, top_p: 0.8, repetition_penalty: 1.5, no_repeat_ngram: 1 };
         for sampling in [Sampling::default(), Sampling::greedy(), everything] {
             for draw in draws(20) {
-                let choice = choose(&logits, &[3, 4, 5], &sampling, draw, &mut scratch);
+                let choice = choose(&logits, logits.len(), &[3, 4, 5], &sampling, draw, &mut scratch);
                 let right = f64::from(logits[choice.token as usize]) - log_sum;
                 assert!((f64::from(choice.log_prob) - right).abs() < 1e-5);
             }
@@ -506,7 +523,7 @@ mod tests {
             for (top_k, top_p) in [(0, 1.0), (2, 1.0), (0, 0.5)] {
                 let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
                 for draw in draws(50).chain([0.0, 1.0 - f32::EPSILON / 2.0]) {
-                    let choice = choose(&logits, &[], &sampling, draw, &mut scratch);
+                    let choice = choose(&logits, logits.len(), &[], &sampling, draw, &mut scratch);
                     assert!([1, 2, 3].contains(&choice.token), "{sampling:?}");
                     assert!(temperature > 1e-2 || choice.token == 1);
                 }
@@ -514,8 +531,8 @@ mod tests {
         }
         let forbidden = [f32::NEG_INFINITY; 3];
         let sampling = Sampling { top_k: 2, ..Sampling::default() };
-        assert!(choose(&forbidden, &[], &sampling, 0.5, &mut scratch).token < 3);
-        assert!(choose(&[f32::NAN, 1.0], &[], &Sampling::default(), 0.5, &mut scratch).token < 2);
+        assert!(choose(&forbidden, forbidden.len(), &[], &sampling, 0.5, &mut scratch).token < 3);
+        assert!(choose(&[f32::NAN, 1.0], 2, &[], &Sampling::default(), 0.5, &mut scratch).token < 2);
     }
 
     #[test]
@@ -536,5 +553,28 @@ mod tests {
         );
         assert!(serde_json::from_str::<Sampling>(r#"{"topk": 3}"#).is_err());
         assert_eq!(serde_json::from_str::<Sampling>(r#"{"top_k": 3}"#).unwrap(), Sampling { top_k: 3, ..plain() });
+    }
+
+    #[test]
+    fn padding_is_never_chosen_however_likely_and_counts_in_the_softmax() {
+        let tokens = 700;
+        let padded: Vec<f32> = lively_logits(tokens, 3).into_iter().chain([9.0; 68]).collect();
+        let all: f64 = padded.iter().map(|&logit| f64::from(logit).exp()).sum();
+        let mut scratch = Scratch::default();
+        for sampling in [
+            Sampling::default(),
+            Sampling::greedy(),
+            Sampling { top_k: 5, ..Sampling::default() },
+            Sampling { top_p: 0.9, temperature: 0.7, ..Sampling::default() },
+            Sampling { repetition_penalty: 1.3, no_repeat_ngram: 1, ..Sampling::default() },
+        ] {
+            for draw in draws(200).chain([0.0, 1.0 - f32::EPSILON / 2.0]) {
+                let found = choose(&padded, tokens, &[4, 9], &sampling, draw, &mut scratch);
+                let alone = choose(&padded[..tokens], tokens, &[4, 9], &sampling, draw, &mut scratch);
+                assert_eq!(found.token, alone.token, "{sampling:?}");
+                let right = f64::from(padded[found.token as usize]) - all.ln();
+                assert!((f64::from(found.log_prob) - right).abs() < 1e-5, "{} {right}", found.log_prob);
+            }
+        }
     }
 }

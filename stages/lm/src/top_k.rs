@@ -13,6 +13,8 @@ use crate::ops::elements;
 
 /// The K most likely tokens of N distributions, and the mass of all others.
 ///
+/// The distributions are over V tokens. A trainee with more is compared by its distribution over the first V of them.
+///
 /// A divergence from it compares K + 1 classes: those tokens, and the rest as one, for which the trainee's probabilities
 /// are added up. That is a coarsening. An f-divergence (every [`Divergence`](crate::loss::Divergence) but [`AlphaBeta`](crate::loss::Divergence::AlphaBeta), which is one
 /// only where its exponents add up to 1) is never above its full value then, and equal to it where trainee and target
@@ -20,6 +22,8 @@ use crate::ops::elements;
 /// spreads the rest is not learnt: the trainee's own spread stays as it is, scaled.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TopK {
+    /// V.
+    pub vocabulary: usize,
     /// K, from 1 to V.
     pub k: usize,
     /// `[N, K]`, below V; distinct within a row.
@@ -41,7 +45,13 @@ impl TopK {
         ensure!(width == head_width, "`head` has width {head_width}, expected {width} as in `hidden`");
         ensure!(k > 0 && k <= vocabulary, "`k` is {k}, expected 1 to {vocabulary}, the size of the vocabulary");
         ensure!(temperature > 0.0 && temperature.is_finite(), "temperature is {temperature}, expected one above 0");
-        let mut kept = TopK { k, tokens: vec![0; rows * k], log_probs: vec![0.0; rows * k], log_rest: vec![0.0; rows] };
+        let mut kept = TopK {
+            vocabulary,
+            k,
+            tokens: vec![0; rows * k],
+            log_probs: vec![0.0; rows * k],
+            log_rest: vec![0.0; rows],
+        };
         let scale = (1.0 / temperature) as f32;
         let chunk = rows_per_chunk(vocabulary);
         let head = head.detach().to_dtype(DType::F32)?;
@@ -111,6 +121,7 @@ impl TopK {
     pub(crate) fn select(&self, rows: &[u32]) -> TopK {
         let classes = || rows.iter().map(|&row| self.row(row as usize));
         TopK {
+            vocabulary: self.vocabulary,
             k: self.k,
             tokens: classes().flat_map(|row| row.tokens).copied().collect(),
             log_probs: classes().flat_map(|row| row.log_probs).copied().collect(),
@@ -119,8 +130,13 @@ impl TopK {
     }
 
     pub(crate) fn check(&self, rows: usize, vocabulary: usize, name: &str) -> Result<()> {
-        let TopK { k, tokens, log_probs, log_rest } = self;
+        let TopK { vocabulary: own, k, tokens, log_probs, log_rest } = self;
         ensure!(log_rest.len() == rows, "{name} has {} rows, expected {rows}", log_rest.len());
+        ensure!(
+            *own <= vocabulary,
+            "{name} is over {own} tokens, expected {vocabulary} at most: both models must share a vocabulary"
+        );
+        let vocabulary = *own;
         ensure!(*k > 0 && *k <= vocabulary, "{name} keeps {k} tokens, expected 1 to {vocabulary}");
         let found = [tokens.len(), log_probs.len()];
         ensure!(found == [rows * k; 2], "{name} has {found:?} tokens and log-probabilities, expected {}", rows * k);
@@ -286,6 +302,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_trainee_with_padding_is_compared_over_the_tokens_that_were_kept() {
+        let (models, padded) = (models(21, DType::F32), models(33, DType::F32));
+        let kept = TopK::of(&models[2], &models[3], 4, 1.3).unwrap();
+        let head = variable(Tensor::cat(&[&models[1], &padded[1].narrow(0, 21, 12).unwrap()], 0).unwrap());
+        for divergence in EVERY_DIVERGENCE {
+            let targets = [target(&kept, divergence, 1.3)];
+            let right = head_loss(&models[0], &models[1], None, &targets, &WEIGHTS).unwrap();
+            let right_store = right.loss.backward().unwrap();
+            for loss in [head_loss as Loss, head_loss_plain] {
+                let found = loss(&models[0], &head, None, &targets, &WEIGHTS).unwrap();
+                near(&found.divergences, &right.divergences, 2e-5, &format!("{divergence:?}"));
+                let store = found.loss.backward().unwrap();
+                let gradient = store.get(&head).unwrap();
+                let of_tokens = doubles(&gradient.narrow(0, 0, 21).unwrap());
+                near(&of_tokens, &doubles(right_store.get(&models[1]).unwrap()), 2e-5, &format!("{divergence:?}"));
+                assert!(doubles(&gradient.narrow(0, 21, 12).unwrap()).iter().all(|x| *x == 0.0));
+            }
+        }
+    }
+
     /// Of an f-divergence. The alpha-beta one here has exponents that do not add up to 1.
     #[test]
     fn fewer_tokens_never_give_a_larger_divergence() {
@@ -390,6 +427,9 @@ mod tests {
             head_loss(&hidden, &head, None, &targets, &WEIGHTS).err().unwrap().to_string()
         };
         assert_eq!(message(&kept.select(&[0, 1])), "target 0 has 2 rows, expected 7");
+        let larger = TopK { vocabulary: 13, ..kept.clone() };
+        let other = "target 0 is over 13 tokens, expected 12 at most: both models must share a vocabulary";
+        assert_eq!(message(&larger), other);
         let mut other = kept.clone();
         other.tokens[3] = 12;
         let outside = "target 0 keeps token 12, expected less than 12: both models must share a vocabulary";

@@ -276,7 +276,7 @@ impl<'a, T: Number> Writer<'a, T> {
             product(self.device, &mut logits, Matrix::new(&hidden, width), head, false)
         })?;
         let draws = Draws { seed: *seed, time: *time, purpose: *purpose, end: self.model.tokenizer.end };
-        Ok(sample(self.device, &logits, vocabulary, &mut self.writing, sampling, draws)?)
+        Ok(sample(self.device, &logits, [vocabulary, self.model.vocabulary()], &mut self.writing, sampling, draws)?)
     }
 
     /// The rows that have finished, each with its place among the prompts. Their slots become free.

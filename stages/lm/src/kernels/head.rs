@@ -5,7 +5,8 @@
 //! Matrix products and rows are shared between threads; every number is added up in an order that depends on the shapes
 //! alone, so that the bits are the same for any number of threads.
 //!
-//! Letters: N rows, C width of the trainee, D width of a target, V vocabulary, R rows of a chunk.
+//! Letters: N rows, C width of the trainee, D width of a target, V vocabulary, of which a target is over the first U, R rows
+//! of a chunk.
 
 use std::borrow::Cow;
 
@@ -44,7 +45,7 @@ pub(crate) struct InputTarget<'a> {
 
 /// What a target's distribution is made of.
 pub(crate) enum InputSource<'a> {
-    /// Hidden states `[N, D]` and head `[V, D]`, of width D.
+    /// Hidden states `[N, D]` and head `[U, D]` over the first U tokens, of width D.
     Head { hidden: &'a [f32], head: &'a [f32], width: usize },
     /// The K most likely tokens and the rest.
     TopK(&'a TopK),
@@ -187,7 +188,11 @@ impl Buffers {
         }
         for (t, target) in input.targets.iter().enumerate() {
             let term = t + usize::from(input.labels.is_some());
-            let scratch = &mut self.target[..chunk.len() * vocabulary];
+            let compared = match target.source {
+                InputSource::Head { head, width, .. } => head.len() / width,
+                InputSource::TopK(kept) => kept.vocabulary,
+            };
+            let scratch = &mut self.target[..chunk.len() * compared];
             if let InputSource::Head { hidden, head, width } = target.source {
                 let hidden = select(hidden, width, chunk); // [R, D]
                 product_into(scratch, Matrix::new(&hidden, width), Matrix::new(head, width).transposed(), false);
@@ -195,11 +200,13 @@ impl Buffers {
             slope_rows
                 .par_iter_mut()
                 .zip(logits.par_chunks(vocabulary))
-                .zip(scratch.par_chunks_mut(vocabulary))
+                .zip(scratch.par_chunks_mut(compared))
                 .zip(terms.par_chunks_mut(count))
                 .enumerate()
                 .for_each(|(i, (((slopes, logits), scratch), terms))| {
                     let (factor, temperature) = (weights[i] * target.coefficient, target.temperature);
+                    let (logits, open) = (&logits[..compared], slopes.len().min(compared));
+                    let slopes = &mut slopes[..open];
                     terms[term] = match target.source {
                         InputSource::Head { .. } => {
                             divergence(target.divergence, logits, scratch, temperature, factor, slopes)

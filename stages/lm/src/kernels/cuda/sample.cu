@@ -63,6 +63,12 @@ struct Logits {
     }
 };
 
+// The bits of a word of tokens that are padding: those from `tokens` on.
+__device__ __forceinline__ unsigned padding(int word, int tokens) {
+    int left = tokens - word * 32;
+    return left >= 32 ? 0u : left <= 0 ? ~0u : ~0u << left;
+}
+
 // The tokens that filters have left so far, and their weights.
 struct Kept {
     Logits logits;
@@ -142,7 +148,7 @@ __device__ Weight weigh(const Kept &kept, Weight *blocks) {
 
 // A block has a row of logits, `[rows, vocabulary]`.
 extern "C" __global__ void __launch_bounds__(512)
-    sample(const float *all_logits, int vocabulary, const unsigned *ids, const unsigned *prompts,
+    sample(const float *all_logits, int vocabulary, int tokens, const unsigned *ids, const unsigned *prompts,
            const unsigned *limits, unsigned *counts, unsigned *positions, int *next, unsigned *finished,
            unsigned *histories, int room, float *log_probs, int most, float temperature, int top_k, float top_p,
            float penalty, int ngram, unsigned long long seed, unsigned time, unsigned purpose, unsigned end) {
@@ -155,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(512)
     int count = counts[row];
     Logits logits = {all_logits + static_cast<long long>(row) * vocabulary, vocabulary, penalty, seen, forbidden};
 
-    for (int word = threadIdx.x; word < words; word += blockDim.x) seen[word] = 0, forbidden[word] = 0;
+    for (int word = threadIdx.x; word < words; word += blockDim.x) seen[word] = 0, forbidden[word] = padding(word, tokens);
     __syncthreads();
     if (penalty != 1.0f)
         for (int i = threadIdx.x; i < count; i += blockDim.x) atomicOr(&seen[history[i] / 32], 1u << history[i] % 32);
@@ -187,8 +193,8 @@ extern "C" __global__ void __launch_bounds__(512)
     double own_sum = over_block<Sum>(static_cast<double>(sum * expf(largest - own_largest)));
     best = over_block<Max>(best);
     if (logit_of(best >> 32) == -INFINITY) {
-        // Every token is forbidden: then none is.
-        for (int word = threadIdx.x; word < words; word += blockDim.x) forbidden[word] = 0;
+        // Every token is forbidden: then none is but padding.
+        for (int word = threadIdx.x; word < words; word += blockDim.x) forbidden[word] = padding(word, tokens);
         __syncthreads();
         best = 0;
         for (int token = threadIdx.x; token < vocabulary; token += blockDim.x)

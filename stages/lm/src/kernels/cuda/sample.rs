@@ -45,6 +45,7 @@ pub(crate) struct Draws {
 }
 
 /// Chooses a token for each of the first rows of `writing` from `logits`, `[rows, V]`, and extends it by that.
+/// Of the vocabulary only the first `tokens` are chosen from: the rest is padding.
 ///
 /// The draw of the `k`th token of a response is `uniform(philox(seed, [k, row, time, purpose])[0])`. Weights of tokens are
 /// counted in steps of 2^-40 of the largest one's, so that their sums have no rounding and no order. Positions advance by 1
@@ -52,7 +53,7 @@ pub(crate) struct Draws {
 pub(crate) fn sample(
     device: &CudaDevice,
     logits: &impl DevicePtr<f32>,
-    vocabulary: usize,
+    [vocabulary, tokens]: [usize; 2],
     writing: &mut Writing,
     sampling: &Sampling,
     draws: Draws,
@@ -64,6 +65,7 @@ pub(crate) fn sample(
     Call::named(device, &MODULE, "sample")
         .read(logits)
         .size(vocabulary)
+        .size(tokens)
         .read(&writing.ids)
         .read(&writing.prompts)
         .read(&writing.limits)

@@ -668,12 +668,12 @@ fn sampling_chooses_as_on_the_cpu() {
     ];
     const ROOM: usize = 24;
     const MOST: usize = 12;
-    for vocabulary in [3, 40, 2003] {
+    for (vocabulary, tokens) in [(3, 3), (40, 40), (70, 37), (2003, 2003)] {
         for (which, sampling) in settings.iter().enumerate() {
             let rows = 4;
             let ids: Vec<u64> = (0..rows as u64).map(|i| i << 34 | 77).collect();
             let mut histories: Vec<Vec<u32>> =
-                (0..rows).map(|r| (0..3 + 2 * r as u32).map(|i| (i * i + 1) % vocabulary as u32).collect()).collect();
+                (0..rows).map(|r| (0..3 + 2 * r as u32).map(|i| (i * i + 1) % tokens as u32).collect()).collect();
             let prompts: Vec<u32> = histories.iter().map(|h| h.len() as u32).collect();
             let limits = vec![10u32, 4, 12, 12];
             let mut history = vec![0u32; rows * ROOM];
@@ -707,14 +707,15 @@ fn sampling_chooses_as_on_the_cpu() {
                     }
                     let [word, ..] = philox(9, [log_probs[r].len() as u32, fold(ids[r]), 5, 2]);
                     let scratch = &mut Scratch::default();
-                    let Choice { token, log_prob } = choose(logits, &histories[r], sampling, uniform(word), scratch);
+                    let Choice { token, log_prob } =
+                        choose(logits, tokens, &histories[r], sampling, uniform(word), scratch);
                     histories[r].push(token);
                     log_probs[r].push(log_prob);
                     done[r] = token == end || log_probs[r].len() == limits[r] as usize;
                 }
                 let draws = super::sample::Draws { seed: 9, time: 5, purpose: 2, end };
                 let logits = put::<f32>(&device, &logits);
-                super::sample::sample(&device, &logits, vocabulary, &mut writing, sampling, draws).unwrap();
+                super::sample::sample(&device, &logits, [vocabulary, tokens], &mut writing, sampling, draws).unwrap();
             }
             let counts = device.clone_dtoh(&writing.counts).unwrap();
             let found = device.clone_dtoh(&writing.history).unwrap();
