@@ -232,6 +232,9 @@ fn key_metric(metrics: &Map<String, Json>) -> Option<String> {
     let first = || metrics.keys().find(|name| !COUNTS.contains(&name.as_str())).cloned();
     let name = wanted.or_else(first)?;
     let value = &metrics[&name];
+    if value.get("not_measured").is_some() {
+        return Some(format!("{name} not measured"));
+    }
     let number = value.as_f64().or_else(|| value.get("mean").and_then(Json::as_f64));
     match (number, value) {
         (Some(number), _) => Some(format!("{name} {}", crate::table::figure(number))),

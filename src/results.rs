@@ -55,6 +55,17 @@ pub fn number(metrics: &Map<String, Json>, name: &str) -> Option<Measured> {
     number(metrics.get(outer)?.as_object()?, inner)
 }
 
+/// Whether a stage was to measure that and found nothing to compare: neither a number nor nothing.
+pub fn is_not_measured(metrics: &Map<String, Json>, name: &str) -> bool {
+    match (metrics.get(name), name.split_once('.')) {
+        (Some(value), _) => value.get("not_measured").is_some(),
+        (None, Some((outer, inner))) => {
+            metrics.get(outer).and_then(Json::as_object).is_some_and(|inside| is_not_measured(inside, inner))
+        }
+        (None, None) => false,
+    }
+}
+
 fn measured(value: &Json) -> Option<Measured> {
     let Some(fields) = value.as_object() else {
         return Some(Measured { mean: value.as_f64()?, interval: None });

@@ -96,6 +96,7 @@ pub fn run_loop(
     loop {
         run.run_stage(host)?;
         if run.held.position.round == run.clock.rounds {
+            run.say_what_could_not_choose(host);
             return Ok(Ended::Finished(run.finish()?));
         }
         if body.unroll {
@@ -308,6 +309,10 @@ impl<'a> LoopRun<'a> {
             let metrics = outputs.values().find_map(|output| find_metrics(Some(output)));
             let metrics = metrics.ok_or_else(|| anyhow!("the stage has no metrics to keep the best round by"))?;
             let Some(score) = metrics.number(metric) else {
+                // It found nothing to compare, and has said so: this round has no score.
+                if metrics.0.contains_key(metric) {
+                    continue;
+                }
                 let known: Vec<_> = metrics.0.keys().map(|name| format!("`{name}`")).collect();
                 bail!("the stage measures no `{metric}` to keep the best round by; it measures {}", known.join(", "));
             };
@@ -374,14 +379,31 @@ impl<'a> LoopRun<'a> {
         at
     }
 
+    /// Warns of a best round that nothing chose: its metric was never measured, or was always the same.
+    fn say_what_could_not_choose(&self, host: &mut dyn Host) {
+        for (name, carry) in &self.body.carry {
+            let Keep::Best { stage, metric, .. } = &carry.keep else { continue };
+            let rows = self.body.stages.get_index_of(stage).map_or(&[][..], |index| &self.held.rows[index]);
+            let scores: Vec<f64> = rows.iter().filter_map(|row| row.get(metric)?.as_f64()).collect();
+            let text = match scores.as_slice() {
+                [] => format!("`{metric}` was never measured, so it could not choose: the last `{name}` is kept"),
+                [first, others @ ..] if !others.is_empty() && others.iter().all(|score| score == first) => format!(
+                    "`{metric}` was {} in all {} measurements, so it could not choose: the first `{name}` is kept",
+                    crate::table::figure(*first),
+                    scores.len()
+                ),
+                _ => continue,
+            };
+            host.warn(stage, &text);
+        }
+    }
+
     fn finish(mut self) -> Result<Finished> {
         let mut outputs = Vec::with_capacity(self.body.carry.len());
         for (index, name) in self.body.carry.keys().enumerate() {
-            let slot = match self.body.carry[self.keeper(index)].keep {
-                Keep::Best { .. } => Slot::Kept(index),
-                Keep::Last | Keep::With(_) => Slot::Carry(index),
-            };
-            let value = self.held.values.remove(&slot);
+            let best = matches!(self.body.carry[self.keeper(index)].keep, Keep::Best { .. });
+            let kept = if best { self.held.values.remove(&Slot::Kept(index)) } else { None };
+            let value = kept.or_else(|| self.held.values.remove(&Slot::Carry(index)));
             outputs.push(value.ok_or_else(|| anyhow!("carried value `{name}` was never made"))?);
         }
         let seconds = self.seconds();

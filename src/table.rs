@@ -156,6 +156,7 @@ impl Numbers<'_> {
             }
         }
         Ok(match found.as_slice() {
+            [] if self.is_not_measured(cells, metric)? => "not measured".into(),
             [] => "-".into(),
             [Measured { mean, interval: None }] => figure(*mean),
             [Measured { mean, interval: Some((low, high)) }] => {
@@ -195,6 +196,15 @@ impl Numbers<'_> {
             [one] => figure(*one),
             several => self.over_repeats(several, intervals),
         })
+    }
+
+    fn is_not_measured(&self, cells: &[&Cell], metric: &MetricRef) -> Result<bool> {
+        for settled in cells.iter().filter_map(|cell| self.stage(cell, &metric.stage)) {
+            if results::is_not_measured(&results::metrics(settled, self.store)?, &metric.metric) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn measured(&self, cell: &Cell, metric: &MetricRef) -> Result<Option<Measured>> {

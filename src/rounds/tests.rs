@@ -18,6 +18,7 @@ struct Scripted {
     stop_at: BTreeSet<u64>,
     cut_at: BTreeSet<u64>,
     kept: Vec<u64>,
+    warnings: Vec<String>,
 }
 
 impl Host for Scripted {
@@ -40,7 +41,9 @@ impl Host for Scripted {
     fn round(&mut self, _: u64, _: u64) {}
     fn metrics(&mut self, _: &str, _: &MetricsRow) {}
     fn progress(&mut self, _: &str, _: u64, _: u64, _: &str) {}
-    fn warn(&mut self, _: &str, _: &str) {}
+    fn warn(&mut self, stage: &str, text: &str) {
+        self.warnings.push(format!("{stage}: {text}"));
+    }
 }
 
 /// What a loop leaves behind, as bytes.
@@ -61,6 +64,7 @@ fn run(body: &Loop, stop_at: &[u64], cut_at: &[u64]) -> Result<Left> {
         stop_at: stop_at.iter().copied().collect(),
         cut_at: cut_at.iter().copied().collect(),
         kept: vec![],
+        warnings: Vec::new(),
     };
     for attempt in 0.. {
         let env = Env { device: "cpu".into(), threads: 1, scratch: scratch.path().join(attempt.to_string()) };
@@ -259,6 +263,20 @@ fn the_first_of_equal_rounds_is_kept() {
     body.stages["learn"] = stage("learn", Every::Round, json!({"rate": 0.0}), &inputs);
     let kept = run(&body, &[], &[]).unwrap();
     assert_eq!(kept.outputs, run_until(&body, 3));
+    let said = warnings(&body);
+    assert!(said.len() == 1 && said[0].starts_with("check: `"), "{said:?}");
+    assert!(said[0].contains("measurements, so it could not choose: the first `student` is kept"), "{said:?}");
+    assert_eq!(warnings(&promptkd(3, true, false)), [""; 0]);
+}
+
+/// What a loop warns of.
+fn warnings(body: &Loop) -> Vec<String> {
+    let (scratch, folder) = (tempfile::tempdir().unwrap(), PathBuf::new());
+    let env = Env { device: "cpu".into(), threads: 1, scratch: scratch.path().into() };
+    let (stop_at, cut_at) = (BTreeSet::new(), BTreeSet::new());
+    let mut host = Scripted { folder, asked: 0, stop_at, cut_at, kept: Vec::new(), warnings: Vec::new() };
+    run_loop(body, entries(), None, &fakes::registry(), &env, &mut host).unwrap();
+    host.warnings
 }
 
 /// The carried values after so many rounds, read from a cut.
@@ -273,6 +291,7 @@ fn run_until(body: &Loop, rounds: u64) -> Vec<Vec<u64>> {
         stop_at: BTreeSet::new(),
         cut_at: BTreeSet::new(),
         kept: vec![],
+        warnings: Vec::new(),
     };
     while run.held.position.round < rounds {
         run.run_stage(&mut host).unwrap();
@@ -299,6 +318,7 @@ fn seconds_add_up_over_attempts() {
         stop_at: BTreeSet::from([6]),
         cut_at: BTreeSet::new(),
         kept: vec![],
+        warnings: Vec::new(),
     };
     let Ended::Stopped(stopped) = run_loop(&body, entries(), None, &registry, &env, &mut host).unwrap() else {
         panic!("it should have stopped")
@@ -324,6 +344,7 @@ fn a_carried_value_without_a_first_one_is_not_connected_in_round_0() {
         stop_at: BTreeSet::new(),
         cut_at: BTreeSet::new(),
         kept: vec![],
+        warnings: Vec::new(),
     };
     let mut without_prompt = entries();
     without_prompt.remove("carry.prompt");

@@ -7,12 +7,16 @@
 //!   with: {max_new_tokens: 48, seeds: [10, 20, 30, 40, 50]}
 //! ```
 //!
-//! Generated answers, one sample a seed, are scored against every reference of the row; the best counts. `rouge_l` and
-//! `exact_match` are in percent. `loss` is the mean cross-entropy of a response token as given. `reverse_kl` is the mean of
+//! Generated answers, one sample a seed, are scored against every reference of the row; the best counts. `rouge_l`,
+//! `exact_match` and `strict_match` are in percent. `loss` is the mean cross-entropy of a response token as given. `reverse_kl` is the mean of
 //! KL(model || teacher) over the tokens of the sampled answers, in nats a token.
-//! Every metric has `mean`, `interval` (95 %, bootstrap over rows of their mean over seeds) and the value of each seed.
+//! Every metric has `mean`, `interval` (95 %, bootstrap over rows of their mean over seeds) and the value of each seed. A metric
+//! that finds nothing to compare is not measured, which is not 0: its `mean` is null, `not_measured` says why, and the stage
+//! warns. Rows without anything to compare are left out of a mean.
 //! Inputs: `model`, `data`, and a `teacher` for `reverse_kl`. Outputs: `metrics`, `predictions`.
 //! Cost: one generation of all rows a seed; a forward pass for `loss`; one of each model a seed for `reverse_kl`.
+
+use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
 use candle_core::Tensor;
@@ -31,7 +35,8 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::aligned::Aligned;
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
-use crate::score;
+use crate::padding::Padding;
+use crate::score::{self, Words};
 use crate::student_generate::sampling_errors;
 use crate::text::Text;
 
@@ -69,6 +74,9 @@ pub struct Config {
     /// Only the first so many rows.
     #[serde(default)]
     pub rows: Option<usize>,
+    /// What a word is to ROUGE-L: `ascii`, as in the published figures, or `unicode`, for text in any script.
+    #[serde(default)]
+    pub words: Words,
     /// Whether words are stemmed before ROUGE-L compares them, as in the published figures.
     #[serde(default = "yes")]
     pub stem: bool,
@@ -86,7 +94,8 @@ pub struct Config {
 pub enum Metric {
     /// ROUGE-L F1 of the answers, percent.
     RougeL,
-    /// Share of answers equal to a reference but for case, punctuation and space, percent.
+    /// Share of answers equal to a reference but for case, punctuation and space, percent; beside it `strict_match`, of those
+    /// equal but for space at the ends, to which `-2` is not `2`.
     ExactMatch,
     /// Mean cross-entropy of the given responses, nats a token.
     Loss,
@@ -133,7 +142,7 @@ impl Stage for Evaluate {
     fn about(&self) -> About {
         About {
             name: "evaluate",
-            version: 1,
+            version: 2,
             numerics: Some(lm::NUMERICS),
             summary: "scores a model's answers (ROUGE-L, exact match), its loss, and its distance to a teacher",
             example: "kind: evaluate\nin: {model: train.student, data: data.test}\nwith: {max_new_tokens: 48, seeds: [10, 20, 30, 40, 50]}",
@@ -188,7 +197,7 @@ impl Stage for Evaluate {
     }
 
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Evaluating(config)))
+        Ok(Box::new(Evaluating { config, padding: Padding::default(), warned: BTreeSet::new() }))
     }
 }
 
@@ -208,11 +217,16 @@ impl Config {
     }
 }
 
-struct Evaluating(Config);
+struct Evaluating {
+    config: Config,
+    padding: Padding,
+    /// What has been warned of: once is enough, however often a loop evaluates.
+    warned: BTreeSet<String>,
+}
 
 impl Operator for Evaluating {
     fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        let Evaluating(config) = &*self;
+        let config = &self.config;
         let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
@@ -220,6 +234,9 @@ impl Operator for Evaluating {
         let data = inputs.take::<Dataset>("data")?;
         let rows = evaluated_rows(&data, config);
         ensure!(!rows.is_empty(), "the data to evaluate on has no rows");
+        if let Some(teacher) = &teacher {
+            self.padding.say("model", &model, "teacher", teacher, sink);
+        }
 
         let mut metrics = Map::new();
         let mut predictions = Vec::new();
@@ -228,7 +245,7 @@ impl Operator for Evaluating {
         }
         if config.metrics.iter().any(|metric| metric.reads_answers()) {
             let answers = self.answer(&model, prompt.as_ref(), &rows, &data, sink)?;
-            let mut scores = Scores::new(config, rows.len());
+            let mut scores = Scores::new(config);
             for (seed, generated) in &answers {
                 scores.text(*seed, &rows, generated, &data, &mut predictions)?;
                 if let (true, Some(teacher)) = (config.measures(Metric::ReverseKl), &teacher) {
@@ -236,7 +253,9 @@ impl Operator for Evaluating {
                 }
             }
             metrics.extend(scores.summary());
+            self.warn_of_answers(&answers, sink);
         }
+        self.warn_of_gaps(&metrics, sink);
         Ok(Outputs::new().with("metrics", Metrics(metrics)).with("predictions", Predictions(predictions)))
     }
 }
@@ -252,6 +271,29 @@ fn evaluated_rows(data: &Dataset, config: &Config) -> Vec<Row> {
 }
 
 impl Evaluating {
+    /// Warns of what was not measured, for want of anything to compare.
+    fn warn_of_gaps(&mut self, metrics: &Map<String, Json>, sink: &mut dyn Sink) {
+        for (name, value) in metrics {
+            let text = match (&value["not_measured"], &value["left_out"]) {
+                (Json::String(why), _) => format!("`{name}` is not measured: {why}"),
+                (_, Json::String(which)) => format!("`{name}` leaves out {which}"),
+                _ => continue,
+            };
+            if self.warned.insert(name.clone()) {
+                sink.warn(&text);
+            }
+        }
+    }
+
+    fn warn_of_answers(&mut self, answers: &[(u64, Vec<Generated>)], sink: &mut dyn Sink) {
+        let all: usize = answers.iter().map(|(_, generated)| generated.len()).sum();
+        let mut written = answers.iter().flat_map(|(_, generated)| generated);
+        let says_nothing = |it: &Generated| it.ids.len() <= usize::from(it.end == End::Stop);
+        if written.all(says_nothing) && self.warned.insert("answers".to_owned()) {
+            sink.warn(&format!("all {all} answers are empty: the model ends a text where it should begin"));
+        }
+    }
+
     /// One answer a row for every seed; a greedy answer does not depend on the seed and is made once.
     fn answer(
         &self,
@@ -261,7 +303,7 @@ impl Evaluating {
         data: &Dataset,
         sink: &mut dyn Sink,
     ) -> Result<Vec<(u64, Vec<Generated>)>> {
-        let Evaluating(config) = self;
+        let config = &self.config;
         let seeds = if config.temperature == 0.0 { &config.seeds[..1] } else { &config.seeds[..] };
         let prompts: Vec<Prompt<'_>> = rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
         let total = (seeds.len() * rows.len()) as u64;
@@ -288,7 +330,7 @@ impl Evaluating {
 
     fn loss(&self, model: &LanguageModel, prompt: Option<&Tensor>, rows: &[Row]) -> Result<Json> {
         let (mut sums, mut counts) = (Vec::new(), Vec::new());
-        for chunk in rows.chunks(self.0.batch) {
+        for chunk in rows.chunks(self.config.batch) {
             let text = Aligned::of(chunk);
             if text.tokens() == 0 {
                 continue;
@@ -306,7 +348,9 @@ impl Evaluating {
                 counts.push(own.len() as f64);
             }
         }
-        ensure!(counts.iter().sum::<f64>() > 0.0, "the data to evaluate on has no response to measure the loss of");
+        if sums.is_empty() {
+            return Ok(not_measured(&format!("none of the {} rows has a response", rows.len())));
+        }
         Ok(summarise(&[(None, ratio(&sums, &counts))], &[sums], &[counts]))
     }
 
@@ -326,7 +370,7 @@ impl Evaluating {
             .zip(generated)
             .map(|(row, generated)| Row { response: generated.ids.clone(), ..row.clone() })
             .collect();
-        for chunk in written.chunks(self.0.batch) {
+        for chunk in written.chunks(self.config.batch) {
             let text = Aligned::of(chunk);
             let values = if text.tokens() == 0 {
                 Vec::new()
@@ -360,7 +404,6 @@ impl Evaluating {
 /// Scores of every row by metric and seed, as sums and counts, so that a mean is a ratio of sums.
 struct Scores<'a> {
     config: &'a Config,
-    rows: usize,
     by_metric: Vec<Measurement>,
 }
 
@@ -373,8 +416,8 @@ struct Measurement {
 }
 
 impl<'a> Scores<'a> {
-    fn new(config: &'a Config, rows: usize) -> Self {
-        Scores { config, rows, by_metric: Vec::new() }
+    fn new(config: &'a Config) -> Self {
+        Scores { config, by_metric: Vec::new() }
     }
 
     fn add(&mut self, metric: &'static str, seed: u64, sums: Vec<f64>, counts: Vec<f64>) {
@@ -398,32 +441,36 @@ impl<'a> Scores<'a> {
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
         let tokenizer = Text::new(&data.tokenizer)?;
-        let stemming = if self.config.stem { score::Stemming::Porter } else { score::Stemming::Off };
-        let scored: Vec<(String, f64, f64)> = rows
-            .par_iter()
-            .zip(generated)
-            .map(|(row, generated)| {
-                let text = score::clean(&tokenizer.decode(&generated.ids)?);
-                let rouge_l = score::rouge_l_with(&text, &row.references, stemming);
-                let exact_match = f64::from(u8::from(score::exact_match(&text, &row.references)));
-                Ok((text, 100.0 * rouge_l, 100.0 * exact_match))
-            })
-            .collect::<Result<_>>()?;
-        for ((row, generated), (text, rouge_l, exact_match)) in rows.iter().zip(generated).zip(&scored) {
+        let scored = rows.par_iter().zip(generated).map(|(row, generated)| {
+            let text = score::clean(&tokenizer.decode(&generated.ids)?);
+            Ok(Scored::of(text, &row.references, self.config))
+        });
+        let scored: Vec<Scored> = scored.collect::<Result<_>>()?;
+        for ((row, generated), Scored { text, rouge_l, exact_match, strict_match }) in
+            rows.iter().zip(generated).zip(&scored)
+        {
             let prediction = json!({
-                "id": row.id, "seed": seed, "text": text, "rouge_l": rouge_l, "exact_match": exact_match,
+                "id": row.id, "seed": seed, "text": text,
+                "rouge_l": rouge_l, "exact_match": exact_match, "strict_match": strict_match,
                 "tokens": generated.ids.len(), "end": if generated.end == End::Stop { "stop" } else { "length" },
             });
             predictions.push(prediction.as_object().cloned().unwrap_or_default());
         }
-        let ones = vec![1.0; self.rows];
-        if self.config.measures(Metric::RougeL) {
-            self.add("rouge_l", seed, scored.iter().map(|s| s.1).collect(), ones.clone());
+        let config = self.config;
+        let mut add = |metric, score: fn(&Scored) -> Option<f64>| {
+            let (sums, counts) =
+                scored.iter().map(score).map(|it| (it.unwrap_or(0.0), f64::from(u8::from(it.is_some())))).unzip();
+            self.add(metric, seed, sums, counts);
+        };
+        if config.measures(Metric::RougeL) {
+            add("rouge_l", |it| it.rouge_l);
         }
-        if self.config.measures(Metric::ExactMatch) {
-            self.add("exact_match", seed, scored.iter().map(|s| s.2).collect(), ones.clone());
+        if config.measures(Metric::ExactMatch) {
+            add("exact_match", |it| it.exact_match);
+            add("strict_match", |it| it.strict_match);
         }
-        self.add("response_tokens", seed, generated.iter().map(|g| g.ids.len() as f64).collect(), ones);
+        let lengths = generated.iter().map(|generated| generated.ids.len() as f64).collect();
+        self.add("response_tokens", seed, lengths, vec![1.0; generated.len()]);
         Ok(())
     }
 
@@ -435,24 +482,77 @@ impl<'a> Scores<'a> {
     fn summary(&self) -> Map<String, Json> {
         let summarised = self.by_metric.iter().map(|Measurement { metric, seeds, sums, counts }| {
             let means = sums.iter().zip(counts).map(|(sums, counts)| ratio(sums, counts));
-            let by_seed: Vec<(Option<u64>, f64)> = seeds.iter().copied().map(Some).zip(means).collect();
-            ((*metric).to_owned(), summarise(&by_seed, sums, counts))
+            let by_seed: Vec<(Option<u64>, Option<f64>)> = seeds.iter().copied().map(Some).zip(means).collect();
+            let mut summary = summarise(&by_seed, sums, counts);
+            let (all, gaps) = gaps(counts);
+            let lacking = self.lacking(metric);
+            if gaps == all {
+                summary = not_measured(&format!("none of the {all} rows has {lacking}"));
+            } else if gaps > 0 && *metric != "reverse_kl" {
+                summary["left_out"] = json!(format!("{gaps} of {all} rows, which have not {lacking}"));
+            }
+            ((*metric).to_owned(), summary)
         });
         summarised.collect()
     }
+
+    /// What a metric compares with, as words behind "has".
+    fn lacking(&self, metric: &str) -> &'static str {
+        match (metric, self.config.words) {
+            ("rouge_l", Words::Ascii) => {
+                "a right answer with a word of ASCII letters or digits, all that `words: ascii` sees (`words: unicode` is for \
+                 other scripts)"
+            }
+            ("rouge_l", Words::Unicode) => "a right answer with a word",
+            ("reverse_kl", _) => "an answer",
+            _ => "a right answer with text",
+        }
+    }
 }
 
-fn ratio(sums: &[f64], counts: &[f64]) -> f64 {
+/// The rows, and those of them in which no seed found anything to compare.
+fn gaps(counts: &[Vec<f64>]) -> (usize, usize) {
+    let rows = counts[0].len();
+    (rows, (0..rows).filter(|&row| counts.iter().all(|seed| seed[row] == 0.0)).count())
+}
+
+/// Scores of one answer in percent; `None` where there is nothing to compare with.
+struct Scored {
+    text: String,
+    rouge_l: Option<f64>,
+    exact_match: Option<f64>,
+    strict_match: Option<f64>,
+}
+
+impl Scored {
+    fn of(text: String, references: &[String], config: &Config) -> Self {
+        let stemming = if config.stem { score::Stemming::Porter } else { score::Stemming::Off };
+        let rouge_l = score::rouge_l_by(&text, references, config.words, stemming).map(|score| 100.0 * score);
+        let comparable = references.iter().any(|reference| !reference.trim().is_empty());
+        let percent = |equal: bool| comparable.then_some(if equal { 100.0 } else { 0.0 });
+        let exact_match = percent(score::exact_match(&text, references));
+        let strict_match = percent(score::strict_match(&text, references));
+        Scored { text, rouge_l, exact_match, strict_match }
+    }
+}
+
+/// `None` where nothing was counted.
+fn ratio(sums: &[f64], counts: &[f64]) -> Option<f64> {
     let count: f64 = counts.iter().sum();
-    if count > 0.0 { sums.iter().sum::<f64>() / count } else { 0.0 }
+    (count > 0.0).then(|| sums.iter().sum::<f64>() / count)
+}
+
+/// In place of a summary.
+fn not_measured(why: &str) -> Json {
+    json!({"mean": null, "interval": null, "not_measured": why})
 }
 
 /// Resamples of the rows behind an interval. A thousand put about 25 draws beyond either end of it.
 const RESAMPLES: usize = 1000;
 
 /// Mean over seeds, and the 2.5 and 97.5 percentiles of that mean when rows are drawn anew, with replacement
-/// (Efron, 1979; for ROUGE: Lin, 2004).
-fn summarise(by_seed: &[(Option<u64>, f64)], sums: &[Vec<f64>], counts: &[Vec<f64>]) -> Json {
+/// (Efron, 1979; for ROUGE: Lin, 2004). Something was counted.
+fn summarise(by_seed: &[(Option<u64>, Option<f64>)], sums: &[Vec<f64>], counts: &[Vec<f64>]) -> Json {
     let rows = sums[0].len();
     let over_seeds = |columns: &[Vec<f64>], row: usize| columns.iter().map(|c| c[row]).sum::<f64>();
     let row_sums: Vec<f64> = (0..rows).map(|row| over_seeds(sums, row)).collect();
@@ -467,15 +567,19 @@ fn summarise(by_seed: &[(Option<u64>, f64)], sums: &[Vec<f64>], counts: &[Vec<f6
                 sum += row_sums[row];
                 count += row_counts[row];
             }
-            if count > 0.0 { sum / count } else { 0.0 }
+            (count > 0.0).then(|| sum / count)
         })
+        .flatten()
         .collect();
     means.sort_by(f64::total_cmp);
-    let interval = [means[RESAMPLES / 40], means[RESAMPLES - 1 - RESAMPLES / 40]];
-    let mean = by_seed.iter().map(|(_, value)| value).sum::<f64>() / by_seed.len() as f64;
-    let mut summary = json!({"mean": round(mean), "interval": interval.map(round)});
+    let tail = means.len() / 40;
+    let interval = means.get(tail).zip(means.iter().rev().nth(tail)).map(|(low, high)| [round(*low), round(*high)]);
+    let measured: Vec<f64> = by_seed.iter().filter_map(|(_, value)| *value).collect();
+    let mean = measured.iter().sum::<f64>() / measured.len().max(1) as f64;
+    let mut summary = json!({"mean": round(mean), "interval": interval});
     if by_seed.iter().any(|(seed, _)| seed.is_some()) {
-        let seeds = by_seed.iter().filter_map(|(seed, value)| Some((seed.as_ref()?.to_string(), json!(round(*value)))));
+        let seeds =
+            by_seed.iter().filter_map(|(seed, value)| Some((seed.as_ref()?.to_string(), json!(value.map(round)))));
         summary["seeds"] = Json::Object(seeds.collect());
     }
     summary
@@ -494,7 +598,7 @@ mod tests {
     fn the_mean_is_over_seeds_and_the_interval_holds_it() {
         let sums = vec![vec![0.0, 100.0, 50.0, 50.0], vec![10.0, 90.0, 60.0, 40.0]];
         let counts = vec![vec![1.0; 4]; 2];
-        let by_seed = [(Some(10), 50.0), (Some(20), 50.0)];
+        let by_seed = [(Some(10), Some(50.0)), (Some(20), Some(50.0))];
         let summary = summarise(&by_seed, &sums, &counts);
         assert_eq!(summary["mean"], 50.0);
         assert_eq!(summary["seeds"]["20"], 50.0);
@@ -504,7 +608,60 @@ mod tests {
 
     #[test]
     fn a_row_that_is_always_the_same_has_an_interval_of_no_width() {
-        let summary = summarise(&[(None, 2.0)], &[vec![4.0, 4.0]], &[vec![2.0, 2.0]]);
+        let summary = summarise(&[(None, Some(2.0))], &[vec![4.0, 4.0]], &[vec![2.0, 2.0]]);
         assert_eq!(summary["interval"], json!([2.0, 2.0]));
+    }
+
+    fn scored(references: &[&[&str]], config: Json) -> (Map<String, Json>, Vec<String>) {
+        let mut config = config;
+        config["temperature"] = json!(0);
+        let config: Config = serde_json::from_value(config).unwrap();
+        let mut stage = Evaluating { config: config.clone(), padding: Padding::default(), warned: BTreeSet::new() };
+        let mut scores = Scores::new(&config);
+        let scored: Vec<Scored> = references
+            .iter()
+            .map(|it| {
+                Scored::of("水 25".to_owned(), &it.iter().map(|text| text.to_string()).collect::<Vec<_>>(), &config)
+            })
+            .collect();
+        for (metric, score) in
+            [("rouge_l", (|it| it.rouge_l) as fn(&Scored) -> Option<f64>), ("exact_match", |it| it.exact_match)]
+        {
+            let (sums, counts) =
+                scored.iter().map(score).map(|it| (it.unwrap_or(0.0), f64::from(u8::from(it.is_some())))).unzip();
+            scores.add(metric, 1, sums, counts);
+        }
+        let metrics = scores.summary();
+        let mut log = crate::testing::Log::default();
+        // However often a loop evaluates, it is said once.
+        (0..3).for_each(|_| stage.warn_of_gaps(&metrics, &mut log));
+        (metrics, log.warnings)
+    }
+
+    #[test]
+    fn what_has_nothing_to_compare_is_not_measured_and_said_once() {
+        // Not measured, measured as 0, and measured over the rows that can be.
+        for (references, words, rouge_l, exact_match, said) in [
+            (
+                &[&["水"][..], &["火"]][..],
+                "ascii",
+                None,
+                Some(0.0),
+                vec!["`rouge_l` is not measured: none of the 2 rows"],
+            ),
+            (&[&["水"], &["火"]], "unicode", Some(100.0 / 3.0), Some(0.0), vec![]),
+            (&[&["x"], &["y"]], "ascii", Some(0.0), Some(0.0), vec![]),
+            (&[&["2.5"], &["火"]], "ascii", Some(0.0), Some(0.0), vec!["`rouge_l` leaves out 1 of 2 rows"]),
+            (&[&["", " "], &[]], "unicode", None, None, vec!["`rouge_l` is not", "`exact_match` is not measured"]),
+        ] {
+            let (metrics, warnings) = scored(references, json!({"words": words}));
+            let mean = |name: &str| metrics[name]["mean"].as_f64();
+            assert_eq!(mean("rouge_l"), rouge_l.map(round), "{references:?}");
+            assert_eq!(mean("exact_match"), exact_match, "{references:?}");
+            assert_eq!(warnings.len(), said.len(), "{warnings:?}");
+            for (found, expected) in warnings.iter().zip(said) {
+                assert!(found.starts_with(expected), "{found}");
+            }
+        }
     }
 }

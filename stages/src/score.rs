@@ -9,7 +9,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
+use unicode_segmentation::UnicodeSegmentation;
 
 use crate::{jsonl, porter};
 
@@ -47,9 +50,32 @@ pub fn score(predictions: &Path, references: &Path) -> Result<Json> {
     }))
 }
 
-/// Best ROUGE-L F1 over the references, 0 to 1, with stemming. Without references, or where either side has no word: 0.
+/// What is taken for a word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Words {
+    /// Runs of ASCII letters and digits, as the published scores have it. Of other scripts nothing is seen.
+    #[default]
+    Ascii,
+    /// Words of any script, by the boundaries of Unicode (annex 29): of Chinese each character is one.
+    Unicode,
+}
+
+/// Best ROUGE-L F1 over the references, 0 to 1, with stemming, as published: 0 where there is nothing to compare.
 pub fn rouge_l(prediction: &str, references: &[String]) -> f64 {
     rouge_l_with(prediction, references, Stemming::Porter)
+}
+
+/// Best ROUGE-L F1 over the references, 0 to 1. None where no reference has a word: then nothing is measured.
+pub fn rouge_l_by(prediction: &str, references: &[String], words: Words, stemming: Stemming) -> Option<f64> {
+    let prediction = words.of(prediction, stemming);
+    let references = references.iter().map(|reference| words.of(reference, stemming));
+    references.filter(|reference| !reference.is_empty()).map(|reference| f1(&prediction, &reference)).reduce(f64::max)
+}
+
+/// Whether the prediction equals a reference but for white space at the ends.
+pub fn strict_match(prediction: &str, references: &[String]) -> bool {
+    references.iter().any(|reference| reference.trim() == prediction.trim())
 }
 
 /// Whether words are stemmed before they are compared.
@@ -63,11 +89,11 @@ pub enum Stemming {
 
 /// [`rouge_l`] with a choice of stemming.
 pub fn rouge_l_with(prediction: &str, references: &[String], stemming: Stemming) -> f64 {
-    let prediction = words(prediction, stemming);
-    references.iter().map(|reference| f1(&prediction, &words(reference, stemming))).fold(0.0, f64::max)
+    rouge_l_by(prediction, references, Words::Ascii, stemming).unwrap_or(0.0)
 }
 
-/// Whether the prediction equals a reference, but for case, ASCII punctuation and white space.
+/// Whether the prediction equals a reference, but for case, ASCII punctuation and white space, as published: so `-2` is
+/// taken for `2`, and `2.5` for `25`. [`strict_match`] is not misled.
 pub fn exact_match(prediction: &str, references: &[String]) -> bool {
     let prediction = bare(prediction);
     references.iter().any(|reference| bare(reference) == prediction)
@@ -84,15 +110,21 @@ fn bare(text: &str) -> String {
     kept.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-fn words(text: &str, stemming: Stemming) -> Vec<String> {
-    text.to_lowercase()
-        .split(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit())
-        .filter(|word| !word.is_empty())
-        .map(|word| match stemming {
-            Stemming::Porter if word.len() > 3 => porter::stem(word).into_owned(),
+impl Words {
+    fn of(self, text: &str, stemming: Stemming) -> Vec<String> {
+        let stem = |word: &str| match stemming {
+            Stemming::Porter if word.len() > 3 && word.is_ascii() => porter::stem(word).into_owned(),
             _ => word.to_owned(),
-        })
-        .collect()
+        };
+        let text = text.to_lowercase();
+        match self {
+            Words::Ascii => {
+                let words = text.split(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit());
+                words.filter(|word| !word.is_empty()).map(stem).collect()
+            }
+            Words::Unicode => text.unicode_words().map(stem).collect(),
+        }
+    }
 }
 
 /// F1 = 2PR / (P + R) with P = l / |prediction| and R = l / |reference|.
@@ -160,7 +192,6 @@ fn read<T>(path: &Path, parse: impl Fn(&Json) -> Option<T>, expected: &str) -> R
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde::Deserialize;
 
     use super::*;
     use crate::testing::{Scratch, shared_data};
@@ -195,6 +226,41 @@ mod tests {
         assert_eq!(rouge_l_with("the dogs barking", &references, Stemming::Off), 1.0 / 3.0);
         assert_eq!(rouge_l("the dogs barking", &references), 1.0);
         assert_eq!(rouge_l("anything", &[]), 0.0);
+    }
+
+    #[test]
+    fn words_of_other_scripts_are_compared_when_asked_for() {
+        let by = |words, prediction: &str, references: &[&str]| {
+            rouge_l_by(prediction, &list(references), words, Stemming::Porter)
+        };
+        for (prediction, reference, score) in [
+            ("水是冰", "水是冷", 2.0 / 3.0),
+            ("кот спит", "кот ест", 0.5),
+            ("Straße", "straße", 1.0),
+            ("水", "火", 0.0),
+        ] {
+            let found = by(Words::Unicode, prediction, &[reference]).unwrap();
+            assert!((found - score).abs() < 1e-12, "{prediction}: {found}");
+        }
+        assert_eq!(by(Words::Ascii, "水是冰", &["水是冷", "火"]), None);
+        assert_eq!(by(Words::Ascii, "水", &["火 1"]), Some(0.0));
+        assert_eq!(
+            by(Words::Unicode, "dogs barking", &["the dog barked"]),
+            by(Words::Ascii, "dogs barking", &["the dog barked"])
+        );
+        for nothing in [&[][..], &["", "?!"]] {
+            assert_eq!(by(Words::Unicode, "text", nothing), None);
+        }
+    }
+
+    #[test]
+    fn a_strict_match_sees_signs_points_and_case() {
+        for (prediction, reference, normalised, strict) in
+            [("-2", "2", true, false), ("2.5", "25", true, false), ("a", "A", true, false), (" 2 ", "2\n", true, true)]
+        {
+            assert_eq!(exact_match(prediction, &list(&[reference])), normalised, "{prediction}");
+            assert_eq!(strict_match(prediction, &list(&[reference])), strict, "{prediction}");
+        }
     }
 
     #[test]
