@@ -313,7 +313,10 @@ fn with_window(kind: &dyn Kind, mut with: Json) -> Json {
     else {
         return with;
     };
-    for (name, field) in window.into_iter().chain([("rounds".to_owned(), rounds_field())]) {
+    let order_seed =
+        whole_number(0, "Seed of a shuffled order; left out: that of the stage, under `conventions: reference` 0.");
+    let more = [("rounds".to_owned(), rounds_field()), ("order_seed".to_owned(), order_seed)];
+    for (name, field) in window.into_iter().chain(more) {
         own.entry(name).or_insert(field);
     }
     with

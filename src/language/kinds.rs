@@ -7,8 +7,9 @@ use contract::{Alone, Kind, Registry};
 use jsonschema::Validator;
 use serde_json::Value as Json;
 
-/// Fields of a window, which stand in `with` where a training kind is used alone.
-pub(crate) const WINDOW_FIELDS: [&str; 7] = ["rows", "take", "epochs", "rounds", "order", "seed", "last"];
+/// Fields of a window, which stand in `with` where a training kind is used alone. There `seed` is the stage's too, and
+/// `order_seed` that of the order by itself.
+pub(crate) const WINDOW_FIELDS: [&str; 8] = ["rows", "take", "epochs", "rounds", "order", "order_seed", "seed", "last"];
 
 /// All kinds of a registry, with their schemas.
 pub(crate) struct Kinds<'a> {

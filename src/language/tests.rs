@@ -54,6 +54,23 @@ fn the_example_becomes_a_graph() {
     );
 }
 
+#[test]
+fn rows_are_shuffled_by_the_stages_seed_or_from_0_as_published() {
+    let stages = EXAMPLE.split_once("stages:").unwrap().1.split_once("  teacher:").unwrap().0;
+    let seed = |conventions: &str, fields: &str| {
+        let text = format!(
+            "version: 1\nconventions: {conventions}\nparams: {{prompt_length: 7}}\nstages:{stages}  learn: {{kind: finetune, in: {{data: data.train}}, with: \
+             {{take: 4, epochs: 1, seed: 5, {fields}}}}}\n"
+        );
+        let graph = base(&text);
+        let Subgraph::Loop(learn) = &node(&graph, 0, "learn").subgraph else { panic!("not a loop") };
+        assert_eq!(learn.stages["step"].operator.config["seed"], json!(5));
+        learn.windows["data"].seed
+    };
+    assert_eq!((seed("sound", ""), seed("reference", "")), (5, 0));
+    assert_eq!((seed("sound", "order_seed: 3"), seed("reference", "order_seed: 3")), (3, 3));
+}
+
 /// A request as the last line of a broken file asks for: `# --variant a,b --set path=value`.
 fn request_of(file: &Path) -> Request {
     let text = std::fs::read_to_string(file).unwrap();

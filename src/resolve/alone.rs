@@ -1,7 +1,7 @@
 //! A training kind used alone: short for a loop with this one stage, so that there is one mechanism for windows, keeping
 //! the best round and checkpoints.
 
-use contract::{Alone, PortType};
+use contract::{Alone, Conventions, PortType};
 use indexmap::IndexMap;
 use serde_json::json;
 
@@ -50,7 +50,7 @@ pub(super) fn check<'a>(
         // The stage has said what is wrong with it.
         fields.shift_remove("seed");
     }
-    let window = read_window(name, spec, &fields, problems);
+    let window = read_window(name, spec, &fields, own_seed, all.conventions, problems);
     let rounds = read::given(with, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
     let check = match contract.valid.and_then(|port| spec.inputs.get(port)) {
         Some(input) => Some(evaluation(all, kinds, &input.port, problems)?),
@@ -59,8 +59,19 @@ pub(super) fn check<'a>(
     Some(Checked { spec, contract: contract.clone(), operator: operator?, window: window?, rounds, check })
 }
 
-fn read_window(name: &str, spec: &OperatorSpec, with: &Map, problems: &mut Problems) -> Option<Window> {
+fn read_window(
+    name: &str,
+    spec: &OperatorSpec,
+    with: &Map,
+    own_seed: bool,
+    conventions: Conventions,
+    problems: &mut Problems,
+) -> Option<Window> {
     let WindowFields { rows, take, epochs, order, seed, last } = read_window_fields(with, problems);
+    // The published programs shuffle from 0, whatever their seed.
+    let from = if own_seed && conventions == Conventions::Reference { 0 } else { seed };
+    let own = read::given(with, "order_seed").and_then(|entry| read::whole(&entry.node, "order_seed", 0, problems));
+    let seed = own.unwrap_or(from);
     if read::given(with, "take").is_none() {
         problems.push(no_take(&format!("`{name}`"), &spec.span));
     }

@@ -28,7 +28,7 @@ use contract::{
     About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
     Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Source, Target, head_loss};
+use lm::loss::{Divergence, Source, Target, check_temperature, head_loss};
 use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -114,9 +114,8 @@ impl Stage for Distill {
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = config.settings().validate();
-        if config.temperature <= 0.0 {
-            errors
-                .push(ConfigError::at("temperature", format!("expected a number above 0, got {}", config.temperature)));
+        if let Err(error) = check_temperature(config.temperature) {
+            errors.push(ConfigError::at("temperature", error.to_string()));
         }
         if let Err(error) = config.divergence.validate() {
             errors.push(ConfigError::at("divergence", format!("{error:#}")));

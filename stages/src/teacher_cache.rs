@@ -22,7 +22,7 @@ use contract::{
     About, AnyValue, ConfigError, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Row, Sink, Stage,
     Step,
 };
-use lm::loss::TopK;
+use lm::loss::{TopK, check_temperature};
 use lm::{CacheFacts, Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -94,8 +94,8 @@ impl Stage for TeacherCaching {
             ),
             _ => {}
         }
-        if !(temperature.is_finite() && *temperature > 0.0) {
-            errors.push(ConfigError::at("temperature", format!("expected a number above 0, got {temperature}")));
+        if let Err(error) = check_temperature(*temperature) {
+            errors.push(ConfigError::at("temperature", error.to_string()));
         }
         for (field, value) in [("rows", rows.unwrap_or(1)), ("batch", *batch)] {
             if value == 0 {

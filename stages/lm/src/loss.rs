@@ -122,6 +122,16 @@ pub struct Target<'a> {
     pub temperature: f64,
 }
 
+/// Errors when a temperature is not above 0, or so large or small that logits divided by it are no numbers or all the same.
+pub fn check_temperature(temperature: f64) -> Result<()> {
+    // Logits are multiplied by its inverse, in f32.
+    ensure!(
+        temperature > 0.0 && ((1.0 / temperature) as f32).is_normal(),
+        "expected a number above 0, at most 1e37, got {temperature:?}"
+    );
+    Ok(())
+}
+
 /// Where a target's distributions come from.
 #[derive(Clone, Copy)]
 pub enum Source<'a> {
@@ -284,13 +294,7 @@ impl<'a> Request<'a> {
                     );
                 }
             }
-            // Logits are multiplied by its inverse, in f32.
-            let scale = (1.0 / target.temperature) as f32;
-            ensure!(
-                target.temperature > 0.0 && scale.is_normal(),
-                "temperature of target {i} is {:?}, expected a number above 0 with an inverse in f32",
-                target.temperature
-            );
+            check_temperature(target.temperature).with_context(|| format!("temperature of target {i}"))?;
         }
         Ok(Request { hidden, head, labels, targets, weights })
     }
@@ -1240,7 +1244,8 @@ mod tests {
         );
         for temperature in [0.0, 1e-60, 1e39, 1e308, f64::INFINITY, f64::NAN] {
             let found = message(None, &[Target { temperature, ..target }], &both);
-            assert!(found.starts_with(&format!("temperature of target 0 is {temperature:?}, expected")), "{found}");
+            assert!(found.starts_with("temperature of target 0: expected a number above 0"), "{found}");
+            assert!(found.ends_with(&format!("got {temperature:?}")), "{found}");
         }
         let skewed = Divergence::SkewedReverseKl { alpha: 1.0 };
         let range = "`alpha` of divergence `skewed_reverse_kl` is 1, expected a number above 0 and below 1; for 0 use `reverse-kl`";

@@ -9,6 +9,7 @@ use crate::kernels::by_row;
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::rows_per_chunk;
 use crate::kernels::top_k::{Classes, most_likely};
+use crate::loss::check_temperature;
 use crate::ops::elements;
 
 /// The K most likely tokens of N distributions, and the mass of all others.
@@ -44,7 +45,7 @@ impl TopK {
         let (vocabulary, head_width) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
         ensure!(width == head_width, "`head` has width {head_width}, expected {width} as in `hidden`");
         ensure!(k > 0 && k <= vocabulary, "`k` is {k}, expected 1 to {vocabulary}, the size of the vocabulary");
-        ensure!(temperature > 0.0 && temperature.is_finite(), "temperature is {temperature}, expected one above 0");
+        check_temperature(temperature).context("temperature of a model")?;
         let mut kept = TopK {
             vocabulary,
             k,
