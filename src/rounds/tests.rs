@@ -269,6 +269,18 @@ fn the_first_of_equal_rounds_is_kept() {
     assert_eq!(warnings(&promptkd(3, true, false)), [""; 0]);
 }
 
+#[test]
+fn without_any_measurement_the_last_round_is_kept_and_that_is_said() {
+    let mut body = promptkd(3, true, false);
+    let inputs = [("model", "learn.model"), ("data", "outside")];
+    body.stages["check"] = stage("evaluate", Every::Epoch, json!({"nothing": true}), &inputs);
+    let last = run(&promptkd(3, false, false), &[], &[]).unwrap();
+    assert_eq!(run(&body, &[], &[]).unwrap().outputs, last.outputs);
+    assert_eq!(run(&body, &[2, 7], &[4]).unwrap().outputs, last.outputs);
+    let said = ["check: `score` was never measured, so it could not choose: the last `student` is kept"];
+    assert_eq!(warnings(&body), said);
+}
+
 /// What a loop warns of.
 fn warnings(body: &Loop) -> Vec<String> {
     let (scratch, folder) = (tempfile::tempdir().unwrap(), PathBuf::new());

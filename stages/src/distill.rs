@@ -48,7 +48,7 @@ training::config! {
         /// What the cross-entropy of the response counts in the loss.
         #[serde(default)]
         pub cross_entropy: f64,
-        /// Temperature of both distributions in the divergence.
+        /// Temperature of both distributions in the divergence. Gradients shrink with its square; no factor makes up for it.
         #[serde(default = "one")]
         pub temperature: f64,
         /// Shape of a student with random weights; for when no `student` is connected.

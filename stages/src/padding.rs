@@ -40,7 +40,6 @@ mod tests {
     use lm::{Architecture, Family, LanguageModel, SoftPrompt};
     use serde_json::{Value as Json, json};
 
-    use super::*;
     use crate::testing::{Scratch, output, row};
     use crate::{distill, evaluate, prompt_tune, student_generate, teacher_cache};
 

@@ -7,6 +7,7 @@
 
 use anyhow::{Context, bail, ensure};
 use candle_core::{Result as TensorResult, Tensor};
+use contract::dataset::row_name;
 use contract::random::{philox, uniform};
 use contract::{End, Result};
 use rayon::prelude::*;
@@ -156,16 +157,20 @@ fn check(
         None => 0,
     };
     for prompt in prompts {
-        ensure!(!prompt.ids.is_empty(), "row {} has an empty prompt: nothing to continue", prompt.row);
+        ensure!(!prompt.ids.is_empty(), "{} has an empty prompt: nothing to continue", row_name(prompt.row));
         let length = prompt.ids.len() + prompt_length;
         ensure!(
             length <= model.config.positions(),
-            "the prompt of row {} has {length} tokens: the model has {} positions, so shorten it",
-            prompt.row,
+            "the prompt of {} has {length} tokens: the model has {} positions, so shorten it",
+            row_name(prompt.row),
             model.config.positions()
         );
         if let Some(id) = prompt.ids.iter().find(|id| **id as usize >= model.vocabulary()) {
-            bail!("row {} has token id {id}, not in the model's vocabulary of {}", prompt.row, model.vocabulary());
+            bail!(
+                "{} has token id {id}, not in the model's vocabulary of {}",
+                row_name(prompt.row),
+                model.vocabulary()
+            );
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use contract::dataset::row_name;
 use contract::random::{normal, philox, purpose};
 use contract::{PortType, Result, TokenizerFile, Value};
 use indexmap::IndexMap;
@@ -308,7 +309,8 @@ impl LanguageModel {
         for (segment, row) in batch.segments.iter().zip(&batch.rows) {
             ensure!(
                 segment.len() + prompt_length <= self.config.positions(),
-                "row {row} has {} tokens with the soft prompt: the model has {} positions, so shorten the text",
+                "{} has {} tokens with the soft prompt: the model has {} positions, so shorten the text",
+                row_name(*row),
                 segment.len() + prompt_length,
                 self.config.positions()
             );

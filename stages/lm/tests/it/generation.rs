@@ -128,7 +128,7 @@ fn limits_end_a_row() {
         let prompts = [Prompt { row: 5, ids }];
         generate(&model, None, &prompts, &options(2), &mut |_| {}).unwrap_err().to_string()
     };
-    assert!(error(&ids).contains("row 5 has 33 tokens: the model has 32 positions"));
-    assert!(error(&[]).contains("row 5 has an empty prompt"));
+    assert!(error(&ids).contains("row 6 of `train` has 33 tokens: the model has 32 positions"));
+    assert!(error(&[]).contains("row 6 of `train` has an empty prompt"));
     assert!(error(&[40]).contains("token id 40, not in the model's vocabulary of 40"));
 }

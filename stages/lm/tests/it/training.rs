@@ -171,8 +171,8 @@ fn a_batch_that_does_not_fit_is_an_error() {
         model.hidden(&batch, prompt, None).unwrap_err().to_string()
     };
     let prompt = |width| Tensor::zeros((4, width), candle_core::DType::F32, &Device::Cpu).unwrap();
-    assert!(error(&[1; 33], None).contains("row 8 has 33 tokens"));
-    assert!(error(&[1; 30], Some(&prompt(32))).contains("row 8 has 34 tokens with the soft prompt"));
+    assert!(error(&[1; 33], None).contains("row 9 of `train` has 33 tokens"));
+    assert!(error(&[1; 30], Some(&prompt(32))).contains("row 9 of `train` has 34 tokens with the soft prompt"));
     assert!(error(&[1, 40], None).contains("token id 40"));
     assert!(error(&[1], Some(&prompt(8))).contains("soft prompt of width 8 for a model of width 32"));
     let wanted = Packed { wanted: Some(vec![1]), ids: vec![1], ..Packed::new() };
