@@ -262,7 +262,7 @@ ablations:";
     project.write("p.yaml", &format!("{TINY}{CACHED}").replace("ablations:", written));
     project
         .run("run FILE --variant written")
-        .expect(1, &["failed   train", "is not the one in the teacher cache: a cache is of one fixed text"]);
+        .expect(1, &["failed   train", "is not the one in the teacher cache, ", "a cache is of one fixed text"]);
     let alone = "  alone:
     extends: [likeliest]
     remove: [train.learn.in.cache]
