@@ -62,7 +62,11 @@ pub(crate) enum Command {
         to: PathBuf,
     },
     /// Score predictions against references
-    #[command(after_help = "Example: pipeline score --predictions answers.jsonl --references references.jsonl --json")]
+    #[command(
+        after_help = "Scores are in percent. `rouge_l` and `exact_match` are as published: `exact_match` drops case and \
+        punctuation, `strict_match` does not.\n\
+        Example: pipeline score --predictions answers.jsonl --references references.jsonl --json"
+    )]
     Score(ScoreArgs),
     /// Look after the store
     #[command(subcommand, after_help = "Example: pipeline cache du")]
@@ -197,17 +201,35 @@ pub(crate) struct ExportArgs {
     pub(crate) to: PathBuf,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(crate) struct ScoreArgs {
-    /// JSON lines of predictions
+    /// Predictions, a row each: `text`, and `id` where there is one. JSON lines, a JSON list, CSV or TSV, also gzipped
     #[arg(long, value_name = "FILE")]
     pub(crate) predictions: PathBuf,
-    /// JSON lines of references
+    /// References, a row each: `output` (a text or a list of right ones; also `response`, `answer` or `completion`), and `id`
     #[arg(long, value_name = "FILE")]
     pub(crate) references: PathBuf,
+    /// How rows are paired: by `id` where every row of both files has one, else line by line; or line by line in any case
+    #[arg(long, value_enum, default_value_t = PairBy::Id)]
+    pub(crate) by: PairBy,
+    /// What ROUGE-L takes for a word: runs of ASCII letters and digits, as published, or words of any script
+    #[arg(long, value_enum, default_value_t = Words::Ascii)]
+    pub(crate) words: Words,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PairBy {
+    Id,
+    Line,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Words {
+    Ascii,
+    Unicode,
 }
 
 #[derive(Subcommand)]

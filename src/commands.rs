@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ::cache::Store;
 use anyhow::{Context, Result};
 use clap::Parser;
-use contract::Registry;
+use contract::{Registry, Scoring};
 use serde_json::Value as Json;
 
 use crate::cli::{Cli, Command, Format, Target};
@@ -28,7 +28,7 @@ use crate::schedule::is_store_trouble;
 /// What the stages give the command line besides their kinds.
 pub struct Extras {
     /// Scores a file of predictions against one of references: names and numbers.
-    pub score: fn(&Path, &Path) -> Result<Json>,
+    pub score: fn(&Scoring) -> Result<Json>,
     /// How many GPUs stages can use, or what they lack; nothing when they were built without CUDA.
     pub gpus: fn() -> Option<Result<usize>>,
 }

@@ -1,18 +1,22 @@
 //! `pipeline score`: scores files, for which the stages crate lends its function.
 
 use anyhow::Result;
+use contract::Scoring;
 use serde_json::Value as Json;
 
 use super::{Extras, pretty, say};
-use crate::cli::ScoreArgs;
+use crate::cli::{PairBy, ScoreArgs, Words};
 
 pub(crate) fn score(args: &ScoreArgs, extras: &Extras) -> Result<()> {
-    let scores = (extras.score)(&args.predictions, &args.references)?;
-    if args.json {
+    let ScoreArgs { predictions, references, by, words, json } = args.clone();
+    let (by_line, unicode) = (by == PairBy::Line, words == Words::Unicode);
+    let scores = (extras.score)(&Scoring { predictions, references, by_line, unicode })?;
+    if json {
         return say(&pretty(&scores));
     }
     let lines = scores.as_object().into_iter().flatten().map(|(name, value)| match value {
         Json::String(text) => format!("{name} {text}\n"),
+        Json::Null => format!("{name} not measured\n"),
         other => format!("{name} {other}\n"),
     });
     say(&lines.collect::<String>())

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use contract::dataset::SPLIT_ROWS;
 use serde::{Deserialize, Serialize};
 
 /// Part of a corpus.
@@ -34,9 +35,12 @@ impl Split {
         }
     }
 
+    /// Most rows of a split.
+    pub const MOST_ROWS: usize = SPLIT_ROWS as usize;
+
     /// Id of the row at `index` of this split. The splits are 2^30 apart: far enough for any corpus, and below 2^32.
     pub fn row_id(self, index: usize) -> u64 {
-        ((self as u64) << 30) + index as u64
+        self as u64 * SPLIT_ROWS + index as u64
     }
 }
 

@@ -13,9 +13,10 @@
 //! gives datasets `train`, `valid`, `test`; `model` gives `model`. Cost: reading the files; the built-in corpus takes a
 //! fraction of a second. Files are local; their content, not their path, is part of the result's key.
 //!
-//! Rows of a corpus are told by their field names: Alpaca's and MiniLLM's `instruction`, `input`, `output` (a text, or a
-//! list of right answers), `prompt`; Dolly's `instruction`, `context`, `response`; GSM8K's `question`, `answer`. `fields`
-//! names others.
+//! A file of rows is JSON lines, a JSON list, CSV or TSV, plain or gzipped; its bytes say which. Rows are told by their
+//! columns: Alpaca's and MiniLLM's `instruction`, `input`, `output` (a text, or a list of right answers), `prompt`; Dolly's
+//! `instruction`, `context`, `response`; GSM8K's `question`, `answer`; `prompt` with `completion`, which need
+//! `template: ready` where they are tokenised. `fields` names others, or `none` for a column that is not to be read.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -33,13 +34,13 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Map, Value as Json};
 
+use crate::columns::Columns;
+pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
 use crate::instruct::{self, Sizes};
-use crate::jsonl::{self, Record};
 use crate::text::{Text, open_tokenizer};
-use crate::{mmidx, train_tokenizer};
+use crate::{mmidx, records, train_tokenizer};
 
 /// Name of the built-in corpus.
 const BUILTIN: &str = "builtin:instruct";
@@ -51,8 +52,9 @@ pub struct Download;
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// A corpus: `builtin:instruct`; a file of rows (`.jsonl`, `.json`, either with `.gz`); a folder with such files named
-    /// `train`, `valid` and `test`; or such files by split.
+    /// A corpus: `builtin:instruct`; a file of rows (JSON lines, a JSON list, CSV or TSV, plain or gzipped); a folder with
+    /// such files named `train`, `valid` and `test` (`.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz`); or such files
+    /// by split. Paths begin in the folder that `pipeline` is started in.
     #[serde(default)]
     pub source: Option<Place>,
     /// Training rows of the built-in corpus. 8000 unless given: enough for a small teacher to learn its tasks.
@@ -64,7 +66,7 @@ pub struct Config {
     /// How the rows of a file are divided; all of them train unless given.
     #[serde(default)]
     pub split: Option<Division>,
-    /// Names of the fields of a row, where they are not found by themselves.
+    /// Names of the columns of a row, where they are not found by themselves.
     #[serde(default)]
     pub fields: Fields,
     /// Most rows of each split; all unless given.
@@ -157,34 +159,14 @@ impl Limit {
     }
 }
 
-/// Names of a row's fields.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Fields {
-    /// What is asked: `instruction` or `question` unless given.
-    #[serde(default)]
-    pub instruction: Option<String>,
-    /// Its context: `input` or `context` unless given.
-    #[serde(default)]
-    pub input: Option<String>,
-    /// The answer, a text or a list of right ones: `output`, `response`, `answer` or `completion` unless given.
-    #[serde(default)]
-    pub output: Option<String>,
-    /// A ready prompt: `prompt` unless given.
-    #[serde(default)]
-    pub prompt: Option<String>,
-    /// The kind of task: `family` or `category` unless given.
-    #[serde(default)]
-    pub family: Option<String>,
-}
-
 impl Stage for Download {
     type Config = Config;
 
     fn about(&self) -> About {
         About {
             name: "download",
-            version: 1,
+            // 2: rows with a key twice, or two columns for the same thing, are refused.
+            version: 2,
             numerics: None,
             summary: "brings a corpus, a tokenizer, token files or a model into the pipeline",
             example: "corpus:\n  kind: download\n  with: {source: builtin:instruct, rows: 8000}\n",
@@ -241,6 +223,7 @@ impl Stage for Download {
             }
             _ => {}
         }
+        errors.extend(fields.errors());
         errors
     }
 
@@ -263,16 +246,19 @@ impl Stage for Download {
     fn sources(&self, config: &Config) -> Vec<Source> {
         let source = |field: &[&str], path: &String| Source::new(field, path);
         let corpus = match &config.source {
-            Some(Place::One(path)) if !config.is_builtin() => vec![source(&["source"], path)],
+            Some(Place::One(path)) if !config.is_builtin() => vec![source(&["source"], path).only(&file_names())],
             Some(Place::Files(files)) => Split::ALL
                 .into_iter()
                 .filter_map(|split| files.of(split).map(|path| source(&["source", split.name()], path)))
                 .collect(),
             _ => Vec::new(),
         };
-        let others = [("tokenizer", &config.tokenizer), ("bin", &config.bin), ("model", &config.model)];
+        // Token files, and the texts beside them.
+        let token_files: Vec<String> = file_names().into_iter().chain(["*.bin".into(), "*.idx".into()]).collect();
+        let bin = config.bin.as_ref().map(|path| source(&["bin"], path).only(&token_files));
+        let others = [("tokenizer", &config.tokenizer), ("model", &config.model)];
         let others = others.into_iter().filter_map(|(field, path)| path.as_ref().map(|path| source(&[field], path)));
-        corpus.into_iter().chain(others).collect()
+        corpus.into_iter().chain(bin).chain(others).collect()
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -328,59 +314,134 @@ impl Run {
 
 /// The splits of a corpus, limited, with their ids.
 fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[Vec<CorpusRow>; 3]> {
-    let fields = &config.fields;
-    let mut splits = match source {
-        Place::One(name) if name == BUILTIN => {
-            let sizes = Sizes { train: config.rows.unwrap_or(8000), valid: 200, test: 400 };
-            return Ok(limited(instruct::generate(config.seed.unwrap_or(0), &sizes), &config.limit));
+    if config.is_builtin() {
+        let sizes = Sizes { train: config.rows.unwrap_or(8000), valid: 200, test: 400 };
+        let mut kept = Kept::new(config.limit);
+        for (split, rows) in Split::ALL.into_iter().zip(instruct::generate(config.seed.unwrap_or(0), &sizes)) {
+            rows.into_iter().try_for_each(|row| kept.add(split, row))?;
         }
+        return Ok(kept.conclude(sink));
+    }
+    let mut columns = Columns::new(&config.fields);
+    let mut kept = Kept::new(config.limit);
+    match source {
         Place::One(path) if Path::new(path).is_dir() => {
+            let folder = Path::new(path);
             ensure!(
                 config.split.is_none(),
                 "`{path}` is a folder with a file for each split; `split` is for a single file"
             );
-            read_files(|split| find(Path::new(path), split), fields)?
+            let files = Split::ALL.map(|split| find(folder, split));
+            ensure!(
+                !files.iter().all(|file| matches!(file, Ok(None))),
+                "`{path}` holds no file of rows; expected `train`, `valid` or `test` with one of the endings {}",
+                ENDINGS.map(|ending| format!("`.{ending}`")).join(", ")
+            );
+            for (split, file) in Split::ALL.into_iter().zip(files) {
+                if let Some(file) = file? {
+                    each_row(&file, &mut columns, |row| kept.add(split, row))?;
+                }
+            }
         }
-        Place::One(path) => divide(read_rows(Path::new(path), fields)?, config.split.unwrap_or_default(), path)?,
-        Place::Files(files) => read_files(|split| Ok(files.of(split).map(PathBuf::from)), fields)?,
-    };
-    if splits.iter().all(Vec::is_empty) {
+        Place::One(path) => {
+            let division = config.split.unwrap_or_default();
+            let mut count = 0;
+            each_row(Path::new(path), &mut columns, |row| {
+                count += 1;
+                kept.add(division.split_of(count - 1), row)
+            })?;
+            division.check(count, path)?;
+        }
+        Place::Files(files) => {
+            for split in Split::ALL {
+                if let Some(path) = files.of(split) {
+                    each_row(Path::new(path), &mut columns, |row| kept.add(split, row))?;
+                }
+            }
+        }
+    }
+    columns.conclude(sink)?;
+    if kept.seen == [0; 3] {
         match source {
             Place::One(path) => bail!("`{path}` has no rows"),
             Place::Files(_) => bail!("the files of the corpus have no rows"),
         }
     }
-    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
-        // Who lists files by split has left the others out on purpose.
-        if rows.is_empty() && matches!(source, Place::One(_)) {
+    // Who lists files by split has left the others out on purpose.
+    for (split, _) in Split::ALL.into_iter().zip(kept.seen).filter(|(_, seen)| *seen == 0) {
+        if matches!(source, Place::One(_)) {
             sink.warn(&format!("the corpus has no `{}` rows", split.name()));
         }
-        rows.iter_mut().enumerate().for_each(|(index, row)| row.id = split.row_id(index));
     }
-    Ok(limited(splits, &config.limit))
+    Ok(kept.conclude(sink))
 }
 
-fn limited(mut splits: [Vec<CorpusRow>; 3], limit: &Limit) -> [Vec<CorpusRow>; 3] {
-    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
-        rows.truncate(limit.of(split));
-    }
-    splits
+/// The rows of each split that are kept, and how many there were.
+struct Kept {
+    limit: Limit,
+    seen: [usize; 3],
+    rows: [Vec<CorpusRow>; 3],
 }
 
-fn read_files(path: impl Fn(Split) -> Result<Option<PathBuf>>, fields: &Fields) -> Result<[Vec<CorpusRow>; 3]> {
-    let mut splits = [Vec::new(), Vec::new(), Vec::new()];
-    for (split, rows) in Split::ALL.into_iter().zip(&mut splits) {
-        if let Some(path) = path(split)? {
-            *rows = read_rows(&path, fields)?;
+impl Kept {
+    fn new(limit: Limit) -> Self {
+        Kept { limit, seen: [0; 3], rows: Default::default() }
+    }
+
+    fn add(&mut self, split: Split, row: CorpusRow) -> Result<()> {
+        let index = self.seen[split as usize];
+        ensure!(index < Split::MOST_ROWS, "a split has at most {} rows", Split::MOST_ROWS);
+        self.seen[split as usize] += 1;
+        if index < self.limit.of(split) {
+            self.rows[split as usize].push(CorpusRow { id: split.row_id(index), ..row });
+        }
+        Ok(())
+    }
+
+    fn conclude(self, sink: &mut dyn Sink) -> [Vec<CorpusRow>; 3] {
+        for (split, seen) in Split::ALL.into_iter().zip(self.seen) {
+            let (name, limit) = (split.name(), self.limit.of(split));
+            if limit != usize::MAX && limit > seen {
+                sink.note(&format!("`limit` allows {limit} rows of `{name}`, and there are {seen}"));
+            }
+        }
+        self.rows
+    }
+}
+
+impl Division {
+    /// The split of the row at `index` of the file.
+    fn split_of(self, index: usize) -> Split {
+        match index {
+            _ if index < self.valid => Split::Valid,
+            _ if index - self.valid < self.test => Split::Test,
+            _ => Split::Train,
         }
     }
-    Ok(splits)
+
+    fn check(self, rows: usize, path: &str) -> Result<()> {
+        let Division { valid, test } = self;
+        ensure!(
+            valid.saturating_add(test) <= rows,
+            "`split` asks for {valid} rows to validate and {test} to test, but `{path}` has {rows}"
+        );
+        Ok(())
+    }
+}
+
+/// Endings of the files of rows in a folder. They only choose the file; its bytes say what it is.
+const ENDINGS: [&str; 8] = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "tsv", "tsv.gz"];
+
+/// Names of the files of rows in a folder.
+fn file_names() -> Vec<String> {
+    let of = |split: Split| ENDINGS.map(|ending| format!("{}.{ending}", split.name()));
+    Split::ALL.into_iter().flat_map(of).collect()
 }
 
 /// The one file of a split in a folder.
 fn find(folder: &Path, split: Split) -> Result<Option<PathBuf>> {
-    let names = ["jsonl", "jsonl.gz", "json", "json.gz"].map(|ending| format!("{}.{ending}", split.name()));
-    let mut found = names.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
+    let names = ENDINGS.map(|ending| format!("{}.{ending}", split.name()));
+    let mut found = names.iter().map(|name| folder.join(name)).filter(|path| path.exists());
     let first = found.next();
     if let (Some(first), Some(second)) = (&first, found.next()) {
         bail!("both `{}` and `{}` are there; name the files in `source`", first.display(), second.display());
@@ -388,76 +449,20 @@ fn find(folder: &Path, split: Split) -> Result<Option<PathBuf>> {
     Ok(first)
 }
 
-fn divide(mut rows: Vec<CorpusRow>, division: Division, path: &str) -> Result<[Vec<CorpusRow>; 3]> {
-    let Division { valid, test } = division;
-    let held_out = valid.saturating_add(test);
-    ensure!(
-        held_out <= rows.len(),
-        "`split` asks for {valid} rows to validate and {test} to test, but `{path}` has {}",
-        rows.len()
-    );
-    let train = rows.split_off(held_out);
-    let test = rows.split_off(valid);
-    Ok([train, rows, test])
+/// Hands on the rows of one file.
+fn each_row(path: &Path, columns: &mut Columns, mut keep: impl FnMut(CorpusRow) -> Result<()>) -> Result<()> {
+    records::read(path, |record| keep(columns.row(record)?))
 }
 
-/// Reads the rows of one file, numbered from 0.
+/// All rows of one file, numbered from 0.
+#[cfg(test)]
 pub(crate) fn read_rows(path: &Path, fields: &Fields) -> Result<Vec<CorpusRow>> {
-    jsonl::read(path)?.iter().enumerate().map(|(index, record)| parse(index as u64, record, fields)).collect()
-}
-
-fn parse(id: u64, record: &Record, fields: &Fields) -> Result<CorpusRow> {
-    let Record { json, place } = record;
-    let object = json.as_object().with_context(|| format!("`{place}` is not a JSON object"))?;
-    let optional = |name: &Option<String>, usual: &[&str]| -> Result<Option<String>> {
-        let Some((name, value)) = field(object, name, usual) else { return Ok(None) };
-        match value {
-            Json::String(text) => Ok(Some(text.clone())),
-            Json::Null => Ok(None),
-            _ => bail!("`{place}`: expected text in `{name}`, got {value}"),
-        }
-    };
-    let unknown = |wanted: &str, option: &str| {
-        let names = object.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
-        format!("`{place}` has no {wanted}, only {names}; name it with `fields: {{{option}: ...}}`")
-    };
-    let instruction = optional(&fields.instruction, &["instruction", "question"])?;
-    let prompt = optional(&fields.prompt, &["prompt"])?;
-    ensure!(instruction.is_some() || prompt.is_some(), unknown("`instruction`, `question` or `prompt`", "instruction"));
-    let (name, output) = field(object, &fields.output, &["output", "response", "answer", "completion"])
-        .with_context(|| unknown("`output`, `response`, `answer` or `completion`", "output"))?;
-    let answers = match output {
-        Json::String(text) => Some(vec![text.clone()]),
-        Json::Array(list) => texts(list).filter(|list| !list.is_empty()),
-        _ => None,
-    };
-    let answers = answers.with_context(|| format!("`{place}`: expected text or a list of texts in `{name}`"))?;
-    let references = object.get("references").and_then(Json::as_array).and_then(|list| texts(list));
-    Ok(CorpusRow {
-        id,
-        instruction: instruction.unwrap_or_default(),
-        input: optional(&fields.input, &["input", "context"])?.unwrap_or_default(),
-        prompt,
-        output: answers[0].clone(),
-        references: references.filter(|list| list.contains(&answers[0])).unwrap_or(answers),
-        family: optional(&fields.family, &["family", "category"])?,
-    })
-}
-
-/// The field of the given name, else the first of the usual ones that is there.
-fn field<'a>(
-    object: &'a Map<String, Json>,
-    name: &'a Option<String>,
-    usual: &[&'a str],
-) -> Option<(&'a str, &'a Json)> {
-    match name {
-        Some(name) => object.get(name).map(|value| (name.as_str(), value)),
-        None => usual.iter().find_map(|name| object.get(*name).map(|value| (*name, value))),
-    }
-}
-
-fn texts(list: &[Json]) -> Option<Vec<String>> {
-    list.iter().map(|text| text.as_str().map(str::to_owned)).collect()
+    let mut rows = Vec::new();
+    each_row(path, &mut Columns::new(fields), |row| {
+        rows.push(CorpusRow { id: rows.len() as u64, ..row });
+        Ok(())
+    })?;
+    Ok(rows)
 }
 
 /// Datasets from the reference programs' token files. References come from the texts beside, else from the ids.
@@ -494,14 +499,19 @@ fn read_token_files(folder: &Path, tokenizer: &TokenizerFile, sink: &mut dyn Sin
 
 fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<Vec<Vec<String>>>> {
     let Some(path) = find(folder, split)? else { return Ok(None) };
-    let texts = read_rows(&path, &Fields::default())?;
+    let fields = Fields::default();
+    let mut references = Vec::new();
+    each_row(&path, &mut Columns::new(&fields), |row| {
+        references.push(row.references);
+        Ok(())
+    })?;
     ensure!(
-        texts.len() == rows,
+        references.len() == rows,
         "`{}` has {} rows, but the token files beside it have {rows}",
         path.display(),
-        texts.len()
+        references.len()
     );
-    Ok(Some(texts.into_iter().map(|row| row.references).collect()))
+    Ok(Some(references))
 }
 
 /// Copies what makes a model: configuration, weights, tokenizer.
@@ -611,7 +621,7 @@ impl JsonSchema for Place {
 #[cfg(test)]
 mod tests {
     use contract::{Conventions, End, Kind};
-    use serde_json::json;
+    use serde_json::{Value as Json, json};
 
     use super::*;
     use crate::testing::{Scratch, folder, output, shared_data};
@@ -679,8 +689,80 @@ mod tests {
         assert!(message.contains("a.jsonl:1` has no `instruction`") && message.contains("only `q`, `a`"), "{message}");
         let message = error(json!({"source": path, "fields": {"instruction": "q"}}));
         assert!(message.contains("fields: {output: ...}"), "{message}");
-        let number = scratch.file("b.jsonl", "{\"question\": \"i\", \"answer\": 3}\n");
-        assert!(error(json!({"source": number})).contains("b.jsonl:1`: expected text or a list of texts in `answer`"));
+        let number = scratch.file("b.jsonl", "{\"question\": \"i\", \"answer\": 2.50}\n");
+        assert!(
+            error(json!({"source": number}))
+                .contains("b.jsonl:1`: expected text or a list of texts in `answer`, got 2.5")
+        );
+        let message = error(json!({"source": path, "fields": {"instruction": "q", "output": "a", "input": "contxt"}}));
+        assert!(message.contains("no row has the column `contxt`, which `fields: {input: contxt}` names"), "{message}");
+    }
+
+    #[test]
+    fn rows_that_could_mean_two_things_are_refused_and_others_are_read() {
+        let scratch = Scratch::new();
+        let read = |row: Json, fields: Json| {
+            let path = scratch.file("a.jsonl", row.to_string());
+            download(json!({"source": {"train": path}, "fields": fields})).map(|([mut train, ..], _)| train.remove(0))
+        };
+        let refused = |row: Json| format!("{:#}", read(row, json!({})).unwrap_err());
+        let both = json!({"question": "a", "instruction": "b", "output": "c"});
+        assert!(refused(both.clone()).contains("has both `instruction` and `question`; name the one"));
+        assert_eq!(read(both, json!({"instruction": "question"})).unwrap().instruction, "a");
+        let same = json!({"question": "a", "instruction": "a", "input": null, "context": "x", "output": "c"});
+        assert_eq!(read(same, json!({})).unwrap().input, "x");
+        let chat = json!({"messages": [{"role": "user", "content": "a"}]});
+        assert!(
+            refused(chat).contains("holds a conversation, `messages`; what is read is one question and one answer")
+        );
+        assert!(refused(json!({"instruction": null, "output": "b"})).contains("a.jsonl:1` has no `instruction`"));
+        assert!(refused(json!({"instruction": "a", "output": null})).contains("in `output`, got nothing"));
+
+        let numbers = read(json!({"instruction": 1, "output": [2, "3"], "category": 4.5}), json!({})).unwrap();
+        assert_eq!((numbers.instruction.as_str(), numbers.references), ("1", vec!["2".into(), "3".into()]));
+        assert_eq!(numbers.family.as_deref(), Some("4.5"));
+        for category in [json!({"a": 1}), json!([1]), json!(null)] {
+            let row = json!({"instruction": "a", "output": "b", "category": category});
+            assert_eq!(read(row, json!({})).unwrap().family, None);
+        }
+        let row = json!({"instruction": "a", "input": "x", "output": "b", "category": "c", "prompt": "p"});
+        let row = read(row, json!({"input": "none", "family": "none", "prompt": "none"})).unwrap();
+        assert_eq!((row.input.as_str(), row.family, row.prompt), ("", None, None));
+    }
+
+    #[test]
+    fn what_is_odd_about_a_corpus_is_said_once() {
+        let scratch = Scratch::new();
+        let rows = "{\"id\":7,\"question\":\"a\",\"answer\":\"\"}\n{\"question\":\"\",\"answer\":\"b\",\"references\":[\"c\"],\"x\":1}\n";
+        let path = scratch.file("a.jsonl", rows);
+        let with = json!({"source": {"train": path, "valid": path}, "limit": {"train": 9}});
+        let (outputs, log) = scratch.run(&Download, with, vec![]).unwrap();
+        drop(outputs);
+        assert_eq!(
+            log.warnings,
+            [
+                "2 of 4 rows have an empty answer",
+                "2 of 4 rows ask nothing: instruction, input and prompt are empty",
+                "2 of 4 rows have `references` without their answer; these are not taken for right answers",
+            ]
+        );
+        assert_eq!(
+            log.notes,
+            [
+                "nothing reads the columns `id`, `references`, `x`; `fields` can name them",
+                "`limit` allows 9 rows of `train`, and there are 2",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_name_of_a_file_changes_nothing() {
+        let scratch = Scratch::new();
+        let rows = "{\"question\":\"a\",\"answer\":\"b\"}\n";
+        let expected = download(json!({"source": scratch.file("a.jsonl", rows)})).unwrap();
+        for name in ["a", "a.gz", "a.json.gz", "a.csv", "a.parquet", "Zeilen, größer.jsonl\n.gz"] {
+            assert_eq!(download(json!({"source": scratch.file(name, rows)})).unwrap(), expected, "{name}");
+        }
     }
 
     #[test]
@@ -708,6 +790,15 @@ mod tests {
         assert!(error(json!({"source": folder, "split": {}})).contains("is a folder"));
         scratch.file("set/test.jsonl", rows(1));
         assert!(error(json!({"source": folder})).contains("test.json` are there"));
+        scratch.file("other/readme", "");
+        let message = error(json!({"source": scratch.path().join("other")}));
+        assert!(message.contains("holds no file of rows; expected `train`, `valid` or `test`"), "{message}");
+        let limited = json!({"source": one, "split": {"valid": 3}, "limit": {"train": 2, "valid": 1}});
+        let (splits, _) = download(limited).unwrap();
+        assert_eq!(
+            splits.each_ref().map(|rows| rows.iter().map(|r| r.instruction.as_str()).collect::<Vec<_>>()),
+            [vec!["3", "4"], vec!["0"], vec![]]
+        );
 
         let files = json!({"source": {"valid": one, "test": scratch.path().join("set/train.jsonl")}});
         let (splits, _) = download(files).unwrap();
@@ -738,6 +829,9 @@ mod tests {
         assert!(errors(json!({"bin": "a"})).contains("`bin` needs the tokenizer"));
         assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, or paths by split"));
         assert!(errors(json!({"source": {"trian": "a"}})).contains("trian"));
+        assert!(errors(json!({"source": "a", "fields": {"output": "none"}})).contains("fields.output a row without"));
+        let nothing = json!({"source": "a", "fields": {"instruction": "none", "prompt": "none"}});
+        assert!(errors(nothing).contains("fields.prompt neither an instruction nor a prompt"));
     }
 
     #[test]
@@ -752,7 +846,7 @@ mod tests {
         assert_eq!(seen(json!({"source": "a.jsonl"})), "corpus < source");
         assert_eq!(seen(json!({"source": {"train": "a", "test": "b"}})), "corpus < source.train source.test");
         assert_eq!(seen(json!({"tokenizer": "a"})), "tokenizer < tokenizer");
-        assert_eq!(seen(json!({"tokenizer": "a", "bin": "b"})), "train valid test < tokenizer bin");
+        assert_eq!(seen(json!({"tokenizer": "a", "bin": "b"})), "train valid test < bin tokenizer");
         assert_eq!(seen(json!({"model": "a"})), "model < model");
     }
 

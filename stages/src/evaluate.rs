@@ -441,10 +441,10 @@ impl<'a> Scores<'a> {
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
         let tokenizer = Text::new(&data.tokenizer)?;
-        let scored = rows.par_iter().zip(generated).map(|(row, generated)| {
-            let text = score::clean(&tokenizer.decode(&generated.ids)?);
-            Ok(Scored::of(text, &row.references, self.config))
-        });
+        let scored = rows
+            .par_iter()
+            .zip(generated)
+            .map(|(row, generated)| Ok(Scored::of(&tokenizer.decode(&generated.ids)?, &row.references, self.config)));
         let scored: Vec<Scored> = scored.collect::<Result<_>>()?;
         for ((row, generated), Scored { text, rouge_l, exact_match, strict_match }) in
             rows.iter().zip(generated).zip(&scored)
@@ -525,7 +525,11 @@ struct Scored {
 }
 
 impl Scored {
-    fn of(text: String, references: &[String], config: &Config) -> Self {
+    /// Of an answer as it was generated. Both sides are cleaned alike.
+    fn of(text: &str, references: &[String], config: &Config) -> Self {
+        let text = score::clean(text);
+        let references: Vec<String> = references.iter().map(|reference| score::clean(reference)).collect();
+        let references = references.as_slice();
         let stemming = if config.stem { score::Stemming::Porter } else { score::Stemming::Off };
         let rouge_l = score::rouge_l_by(&text, references, config.words, stemming).map(|score| 100.0 * score);
         let comparable = references.iter().any(|reference| !reference.trim().is_empty());
@@ -620,9 +624,7 @@ mod tests {
         let mut scores = Scores::new(&config);
         let scored: Vec<Scored> = references
             .iter()
-            .map(|it| {
-                Scored::of("水 25".to_owned(), &it.iter().map(|text| text.to_string()).collect::<Vec<_>>(), &config)
-            })
+            .map(|it| Scored::of("水 25", &it.iter().map(|text| text.to_string()).collect::<Vec<_>>(), &config))
             .collect();
         for (metric, score) in
             [("rouge_l", (|it| it.rouge_l) as fn(&Scored) -> Option<f64>), ("exact_match", |it| it.exact_match)]

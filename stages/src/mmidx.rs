@@ -5,11 +5,10 @@
 //! value of that type. The `.idx`, little-endian: magic, u64 version 1, u8 type code, u64 records, u64 documents, i32
 //! length of each record, i64 byte offset of each, i64 first record of each document.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use contract::{End, Row};
+use contract::{End, Row, files};
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\0\0";
 const VERSION: u64 = 1;
@@ -67,8 +66,8 @@ pub fn read(prefix: &Path) -> Result<Vec<Record>> {
         if index > 0 && !idx.is_file() {
             break;
         }
-        let ids = fs::read(&bin).with_context(|| format!("cannot read `{}`", bin.display()))?;
-        let header = fs::read(&idx).with_context(|| format!("cannot read `{}`", idx.display()))?;
+        let ids = files::read(&bin, files::TOKENS)?;
+        let header = files::read(&idx, files::TOKENS)?;
         let shard = read_shard(&ids, &header);
         records.extend(shard.with_context(|| format!("cannot read `{}` by `{}`", bin.display(), idx.display()))?);
     }
@@ -104,6 +103,14 @@ fn read_shard(bin: &[u8], idx: &[u8]) -> Result<Vec<Record>> {
     ensure!(count <= rest.len() / 12, "the index is cut short: {count} records do not fit in it");
     let (lengths, rest) = rest.split_at(4 * count);
     let offsets = &rest[..8 * count];
+    // Records that share bytes would unfold a small file to one of any size.
+    let ids = lengths.chunks_exact(4).map(|length| length.try_into().map_or(0, i32::from_le_bytes));
+    let bytes: u64 = ids.map(|length| u64::try_from(length).unwrap_or(0) * width as u64).sum();
+    ensure!(
+        bytes <= bin.len() as u64,
+        "the index tells of {bytes} bytes, and there are {}: one lies beyond the end, or the files are of different datasets",
+        bin.len()
+    );
     let mut records = Vec::with_capacity(count);
     for (length, offset) in lengths.chunks_exact(4).zip(offsets.chunks_exact(8)) {
         let length = i32::from_le_bytes(length.try_into().expect("chunks are of size 4"));
@@ -137,6 +144,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N]> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::testing::shared_data;
 
@@ -197,7 +206,7 @@ mod tests {
         let (good_bin, good_idx) = (fs::read(&bin).unwrap(), fs::read(&idx).unwrap());
         fs::write(&bin, &good_bin[..good_bin.len() - 1]).unwrap();
         let error = format!("{:#}", read(&prefix).unwrap_err());
-        assert!(error.contains("train_0.bin") && error.contains("record 1 lies beyond the end"), "{error}");
+        assert!(error.contains("train_0.bin") && error.contains("lies beyond the end"), "{error}");
         fs::write(&bin, &good_bin).unwrap();
         // The last 8 bytes hold the documents, which nothing needs.
         for length in 0..good_idx.len() - 8 {

@@ -2,52 +2,133 @@
 //!
 //! ROUGE-L (Lin, 2004) is the F1 of the longest common subsequence of words. Words are runs of ASCII letters and digits
 //! after lower-casing, so an accented letter separates; those of more than three letters are stemmed ([`crate::porter`]).
-//! With several right answers the best one counts. No sentence is split.
+//! With several right answers the best one counts. No sentence is split. [`Words::Unicode`] is for other scripts, of which
+//! the published tokeniser sees nothing. Where no right answer has a word there is nothing to compare: that is not measured, which
+//! is not 0.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail, ensure};
+use contract::Scoring;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
+use unicode_normalization::UnicodeNormalization;
 use unicode_segmentation::UnicodeSegmentation;
 
-use crate::{jsonl, porter};
+use crate::records::{self, Record};
+use crate::{columns, porter};
 
-/// Scores `predictions` (JSON lines with `text`) against `references` (JSON lines with `output`, a text or a list of
-/// right answers), line by line; either may be gzipped.
+/// Scores rows of `predictions` (`text`, and `id` where there is one) against rows of `references` (`output`, a text or a
+/// list of right answers, and `id`). Both files may have any form that a corpus may have.
 ///
-/// Gives `rouge_l` and `exact_match`, means in percent rounded to 4 decimals, `rows`, and `unscored_references`: lines of
-/// references beyond the last prediction. More predictions than references are an error.
-pub fn score(predictions: &Path, references: &Path) -> Result<Json> {
-    let predictions = read(predictions, |row| row["text"].as_str().map(clean), "`text`")?;
-    let references_path = references;
-    let references = read(references, answers, "`output` that is a text or a list of texts")?;
-    ensure!(!predictions.is_empty(), "there are no predictions to score");
-    ensure!(
-        predictions.len() <= references.len(),
-        "{} predictions, but `{}` has only {} lines",
-        predictions.len(),
-        references_path.display(),
-        references.len()
-    );
-    let scores: Vec<(f64, f64)> = predictions
-        .par_iter()
-        .zip(&references)
-        .map(|(text, answers)| (rouge_l(text, answers), f64::from(u8::from(exact_match(text, answers)))))
-        .collect();
-    let mean = |part: fn(&(f64, f64)) -> f64| {
-        let mean = 100.0 * scores.iter().map(part).sum::<f64>() / scores.len() as f64;
-        (mean * 10_000.0).round() / 10_000.0
+/// Rows are paired by `id` where every row of both files has one, else line by line; `paired_by` says which. Both sides are
+/// cleaned alike ([`clean`]).
+///
+/// Gives `rouge_l`, `exact_match` and `strict_match`, means in percent rounded to 4 decimals; `rows`, the pairs; `not_measured`,
+/// pairs without a word to compare, which `rouge_l` leaves out (null where it is all of them); `unscored_references` and
+/// `unscored_predictions`, those without a partner. By line, more predictions than references are an error.
+pub fn score(files: &Scoring) -> Result<Json> {
+    let Scoring { predictions, references, by_line, unicode } = files;
+    let words = if *unicode { Words::Unicode } else { Words::Ascii };
+    let guesses = read(predictions, |record| Ok(clean(&columns::text_in(record, "text")?)))?;
+    let answers = read(references, |record| Ok(columns::answers(record)?.iter().map(|text| clean(text)).collect()))?;
+    ensure!(!guesses.is_empty(), "there are no predictions to score");
+    let by_id = !by_line && guesses.iter().all(has_id) && answers.iter().all(has_id) && !answers.is_empty();
+    let pairs = if by_id {
+        pair_by_id(&guesses, &answers, predictions, references)?
+    } else {
+        ensure!(
+            guesses.len() <= answers.len(),
+            "{} predictions, but `{}` has only {} lines",
+            guesses.len(),
+            references.display(),
+            answers.len()
+        );
+        guesses.iter().zip(&answers).collect()
     };
+    let unscored_predictions = guesses.len() - pairs.len();
+    let unscored_references = if by_id {
+        let scored: std::collections::HashSet<_> = pairs.iter().map(|(_, answer)| &answer.id).collect();
+        answers.len() - scored.len()
+    } else {
+        answers.len() - pairs.len()
+    };
+    let scores: Vec<(Option<f64>, bool, bool)> = pairs
+        .par_iter()
+        .map(|(guess, answer)| {
+            let (text, answers) = (&guess.value, &answer.value);
+            let rouge_l = rouge_l_by(text, answers, words, Stemming::Porter);
+            (rouge_l, exact_match(text, answers), strict_match(text, answers))
+        })
+        .collect();
+    let percent = |sum: f64, rows: usize| (100.0 * sum / rows as f64 * 10_000.0).round() / 10_000.0;
+    let share = |holds: fn(&(Option<f64>, bool, bool)) -> bool| {
+        percent(scores.iter().filter(|score| holds(score)).count() as f64, scores.len())
+    };
+    let measured: Vec<f64> = scores.iter().filter_map(|score| score.0).collect();
+    let rouge_l = (!measured.is_empty()).then(|| percent(measured.iter().sum(), measured.len()));
     Ok(json!({
-        "rouge_l": mean(|s| s.0),
-        "exact_match": mean(|s| s.1),
+        "rouge_l": rouge_l,
+        "exact_match": share(|score| score.1),
+        "strict_match": share(|score| score.2),
         "rows": scores.len(),
-        "unscored_references": references.len() - scores.len(),
+        "not_measured": scores.len() - measured.len(),
+        "paired_by": if by_id { "id" } else { "line" },
+        "unscored_references": unscored_references,
+        "unscored_predictions": unscored_predictions,
     }))
+}
+
+/// What a file says of one row.
+struct Row<T> {
+    /// A number or a text, as text.
+    id: Option<String>,
+    value: T,
+    place: String,
+}
+
+fn has_id<T>(row: &Row<T>) -> bool {
+    row.id.is_some()
+}
+
+fn read<T>(path: &Path, parse: impl Fn(&Record) -> Result<T>) -> Result<Vec<Row<T>>> {
+    let mut rows = Vec::new();
+    records::read(path, |record| {
+        let value = parse(&record)?;
+        let id = record.fields.get("id").and_then(columns::text);
+        rows.push(Row { id, value, place: record.place });
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
+/// A prediction and its right answers.
+type Pair<'a> = (&'a Row<String>, &'a Row<Vec<String>>);
+
+/// Each prediction that has a reference, with it. Several predictions may have the same: one for each seed.
+fn pair_by_id<'a>(
+    guesses: &'a [Row<String>],
+    answers: &'a [Row<Vec<String>>],
+    predictions: &Path,
+    references: &Path,
+) -> Result<Vec<Pair<'a>>> {
+    let mut known: BTreeMap<&Option<String>, &Row<Vec<String>>> = BTreeMap::new();
+    for answer in answers {
+        if let Some(first) = known.insert(&answer.id, answer) {
+            bail!("`{}` and `{}` have the same `id`; pair the files line by line", first.place, answer.place);
+        }
+    }
+    let pairs: Vec<_> = guesses.iter().filter_map(|guess| Some((guess, *known.get(&guess.id)?))).collect();
+    ensure!(
+        !pairs.is_empty(),
+        "no `id` of `{}` is one of `{}`; if they are not meant to be, pair the files line by line",
+        predictions.display(),
+        references.display()
+    );
+    Ok(pairs)
 }
 
 /// What is taken for a word.
@@ -99,7 +180,7 @@ pub fn exact_match(prediction: &str, references: &[String]) -> bool {
     references.iter().any(|reference| bare(reference) == prediction)
 }
 
-/// Generated text as the reference programs take it: up to a literal `<|endoftext|>`, `<n>` as a line break, trimmed.
+/// Text as the reference programs take what was generated: up to a literal `<|endoftext|>`, `<n>` as a line break, trimmed.
 pub fn clean(text: &str) -> String {
     let text = text.split("<|endoftext|>").next().unwrap_or_default();
     text.replace("<n>", "\n").trim().to_owned()
@@ -122,7 +203,7 @@ impl Words {
                 let words = text.split(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit());
                 words.filter(|word| !word.is_empty()).map(stem).collect()
             }
-            Words::Unicode => text.unicode_words().map(stem).collect(),
+            Words::Unicode => text.nfc().collect::<String>().unicode_words().map(stem).collect(),
         }
     }
 }
@@ -171,22 +252,6 @@ impl CarryingSum for u64 {
         let (sum, second) = sum.overflowing_add(u64::from(carry));
         (sum, first || second)
     }
-}
-
-fn answers(row: &Json) -> Option<Vec<String>> {
-    match &row["output"] {
-        Json::String(text) => Some(vec![text.clone()]),
-        Json::Array(list) => list.iter().map(|text| text.as_str().map(str::to_owned)).collect(),
-        _ => None,
-    }
-}
-
-fn read<T>(path: &Path, parse: impl Fn(&Json) -> Option<T>, expected: &str) -> Result<Vec<T>> {
-    let records = jsonl::read(path)?;
-    let parsed = records
-        .iter()
-        .map(|record| parse(&record.json).with_context(|| format!("`{}` has no {expected}", record.place)));
-    parsed.collect()
 }
 
 #[cfg(test)]
@@ -273,26 +338,115 @@ mod tests {
     fn published_answers_get_their_published_score() {
         let Some(golden) = shared_data("golden") else { return };
         let predictions = golden.join("gpt2-base-answers.jsonl.gz");
-        let scores = score(&predictions, &golden.join("dolly-dev-order.jsonl.gz")).unwrap();
-        let expected = json!({"rouge_l": 6.1564, "exact_match": 0.0, "rows": 1000, "unscored_references": 0});
-        assert_eq!(scores, expected);
+        let references = golden.join("dolly-dev-order.jsonl.gz");
+        let scores = score(&Scoring { predictions, references, ..Scoring::default() }).unwrap();
+        assert_eq!((&scores["rouge_l"], &scores["exact_match"]), (&json!(6.1564), &json!(0.0)));
+        let counts = ["rows", "not_measured", "unscored_references", "unscored_predictions"].map(|name| &scores[name]);
+        assert_eq!(counts, [1000, 0, 0, 0]);
+    }
+
+    /// Scores of files with these contents.
+    fn scored(predictions: &str, references: &str, how: Scoring) -> Result<Json> {
+        let scratch = Scratch::new();
+        let (predictions, references) = (scratch.file("p.jsonl", predictions), scratch.file("r.jsonl", references));
+        score(&Scoring { predictions, references, ..how })
     }
 
     #[test]
     fn lines_are_paired_and_what_does_not_fit_is_an_error() {
-        let scratch = Scratch::new();
-        let predictions = scratch.file("p.jsonl", "{\"text\": \"A cat.\"}\n{\"text\": \"no\"}\n");
-        let references =
-            scratch.file("r.jsonl", "{\"output\": [\"x\", \"a cat\"]}\n{\"output\": \"yes\"}\n{\"output\": \"z\"}\n");
-        let scores = score(&predictions, &references).unwrap();
-        let expected = json!({"rouge_l": 50.0, "exact_match": 50.0, "rows": 2, "unscored_references": 1});
+        let references = "{\"output\": [\"x\", \"a cat\"]}\n{\"output\": \"yes\"}\n{\"output\": \"z\"}\n";
+        let scores = scored("{\"text\": \"A cat.\"}\n{\"text\": \"no\"}\n", references, Scoring::default()).unwrap();
+        let expected = json!({
+            "rouge_l": 50.0, "exact_match": 50.0, "strict_match": 0.0, "rows": 2, "not_measured": 0,
+            "paired_by": "line", "unscored_references": 1, "unscored_predictions": 0,
+        });
         assert_eq!(scores, expected);
         let error =
-            |predictions: &str| format!("{:#}", score(&scratch.file("p.jsonl", predictions), &references).unwrap_err());
+            |predictions: &str| format!("{:#}", scored(predictions, references, Scoring::default()).unwrap_err());
         assert!(error(&"{\"text\": \"\"}\n".repeat(4)).contains("4 predictions"));
         assert!(error("").contains("no predictions"));
-        assert!(error("{\"text\": 1}\n").contains("p.jsonl:1` has no `text`"));
-        assert!(error("{\"text\": \"\"}\n{").contains("p.jsonl:2` is not JSON"));
+        assert!(error("{\"text\": 1.5}\n").contains("p.jsonl:1`: expected text in `text`, got 1.5"));
+        assert!(error("{\"txt\": \"\"}\n").contains("p.jsonl:1` has no `text`, only `txt`"));
+        let two = error("{\"text\": \"\"}\n{\n{\"a\": 1}");
+        assert!(two.contains("p.jsonl:2` is not JSON") && two.contains("p.jsonl:3` has no `text`"), "{two}");
+    }
+
+    #[test]
+    fn rows_are_paired_by_id_where_all_have_one() {
+        let references =
+            "{\"id\": 1, \"output\": \"a\"}\n{\"id\": \"2\", \"output\": \"b\"}\n{\"id\": 3, \"output\": \"c\"}\n";
+        let guess = |id: &str, text: &str| format!("{{\"id\": {id}, \"text\": \"{text}\"}}\n");
+        let counts = |scores: &Json| {
+            ["rows", "unscored_references", "unscored_predictions"].map(|name| scores[name].as_u64().unwrap())
+        };
+        let mixed = [guess("3", "c"), guess("2", "b"), guess("2", "b"), guess("9", "x")].concat();
+        let scores = scored(&mixed, references, Scoring::default()).unwrap();
+        assert_eq!((scores["strict_match"].as_f64(), &scores["paired_by"]), (Some(100.0), &json!("id")));
+        assert_eq!(counts(&scores), [3, 1, 1]);
+
+        let by_line = Scoring { by_line: true, ..Scoring::default() };
+        let scores = scored(&[guess("3", "a"), guess("2", "b")].concat(), references, by_line).unwrap();
+        assert_eq!((scores["strict_match"].as_f64(), counts(&scores)), (Some(100.0), [2, 1, 0]));
+        let scores = scored(&(guess("3", "a") + "{\"text\": \"b\"}"), references, Scoring::default()).unwrap();
+        assert_eq!((scores["strict_match"].as_f64(), &scores["paired_by"]), (Some(100.0), &json!("line")));
+
+        let error = scored(&guess("7", "a"), references, Scoring::default()).unwrap_err().to_string();
+        assert!(error.contains("no `id` of `") && error.contains("line by line"), "{error}");
+        let twice = references.replace('3', "1");
+        let error = scored(&guess("1", "a"), &twice, Scoring::default()).unwrap_err().to_string();
+        assert!(error.contains("r.jsonl:1` and `") && error.contains("have the same `id`"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_not_measured() {
+        let line = |name: &str, text: &str| format!("{}\n", json!({name: text}));
+        let (guesses, answers) = (line("text", "猫坐在垫子上"), line("output", "猫在垫子上"));
+        let scores = scored(&guesses, &answers, Scoring::default()).unwrap();
+        assert_eq!((&scores["rouge_l"], &scores["not_measured"]), (&Json::Null, &json!(1)));
+        let both = scored(
+            &(guesses.clone() + &line("text", "a")),
+            &(answers.clone() + &line("output", "a")),
+            Scoring::default(),
+        );
+        let both = both.unwrap();
+        assert_eq!((both["rouge_l"].as_f64(), &both["not_measured"]), (Some(100.0), &json!(1)));
+        let unicode = Scoring { unicode: true, ..Scoring::default() };
+        let scores = scored(&guesses, &answers, unicode).unwrap();
+        assert_eq!((scores["rouge_l"].as_f64(), &scores["not_measured"]), (Some(90.9091), &json!(0)));
+        assert_eq!(
+            rouge_l_by("", &list(&["a"]), Words::Ascii, Stemming::Porter),
+            Some(0.0),
+            "an empty answer is wrong"
+        );
+        assert_eq!(rouge_l_by("a", &list(&["?", "a"]), Words::Ascii, Stemming::Porter), Some(1.0));
+    }
+
+    #[test]
+    fn words_of_any_script_are_those_of_unicode() {
+        let words = |text: &str| Words::Unicode.of(text, Stemming::Porter).join("|");
+        assert_eq!(words("Größe, naïve barked!"), "größe|naïve|bark");
+        assert_eq!(words("E\u{301}te\u{301}"), words("Été"));
+        assert_eq!(words("猫在2垫"), "猫|在|2|垫");
+        assert_eq!(words("Привет, мир — да"), "привет|мир|да");
+        assert_eq!(words("…?!"), "");
+    }
+
+    proptest! {
+        #[test]
+        fn a_text_matches_itself_whatever_is_in_it(text in "([a-z .]|<n>|<\\|endoftext\\|>|\\PC|\n){0,20}") {
+            let scores = scored(
+                &json!({"text": text}).to_string(), &json!({"output": text}).to_string(), Scoring::default(),
+            ).unwrap();
+            prop_assert_eq!((&scores["strict_match"], &scores["exact_match"]), (&json!(100.0), &json!(100.0)));
+            prop_assert!(scores["rouge_l"].is_null() || scores["rouge_l"] == 100.0, "{}", scores);
+        }
+
+        #[test]
+        fn both_kinds_of_words_agree_on_plain_text(a in "[a-z]{1,8}( [a-z]{1,8}){0,9}", b in "[a-z]{1,8}( [a-z]{1,8}){0,9}") {
+            let references = [b];
+            let by = |words| rouge_l_by(&a, &references, words, Stemming::Porter);
+            prop_assert_eq!(by(Words::Ascii), by(Words::Unicode));
+        }
     }
 
     /// The usual table, row by row.

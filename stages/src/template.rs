@@ -2,7 +2,8 @@
 //!
 //! `train-tokenizer` and `tokenize` share this, so that a tokenizer sees in training the very text that it will encode.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use contract::dataset::row_name;
 use contract::random::{self, philox, purpose};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -28,8 +29,15 @@ pub enum Template {
 }
 
 impl Template {
-    /// The prompt of a row. Errors only for `ready` and a row without one.
+    /// The prompt of a row. Errors where the template asks for what the row lacks: `ready` for a prompt, the others for an
+    /// instruction where a ready prompt would be lost.
     pub fn prompt(self, row: &CorpusRow) -> Result<String> {
+        ensure!(
+            self == Template::Ready || !row.instruction.is_empty() || row.prompt.as_deref().unwrap_or("").is_empty(),
+            "{} has a ready `prompt` and no instruction, so its prompt would be lost; choose `template: ready`, or take the \
+             prompt for the instruction with `fields: {{instruction: prompt, prompt: none}}` of `download`",
+            row_name(row.id)
+        );
         let CorpusRow { instruction, input, .. } = row;
         let lines = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
         Ok(match self {
@@ -47,7 +55,10 @@ impl Template {
             Template::Ready => row
                 .prompt
                 .as_ref()
-                .with_context(|| format!("row {} has no `prompt`; choose a `template` other than `ready`", row.id))?
+                .with_context(|| {
+                    let row = row_name(row.id);
+                    format!("{row} has no `prompt`; choose a `template` other than `ready`")
+                })?
                 .replace("<n>", "\n"),
         })
     }
@@ -142,7 +153,17 @@ mod tests {
         let ready = CorpusRow { prompt: Some("a<n>b".into()), ..row("") };
         assert_eq!(Template::Ready.prompt(&ready).unwrap(), "a\nb");
         let error = Template::Ready.prompt(&row("")).unwrap_err().to_string();
-        assert!(error.contains("row 4 has no `prompt`"), "{error}");
+        assert!(error.contains("row 5 of `train` has no `prompt`"), "{error}");
+    }
+
+    #[test]
+    fn no_template_loses_a_prompt() {
+        let row = CorpusRow { instruction: String::new(), prompt: Some("a".into()), ..row("x") };
+        for template in [Template::Alpaca, Template::Task, Template::None] {
+            let error = template.prompt(&row).unwrap_err().to_string();
+            assert!(error.contains("row 5 of `train` has a ready `prompt` and no instruction"), "{error}");
+        }
+        assert_eq!(Template::Ready.prompt(&row).unwrap(), "a");
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub(crate) fn row(id: u64, prompt: &[u32], response: &[u32]) -> Row {
 #[derive(Default)]
 pub(crate) struct Log {
     pub(crate) warnings: Vec<String>,
+    pub(crate) notes: Vec<String>,
     pub(crate) rows: Vec<Map<String, Json>>,
 }
 
@@ -26,6 +27,9 @@ impl Sink for Log {
     fn progress(&mut self, _done: u64, _total: u64, _unit: &str) {}
     fn warn(&mut self, text: &str) {
         self.warnings.push(text.into());
+    }
+    fn note(&mut self, text: &str) {
+        self.notes.push(text.into());
     }
 }
 

@@ -18,10 +18,10 @@ fn main() -> ExitCode {
     promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, gpus: || None })
 }
 
-fn score(predictions: &Path, references: &Path) -> anyhow::Result<serde_json::Value> {
+fn score(request: &contract::Scoring) -> anyhow::Result<serde_json::Value> {
     let lines = |path: &Path| {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()));
         text.map(|text| text.lines().count())
     };
-    Ok(serde_json::json!({"predictions": lines(predictions)?, "references": lines(references)?}))
+    Ok(serde_json::json!({"predictions": lines(&request.predictions)?, "references": lines(&request.references)?}))
 }

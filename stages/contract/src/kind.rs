@@ -91,8 +91,8 @@ impl Source {
     }
 
     /// Of a folder, only the files with these names or endings.
-    pub fn only(mut self, files: &[&str]) -> Self {
-        self.only = Some(files.iter().map(|file| (*file).to_owned()).collect());
+    pub fn only(mut self, files: &[impl AsRef<str>]) -> Self {
+        self.only = Some(files.iter().map(|file| file.as_ref().to_owned()).collect());
         self
     }
 

@@ -13,12 +13,14 @@ pub mod files;
 pub mod kind;
 pub mod port;
 pub mod random;
+pub mod scoring;
 pub mod value;
 
 pub use clock::Step;
 pub use dataset::{Dataset, End, Row, TokenizerFile};
 pub use kind::{About, Alone, ConfigError, Conventions, Env, Kind, Operator, Registry, Sink, Source, Stage};
 pub use port::{Agreement, Port, PortType, Ports};
+pub use scoring::Scoring;
 pub use value::{AnyValue, Folder, Inputs, Metrics, Outputs, Predictions, Value};
 
 /// Errors cross the contract as text with a chain of causes; the runner adds which stage and where its log is.
