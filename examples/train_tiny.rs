@@ -68,6 +68,7 @@ fn complete(model: &LanguageModel, row: u64, word: &str) -> Result<String> {
     let options = Generate {
         sampling: Sampling::greedy(),
         max_new_tokens: 48,
+        longest: usize::MAX,
         seed: 0,
         purpose: purpose::GENERATE,
         time: 0,

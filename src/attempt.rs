@@ -147,13 +147,14 @@ impl Attempt {
             None => return Ok(Ended::Stopped(None)),
         };
         match ended {
-            Some(Message::Done { outputs, seconds, rounds }) => {
+            Some(Message::Done { outputs, facts, seconds, rounds }) => {
                 self.check_inputs()?;
                 let outputs: Vec<_> =
                     outputs.into_iter().map(|(name, port_type)| (name, port_type.name().to_owned())).collect();
                 let info = json!({
                     "seconds": seconds,
                     "rounds": rounds,
+                    "facts": facts,
                     "device": self.device,
                     "threads": self.threads,
                     "program": env!("CARGO_PKG_VERSION"),

@@ -9,6 +9,7 @@ mod score;
 mod show;
 mod why;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,12 +19,17 @@ use ::cache::Store;
 use anyhow::{Context, Result};
 use clap::Parser;
 use contract::{Registry, Scoring};
+use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
 
 use crate::cli::{Cli, Command, Format, Target};
+use crate::device;
+use crate::foresee::Foresight;
 use crate::graph::Graph;
 use crate::language::{self, Diagnostics};
+use crate::plan::Settled;
 use crate::schedule::is_store_trouble;
+use crate::selection::Selection;
 
 /// What the stages give the command line besides their kinds.
 pub struct Extras {
@@ -105,11 +111,7 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
 /// Prints an error and finds its exit status.
 fn complain(error: &anyhow::Error) -> u8 {
     if let Some(diagnostics) = error.downcast_ref::<Diagnostics>() {
-        if language::colours() {
-            eprintln!("{diagnostics:#}");
-        } else {
-            eprintln!("{diagnostics}");
-        }
+        eprint(diagnostics);
         return status::BAD_REQUEST;
     }
     eprintln!("error: {error:#}");
@@ -119,6 +121,31 @@ fn complain(error: &anyhow::Error) -> u8 {
         status::STORE
     } else {
         status::BAD_REQUEST
+    }
+}
+
+/// What is foreseen of stages without a result, on standard error. An error where one of them cannot work.
+pub(crate) fn warn_or_fail(
+    graph: &Graph,
+    selection: &Selection,
+    bench: &Workbench,
+    devices: &[String],
+    settled: &BTreeMap<NodeIndex, Settled>,
+) -> Result<()> {
+    let mut foresight = Foresight::new(graph, selection, bench.registry, device::machine(devices));
+    let found = foresight.look(settled);
+    let (errors, warnings) = foresight.diagnostics(&found).by_gravity();
+    if !warnings.diagnostics.is_empty() {
+        eprint(&warnings);
+    }
+    if errors.diagnostics.is_empty() { Ok(()) } else { Err(errors.into()) }
+}
+
+fn eprint(diagnostics: &Diagnostics) {
+    if language::colours() {
+        eprintln!("{diagnostics:#}");
+    } else {
+        eprintln!("{diagnostics}");
     }
 }
 

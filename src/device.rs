@@ -1,6 +1,9 @@
 //! Which devices workers run on.
 
+use std::fs;
+
 use anyhow::Result;
+use contract::Machine;
 
 use crate::commands::BadRequest;
 
@@ -45,6 +48,25 @@ fn reason(gpus: Option<Result<usize>>) -> String {
         Some(Err(error)) => error.to_string(),
         _ => "no GPU is visible".into(),
     }
+}
+
+/// What stages are told of where they will run: the first of the devices, and the memory of a CPU's machine, as far as this
+/// process may use it.
+pub(crate) fn machine(devices: &[String]) -> Machine {
+    let device = devices.first().cloned().unwrap_or_default();
+    let memory = if device == "cpu" { memory() } else { None };
+    Machine { device, memory }
+}
+
+/// Bytes of memory of this machine, or of the control group that it gives this process.
+fn memory() -> Option<u64> {
+    let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    });
+    let group = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limits = group.iter().filter_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    limits.chain(total).min()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::yaml::Span;
 /// Longest excerpt of a line that is shown, in characters.
 const WIDTH: usize = 140;
 
-/// One thing wrong.
+/// One thing wrong, or odd.
 #[derive(Clone, Debug)]
 pub struct Diagnostic {
     /// What is wrong, as a lower-case fragment.
@@ -21,6 +21,8 @@ pub struct Diagnostic {
     pub labels: Vec<Label>,
     /// What to do.
     pub hint: String,
+    /// Whether it is only odd, and stops nothing.
+    pub is_warning: bool,
     /// The variant or ablation cell in which it is wrong, where it is not the base.
     pub cell: Option<String>,
 }
@@ -37,7 +39,12 @@ pub struct Label {
 impl Diagnostic {
     /// A message with its hint.
     pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Diagnostic { message: message.into(), labels: Vec::new(), hint: hint.into(), cell: None }
+        Diagnostic { message: message.into(), labels: Vec::new(), hint: hint.into(), is_warning: false, cell: None }
+    }
+
+    /// Makes it one that stops nothing.
+    pub fn warning(self) -> Self {
+        Diagnostic { is_warning: true, ..self }
     }
 
     /// Points at the place at fault.
@@ -65,6 +72,14 @@ impl Diagnostic {
 pub struct Diagnostics {
     /// In the order of the files.
     pub diagnostics: Vec<Diagnostic>,
+}
+
+impl Diagnostics {
+    /// Errors, and what is only odd.
+    pub(crate) fn by_gravity(self) -> (Diagnostics, Diagnostics) {
+        let (warnings, errors) = self.diagnostics.into_iter().partition(|diagnostic| diagnostic.is_warning);
+        (Diagnostics { diagnostics: errors }, Diagnostics { diagnostics: warnings })
+    }
 }
 
 impl From<Diagnostic> for Diagnostics {
@@ -157,6 +172,7 @@ pub(crate) fn quoted<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> Strin
 /// Escape sequences around the parts of a message.
 struct Style {
     error: &'static str,
+    warning: &'static str,
     frame: &'static str,
     caret: &'static str,
     other: &'static str,
@@ -165,9 +181,10 @@ struct Style {
     off: &'static str,
 }
 
-const PLAIN: Style = Style { error: "", frame: "", caret: "", other: "", hint: "", bold: "", off: "" };
+const PLAIN: Style = Style { error: "", warning: "", frame: "", caret: "", other: "", hint: "", bold: "", off: "" };
 const COLOURED: Style = Style {
     error: "\x1b[1;31m",
+    warning: "\x1b[1;33m",
     frame: "\x1b[34m",
     caret: "\x1b[31m",
     other: "\x1b[34m",
@@ -178,7 +195,8 @@ const COLOURED: Style = Style {
 
 fn write_one(f: &mut fmt::Formatter<'_>, diagnostic: &Diagnostic, style: &Style) -> fmt::Result {
     let Style { error, hint, bold, off, .. } = style;
-    writeln!(f, "{error}error{off}{bold}: {}{off}", printable(&diagnostic.message))?;
+    let (colour, word) = if diagnostic.is_warning { (style.warning, "warning") } else { (*error, "error") };
+    writeln!(f, "{colour}{word}{off}{bold}: {}{off}", printable(&diagnostic.message))?;
     for (i, label) in diagnostic.labels.iter().enumerate() {
         write_excerpt(f, label, i == 0, style)?;
     }

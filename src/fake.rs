@@ -133,8 +133,7 @@ kind!(Distill, DistillConfig, "distill", "Trains a student to follow a teacher."
     .input("teacher", PortType::Model, "what is followed")
     .optional("prompt", PortType::SoftPrompt, "put before the teacher's text")
     .input("data", PortType::Dataset, "rows of a window")
-    .output("model", PortType::Model, "the student afterwards")
-    .agree("vocabulary", &["student", "teacher"]),
+    .output("model", PortType::Model, "the student afterwards"),
     fn alone(&self) -> Option<Alone> {
         Some(Alone { data: "data", carry: "student", next: "model", valid: Some("valid") })
     }

@@ -6,12 +6,15 @@
 //! node here.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use contract::{PortType, Ports};
 use indexmap::IndexMap;
 use petgraph::graph::{DiGraph, NodeIndex};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
+
+use crate::yaml::Source;
 
 /// All that is to be run, for every selected cell.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +23,8 @@ pub struct Graph {
     pub subgraphs: DiGraph<Node, Handoff>,
     /// The selected cells, in the order asked for: one a variant, or one a cell of an ablation.
     pub cells: Vec<Cell>,
+    /// The texts that places are in.
+    pub sources: Vec<Arc<Source>>,
 }
 
 /// One selected combination of variant and settings, and what its stage names stand for.
@@ -129,6 +134,9 @@ pub struct Window {
     pub seed: u64,
     /// The last window of an epoch where the rows do not divide by `take`.
     pub last: Last,
+    /// Where its fields are written; for messages.
+    #[serde(skip)]
+    pub places: BTreeMap<String, Place>,
 }
 
 /// Order of rows within an epoch.

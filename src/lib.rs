@@ -18,6 +18,7 @@ mod fake;
 #[path = "../tests/it/fakes.rs"]
 #[allow(unreachable_pub, reason = "the program with fake stages is made of the same file")]
 mod fakes;
+mod foresee;
 pub mod graph;
 pub mod history;
 pub mod key;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cache::{Digest, Key};
-use contract::{PortType, Source};
+use contract::{Facts, PortType, Source};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -66,7 +66,13 @@ pub(crate) enum Message {
     /// A cut was kept.
     Cut { round: u64, rounds: u64 },
     /// Outputs are written, with name in the store and type. Seconds are those of all attempts.
-    Done { outputs: Vec<(String, PortType)>, seconds: f64, rounds: Option<u64> },
+    Done {
+        outputs: Vec<(String, PortType)>,
+        /// What is known of them, by name.
+        facts: BTreeMap<String, Facts>,
+        seconds: f64,
+        rounds: Option<u64>,
+    },
     /// It went wrong.
     Failed { error: String },
     /// A local file no longer holds what the key says, so that nothing was begun.

@@ -20,11 +20,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use contract::{AnyValue, Env, Inputs, Metrics, Operator, PortType, Registry, Result, Sink, Step, Value};
+use contract::{AnyValue, Env, Finding, Inputs, Machine, Metrics, PortType, Registry, Result, Sink, Step, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
-use crate::graph::{BodyStage, Every, Keep, Loop, Mode, Origin, PortRef};
+use crate::foresee::{self, Part};
+use crate::graph::{BodyStage, Every, Keep, Loop, Mode, Operator, Origin, PortRef, Subgraph};
 use cut::Held;
 pub use cut::{Standing, standing};
 use window::{Clock, Slicer};
@@ -140,6 +141,8 @@ struct LoopRun<'a> {
     slicers: Vec<Slicer>,
     /// What stages read from outside in every round.
     outside: BTreeMap<String, AnyValue>,
+    /// Stages whose readers in the loop have limits: the longest row that all of them can take.
+    rooms: BTreeMap<String, u64>,
     held: Held,
     stages: Vec<Started>,
     since: Instant,
@@ -151,7 +154,7 @@ struct LoopRun<'a> {
 /// A stage in this process.
 #[derive(Default)]
 struct Started {
-    operator: Option<Box<dyn Operator>>,
+    operator: Option<Box<dyn contract::Operator>>,
     /// Ports connected when facts were last compared.
     agreed: Vec<String>,
 }
@@ -165,6 +168,7 @@ impl<'a> LoopRun<'a> {
         env: &'a Env,
     ) -> Result<Self> {
         ensure!(!body.stages.is_empty(), "the loop has no stages");
+        let facts = entries.iter().map(|(entry, value)| (entry.clone(), value.facts())).collect();
         let mut slicers = Vec::with_capacity(body.windows.len());
         for (name, window) in &body.windows {
             let value = entries.remove(&format!("windows.{name}"));
@@ -177,6 +181,14 @@ impl<'a> LoopRun<'a> {
                 .with_context(|| format!("cannot resume from `{}`", folder.display()))?,
             None => (Held::new(firsts, body.stages.len()), 0.0),
         };
+        let seen = foresee::look(&Subgraph::Loop(body.clone()), &facts, registry, &Machine::default());
+        for (part, finding) in seen.findings.iter().filter(|(_, finding)| finding.is_error) {
+            match part {
+                Part::Stage(stage) => bail!("stage `{stage}`: {}", in_words(finding)),
+                Part::Window(window) => bail!("window `{window}`: {}", in_words(finding)),
+                Part::Whole => bail!("{}", in_words(finding)),
+            }
+        }
         let stages = body.stages.iter().map(|_| Started::default()).collect();
         let since = Instant::now();
         Ok(LoopRun {
@@ -186,6 +198,7 @@ impl<'a> LoopRun<'a> {
             clock,
             slicers,
             outside: entries,
+            rooms: seen.rooms,
             held,
             stages,
             since,
@@ -250,12 +263,16 @@ impl<'a> LoopRun<'a> {
         Ok(())
     }
 
-    fn start_operator(&mut self, index: usize) -> Result<Box<dyn Operator>> {
+    fn start_operator(&mut self, index: usize) -> Result<Box<dyn contract::Operator>> {
         let operator = &self.stage(index).1.operator;
         let state = self.held.values.remove(&Slot::State(index));
         let env = Env { scratch: self.env.scratch.join(format!("s{index}")), ..self.env.clone() };
         fs::create_dir_all(&env.scratch).with_context(|| format!("cannot make folder `{}`", env.scratch.display()))?;
-        find_kind(self.registry, &operator.kind)?.start(&operator.config, &env, state)
+        let mut started = find_kind(self.registry, &operator.kind)?.start(&operator.config, &env, state)?;
+        if let Some(room) = self.rooms.get(self.stage(index).0) {
+            started.make_room(*room);
+        }
+        Ok(started)
     }
 
     /// Gathers the inputs of a stage; where it is the last to read a value, it gets the loop's own reference.
@@ -286,13 +303,14 @@ impl<'a> LoopRun<'a> {
         Ok(inputs)
     }
 
-    /// Checks required ports, and what ports must agree on whenever other ports are connected than last time.
+    /// Checks required ports, and the facts of what is connected whenever other ports are connected than last time.
     fn check_inputs(&mut self, index: usize, inputs: &Inputs) -> Result<()> {
-        let ports = &self.stage(index).1.operator.ports;
+        let (name, BodyStage { operator, .. }) = self.stage(index);
+        let ports = &operator.ports;
         let connected: Vec<String> =
             ports.inputs.iter().filter(|port| inputs.has(&port.name)).map(|port| port.name.clone()).collect();
         if connected != self.stages[index].agreed {
-            check_agreement(ports, inputs)?;
+            check_inputs(operator, inputs, self.rooms.get(name).copied(), self.registry)?;
             self.stages[index].agreed = connected;
         }
         Ok(())
@@ -583,24 +601,23 @@ pub(crate) fn find_kind<'r>(registry: &'r Registry, name: &str) -> Result<&'r dy
     registry.get(name).ok_or_else(|| anyhow!("this program has no stage kind `{name}`"))
 }
 
-/// Checks that required ports are connected and that ports which must agree do.
-pub(crate) fn check_agreement(ports: &contract::Ports, inputs: &Inputs) -> Result<()> {
-    for port in ports.inputs.iter().filter(|port| port.required) {
+/// Checks that required ports are connected and that the stage can work with what is: the last line of defence, for most of
+/// it was known before.
+pub(crate) fn check_inputs(operator: &Operator, inputs: &Inputs, room: Option<u64>, registry: &Registry) -> Result<()> {
+    for port in operator.ports.inputs.iter().filter(|port| port.required) {
         ensure!(inputs.has(&port.name), "required input `{}` has no value", port.name);
     }
-    for rule in &ports.agree {
-        let connected = rule.ports.iter().filter_map(|port| Some((port, inputs.get(port)?)));
-        let facts: Vec<_> = connected.filter_map(|(port, value)| Some((port, value.fact(&rule.fact)?))).collect();
-        let Some(((first, expected), others)) = facts.split_first() else { continue };
-        for (port, found) in others {
-            ensure!(
-                found == expected,
-                "inputs `{first}` and `{port}` must have the same {}, but `{first}` has {expected} and `{port}` has {found}",
-                rule.fact
-            );
-        }
+    let ports = operator.ports.inputs.iter();
+    let facts = ports.filter_map(|port| Some((port.name.clone(), inputs.get(&port.name)?.facts()))).collect();
+    let outlook = foresee::outlook(operator, facts, room, registry, &Machine::default());
+    match outlook.findings.iter().find(|finding| finding.is_error) {
+        Some(finding) => bail!("{}", in_words(finding)),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+fn in_words(finding: &Finding) -> String {
+    format!("{}; {}", finding.message, finding.hint)
 }
 
 /// Checks that every declared output was made, with its type, and nothing else.

@@ -17,7 +17,9 @@ use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
 
 use crate::attempt::{Attempt, Control, Ended, Update, log_end};
+use crate::device;
 use crate::events::{Event, EventLog, SCHEMA, Status};
+use crate::foresee::Foresight;
 use crate::graph::{Graph, Subgraph};
 use crate::history::{History, PlanFile, PlannedStage};
 use crate::key::{self, Action, InputDigests};
@@ -87,6 +89,9 @@ pub fn run(
         store,
         settings,
         history,
+        foresight: Foresight::new(graph, selection, registry, device::machine(&settings.devices)),
+        foreseen: BTreeSet::new(),
+        looked_with: None,
         events: EventLog::create(&folder, reporter)?,
         plan_file: PlanFile { pipeline: name.to_owned(), stages: Vec::new() },
         folder,
@@ -117,6 +122,11 @@ struct Coordinator<'a> {
     store: Arc<Store>,
     settings: &'a Settings,
     history: History,
+    foresight: Foresight<'a>,
+    /// Warnings that were given, so that each is given once.
+    foreseen: BTreeSet<(NodeIndex, String)>,
+    /// How many results there were when it was last looked ahead.
+    looked_with: Option<usize>,
     events: EventLog<'a>,
     plan_file: PlanFile,
     folder: PathBuf,
@@ -171,6 +181,7 @@ impl Coordinator<'_> {
     fn work(&mut self, news: &Receiver<News>) -> Result<()> {
         loop {
             self.decide_open()?;
+            self.look_ahead();
             self.fill_slots();
             if self.running.is_empty() {
                 return Ok(());
@@ -200,6 +211,29 @@ impl Coordinator<'_> {
             }
         }
         Ok(())
+    }
+
+    /// With every result more is known of what is left: a stage that cannot work fails now, and not when its turn comes.
+    fn look_ahead(&mut self) {
+        if self.looked_with.replace(self.settled.len()) == Some(self.settled.len()) {
+            return;
+        }
+        for foreseen in self.foresight.look(&self.settled) {
+            let node = foreseen.node;
+            let waits = self.open.contains(&node) || self.queue.iter().any(|ready| ready.node == node);
+            let line = self.foresight.line(&foreseen);
+            if !waits {
+                continue;
+            }
+            if foreseen.is_error() {
+                self.open.remove(&node);
+                self.queue.retain(|ready| ready.node != node);
+                self.fail(node, anyhow::anyhow!(line), None);
+            } else if self.foreseen.insert((node, line.clone())) {
+                let stage = self.label(node);
+                self.events.send(&Event::StageWarned { stage, part: None, text: line });
+            }
+        }
     }
 
     fn act(&mut self, node: NodeIndex, inputs: InputDigests, decision: Decision) -> Result<()> {

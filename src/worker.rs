@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use cache::{Digest, Store};
-use contract::{AnyValue, Env, Inputs, PortType, Registry, Sink, Step};
+use contract::{AnyValue, Env, Facts, Inputs, PortType, Registry, Sink, Step};
 use serde_json::{Map, Value as Json};
 
 use crate::graph::{Loop, Operator, Subgraph};
@@ -137,7 +137,7 @@ fn run_once(
     for (port, value) in entries {
         inputs.insert(port, value);
     }
-    rounds::check_agreement(&operator.ports, &inputs)?;
+    rounds::check_inputs(operator, &inputs, None, registry)?;
     let mut sink = OnceSink { rows: Vec::new(), report: Report::new() };
     let kind = rounds::find_kind(registry, &operator.kind)?;
     let outputs = kind.start(&operator.config, env, None)?.run(inputs, &Step::once(), &mut sink)?.0;
@@ -146,11 +146,12 @@ fn run_once(
     for (port, value) in &outputs {
         written.push(save(&job.work, port, value)?);
     }
+    let facts = known(outputs.iter().map(|(port, value)| (port.clone(), value)));
     // A training stage that runs once has rows too, and the port of that name is theirs unless it declares one itself.
     if !sink.rows.is_empty() && !outputs.contains_key("metrics") {
         written.push(save_rows(&job.work, "metrics", &sink.rows)?);
     }
-    Ok(Message::Done { outputs: written, seconds: since.elapsed().as_secs_f64(), rounds: None })
+    Ok(Message::Done { outputs: written, facts, seconds: since.elapsed().as_secs_f64(), rounds: None })
 }
 
 fn run_rounds(
@@ -177,9 +178,18 @@ fn run_rounds(
             for (index, rows) in finished.rows.iter().enumerate() {
                 written.push(save_rows(&job.work, &format!("s{index}.metrics"), rows)?);
             }
-            Ok(Message::Done { outputs: written, seconds: finished.seconds, rounds: Some(finished.rounds) })
+            let outputs = finished.outputs.iter().enumerate();
+            let facts = known(outputs.map(|(index, value)| (format!("c{index}"), value)));
+            let (seconds, rounds) = (finished.seconds, Some(finished.rounds));
+            Ok(Message::Done { outputs: written, facts, seconds, rounds })
         }
     }
+}
+
+/// What is known of outputs; those of which nothing is are left out.
+fn known<'a>(outputs: impl Iterator<Item = (String, &'a AnyValue)>) -> BTreeMap<String, Facts> {
+    let facts = outputs.map(|(name, value)| (name, value.facts()));
+    facts.filter(|(_, facts)| *facts != Facts::default()).collect()
 }
 
 /// The newest whole cut, as links of our own: values may be read where they lie, and the store drops old cuts.

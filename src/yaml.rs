@@ -146,6 +146,20 @@ impl Node {
         self.from.as_ref().unwrap_or(&self.span)
     }
 
+    /// Adds the texts that it is from to those that are known.
+    pub(crate) fn collect_sources(&self, known: &mut Vec<Arc<Source>>) {
+        for span in [&self.span].into_iter().chain(&self.from) {
+            if !known.iter().any(|source| Arc::ptr_eq(source, &span.source)) {
+                known.push(span.source.clone());
+            }
+        }
+        match &self.value {
+            Value::List(items) => items.iter().for_each(|item| item.collect_sources(known)),
+            Value::Map(map) => map.values().for_each(|entry| entry.node.collect_sources(known)),
+            _ => {}
+        }
+    }
+
     /// The value without places.
     pub fn to_json(&self) -> Json {
         match &self.value {

@@ -5,14 +5,17 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde_json::Value as Json;
 
-use super::{Workbench, say};
+use super::{Workbench, say, warn_or_fail};
 use crate::cli::CheckArgs;
+use crate::device;
 use crate::graph::{Operator, Place, Subgraph};
 use crate::selection;
 
 pub(crate) fn check(args: &CheckArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
     let selection = selection::select(&graph, &args.target.stages)?;
+    let devices = device::devices(&args.target.device, bench.gpus)?;
+    warn_or_fail(&graph, &selection, bench, &devices, &BTreeMap::new())?;
     let mut text = String::new();
     for node in selection.order.iter().filter(|_| args.origin) {
         let label = &selection.labels[node];

@@ -4,8 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{Workbench, open_store, say, status};
+use super::{Workbench, open_store, say, status, warn_or_fail};
 use crate::cli::PlanArgs;
+use crate::device;
 use crate::history::History;
 use crate::plan::{self, Decision};
 use crate::report::duration;
@@ -17,6 +18,8 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let selection = selection::select(&graph, &args.target.stages)?;
     let store = open_store(&args.target.store.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
+    let devices = device::devices(&args.target.device, bench.gpus)?;
+    let foreseen = warn_or_fail(&graph, &selection, bench, &devices, &plan.settled());
     let history = History::open(&store);
     let width = selection.width();
     let mut text = String::new();
@@ -30,6 +33,10 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
         text.push('\n');
     }
     say(&text)?;
+    foreseen?;
+    if plan.steps.iter().any(|(_, decision)| matches!(decision, Decision::Impossible { .. })) {
+        return Ok(ExitCode::from(status::BAD_REQUEST));
+    }
     let work = args.check && plan.has_work();
     Ok(if work { ExitCode::from(status::WORK_FOUND) } else { ExitCode::SUCCESS })
 }

@@ -9,8 +9,10 @@ use super::{BadRequest, Workbench, open_store, say, status};
 use crate::cli::RunArgs;
 use crate::device;
 use crate::events::Status;
+use crate::foresee::Foresight;
 use crate::graph::Graph;
 use crate::language;
+use crate::plan;
 use crate::report;
 use crate::schedule::{self, Settings, Summary};
 use crate::selection;
@@ -46,6 +48,14 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     let selection = selection::select(graph, &target.stages)?;
     let settings = settings(args, bench)?;
     let store = open_store(&target.store.store)?;
+    // What cannot work is refused before anything runs; what is only odd is said by the run itself.
+    let plan = plan::plan(graph, &selection, bench.registry, &store)?;
+    let mut foresight = Foresight::new(graph, &selection, bench.registry, device::machine(&settings.devices));
+    let found = foresight.look(&plan.settled());
+    let (errors, _) = foresight.diagnostics(&found).by_gravity();
+    if !errors.diagnostics.is_empty() {
+        return Err(errors.into());
+    }
     let mut reporter = report::reporter(args.json, selection.width());
     let name = target.file.display().to_string();
     let summary = {

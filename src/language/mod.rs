@@ -90,6 +90,7 @@ fn read_cell(
     }
     let before = problems.0.len();
     tracking.used.extend(params::substitute(&mut tree, problems));
+    tree.collect_sources(&mut assembly.graph.sources);
     let unknown: Vec<_> = problems.0[before..].iter().filter_map(|d| d.place().cloned()).collect();
     let spec = Spec::read(&tree, removed, problems);
     let known: Vec<&str> = variants.names().chain(["base"]).collect();

@@ -1,10 +1,12 @@
 //! The spec: what the file says, typed, with places; names are not resolved yet.
 
+use std::collections::BTreeMap;
+
 use contract::Conventions;
 use indexmap::IndexMap;
 
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
-use crate::graph::{Every, Last, Mode, Order};
+use crate::graph::{Every, Last, Mode, Order, Place};
 use crate::language::edit::{CARRY_FIELDS, LOOP_WINDOW_FIELDS, Removed};
 use crate::language::read::{self, Text, check_keys, check_name, mapping};
 use crate::yaml::{Map, Node, Span, Value};
@@ -79,6 +81,8 @@ pub(crate) struct WindowFields {
     pub(crate) order: Order,
     pub(crate) seed: u64,
     pub(crate) last: Last,
+    /// Where each is written.
+    pub(crate) places: BTreeMap<String, Place>,
 }
 
 /// A carried value.
@@ -295,7 +299,8 @@ pub(crate) fn read_window_fields(map: &Map, problems: &mut Problems) -> WindowFi
     let lasts = [("drop", Last::Drop), ("short", Last::Short)];
     let last = map.get("last").and_then(|entry| read::choice(&entry.node, "last", &lasts, problems));
     let (order, last) = (order.unwrap_or(Order::Shuffle), last.unwrap_or(Last::Drop));
-    WindowFields { rows, take, epochs, order, seed, last }
+    let places = map.iter().map(|(key, entry)| (key.clone(), entry.node.origin().place())).collect();
+    WindowFields { rows, take, epochs, order, seed, last, places }
 }
 
 fn read_carry(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> Option<CarrySpec> {

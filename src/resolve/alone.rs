@@ -67,7 +67,7 @@ fn read_window(
     conventions: Conventions,
     problems: &mut Problems,
 ) -> Option<Window> {
-    let WindowFields { rows, take, epochs, order, seed, last } = read_window_fields(with, problems);
+    let WindowFields { rows, take, epochs, order, seed, last, places } = read_window_fields(with, problems);
     // The published programs shuffle from 0, whatever their seed.
     let from = if own_seed && conventions == Conventions::Reference { 0 } else { seed };
     let own = read::given(with, "order_seed").and_then(|entry| read::whole(&entry.node, "order_seed", 0, problems));
@@ -80,7 +80,7 @@ fn read_window(
         let diagnostic = Diagnostic::new(message, "write `epochs: N` or `rounds: N` under `with:`");
         problems.push(diagnostic.at(spec.span.clone(), "endless"));
     }
-    Some(Window { rows, take: take?, epochs: epochs.map(|(epochs, _)| epochs), order, seed, last })
+    Some(Window { rows, take: take?, epochs: epochs.map(|(epochs, _)| epochs), order, seed, last, places })
 }
 
 /// The loss on the validation set.

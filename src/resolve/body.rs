@@ -201,7 +201,8 @@ impl<'a> Checked<'a> {
             let fields = &spec.fields;
             let epochs = fields.epochs.as_ref().map(|(epochs, _)| *epochs);
             let (rows, order, seed, last) = (fields.rows, fields.order, fields.seed, fields.last);
-            Some((name.clone(), Window { rows, take: fields.take?, epochs, order, seed, last }))
+            let places = fields.places.clone();
+            Some((name.clone(), Window { rows, take: fields.take?, epochs, order, seed, last, places }))
         });
         let windows = windows.collect();
         let keep = &mut self.keep;

@@ -140,7 +140,7 @@ fn carry(next: &str, keep: Keep) -> Carry {
 }
 
 fn window(take: u64, epochs: Option<u64>) -> Window {
-    Window { rows: None, take, epochs, order: Order::Shuffle, seed: 9, last: Last::Drop }
+    Window { rows: None, take, epochs, order: Order::Shuffle, seed: 9, last: Last::Drop, places: BTreeMap::new() }
 }
 
 /// The loop of prompt distillation in miniature: the student answers, the prompt adapts to the student, the student

@@ -107,7 +107,7 @@ mod tests {
     }
 
     fn window(take: u64, epochs: Option<u64>) -> Window {
-        Window { rows: None, take, epochs, order: Order::Given, seed: 3, last: Last::Drop }
+        Window { rows: None, take, epochs, order: Order::Given, seed: 3, last: Last::Drop, places: Default::default() }
     }
 
     fn slicer(rows: u64, window: &Window) -> Slicer {

@@ -25,8 +25,8 @@ use anyhow::{Context, bail, ensure};
 use candle_core::{Device, Tensor};
 use contract::random::purpose;
 use contract::{
-    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
-    Sink, Stage, Step,
+    About, Alone, AnyValue, Cause, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs,
+    PortType, Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, check_temperature, head_loss};
 use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
@@ -34,6 +34,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::finite::Behind;
+use crate::foresight;
 use crate::padding::Padding;
 use crate::training::{self, MicroBatch, Trainer, Training};
 
@@ -144,8 +145,6 @@ impl Stage for Distill {
             )
             .output("model", PortType::Model, "the trained student")
             .one_of(&["teacher", "cache"])
-            .agree("vocabulary", &["data", "student", "teacher", "cache"])
-            .agree("width", &["teacher", "prompt"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
@@ -158,6 +157,28 @@ impl Stage for Distill {
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
         Trainer::load_state(folder, env)
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let model =
+            foresight::learner(outlook, "student", config.init.as_ref(), "data", config.activation_checkpointing);
+        foresight::computes_in(outlook, config.dtype);
+        outlook.output("model", model);
+        if outlook.has("cache") {
+            outlook.same_vocabulary(&["data", "cache", "teacher"]);
+            outlook.holds("teacher");
+        } else if outlook.has("teacher") {
+            foresight::reader(outlook, "teacher", Some("prompt"), "data");
+        }
+        let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
+        let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
+        if old && accumulates && outlook.has("prompt") && !outlook.has("prompt_before") {
+            outlook.error(
+                [Cause::Field("accumulation_prompt".into()), Cause::Field("micro_batch".into())],
+                "`accumulation_prompt: old` needs the prompt as the round found it",
+                "connect `prompt_before` to the carried prompt, or set `accumulation_prompt: new`",
+            );
+        }
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

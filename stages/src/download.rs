@@ -25,9 +25,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use contract::dataset::SPLIT_ROWS;
 use contract::{
-    About, AnyValue, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Source,
-    Stage, Step, TokenizerFile,
+    About, AnyValue, Bounds, Cause, ConfigError, Dataset, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs,
+    PortType, Ports, Sink, Source, Stage, Step, TokenizerFile,
 };
 use safetensors::tensor::Metadata;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -261,15 +262,50 @@ impl Stage for Download {
         corpus.into_iter().chain(bin).chain(others).collect()
     }
 
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let Config { source, tokenizer, end_token, bin, model, .. } = config;
+        let limited = |split: Split, rows: Bounds| rows.min(config.limit.of(split) as u64);
+        if source.is_some() {
+            let sizes = config.is_builtin().then(|| config.sizes());
+            let rows = |split| sizes.map_or(Bounds::ANY, |sizes: Sizes| Bounds::exactly(sizes.of(split) as u64));
+            let rows = Split::ALL.map(|split| limited(split, rows(split)));
+            foresee_rows(config.rows.unwrap_or(0) as u64, outlook);
+            outlook.output("corpus", Facts { rows: rows.to_vec(), ..Facts::default() });
+        } else if let (Some(path), None, None) = (tokenizer, bin, model) {
+            // One that cannot be read is an error of its own.
+            if let Ok(file) = open_tokenizer(Path::new(path), end_token.as_deref()) {
+                let (vocabulary, ends) = (Some(file.vocabulary()), Some(vec![file.end]));
+                outlook.output("tokenizer", Facts { vocabulary, ends, ..Facts::default() });
+            }
+        }
+    }
+
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Run { config, scratch: env.scratch.clone() }))
     }
 }
 
 impl Config {
+    /// Sizes of the built-in corpus.
+    fn sizes(&self) -> Sizes {
+        Sizes { train: self.rows.unwrap_or(8000), valid: 200, test: 400 }
+    }
+
     fn is_builtin(&self) -> bool {
         self.source == Some(Place::One(BUILTIN.to_owned()))
     }
+}
+
+/// The rows of the built-in corpus: as many as have ids, and fit in memory while they are made.
+fn foresee_rows(rows: u64, outlook: &mut Outlook) {
+    /// Texts, references and their strings, in bytes: less than any row of the corpus takes.
+    const ROW: u64 = 300;
+    let cause = Cause::Field("rows".into());
+    if rows > SPLIT_ROWS {
+        let message = format!("`rows` is {rows}: expected at most {SPLIT_ROWS}");
+        return outlook.error([cause], message, "the corpus repeats itself long before");
+    }
+    outlook.needs_bytes(&format!("{rows} rows of {ROW} bytes or more"), rows * ROW, cause);
 }
 
 struct Run {
@@ -315,9 +351,8 @@ impl Run {
 /// The splits of a corpus, limited, with their ids.
 fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[Vec<CorpusRow>; 3]> {
     if config.is_builtin() {
-        let sizes = Sizes { train: config.rows.unwrap_or(8000), valid: 200, test: 400 };
         let mut kept = Kept::new(config.limit);
-        for (split, rows) in Split::ALL.into_iter().zip(instruct::generate(config.seed.unwrap_or(0), &sizes)) {
+        for (split, rows) in Split::ALL.into_iter().zip(instruct::generate(config.seed.unwrap_or(0), &config.sizes())) {
             rows.into_iter().try_for_each(|row| kept.add(split, row))?;
         }
         return Ok(kept.conclude(sink));

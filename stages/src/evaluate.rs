@@ -20,10 +20,11 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
 use candle_core::Tensor;
+use contract::outlook::Rows;
 use contract::random::{below, philox, purpose};
 use contract::{
-    About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Metrics, Operator, Outputs, PortType, Ports,
-    Predictions, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Cause, ConfigError, Conventions, Dataset, End, Env, Inputs, Longest, Metrics, Operator, Outlook,
+    Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, divergence_values, log_probs};
 use lm::sample::Sampling;
@@ -35,6 +36,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::aligned::Aligned;
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
+use crate::foresight;
 use crate::padding::Padding;
 use crate::score::{self, Words};
 use crate::student_generate::sampling_errors;
@@ -188,12 +190,42 @@ impl Stage for Evaluate {
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the model")
             .output("metrics", PortType::Metrics, "every metric with its interval and seeds")
             .output("predictions", PortType::Predictions, "every answer with its scores")
-            .agree("vocabulary", &["model", "data", "teacher"])
-            .agree("width", &["model", "prompt"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
         vec!["batch"]
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let data = outlook.input("data");
+        let rows = config.seen(outlook.rows("data"));
+        outlook.holds("model");
+        outlook.same_vocabulary(&["data", "model", "teacher"]);
+        outlook.same_end("data", "model");
+        outlook.same_width("model", "prompt");
+        foresight::computes_in(outlook, config.dtype);
+        outlook.takes_rows("data", "rows", config.rows.map(|rows| rows as u64));
+        if data.row_count().most == 0 {
+            let causes = [Cause::Input("data".into(), "source".into())];
+            outlook.error(causes, "the data to evaluate on has no rows", "choose another split");
+        } else if config.measures(Metric::Loss) && data.responses.most == 0 {
+            outlook.error(
+                [Cause::Field("metrics".into()), Cause::Input("data".into(), "source".into())],
+                "`loss` is asked for, and no row has a response to measure it of",
+                "leave `loss` out of `metrics`, or give rows with answers",
+            );
+        }
+        if config.measures(Metric::Loss) {
+            outlook.reads("model", Some("prompt"), &rows);
+        }
+        if config.metrics.iter().any(|metric| metric.reads_answers()) {
+            outlook.writes("model", Some("prompt"), &rows, config.max_new_tokens as u64);
+        }
+        if config.measures(Metric::ReverseKl) {
+            outlook.holds("teacher");
+            // Of a row it reads the prompt and, as far as there is room, the answer.
+            outlook.reads("teacher", None, &Rows { text: Longest::default(), ..rows });
+        }
     }
 
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -202,6 +234,19 @@ impl Stage for Evaluate {
 }
 
 impl Config {
+    /// The rows that are evaluated, as far as they are known.
+    fn seen(&self, rows: Rows) -> Rows {
+        let first = self.rows.map_or(u64::MAX, |rows| rows as u64);
+        let (mut prompt, mut text) = (rows.prompt.of_first(first), rows.text.of_first(first));
+        if let Some(limit) = self.max_prompt_length.map(|limit| limit as u64) {
+            // Which rows become shorter by how much is not known.
+            text = if prompt.most.is_some_and(|most| most <= limit) { text } else { text.bound() };
+            prompt = prompt.cut_to(limit);
+        }
+        let shorten = "set `max_prompt_length` to cut long prompts, or leave long rows out of the data";
+        Rows { prompt, text, shorten, ..rows }
+    }
+
     fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature,
@@ -244,7 +289,10 @@ impl Operator for Evaluating {
             metrics.insert("loss".into(), self.loss(&model, prompt.as_ref(), &rows)?);
         }
         if config.metrics.iter().any(|metric| metric.reads_answers()) {
-            let answers = self.answer(&model, prompt.as_ref(), &rows, &data, sink)?;
+            // The teacher reads the answers, all but their last token.
+            let reader = teacher.as_ref().filter(|_| config.measures(Metric::ReverseKl));
+            let longest = reader.map_or(usize::MAX, |teacher| teacher.config.positions().saturating_add(1));
+            let answers = self.answer(&model, prompt.as_ref(), &rows, &data, longest, sink)?;
             let mut scores = Scores::new(config);
             for (seed, generated) in &answers {
                 scores.text(*seed, &rows, generated, &data, &mut predictions)?;
@@ -301,6 +349,7 @@ impl Evaluating {
         prompt: Option<&Tensor>,
         rows: &[Row],
         data: &Dataset,
+        longest: usize,
         sink: &mut dyn Sink,
     ) -> Result<Vec<(u64, Vec<Generated>)>> {
         let config = &self.config;
@@ -312,6 +361,7 @@ impl Evaluating {
             let options = Generate {
                 sampling: config.sampling(),
                 max_new_tokens: config.max_new_tokens,
+                longest,
                 seed,
                 purpose: purpose::EVALUATE,
                 time: 0,

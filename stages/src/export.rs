@@ -18,7 +18,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use contract::{About, AnyValue, Dataset, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Stage, Step};
+use contract::{
+    About, AnyValue, Dataset, Env, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports, Sink, Stage, Step,
+};
 use half::{bf16, f16};
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
@@ -101,7 +103,11 @@ impl Stage for Export {
         let ports = DATASETS.iter().fold(ports, |ports, name| {
             ports.optional(name, PortType::Dataset, "becomes token files with their texts, in `data`")
         });
-        ports.output("dir", PortType::Dir, "a folder for each kind of input").agree("vocabulary", &DATASETS)
+        ports.output("dir", PortType::Dir, "a folder for each kind of input")
+    }
+
+    fn foresee(&self, _config: &Config, outlook: &mut Outlook) {
+        outlook.same_vocabulary(&DATASETS);
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

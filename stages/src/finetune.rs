@@ -16,13 +16,14 @@ use std::path::Path;
 use candle_core::Device;
 use contract::random::purpose;
 use contract::{
-    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
-    Sink, Stage, Step,
+    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs, PortType,
+    Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::head_loss;
 use lm::{Architecture, LanguageModel};
 
 use crate::finite::Behind;
+use crate::foresight;
 use crate::training::{self, Trainer, Training};
 
 training::config! {
@@ -74,7 +75,6 @@ impl Stage for Finetune {
             .input("data", PortType::Dataset, "text to learn from")
             .optional("model", PortType::Model, "the model to start from; without it, `init` says the shape")
             .output("model", PortType::Model, "the trained model")
-            .agree("vocabulary", &["data", "model"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
@@ -87,6 +87,12 @@ impl Stage for Finetune {
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
         Trainer::load_state(folder, env)
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let model = foresight::learner(outlook, "model", config.init.as_ref(), "data", config.activation_checkpointing);
+        foresight::computes_in(outlook, config.dtype);
+        outlook.output("model", model);
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

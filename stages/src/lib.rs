@@ -21,6 +21,7 @@ pub mod evaluate;
 pub mod export;
 pub mod finetune;
 pub mod finite;
+mod foresight;
 pub mod instruct;
 pub mod mmidx;
 mod padding;

@@ -16,7 +16,8 @@ use anyhow::ensure;
 use candle_core::Tensor;
 use contract::random::{normal, philox, purpose};
 use contract::{
-    About, AnyValue, ConfigError, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Sink, Stage, Step,
+    About, AnyValue, Cause, ConfigError, Env, Facts, Inputs, Operator, Outlook, Outputs, PortType, Ports, Result, Sink,
+    Stage, Step,
 };
 use lm::{LanguageModel, SoftPrompt};
 use schemars::JsonSchema;
@@ -97,6 +98,26 @@ impl Stage for PromptInit {
             PortType::SoftPrompt,
             "the prompt, [length, width]",
         )
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let (length, Facts { positions, width, .. }) = (config.length as u64, outlook.input("model"));
+        if let Some(positions) = positions.filter(|positions| length >= *positions) {
+            outlook.error(
+                [Cause::Field("length".into()), Cause::Input("model".into(), "init.positions".into())],
+                format!(
+                    "a soft prompt of {length} vectors leaves no room for text in the {positions} positions of `model`"
+                ),
+                format!(
+                    "lower `length`: the published prompts have 7 vectors, and {} are the most",
+                    positions.saturating_sub(1)
+                ),
+            );
+        }
+        outlook.holds("model");
+        let bytes = length.saturating_mul(4).saturating_mul(width.unwrap_or(1));
+        outlook.needs_bytes(&format!("{length} vectors"), bytes, Cause::Field("length".into()));
+        outlook.output("prompt", Facts { vectors: Some(length), width, ..Facts::default() });
     }
 
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

@@ -17,8 +17,8 @@ use std::path::Path;
 use candle_core::{Tensor, Var};
 use contract::random::purpose;
 use contract::{
-    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
-    Sink, Stage, Step,
+    About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs, PortType,
+    Ports, Result, Sink, Stage, Step,
 };
 use indexmap::IndexMap;
 use lm::loss::{Divergence, Source, Target, head_loss, log_probs};
@@ -29,6 +29,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::aligned::Aligned;
 use crate::finite::Behind;
+use crate::foresight;
 use crate::padding::Padding;
 use crate::training::{self, MicroBatch, Parts, Trainer, Training};
 
@@ -149,8 +150,6 @@ impl Stage for PromptTune {
             .input("prompt", PortType::SoftPrompt, "the prompt as it is")
             .input("data", PortType::Dataset, "text to tune on, usually the student's own")
             .output("prompt", PortType::SoftPrompt, "the prompt after one update")
-            .agree("vocabulary", &["teacher", "student", "data"])
-            .agree("width", &["teacher", "prompt"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
@@ -163,6 +162,13 @@ impl Stage for PromptTune {
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
         Trainer::load_state(folder, env)
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        foresight::reader(outlook, "teacher", Some("prompt"), "data");
+        foresight::reader(outlook, "student", None, "data");
+        foresight::computes_in(outlook, config.dtype);
+        outlook.output("prompt", outlook.input("prompt"));
     }
 
     fn start(&self, config: Config, _env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

@@ -7,15 +7,15 @@
 //!   with: {temperature: 1.0, max_new_tokens: 48, seed: 10}
 //! ```
 //!
-//! A response ends with the first end token, or is cut off by `max_new_tokens` or the model's context. A row's draws depend
-//! on the seed, the round and the row alone, so neither batch size nor resumption changes them.
+//! A response ends with the first end token, or is cut off by `max_new_tokens`, the model's context, or
+//! what the stages of the same loop that read it can take. A row's draws depend on the seed, the round and the row alone, so neither batch size nor resumption changes them.
 //! Inputs: `model`, `data` (its prompts). Outputs: `data`, the same rows with new responses and their log-probabilities.
 //! Cost: a forward pass a token of the longest response, over the rows still unfinished.
 
 use contract::random::purpose;
 use contract::{
-    About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Inputs, Operator, Outputs, PortType, Ports, Result,
-    Row, Sink, Stage, Step,
+    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
+    PortType, Ports, Result, Row, Sink, Stage, Step,
 };
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, generate};
@@ -23,6 +23,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::finite::{Behind, NEXT_TOKEN, explain};
+use crate::foresight;
 
 /// The `with` of `student-generate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -112,15 +113,24 @@ impl Stage for StudentGenerate {
             .input("model", PortType::Model, "who answers")
             .input("data", PortType::Dataset, "rows with the prompts")
             .output("data", PortType::Dataset, "the rows with the answers")
-            .agree("vocabulary", &["model", "data"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
         vec!["batch"]
     }
 
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        outlook.holds("model");
+        outlook.same_vocabulary(&["data", "model"]);
+        outlook.same_end("data", "model");
+        foresight::computes_in(outlook, config.dtype);
+        let data = outlook.input("data");
+        let text = outlook.writes("model", None, &outlook.rows("data"), config.max_new_tokens as u64);
+        outlook.output("data", Facts { text, responses: Bounds::ANY, ..data });
+    }
+
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Generating(config)))
+        Ok(Box::new(Generating { config, longest: usize::MAX }))
     }
 }
 
@@ -144,17 +154,22 @@ pub(crate) fn sampling_errors(sampling: &Sampling) -> Vec<ConfigError> {
     errors
 }
 
-struct Generating(Config);
+struct Generating {
+    config: Config,
+    /// Prompt and response together, as all who read them can take.
+    longest: usize,
+}
 
 impl Operator for Generating {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        let Generating(config) = self;
+        let Generating { config, longest } = self;
         let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
         let data = inputs.take::<Dataset>("data")?;
         let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
         let options = Generate {
             sampling: config.sampling(),
             max_new_tokens: config.max_new_tokens,
+            longest: *longest,
             seed: config.seed,
             purpose: purpose::GENERATE,
             time: step.round as u32,
@@ -170,6 +185,10 @@ impl Operator for Generating {
         });
         let rows = rows.collect();
         Ok(Outputs::new().with("data", Dataset { rows, tokenizer: data.tokenizer.clone() }))
+    }
+
+    fn make_room(&mut self, longest: u64) {
+        self.longest = usize::try_from(longest).unwrap_or(usize::MAX);
     }
 }
 

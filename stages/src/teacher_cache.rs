@@ -18,9 +18,10 @@
 //! or 8 bytes a kept token.
 
 use anyhow::ensure;
+use contract::outlook::Rows;
 use contract::{
-    About, AnyValue, ConfigError, Dataset, Env, Inputs, Operator, Outputs, PortType, Ports, Result, Row, Sink, Stage,
-    Step,
+    About, AnyValue, Cause, ConfigError, Dataset, Env, Facts, Inputs, Operator, Outlook, Outputs, PortType, Ports,
+    Result, Row, Sink, Stage, Step,
 };
 use lm::loss::{TopK, check_temperature};
 use lm::{CacheFacts, Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::aligned::Aligned;
 use crate::finite::{Behind, explain};
+use crate::foresight;
 
 /// The `with` of `teacher-cache`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -111,12 +113,29 @@ impl Stage for TeacherCaching {
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .input("data", PortType::Dataset, "the text, given or written once")
             .output("cache", PortType::TeacherCache, "what the teacher says of every response token")
-            .agree("vocabulary", &["teacher", "data"])
-            .agree("width", &["teacher", "prompt"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
         vec!["batch"]
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let data = outlook.input("data");
+        let first = config.rows.unwrap_or(u64::MAX);
+        outlook.holds("teacher");
+        outlook.same_vocabulary(&["data", "teacher"]);
+        outlook.same_end("data", "teacher");
+        outlook.same_width("teacher", "prompt");
+        let rows = outlook.rows("data");
+        let rows = Rows { prompt: rows.prompt.of_first(first), text: rows.text.of_first(first), ..rows };
+        outlook.reads("teacher", Some("prompt"), &rows);
+        outlook.takes_rows("data", "rows", config.rows);
+        foresight::computes_in(outlook, config.dtype);
+        if data.responses.most == 0 {
+            let causes = [Cause::Input("data".into(), "source".into())];
+            outlook.error(causes, "the text has no response to keep anything of", "choose another split");
+        }
+        outlook.output("cache", Facts { vocabulary: data.vocabulary, ..Facts::default() });
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

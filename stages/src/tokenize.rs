@@ -15,9 +15,10 @@
 //! the end token is added. Where the seam merges (the prompt's ids are no prefix of the text's), both are tokenised apart.
 
 use anyhow::{Result, ensure};
+use contract::dataset::SPLITS;
 use contract::{
-    About, AnyValue, ConfigError, Dataset, End, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Row, Sink,
-    Stage, Step, TokenizerFile,
+    About, AnyValue, Bounds, ConfigError, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook,
+    Outputs, PortType, Ports, Row, Sink, Stage, Step, TokenizerFile,
 };
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -110,6 +111,26 @@ impl Stage for Tokenize {
             .output("train", PortType::Dataset, "rows to train on")
             .output("valid", PortType::Dataset, "rows to choose by")
             .output("test", PortType::Dataset, "rows to report on")
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        let Facts { vocabulary, ends, .. } = outlook.input("tokenizer");
+        let rows = outlook.input("corpus").rows;
+        let (longest, prompt) = (config.max_length as u64, config.max_prompt_length.min(config.max_length - 1) as u64);
+        for (index, split) in SPLITS.into_iter().enumerate() {
+            // Training rows may be dropped; the others are kept, however long their prompt.
+            let train = split == Split::Train.name();
+            let known = rows.get(index).copied().unwrap_or_default();
+            let facts = Facts {
+                vocabulary: vocabulary.clone(),
+                ends: ends.clone(),
+                rows: vec![if train { Bounds::at_most(known.most) } else { known }],
+                prompt: Longest::at_most(train.then_some(prompt)),
+                text: Longest::at_most(train.then_some(longest)),
+                ..Facts::default()
+            };
+            outlook.output(split, facts);
+        }
     }
 
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

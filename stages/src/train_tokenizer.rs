@@ -19,8 +19,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use contract::{
-    About, AnyValue, ConfigError, Env, Folder, Inputs, Operator, Outputs, PortType, Ports, Sink, Stage, Step,
-    TokenizerFile,
+    About, AnyValue, Bounds, Cause, ConfigError, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs, PortType,
+    Ports, Sink, Stage, Step, TokenizerFile, Vocabulary,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,16 @@ impl Stage for TrainTokenizer {
         )
     }
 
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        if outlook.input("corpus").row_count().most == 0 {
+            let causes = [Cause::Input("corpus".into(), "rows".into())];
+            outlook.error(causes, "the corpus has no training rows to learn a tokenizer from", "give it some");
+        }
+        let size = Bounds { least: BASE as u64, most: config.vocab_size as u64 };
+        let vocabulary = Vocabulary { size, ..Vocabulary::default() };
+        outlook.output("tokenizer", Facts { vocabulary: Some(vocabulary), ends: Some(vec![0]), ..Facts::default() });
+    }
+
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Run { config, folder: env.scratch.join("tokenizer") }))
     }
@@ -139,8 +149,10 @@ fn train(rows: &[CorpusRow], config: &Config) -> Result<TokenizerFile> {
         Ok(text)
     });
     let texts = texts.collect::<Result<Vec<String>>>()?;
+    // A byte is merged away once at most; the trainer makes room for as many tokens as it is told.
+    let bytes: usize = texts.iter().map(String::len).sum();
     let trainer = BpeTrainer::builder()
-        .vocab_size(config.vocab_size)
+        .vocab_size(config.vocab_size.min(BASE + bytes))
         .min_frequency(config.min_frequency)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(vec![AddedToken::from(END_TOKEN, true)])
@@ -237,7 +249,7 @@ mod tests {
     #[test]
     fn the_tokenizer_is_the_one_that_this_version_trains() {
         let tokenizer = train(&builtin(), &config(json!({"vocab_size": 1024, "template": "task"}))).unwrap();
-        assert_eq!(tokenizer.vocabulary(), "1024 tokens (cb234ff6e321e7a8)");
+        assert_eq!((tokenizer.size, tokenizer.vocabulary().meaning.as_deref()), (1024, Some("cb234ff6e321e7a8")));
     }
 
     #[test]

@@ -94,7 +94,7 @@ fn the_head_of_every_pipeline_names_commands_that_are_right() {
         for command in &commands {
             assert!(command.contains(name(&path)), "{}: `{command}` names another file", path.display());
             let (_, arguments) = command.split_once(' ').unwrap();
-            project.run(&format!("check {arguments}")).expect(0, &["ok: "]);
+            project.check_without_files(arguments);
         }
         assert!(commands.iter().any(|command| command.starts_with("run ")), "{}: {commands:?}", path.display());
     }

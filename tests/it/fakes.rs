@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use contract::dataset::{End, Row};
 use contract::{
-    About, Alone, AnyValue, Dataset, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Registry,
-    Result, Sink, Source, Stage, Step, TokenizerFile, Value,
+    About, Alone, AnyValue, Dataset, Env, Facts, Folder, Inputs, Metrics, Operator, Outlook, Outputs, PortType, Ports,
+    Registry, Result, Sink, Source, Stage, Step, TokenizerFile, Value,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -460,6 +460,10 @@ impl Stage for Slow {
         pass_on()
     }
 
+    fn foresee(&self, _: &SlowConfig, outlook: &mut Outlook) {
+        foresee_pass_on(outlook);
+    }
+
     fn start(&self, config: SlowConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         once(move |mut inputs, _, sink| {
             sink.progress(0, 1, "naps");
@@ -496,6 +500,10 @@ impl Stage for Count {
 
     fn ports(&self, _: &CountConfig) -> Ports {
         pass_on()
+    }
+
+    fn foresee(&self, _: &CountConfig, outlook: &mut Outlook) {
+        foresee_pass_on(outlook);
     }
 
     fn start(&self, config: CountConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -542,7 +550,12 @@ fn pass_on() -> Ports {
         .input("data", PortType::Dataset, "rows")
         .optional("other", PortType::Dataset, "rows with the same vocabulary")
         .output("data", PortType::Dataset, "the same rows")
-        .agree("vocabulary", &["data", "other"])
+}
+
+fn foresee_pass_on(outlook: &mut Outlook) {
+    outlook.same_vocabulary(&["data", "other"]);
+    let Facts { vocabulary, .. } = outlook.input("data");
+    outlook.output("data", Facts { vocabulary, ..Facts::default() });
 }
 
 fn append_line(file: Option<&Path>, line: &str) -> Result<()> {

@@ -4,6 +4,8 @@
 mod commands;
 #[cfg(feature = "stages")]
 mod docs;
+#[cfg(feature = "stages")]
+mod foreseen;
 mod harness;
 mod interrupts;
 #[cfg(feature = "stages")]

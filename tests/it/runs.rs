@@ -179,8 +179,10 @@ fn a_source_is_known_by_its_content_and_not_by_its_path() {
     project.write("b.txt", "1\n2\n4\n");
     project.run("run FILE").expect(0, &["done: 2 ran"]);
     project.write("p.yaml", &pipeline("c.txt"));
-    project.run("plan FILE").expect(0, &["cannot-run          read", "c.txt"]);
-    project.run("run FILE").expect(1, &["`path` of stage kind `read-rows`", "c.txt"]);
+    project.run("plan FILE").expect(2, &["cannot-run          read", "c.txt"]);
+    for command in ["check FILE", "plan FILE", "run FILE"] {
+        project.run(command).expect(2, &["`read`: there is no file `c.txt`", "p.yaml:4:40"]);
+    }
 }
 
 /// Two sources, one after the other; their stages are slow.

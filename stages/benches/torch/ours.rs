@@ -235,6 +235,7 @@ fn generate(task: Task) -> Result<Work> {
     let options = Generate {
         sampling: Sampling { temperature, top_k, top_p, ..Sampling::default() },
         max_new_tokens: task.line.response,
+        longest: usize::MAX,
         seed: 0,
         purpose: purpose::GENERATE,
         time: 0,

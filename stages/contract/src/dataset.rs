@@ -12,6 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::facts::{Bounds, Facts, Longest, Vocabulary};
 use crate::port::PortType;
 use crate::value::{Value, write};
 
@@ -91,13 +92,24 @@ impl TokenizerFile {
         Ok(TokenizerFile { json: Arc::new(json), end: facts.end, size: facts.size })
     }
 
-    /// Whether two tokenizers give the same meaning to every id: the `vocabulary` fact of what carries them.
-    pub fn vocabulary(&self) -> String {
+    /// What gives ids their meaning, as a fact of all that carries this tokenizer.
+    pub fn vocabulary(&self) -> Vocabulary {
+        let meaning = (!self.json.is_empty()).then(|| self.meaning());
+        Vocabulary { size: Bounds::exactly(self.size.into()), meaning, file: Some(self.clone()) }
+    }
+
+    /// The same text for two tokenizers that give every id the same meaning.
+    fn meaning(&self) -> String {
         // FNV-1a, 64 bits: tells tokenizers apart in an error message, guards nothing.
         let hash = self.json.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
-        format!("{} tokens ({hash:016x})", self.size)
+        format!("{hash:016x}")
+    }
+
+    /// The first difference between two tokenizers, as a lower-case fragment, where it can be told.
+    pub fn difference(&self, other: &TokenizerFile) -> Option<String> {
+        (self.size != other.size).then(|| format!("one has {} tokens and the other {}", self.size, other.size))
     }
 }
 
@@ -210,8 +222,16 @@ impl Value for Dataset {
         self.tokenizer.save(folder)
     }
 
-    fn fact(&self, name: &str) -> Option<String> {
-        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    fn facts(&self) -> Facts {
+        Facts {
+            vocabulary: Some(self.tokenizer.vocabulary()),
+            ends: Some(vec![self.tokenizer.end]),
+            rows: vec![Bounds::exactly(self.rows.len() as u64)],
+            prompt: Longest::of(self.rows.iter().map(|row| (row.id, row.prompt.len()))),
+            text: Longest::of(self.rows.iter().map(|row| (row.id, row.prompt.len() + row.response.len()))),
+            responses: Bounds::exactly(self.rows.iter().map(|row| row.response.len() as u64).sum()),
+            ..Facts::default()
+        }
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {

@@ -11,6 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::Result;
 use crate::clock::Step;
+use crate::outlook::Outlook;
 use crate::port::{PortType, Ports};
 use crate::value::{AnyValue, Inputs, Outputs};
 
@@ -150,6 +151,10 @@ pub trait Operator: Send {
     /// Does the work of one round.
     fn run(&mut self, inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs>;
 
+    /// Told before the first run: the longest row, prompt and response together, that all who read its outputs in the
+    /// same loop can take. It follows from the loop's stages and inputs, all of which are in its key.
+    fn make_room(&mut self, _longest: u64) {}
+
     /// All that the next round needs beyond its inputs, as a value of type `state`; `None` when there is nothing.
     fn state(&self) -> Result<Option<AnyValue>> {
         Ok(None)
@@ -174,6 +179,8 @@ pub trait Kind: Send + Sync {
     fn alone(&self) -> Option<Alone>;
     /// Reads back, from the folder that its `save` wrote, what an operator's [`Operator::state`] gave.
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue>;
+    /// What can be said before it runs: see [`Stage::foresee`].
+    fn foresee(&self, config: &Json, outlook: &mut Outlook);
     /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
 }
@@ -218,6 +225,9 @@ pub trait Stage: Send + Sync + 'static {
     fn load_state(&self, _folder: &Path, _env: &Env) -> Result<AnyValue> {
         bail!("stages of kind `{}` have no inner state", self.about().name)
     }
+    /// What can be said before it runs, from the configuration, the files it names and the facts of its inputs: what will
+    /// be known of its outputs, what cannot work, what is odd. Asked again whenever more is known, so it must be quick.
+    fn foresee(&self, _config: &Self::Config, _outlook: &mut Outlook) {}
 
     /// Starts it.
     fn start(&self, config: Self::Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
@@ -262,6 +272,10 @@ impl<S: Stage> Kind for S {
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
         Stage::load_state(self, folder, env)
+    }
+
+    fn foresee(&self, config: &Json, outlook: &mut Outlook) {
+        Stage::foresee(self, &typed::<S>(config), outlook)
     }
 
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

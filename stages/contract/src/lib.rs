@@ -9,8 +9,10 @@
 
 pub mod clock;
 pub mod dataset;
+pub mod facts;
 pub mod files;
 pub mod kind;
+pub mod outlook;
 pub mod port;
 pub mod random;
 pub mod scoring;
@@ -18,8 +20,10 @@ pub mod value;
 
 pub use clock::Step;
 pub use dataset::{Dataset, End, Row, TokenizerFile};
+pub use facts::{Bounds, Facts, Longest, Vocabulary};
 pub use kind::{About, Alone, ConfigError, Conventions, Env, Kind, Operator, Registry, Sink, Source, Stage};
-pub use port::{Agreement, Port, PortType, Ports};
+pub use outlook::{Cause, Finding, Machine, Outlook};
+pub use port::{Port, PortType, Ports};
 pub use scoring::Scoring;
 pub use value::{AnyValue, Folder, Inputs, Metrics, Outputs, Predictions, Value};
 

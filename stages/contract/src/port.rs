@@ -79,15 +79,6 @@ pub struct Port {
     pub doc: String,
 }
 
-/// Inputs whose [`fact`](crate::Value::fact) of that name must be equal, for example the `vocabulary` of student and teacher.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Agreement {
-    /// Name of the fact.
-    pub fact: String,
-    /// Input ports that must agree; those not connected are left out.
-    pub ports: Vec<String>,
-}
-
 /// All ports of a kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ports {
@@ -95,15 +86,13 @@ pub struct Ports {
     pub inputs: Vec<Port>,
     /// What it makes.
     pub outputs: Vec<Port>,
-    /// What must agree.
-    pub agree: Vec<Agreement>,
     /// Optional inputs of which at least one must be connected.
     #[serde(default)]
     pub one_of: Vec<Vec<String>>,
 }
 
 impl Ports {
-    /// No port; the `input`, `output` and `agree` methods add them.
+    /// No port; the `input` and `output` methods add them.
     pub fn new() -> Self {
         Self::default()
     }
@@ -126,12 +115,6 @@ impl Ports {
     /// Adds an output.
     pub fn output(mut self, name: &str, port_type: PortType, doc: &str) -> Self {
         self.outputs.push(Port { name: name.into(), port_type, required: true, doc: doc.into() });
-        self
-    }
-
-    /// Asks that `fact` is the same on all of `ports`.
-    pub fn agree(mut self, fact: &str, ports: &[&str]) -> Self {
-        self.agree.push(Agreement { fact: fact.into(), ports: ports.iter().map(|p| p.to_string()).collect() });
         self
     }
 

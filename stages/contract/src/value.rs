@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow, bail};
 use serde_json::{Map, Value as Json};
 
 use crate::Result;
+use crate::facts::Facts;
 use crate::port::PortType;
 
 /// Something that travels along an edge.
@@ -24,9 +25,9 @@ pub trait Value: Any + Send + Sync {
     /// bit, and equal values write equal bytes: no times, no paths, no order of a hash map.
     fn save(&self, folder: &Path) -> Result<()>;
 
-    /// A property that connected ports may have to agree on, such as `vocabulary`.
-    fn fact(&self, _name: &str) -> Option<String> {
-        None
+    /// What is known of it that other stages may have to agree with. Only what follows from the value itself.
+    fn facts(&self) -> Facts {
+        Facts::default()
     }
 
     /// For the way back to the concrete type.

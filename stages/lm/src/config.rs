@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
-use contract::Result;
+use contract::{Bounds, Facts, Result, Vocabulary};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -81,6 +81,7 @@ impl Architecture {
     ///
     /// Errors when the numbers do not fit one another, or the family.
     pub fn config(&self, vocab_size: usize, end: u32) -> Result<Config> {
+        self.check_sizes()?;
         let config = match self.architecture {
             Family::Gpt2 => {
                 for (name, given) in [("kv_heads", self.kv_heads.is_some()), ("rope_theta", self.rope_theta.is_some())]
@@ -95,6 +96,33 @@ impl Architecture {
         Ok(config)
     }
 
+    /// What is known of a model of this shape over a vocabulary.
+    pub fn facts(&self, vocabulary: Option<Vocabulary>, ends: Option<Vec<u32>>) -> Facts {
+        let size = vocabulary.as_ref().map_or(Bounds::ANY, |vocabulary| vocabulary.size);
+        let with = |size: u64| self.config(size.clamp(1, LARGEST) as usize, 0).ok().map(|config| config.facts());
+        let Some(least) = with(size.least) else { return Facts::default() };
+        let most = size.exact().map_or(u64::MAX, |_| least.parameters.most);
+        let parameters = Bounds { most, ..least.parameters };
+        Facts { vocabulary, ends, embeddings: size, parameters, ..least }
+    }
+
+    /// Sizes whose products, added up over layers, stay within 64 bits or are counted as more than anyone has.
+    fn check_sizes(&self) -> Result<()> {
+        let sizes = [
+            ("layers", Some(self.layers)),
+            ("width", Some(self.width)),
+            ("heads", self.heads),
+            ("positions", self.positions),
+            ("inner", self.inner),
+            ("kv_heads", self.kv_heads),
+        ];
+        for (name, size) in sizes {
+            let size = size.unwrap_or(0) as u64;
+            ensure!(size <= LARGEST, "`{name}` is {size}: expected at most {LARGEST}");
+        }
+        Ok(())
+    }
+
     fn heads(&self) -> usize {
         self.heads.unwrap_or((self.width / 32).max(2))
     }
@@ -103,6 +131,9 @@ impl Architecture {
         self.positions.unwrap_or(512)
     }
 }
+
+/// The largest number that a size can be: far above that of any model, and small enough for its multiples.
+const LARGEST: u64 = 1 << 32;
 
 /// The nonlinearity of the feed-forward layer, under its Hugging Face names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,6 +254,41 @@ impl Config {
         match self {
             Config::Gpt2(config) => config.initializer_range,
             Config::Llama(config) => config.initializer_range,
+        }
+    }
+
+    /// Number of parameters. Its terms are counted without naming each, so that a size nobody could hold is a number, too.
+    pub fn parameter_count(&self) -> u64 {
+        let count = |layers: usize| {
+            let shapes = self.with_layers(layers).parameter_shapes();
+            shapes
+                .iter()
+                .map(|(_, shape)| shape.iter().fold(1, |n: u128, size| n.saturating_mul(*size as u128)))
+                .sum::<u128>()
+        };
+        let (none, one) = (count(0), count(1));
+        let all = none.saturating_add((one - none).saturating_mul(self.layers() as u128));
+        u64::try_from(all).unwrap_or(u64::MAX)
+    }
+
+    fn with_layers(&self, layers: usize) -> Self {
+        let mut config = self.clone();
+        match &mut config {
+            Config::Gpt2(config) => config.n_layer = layers,
+            Config::Llama(config) => config.num_hidden_layers = layers,
+        }
+        config
+    }
+
+    /// What follows from it for other stages.
+    pub fn facts(&self) -> Facts {
+        Facts {
+            positions: Some(self.positions() as u64),
+            layers: Some(self.layers() as u64),
+            width: Some(self.width() as u64),
+            embeddings: Bounds::exactly(self.vocab_size() as u64),
+            parameters: Bounds::exactly(self.parameter_count()),
+            ..Facts::default()
         }
     }
 

@@ -37,6 +37,8 @@ pub struct Generate {
     pub sampling: Sampling,
     /// Longest response, end token included.
     pub max_new_tokens: usize,
+    /// Longest prompt with its response, as those who read them ask; [`usize::MAX`] for none.
+    pub longest: usize,
     /// The stage's seed.
     pub seed: u64,
     /// What the draws are for: [`contract::random::purpose::GENERATE`] or [`contract::random::purpose::EVALUATE`].
@@ -67,7 +69,7 @@ pub struct Generated {
     pub end: End,
 }
 
-/// Continues every prompt until the model's end token, `max_new_tokens`, or the end of the model's positions.
+/// Continues every prompt until the model's end token, `max_new_tokens`, `longest`, or the end of the model's positions.
 ///
 /// The vectors of `soft_prompt`, `[n, C]`, stand before every prompt. The draw for the `k`th token of a response (from 0)
 /// is keyed by `(seed, [k, row, time, purpose])`. `progress` is told how many rows are finished.
@@ -108,8 +110,7 @@ pub fn generate(
         while rows.len() < options.batch.max(1) {
             let Some(index) = waiting.pop() else { break };
             let prompt = &prompts[index];
-            let room = model.config.positions() - prompt_length - prompt.ids.len();
-            let row = Row::new(index, prompt, options.max_new_tokens.min(room));
+            let row = Row::new(index, prompt, room(model, prompt_length, prompt, options));
             rows.push(row);
         }
         rows.retain_mut(|row| {
@@ -139,6 +140,12 @@ pub fn generate(
         }
     }
     finished.into_iter().map(|row| row.context("a row was never finished")).collect()
+}
+
+/// The longest response to a prompt.
+fn room(model: &LanguageModel, soft_length: usize, prompt: &Prompt<'_>, options: &Generate) -> usize {
+    let own = model.config.positions() - soft_length - prompt.ids.len();
+    options.max_new_tokens.min(own).min(options.longest.saturating_sub(prompt.ids.len()))
 }
 
 fn check(

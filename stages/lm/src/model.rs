@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use contract::dataset::row_name;
 use contract::random::{normal, philox, purpose};
-use contract::{PortType, Result, TokenizerFile, Value};
+use contract::{Facts, PortType, Result, TokenizerFile, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
@@ -349,8 +349,12 @@ impl Value for LanguageModel {
         checkpoint::save(self, folder)
     }
 
-    fn fact(&self, name: &str) -> Option<String> {
-        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    fn facts(&self) -> Facts {
+        Facts {
+            vocabulary: Some(self.tokenizer.vocabulary()),
+            ends: Some(vec![self.tokenizer.end]),
+            ..self.config.facts()
+        }
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use candle_core::{Device, Tensor};
-use contract::{PortType, Result, Value};
+use contract::{Facts, PortType, Result, Value};
 use serde_json::{Value as Json, json};
 
 use crate::checkpoint::{read, read_tensors, write_json, write_tensors};
@@ -88,6 +88,11 @@ impl Value for SoftPrompt {
         write_json(&folder.join("adapter_config.json"), &config)?;
         let tensors = [("prompt_embeddings".to_owned(), self.vectors.clone())];
         write_tensors(&folder.join("adapter_model.safetensors"), tensors.iter().map(|(n, t)| (n, t)), None)
+    }
+
+    fn facts(&self) -> Facts {
+        let [vectors, width] = [0, 1].map(|axis| self.vectors.dims().get(axis).map(|size| *size as u64));
+        Facts { vectors, width, ..Facts::default() }
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {

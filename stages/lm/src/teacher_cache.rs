@@ -326,8 +326,8 @@ impl Value for TeacherCache {
         Ok(())
     }
 
-    fn fact(&self, name: &str) -> Option<String> {
-        (name == "vocabulary").then(|| self.tokenizer.vocabulary())
+    fn facts(&self) -> contract::Facts {
+        contract::Facts { vocabulary: Some(self.tokenizer.vocabulary()), ..Default::default() }
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
@@ -623,7 +623,7 @@ mod tests {
             assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "a value leaves nothing behind");
             let loaded = TeacherCache::load(saved.path()).unwrap();
             assert_eq!((loaded.facts, loaded.rows()), (facts(keep, storage), 4));
-            assert_eq!(loaded.fact("vocabulary"), Some(tokenizer().vocabulary()));
+            assert_eq!(loaded.facts().vocabulary, Some(tokenizer().vocabulary()));
             assert!(loaded.shards.len() > 1);
             for places in [&[0, 1, 2, 3][..], &[3, 0], &[2], &[1, 1], &[]] {
                 assert_holds(&loaded, places);

@@ -33,7 +33,8 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    fn of(&self, split: Split) -> usize {
+    /// Rows of one split.
+    pub fn of(&self, split: Split) -> usize {
         match split {
             Split::Train => self.train,
             Split::Valid => self.valid,

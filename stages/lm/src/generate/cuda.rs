@@ -45,8 +45,7 @@ pub(super) fn generate<T: Number>(
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Generated>> {
     let soft_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
-    let limit =
-        |prompt: &Prompt<'_>| options.max_new_tokens.min(model.config.positions() - soft_length - prompt.ids.len());
+    let limit = |prompt: &Prompt<'_>| room(model, soft_length, prompt, options);
     let nothing = Generated { ids: Vec::new(), log_probs: Vec::new(), end: End::Length };
     let mut finished = vec![nothing; prompts.len()];
     // The longest come last, to be taken first: those admitted together tend to be of one length.

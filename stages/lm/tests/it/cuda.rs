@@ -271,6 +271,7 @@ fn writes_the_same(device: &Device, model: &LanguageModel) {
             let options = Generate {
                 sampling: sampling.clone(),
                 max_new_tokens: 21,
+                longest: usize::MAX,
                 seed: 5 + index as u64,
                 purpose: purpose::GENERATE,
                 time: 2,
@@ -299,6 +300,7 @@ fn cuda_writes_in_bf16() {
     let options = Generate {
         sampling: Sampling::greedy(),
         max_new_tokens: 12,
+        longest: usize::MAX,
         seed: 5,
         purpose: purpose::GENERATE,
         time: 2,

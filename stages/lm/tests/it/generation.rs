@@ -16,7 +16,8 @@ fn prompts() -> Vec<(u64, Vec<u32>)> {
 }
 
 fn options(batch: usize) -> Generate {
-    Generate { sampling: Sampling::default(), max_new_tokens: 12, seed: 9, purpose: purpose::GENERATE, time: 2, batch }
+    let (longest, purpose) = (usize::MAX, purpose::GENERATE);
+    Generate { sampling: Sampling::default(), max_new_tokens: 12, longest, seed: 9, purpose, time: 2, batch }
 }
 
 fn write(model: &LanguageModel, soft_prompt: Option<&Tensor>, options: &Generate) -> Vec<Generated> {

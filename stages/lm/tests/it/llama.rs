@@ -151,6 +151,7 @@ fn a_published_llama_writes_the_text_of_transformers() {
     let options = Generate {
         sampling: Sampling::greedy(),
         max_new_tokens: RESPONSE.len(),
+        longest: usize::MAX,
         seed: 0,
         purpose: purpose::GENERATE,
         time: 0,

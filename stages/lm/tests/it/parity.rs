@@ -149,7 +149,8 @@ fn loss_gradients_and_five_updates_are_those_of_pytorch() {
 }
 
 fn greedy(max_new_tokens: usize, batch: usize) -> Generate {
-    Generate { sampling: Sampling::greedy(), max_new_tokens, seed: 0, purpose: 2, time: 0, batch }
+    let longest = usize::MAX;
+    Generate { sampling: Sampling::greedy(), max_new_tokens, longest, seed: 0, purpose: 2, time: 0, batch }
 }
 
 #[test]

@@ -1,0 +1,448 @@
+//! What can be known of stages before they run: facts flow along the edges of the graph, and every kind says what follows
+//! for its stage (see [`contract::Outlook`], where the rules are).
+//!
+//! One walk serves all: `check`, `plan` and the start of `run` ask with what configurations and files say; during a run the
+//! coordinator asks again whenever a result has come in, and a stage that cannot work fails at once instead of hours later;
+//! a worker asks with the facts of the very values that enter.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+
+use cache::Record;
+use contract::outlook::more_than_there_are;
+use contract::{Bounds, Cause, Facts, Finding, Machine, Outlook, PortType, Registry};
+use petgraph::Direction;
+use petgraph::graph::NodeIndex;
+use petgraph::visit::EdgeRef;
+
+use crate::diagnostic::{Diagnostic, Diagnostics};
+use crate::graph::{Carry, Graph, Last, Loop, Operator, Order, Origin, Place, PortRef, Subgraph, Window};
+use crate::plan::Settled;
+use crate::selection::Selection;
+use crate::yaml::Span;
+
+/// Facts by the name of an entry or an output.
+pub(crate) type Known = BTreeMap<String, Facts>;
+
+/// What is said of one subgraph.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    /// What will be known of its outputs, by their names on handoffs.
+    pub(crate) outputs: Known,
+    /// What is wrong or odd, and in which part.
+    pub(crate) findings: Vec<(Part, Finding)>,
+    /// Stages of a loop whose readers in that loop have limits: the longest row that all of them can take.
+    pub(crate) rooms: BTreeMap<String, u64>,
+}
+
+/// The part of a subgraph that a finding is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The stage that it is.
+    Whole,
+    /// A stage of a loop.
+    Stage(String),
+    /// A window of a loop.
+    Window(String),
+}
+
+/// Looks at one subgraph, of whose entries this is known.
+pub(crate) fn look(subgraph: &Subgraph, entries: &Known, registry: &Registry, machine: &Machine) -> Seen {
+    match subgraph {
+        Subgraph::Operator(operator) => {
+            let outlook = outlook(operator, entries.clone(), None, registry, machine);
+            let findings = outlook.findings.into_iter().map(|finding| (Part::Whole, finding)).collect();
+            Seen { outputs: outlook.outputs, findings, rooms: BTreeMap::new() }
+        }
+        Subgraph::Loop(body) => look_at_loop(body, entries, registry, machine),
+    }
+}
+
+/// What a kind says of one stage. A kind that this program does not have says nothing.
+pub(crate) fn outlook(
+    operator: &Operator,
+    inputs: Known,
+    room: Option<u64>,
+    registry: &Registry,
+    machine: &Machine,
+) -> Outlook {
+    let mut outlook = Outlook::new(machine.clone(), inputs, room);
+    if let Some(kind) = registry.get(&operator.kind) {
+        kind.foresee(&operator.config, &mut outlook);
+    }
+    outlook.finish()
+}
+
+/// Walks a loop until nothing new comes to be known: of values that are carried without a first one, and of the room that
+/// those have who read what a stage writes.
+fn look_at_loop(body: &Loop, entries: &Known, registry: &Registry, machine: &Machine) -> Seen {
+    let mut seen = Seen::default();
+    let mut windows = Known::new();
+    for (name, window) in &body.windows {
+        let data = entries.get(&format!("windows.{name}")).cloned().unwrap_or_default();
+        let (facts, findings) = look_at_window(window, data);
+        windows.insert(name.clone(), facts);
+        seen.findings.extend(findings.into_iter().map(|finding| (Part::Window(name.clone()), finding)));
+    }
+    let first = |name: &String| entries.get(&format!("carry.{name}")).cloned();
+    let mut carried: BTreeMap<&String, Option<Facts>> = body.carry.keys().map(|name| (name, first(name))).collect();
+    for _ in 0..body.stages.len() + 2 {
+        let mut made: HashMap<(&str, &str), Facts> = HashMap::new();
+        // What was only odd may have been so because less was known.
+        seen.findings.retain(|(part, finding)| finding.is_error || matches!(part, Part::Window(_)));
+        let mut rooms = BTreeMap::new();
+        for (name, stage) in &body.stages {
+            let inputs = stage.inputs.iter().filter_map(|(port, origin)| {
+                let facts = match origin {
+                    Origin::Outside => entries.get(&format!("{name}.{port}")).cloned().unwrap_or_default(),
+                    Origin::Window(window) => windows.get(window).cloned().unwrap_or_default(),
+                    Origin::Carry(carry) => carried.get(carry).cloned().flatten()?,
+                    Origin::Stage(PortRef { stage, port }) => {
+                        made.get(&(stage.as_str(), port.as_str())).cloned().unwrap_or_default()
+                    }
+                };
+                Some((port.clone(), facts))
+            });
+            let room = seen.rooms.get(name).copied();
+            let outlook = outlook(&stage.operator, inputs.collect(), room, registry, machine);
+            for (port, facts) in outlook.outputs {
+                if let Some(port) = stage.operator.ports.find_output(&port) {
+                    made.insert((name, &port.name), facts);
+                }
+            }
+            for (port, room) in outlook.rooms {
+                if let Some(Origin::Stage(writer)) = stage.inputs.get(&port) {
+                    let least = rooms.entry(writer.stage.clone()).or_insert(room);
+                    *least = room.min(*least);
+                }
+            }
+            for finding in outlook.findings {
+                let finding = (Part::Stage(name.clone()), finding);
+                if !seen.findings.contains(&finding) {
+                    seen.findings.push(finding);
+                }
+            }
+        }
+        let next = |carry: &Carry| made.get(&(carry.next.stage.as_str(), carry.next.port.as_str())).cloned();
+        let outputs = body.carry.iter().map(|(name, carry)| (name.clone(), next(carry).unwrap_or_default())).collect();
+        let mut settled = seen.rooms == rooms && seen.outputs == outputs;
+        for (name, facts) in carried.iter_mut().filter(|(_, facts)| facts.is_none()) {
+            *facts = next(&body.carry[*name]);
+            settled &= facts.is_none();
+        }
+        (seen.rooms, seen.outputs) = (rooms, outputs);
+        if settled {
+            break;
+        }
+    }
+    seen
+}
+
+/// What a round sees of a dataset.
+fn look_at_window(window: &Window, data: Facts) -> (Facts, Vec<Finding>) {
+    let Window { rows: limit, take, last, order, .. } = window;
+    let known = data.row_count();
+    let rows = limit.map_or(known, |limit| known.min(limit));
+    let at = |field: &str| vec![Cause::Field(field.into())];
+    let mut outlook = Outlook::default();
+    if let Some(limit) = limit.filter(|limit| *limit > known.most) {
+        let message = more_than_there_are("rows", limit, "the dataset", known);
+        outlook.warn(at("rows"), message, "leave `rows` out to take all");
+    }
+    if rows.most == 0 {
+        outlook.error(at("take"), "the dataset has no rows to take", "choose another split, or give it rows");
+    } else if *last == Last::Drop && rows.most < *take {
+        let message = format!("{take} rows are taken a round, and there are {}", rows.most);
+        outlook.error(at("take"), message, "lower `take`, or set `last: short`");
+    } else if let (Last::Drop, Order::Given, Some(rows)) = (last, order, rows.exact())
+        && !rows.is_multiple_of(*take)
+    {
+        let message = format!(
+            "the last {} of {rows} rows are in no round: `order: given` is the same in every epoch, and `last: drop` \
+             leaves out what does not fill a round of {take}",
+            rows % take
+        );
+        outlook.warn(
+            at("take"),
+            message,
+            "set `last: short` to use them, or `order: shuffle` to leave out others each time",
+        );
+    }
+    let least = if *last == Last::Short { 1.min(rows.least) } else { (*take).min(rows.least) };
+    let facts = Facts {
+        rows: vec![Bounds { least, most: rows.most.min(*take) }],
+        prompt: limit.map_or(data.prompt.clone(), |limit| data.prompt.of_first(limit)),
+        text: limit.map_or(data.text.clone(), |limit| data.text.of_first(limit)),
+        // Of one round, not of all.
+        responses: Bounds { least: 0, ..data.responses },
+        ..data
+    };
+    (facts, outlook.findings)
+}
+
+/// A walk over the graph that remembers what it has seen.
+pub(crate) struct Foresight<'a> {
+    graph: &'a Graph,
+    selection: &'a Selection,
+    registry: &'a Registry,
+    machine: Machine,
+    /// Of each subgraph, what was known of its entries and what was said.
+    seen: HashMap<NodeIndex, (Known, Seen)>,
+}
+
+/// A finding about a stage of the graph.
+#[derive(Clone, Debug)]
+pub(crate) struct Foreseen {
+    pub(crate) node: NodeIndex,
+    part: Part,
+    finding: Finding,
+}
+
+impl<'a> Foresight<'a> {
+    /// Nothing seen yet.
+    pub(crate) fn new(graph: &'a Graph, selection: &'a Selection, registry: &'a Registry, machine: Machine) -> Self {
+        Foresight { graph, selection, registry, machine, seen: HashMap::new() }
+    }
+
+    /// All that is wrong or odd about selected stages without a result.
+    pub(crate) fn look(&mut self, settled: &BTreeMap<NodeIndex, Settled>) -> Vec<Foreseen> {
+        let mut known: HashMap<NodeIndex, Known> = HashMap::new();
+        let mut found = Vec::new();
+        for &node in &self.selection.order {
+            let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
+            let entries = edges.map(|edge| {
+                let facts = known.get(&edge.source()).and_then(|outputs| outputs.get(&edge.weight().output));
+                (edge.weight().input.clone(), facts.cloned().unwrap_or_default())
+            });
+            let entries: Known = entries.collect();
+            let result = settled.get(&node);
+            let mut outputs = self.look_at(node, entries, result.is_some(), &mut found);
+            outputs.extend(result.map(recorded).unwrap_or_default());
+            known.insert(node, outputs);
+        }
+        found
+    }
+
+    fn look_at(&mut self, node: NodeIndex, entries: Known, has_result: bool, found: &mut Vec<Foreseen>) -> Known {
+        let subgraph = &self.graph.subgraphs[node].subgraph;
+        let fresh = self.seen.get(&node).is_none_or(|(before, _)| *before != entries);
+        if fresh {
+            let seen = look(subgraph, &entries, self.registry, &self.machine);
+            self.seen.insert(node, (entries, seen));
+        }
+        let (_, seen) = &self.seen[&node];
+        if !has_result {
+            let missing = missing_sources(subgraph, self.registry);
+            let findings = missing.into_iter().chain(seen.findings.iter().cloned());
+            found.extend(findings.map(|(part, finding)| Foreseen { node, part, finding }));
+        }
+        seen.outputs.clone()
+    }
+
+    /// What was found, as messages with places.
+    pub(crate) fn diagnostics(&self, found: &[Foreseen]) -> Diagnostics {
+        let mut diagnostics: Vec<Diagnostic> = Vec::new();
+        for foreseen in found {
+            let diagnostic = self.diagnostic(foreseen);
+            // Variants share what they do not change, and would say it again.
+            let known = |other: &Diagnostic| other.message == diagnostic.message && other.place() == diagnostic.place();
+            if !diagnostics.iter().any(known) {
+                diagnostics.push(diagnostic);
+            }
+        }
+        Diagnostics { diagnostics }
+    }
+
+    fn diagnostic(&self, foreseen: &Foreseen) -> Diagnostic {
+        let Foreseen { finding, .. } = foreseen;
+        let message = format!("`{}`: {}", self.name(foreseen), finding.message);
+        let mut diagnostic = Diagnostic::new(message, finding.hint.clone());
+        if !finding.is_error {
+            diagnostic = diagnostic.warning();
+        }
+        let mut shown = Vec::new();
+        for (place, words) in self.places(foreseen) {
+            if let Some(span) = self.span(&place).filter(|span| !shown.contains(span)) {
+                shown.push(span.clone());
+                diagnostic = diagnostic.also(span, words);
+            }
+        }
+        diagnostic
+    }
+
+    /// The same in one line, for events.
+    pub(crate) fn line(&self, foreseen: &Foreseen) -> String {
+        let Finding { message, hint, .. } = &foreseen.finding;
+        let place = self.places(foreseen).into_iter().next();
+        let place =
+            place.map_or(String::new(), |(Place { file, line, column }, _)| format!(" ({file}:{line}:{column})"));
+        let part = match &foreseen.part {
+            Part::Stage(stage) if !self.is_alone(foreseen.node) => format!("`{stage}`: "),
+            _ => String::new(),
+        };
+        format!("{part}{message}; {hint}{place}")
+    }
+
+    fn name(&self, foreseen: &Foreseen) -> String {
+        let label = &self.selection.labels[&foreseen.node];
+        match &foreseen.part {
+            _ if self.is_alone(foreseen.node) => label.clone(),
+            Part::Whole => label.clone(),
+            Part::Stage(stage) => format!("{label}.{stage}"),
+            Part::Window(window) => format!("{label}.windows.{window}"),
+        }
+    }
+
+    fn is_alone(&self, node: NodeIndex) -> bool {
+        matches!(&self.graph.subgraphs[node].subgraph, Subgraph::Loop(body) if body.alone)
+    }
+
+    /// Where the causes of a finding are written, with a few words for each; at least the stage itself.
+    fn places(&self, foreseen: &Foreseen) -> Vec<(Place, String)> {
+        let Foreseen { node, part, finding } = foreseen;
+        let found = finding.causes.iter().map(|cause| match cause {
+            Cause::Field(field) => self.field(*node, part, field).map_or_else(
+                || (self.graph.subgraphs[*node].place.clone(), String::new()),
+                |place| (place, String::new()),
+            ),
+            Cause::Input(port, field) => self.maker_of(*node, part, port, field),
+        });
+        let places: Vec<_> = found.collect();
+        if places.is_empty() { vec![(self.graph.subgraphs[*node].place.clone(), String::new())] } else { places }
+    }
+
+    fn operator(&self, node: NodeIndex, part: &Part) -> Option<&Operator> {
+        match (&self.graph.subgraphs[node].subgraph, part) {
+            (Subgraph::Operator(operator), _) => Some(operator),
+            (Subgraph::Loop(body), Part::Stage(stage)) => Some(&body.stages.get(stage)?.operator),
+            (Subgraph::Loop(_), _) => None,
+        }
+    }
+
+    /// Where a field is written: itself, a part of it, or what it is a part of.
+    fn field(&self, node: NodeIndex, part: &Part, field: &str) -> Option<Place> {
+        let places = match (&self.graph.subgraphs[node].subgraph, part) {
+            (Subgraph::Loop(body), Part::Window(window)) => &body.windows.get(window)?.places,
+            _ => &self.operator(node, part)?.places,
+        };
+        let inside = format!("{field}.");
+        let outer = std::iter::successors(Some(field), |path| Some(path.rsplit_once('.')?.0));
+        let exact = outer.clone().take(1).find_map(|path| places.get(path));
+        let below = || places.iter().find(|(path, _)| path.starts_with(&inside)).map(|(_, place)| place);
+        exact.or_else(below).or_else(|| outer.skip(1).find_map(|path| places.get(path))).cloned()
+    }
+
+    /// Follows an input to the stage that decides about `field`: what makes the value, or passes it on from its own input
+    /// of that type.
+    fn maker_of(&self, node: NodeIndex, part: &Part, port: &str, field: &str) -> (Place, String) {
+        let (mut node, mut part, mut port) = (node, part.clone(), port.to_owned());
+        // A value passes through few stages; one that is carried around comes back to where it was.
+        for _ in 0..self.graph.subgraphs.node_count() + 8 {
+            let Some((maker, of)) = self.before(node, &part, &port) else { break };
+            let back = (maker, &of) == (node, &part);
+            (node, part) = (maker, of);
+            if let Some(place) = self.field(node, &part, field) {
+                return (place, format!("`{}` has it from here", self.selection.labels[&node]));
+            }
+            let passed_on = self.operator(node, &part).and_then(|operator| {
+                let made = operator.ports.outputs.iter().map(|output| output.port_type).collect::<Vec<_>>();
+                let inputs = operator.ports.inputs.iter().filter(|input| made.contains(&input.port_type));
+                inputs.map(|input| input.name.clone()).find(|input| self.before(node, &part, input).is_some())
+            });
+            match passed_on.filter(|_| !back) {
+                Some(input) => port = input,
+                None => break,
+            }
+        }
+        let place = self.graph.subgraphs[node].place.clone();
+        (place, format!("`{}` makes it", self.selection.labels.get(&node).map_or("", String::as_str)))
+    }
+
+    /// The stage that an input comes from.
+    fn before(&self, node: NodeIndex, part: &Part, port: &str) -> Option<(NodeIndex, Part)> {
+        let entry = match (&self.graph.subgraphs[node].subgraph, part) {
+            (Subgraph::Loop(body), Part::Stage(stage)) => match body.stages.get(stage)?.inputs.get(port) {
+                None => return Some((node, part.clone())),
+                Some(Origin::Outside) => format!("{stage}.{port}"),
+                Some(Origin::Window(window)) => format!("windows.{window}"),
+                Some(Origin::Stage(from)) => return Some((node, Part::Stage(from.stage.clone()))),
+                Some(Origin::Carry(carry)) => {
+                    let entry = format!("carry.{carry}");
+                    if self.source(node, &entry).is_none() {
+                        return Some((node, Part::Stage(body.carry.get(carry)?.next.stage.clone())));
+                    }
+                    entry
+                }
+            },
+            _ => port.to_owned(),
+        };
+        let (maker, output) = self.source(node, &entry)?;
+        let part = match &self.graph.subgraphs[maker].subgraph {
+            Subgraph::Operator(_) => Part::Whole,
+            Subgraph::Loop(body) => Part::Stage(body.carry.get(&output)?.next.stage.clone()),
+        };
+        Some((maker, part))
+    }
+
+    fn source(&self, node: NodeIndex, entry: &str) -> Option<(NodeIndex, String)> {
+        let mut edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
+        let edge = edges.find(|edge| edge.weight().input == entry)?;
+        Some((edge.source(), edge.weight().output.clone()))
+    }
+
+    /// The word that is written at a place.
+    fn span(&self, place: &Place) -> Option<Span> {
+        let source = self.graph.sources.iter().find(|source| source.name == place.file)?;
+        let line_start = match place.line {
+            1 => 0,
+            line => source.text.match_indices('\n').nth(line - 2)?.0 + 1,
+        };
+        let rest = &source.text[line_start..];
+        let start = line_start + rest.char_indices().nth(place.column - 1).map_or(rest.len(), |(at, _)| at);
+        let word = source.text[start..].find(|c: char| c.is_whitespace() || ",:}]#".contains(c));
+        let end = word.map_or(source.text.len(), |length| start + length).max(start);
+        Some(Span { source: source.clone(), start, end })
+    }
+}
+
+impl Foreseen {
+    pub(crate) fn is_error(&self) -> bool {
+        self.finding.is_error
+    }
+}
+
+/// Files that a stage names and that are not there.
+fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Finding)> {
+    let operators: Vec<(Part, &Operator)> = match subgraph {
+        Subgraph::Operator(operator) => vec![(Part::Whole, operator)],
+        Subgraph::Loop(body) => {
+            let stages = body.stages.iter();
+            stages.map(|(name, stage)| (Part::Stage(name.clone()), &stage.operator)).collect()
+        }
+    };
+    let mut missing = Vec::new();
+    for (part, operator) in operators {
+        let sources = registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default();
+        for source in sources {
+            let Err(error) = fs::metadata(&source.path) else { continue };
+            let mut outlook = Outlook::default();
+            let error = contract::files::cannot("read", &source.path, error);
+            let hint = "give the path of a file or folder that is there";
+            outlook.error([Cause::Field(source.field.join("."))], format!("{error:#}"), hint);
+            missing.extend(outlook.findings.into_iter().map(|finding| (part.clone(), finding)));
+        }
+    }
+    missing
+}
+
+/// The facts that were kept with a result, by the names of its outputs. Results of earlier versions have none.
+fn recorded(settled: &Settled) -> Known {
+    let Record { info, .. } = &settled.record;
+    let facts: Known =
+        info.get("facts").and_then(|facts| serde_json::from_value(facts.clone()).ok()).unwrap_or_default();
+    let names = crate::key::outputs(&settled.action.subgraph);
+    names
+        .into_iter()
+        .filter_map(|(name, stored, _): (String, String, PortType)| Some((name, facts.get(&stored)?.clone())))
+        .collect()
+}
