@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use contract::files;
+
 use crate::diagnostic::{Diagnostic, Diagnostics, Problems, did_you_mean};
 use crate::language::read;
 use crate::yaml::{self, Entry, Map, Node, Source, Span};
@@ -30,20 +32,23 @@ pub fn find_file(file: &Path, shipped: &[(&str, &str)]) -> Result<Found, Diagnos
     let bare = file.components().count() == 1 && matches!(file.components().next(), Some(Component::Normal(_)));
     let places = [Some(file.to_owned()), bare.then(|| Path::new("pipelines").join(file))];
     if let Some(path) = places.into_iter().flatten().find(|path| path.is_file()) {
-        return match fs::read_to_string(&path) {
-            Ok(text) => Ok(Found { path, text, shipped: false }),
-            Err(error) => {
-                let message = format!("cannot read `{}`: {error}", path.display());
-                Err(Diagnostic::new(message, "a pipeline is a text file in UTF-8 that you may read").into())
-            }
-        };
+        return read_file(&path).map(|text| Found { path, text, shipped: false });
     }
     let name = file.display().to_string();
     if let Some((_, text)) = shipped.iter().find(|(known, _)| bare && *known == name) {
         return Ok(Found { path: file.to_owned(), text: (*text).to_owned(), shipped: true });
     }
+    // A folder, a pipe, a device: said as what it is.
+    if file.exists() {
+        return read_file(file).map(|text| Found { path: file.to_owned(), text, shipped: false });
+    }
     let hint = did_you_mean(&name, "pipeline", shipped.iter().map(|(name, _)| *name));
     Err(Diagnostic::new(format!("no pipeline `{name}`: there is no such file"), hint).into())
+}
+
+fn read_file(path: &Path) -> Result<String, Diagnostics> {
+    let hint = "a pipeline is a text file in UTF-8 that you may read";
+    files::read_text(path, files::PIPELINE).map_err(|error| Diagnostic::new(format!("{error:#}"), hint).into())
 }
 
 /// Writes a copy of a shipped pipeline and of what it includes into `folder`, to start from. Gives the files written.
@@ -153,14 +158,17 @@ impl Reader<'_> {
     fn open_file(&mut self, path: &Path, shipped: bool, source: &Arc<Source>, file: &read::Text) -> Option<Node> {
         let name = path.display().to_string();
         let text = if shipped {
-            self.shipped.iter().find(|(known, _)| *known == name).map(|(_, text)| (*text).to_owned())
+            let text = self.shipped.iter().find(|(known, _)| *known == name).map(|(_, text)| (*text).to_owned());
+            text.ok_or_else(|| "it is not among the shipped ones".to_owned())
+        } else if !path.exists() {
+            Err("there is no such file".to_owned())
         } else {
-            fs::read_to_string(path).ok()
+            files::read_text(path, files::PIPELINE).map_err(|error| format!("{error:#}"))
         };
         match text {
-            Some(text) => self.read(Found { path: path.to_owned(), text, shipped }),
-            None => {
-                let message = format!("cannot read `{name}`, which `{}` includes", source.name);
+            Ok(text) => self.read(Found { path: path.to_owned(), text, shipped }),
+            Err(error) => {
+                let message = format!("cannot read `{name}`, which `{}` includes: {error}", source.name);
                 let hint = "the path of an included file is relative to the file that includes it";
                 self.problems.push(Diagnostic::new(message, hint).at(file.span.clone(), "included here"));
                 None
@@ -248,6 +256,33 @@ mod tests {
         let folder = folder(&[("a.yaml", "version: 1\ninclude: [b.yaml]\n"), ("b.yaml", "include: [./a.yaml]\n")]);
         let error = load(&folder.path().join("a.yaml"), &[]).unwrap_err().diagnostics.remove(0);
         assert!(error.message.contains("a.yaml -> ") && error.message.ends_with("a.yaml"), "{}", error.message);
+    }
+
+    #[test]
+    fn what_is_no_pipeline_file_is_refused_before_it_is_read() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+        let folder = folder(&[("empty", "")]);
+        mknodat(CWD, folder.path().join("pipe"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        fs::write(folder.path().join("mark.yaml"), "\u{feff}version: 1\nname: marked\n").unwrap();
+        fs::write(folder.path().join("latin.yaml"), b"version: 1\nname: caf\xe9\n").unwrap();
+        fs::File::create(folder.path().join("huge")).unwrap().set_len(50 << 20).unwrap();
+        for (name, expected) in [
+            ("pipe", "is a pipe, expected a pipeline file"),
+            ("/dev/zero", "is a device"),
+            (".", "is a folder"),
+            ("huge", "is too large for a pipeline file: it has 50.0 MiB, and at most 4.0 MiB are read"),
+            ("latin.yaml", "latin.yaml:2` is not text in UTF-8: it holds the byte 0xe9"),
+        ] {
+            let path = folder.path().join(name);
+            let error = load(&path, &[]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+            let main = folder.path().join("main.yaml");
+            fs::write(&main, format!("version: 1\ninclude: [{name}]\n")).unwrap();
+            let error = load(&main, &[]).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("main.yaml:2:11"), "{error}");
+        }
+        assert!(load(&folder.path().join("mark.yaml"), &[]).is_ok());
     }
 
     #[test]

@@ -1,12 +1,11 @@
 //! Text to ids and back: a thin layer over the `tokenizers` library that always leaves special tokens out, and the ways
 //! to find a tokenizer on disk.
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use contract::TokenizerFile;
+use contract::{TokenizerFile, files};
 use rayon::prelude::*;
 use serde_json::Value as Json;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -81,7 +80,7 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<TokenizerF
         let tokenizer = from_vocabulary(path)?;
         (tokenizer.to_string(false).map_err(|e| anyhow!("cannot write a tokenizer: {e}"))?.into_bytes(), tokenizer)
     } else {
-        let json = fs::read(&file).with_context(|| format!("cannot read `{}`", file.display()))?;
+        let json = files::read(&file, files::TOKENIZER)?;
         let tokenizer = parse(&json).with_context(|| format!("cannot read `{}`", file.display()))?;
         (json, tokenizer)
     };
@@ -115,8 +114,7 @@ fn declared_end(folder: &Path) -> Result<Option<String>> {
         if !path.is_file() {
             continue;
         }
-        let text = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let json: Json = serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+        let json: Json = files::read_json(&path, files::SETTINGS)?;
         // A token is written as its text, or as an object with its text under `content`.
         let token = &json["eos_token"];
         if let Some(token) = token.as_str().or_else(|| token["content"].as_str()) {
@@ -134,6 +132,7 @@ fn from_vocabulary(folder: &Path) -> Result<Tokenizer> {
             "`{}` holds no tokenizer: expected `tokenizer.json`, or `vocab.json` with `merges.txt`",
             folder.display()
         );
+        files::open(path, files::TOKENIZER)?;
     }
     let (Some(vocabulary), Some(merges)) = (vocabulary.to_str(), merges.to_str()) else {
         bail!("`{}` is not UTF-8", folder.display());
@@ -161,6 +160,8 @@ pub(crate) fn byte_level(model: BPE) -> Tokenizer {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::testing::shared_data;
 

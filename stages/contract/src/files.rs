@@ -57,6 +57,11 @@ impl Input {
     pub fn size(&self) -> u64 {
         self.size
     }
+
+    /// The file itself, for who goes to and fro in it, by its size.
+    pub fn into_file(self) -> File {
+        self.file
+    }
 }
 
 impl Read for Input {

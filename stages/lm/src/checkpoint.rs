@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
+use contract::files::{self, in_words};
 use contract::value::write;
 use contract::{Result, TokenizerFile};
 use half::{bf16, f16};
@@ -38,7 +38,7 @@ pub(crate) fn tokenizer(folder: &Path, config: &Config) -> Result<TokenizerFile>
     if own.exists() && path.exists() {
         return TokenizerFile::load(folder);
     }
-    let json = if path.exists() { read(&path)? } else { Vec::new() };
+    let json = if path.exists() { files::read(&path, files::TOKENIZER)? } else { Vec::new() };
     if own.exists() {
         let facts: Json =
             serde_json::from_slice(&read(&own)?).with_context(|| format!("`{}` is not JSON", own.display()))?;
@@ -162,7 +162,7 @@ pub(crate) fn write_json(path: &Path, json: &Json) -> Result<()> {
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))
+    files::read(path, files::WEIGHTS)
 }
 
 /// `tokenizer.json`, our facts of it, and what `transformers` needs to know of its end token.
@@ -211,8 +211,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         }
         let path = folder.join(index);
         if path.exists() {
-            let json: Json =
-                serde_json::from_slice(&read(&path)?).with_context(|| format!("`{}` is not JSON", path.display()))?;
+            let json: Json = files::read_json(&path, files::SETTINGS)?;
             let map = json["weight_map"]
                 .as_object()
                 .ok_or_else(|| anyhow!("`{}` has no object `weight_map`", path.display()))?;
@@ -249,8 +248,8 @@ type Keep<'a> = dyn FnMut(&str, &[usize], &dyn Fn() -> Result<Vec<f32>>) -> Resu
 
 /// Gives the header. Of the values, one tensor's are in memory at a time.
 fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<Metadata> {
-    let mut file = File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let length = file.metadata().with_context(|| format!("cannot read `{}`", path.display()))?.len();
+    let file = files::open(path, files::WEIGHTS)?;
+    let (length, mut file) = (file.size(), file.into_file());
     let (start, header) = read_header(&mut file, length)
         .map_err(|e| anyhow!("`{}` is not a whole safetensors file ({e:#}): get it again", path.display()))?;
     let file = RefCell::new(file);
@@ -266,12 +265,16 @@ fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<Metadata> {
     Ok(header)
 }
 
+/// Most bytes of a header: what the format allows.
+const HEADER: u64 = 100_000_000;
+
 /// Where the values begin, and what the header says of them.
-fn read_header(file: &mut File, length: u64) -> Result<(u64, Metadata)> {
+fn read_header(file: &mut impl Read, length: u64) -> Result<(u64, Metadata)> {
     let mut size = [0; 8];
     file.read_exact(&mut size)?;
     let size = u64::from_le_bytes(size);
     ensure!(size <= length.saturating_sub(8), "its header is cut off");
+    ensure!(size <= HEADER, "its header has {}, and at most {} are read", in_words(size), in_words(HEADER));
     let mut header = vec![0; size as usize];
     file.read_exact(&mut header)?;
     let header: Metadata = serde_json::from_slice(&header)?;

@@ -3,11 +3,10 @@
 mod gpt2;
 mod llama;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
-use contract::{Bounds, Facts, Result, Vocabulary};
+use contract::{Bounds, Facts, Result, Vocabulary, files};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -171,8 +170,7 @@ impl Config {
     /// Reads `config.json` from a folder. The families this crate cannot compute are an error.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let json: Json = serde_json::from_slice(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+        let json: Json = files::read_json(&path, files::SETTINGS)?;
         let family = json.get("model_type").and_then(Json::as_str).unwrap_or("gpt2").to_owned();
         let config = match family.as_str() {
             "gpt2" => serde_json::from_value(json).map(Config::Gpt2).map_err(Into::into),
@@ -357,6 +355,8 @@ fn multiple(name: &str, size: usize, heads: usize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn architecture(width: usize) -> Architecture {
