@@ -16,12 +16,19 @@ use std::thread;
 use anyhow::{Context, Result, anyhow};
 use cache::{Artifact, Lookup, Record, Store, StoreError};
 use contract::PortType;
+use contract::files::in_words;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
-use serde_json::json;
+use serde_json::{Map, Value as Json, json};
 
 use crate::key::{Action, InputDigests};
+use crate::memory;
+use crate::plan::Settled;
 use crate::protocol::{Input, Job, Message, Order};
+use crate::results;
+use crate::schedule::own_panic;
+use crate::slots::{self, Slot};
 use crate::sources;
+use crate::trouble::{Blamed, Fault};
 use crate::worker::PARENT;
 
 /// What an attempt says.
@@ -38,18 +45,18 @@ pub(crate) enum Update {
 
 /// How an attempt ended.
 pub(crate) enum Ended {
-    /// The result is in the store.
-    Ran(Record),
+    /// The result is in the store, and this is what it measured.
+    Ran(Record, Map<String, Json>),
     /// Another process put it there.
-    Reused(Record),
+    Reused(Record, Map<String, Json>),
     /// It went wrong.
     Failed(anyhow::Error),
     /// A local file no longer holds what the key says: the key has to be made again.
     Changed { source: PathBuf },
     /// An input was damaged and is gone: what made it has to run again.
     Damaged { entry: String },
-    /// It was told to stop. Where a cut was kept: rounds done and all rounds.
-    Stopped(Option<(u64, u64)>),
+    /// It was told to stop.
+    Stopped,
 }
 
 /// What an attempt needs.
@@ -59,8 +66,7 @@ pub(crate) struct Attempt {
     pub(crate) action: Action,
     pub(crate) inputs: InputDigests,
     pub(crate) store: Arc<Store>,
-    pub(crate) device: String,
-    pub(crate) threads: usize,
+    pub(crate) slot: Slot,
     pub(crate) cut_seconds: f64,
     /// Where the worker's standard error goes.
     pub(crate) log: PathBuf,
@@ -77,6 +83,8 @@ pub(crate) struct Control(Mutex<State>);
 struct State {
     stdin: Option<ChildStdin>,
     pid: Option<Pid>,
+    /// Whether a worker was started: before that there is nothing to lose.
+    begun: bool,
     stopping: bool,
 }
 
@@ -87,7 +95,7 @@ impl Control {
         state.stopping = true;
         if let Some(stdin) = &mut state.stdin {
             // A worker that is gone needs no telling.
-            let _ = send(stdin, &Order::Stop);
+            let _ = line(&Order::Stop).map(|order| stdin.write_all(&order));
         }
     }
 
@@ -98,6 +106,11 @@ impl Control {
         if let Some(pid) = state.pid {
             let _ = kill_process_group(pid, Signal::KILL);
         }
+    }
+
+    /// Whether a worker was started, so that there may be something to keep.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.lock().begun
     }
 
     fn is_stopping(&self) -> bool {
@@ -112,15 +125,15 @@ impl Control {
 impl Attempt {
     /// Runs on a thread of its own. The thread that starts a worker must live as long as the worker: the kernel ties the
     /// worker to it.
-    pub(crate) fn spawn(self) -> thread::JoinHandle<()> {
-        thread::spawn(move || {
+    pub(crate) fn spawn(self) -> Result<()> {
+        let attempt = move || {
             let _span = tracing::info_span!("stage", name = self.stage, key = %self.action.key).entered();
             // Should the runner itself be at fault, the run must hear of an end all the same.
-            let ended = catch_unwind(AssertUnwindSafe(|| self.run()));
-            let ended = ended.unwrap_or_else(|_| Err(anyhow!("the runner panicked; its message is above")));
-            let ended = ended.unwrap_or_else(Ended::Failed);
-            (self.say)(Update::Ended(ended));
-        })
+            let ended = catch_unwind(AssertUnwindSafe(|| self.run())).unwrap_or_else(|_| Err(own_panic()));
+            (self.say)(Update::Ended(ended.unwrap_or_else(Ended::Failed)));
+        };
+        thread::Builder::new().spawn(attempt).context("cannot start a thread for a stage")?;
+        Ok(())
     }
 
     fn run(&self) -> Result<Ended> {
@@ -134,7 +147,8 @@ impl Attempt {
         };
         // Whoever had the lock before may have done the work.
         if let Lookup::Hit(record) = self.store.lookup(&key)? {
-            return Ok(Ended::Reused(record));
+            let (record, metrics) = self.measured(record)?;
+            return Ok(Ended::Reused(record, metrics));
         }
         let paths = match self.open_inputs()? {
             Ok(paths) => paths,
@@ -144,7 +158,7 @@ impl Attempt {
         let work = self.store.begin(&key)?;
         let (ended, status) = match self.run_worker(work.path(), &paths)? {
             Some(ended) => ended,
-            None => return Ok(Ended::Stopped(None)),
+            None => return Ok(Ended::Stopped),
         };
         match ended {
             Some(Message::Done { outputs, facts, seconds, rounds }) => {
@@ -155,8 +169,8 @@ impl Attempt {
                     "seconds": seconds,
                     "rounds": rounds,
                     "facts": facts,
-                    "device": self.device,
-                    "threads": self.threads,
+                    "device": self.slot.device,
+                    "threads": self.slot.threads,
                     "program": env!("CARGO_PKG_VERSION"),
                 });
                 let record = self.store.publish(work, &outputs, info)?;
@@ -164,9 +178,10 @@ impl Attempt {
                 // Checkpoints of finished work only take room.
                 let _ = self.store.drop_cuts(&key);
                 self.compare_sources();
-                Ok(Ended::Ran(record))
+                let (record, metrics) = self.measured(record)?;
+                Ok(Ended::Ran(record, metrics))
             }
-            Some(Message::Failed { error }) => Ok(Ended::Failed(anyhow!(error))),
+            Some(Message::Failed { fault, text }) => Err(anyhow!(Blamed { fault, text })),
             Some(Message::Changed { source }) => {
                 // The file's times may not have shown it, so that the next key must not trust them.
                 for (source, _) in &self.action.sources {
@@ -174,10 +189,17 @@ impl Attempt {
                 }
                 Ok(Ended::Changed { source })
             }
-            Some(Message::Stopped { cut }) => Ok(Ended::Stopped(cut)),
-            _ if self.control.is_stopping() => Ok(Ended::Stopped(None)),
-            _ => Ok(Ended::Failed(anyhow!("the worker ended without a result: {}", in_words(status)))),
+            Some(Message::Stopped) => Ok(Ended::Stopped),
+            _ if self.control.is_stopping() => Ok(Ended::Stopped),
+            _ => Err(anyhow!(cause_of_death(status, &log_end(&self.log, 100), memory::limit()))),
         }
+    }
+
+    /// What a record measured, read here because it may have to be hashed first.
+    fn measured(&self, record: Record) -> Result<(Record, Map<String, Json>)> {
+        let settled = Settled { action: self.action.clone(), record };
+        let metrics = results::metrics(&settled, &self.store)?;
+        Ok((settled.record, metrics))
     }
 
     /// Verified folders of the inputs, by entry; or the entry whose artifact turned out to be damaged.
@@ -200,31 +222,39 @@ impl Attempt {
         work: &Path,
         inputs: &BTreeMap<String, Input>,
     ) -> Result<Option<(Option<Message>, ExitStatus)>> {
-        let job = Job {
+        let (mask, device) = slots::visible(&self.slot.device, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref());
+        let order = line(&Order::Run(Box::new(Job {
             subgraph: self.action.subgraph.clone(),
             sources: self.action.sources.clone(),
             inputs: inputs.clone(),
             work: work.to_owned(),
             store: self.store.root().to_owned(),
             key: self.action.key,
-            device: self.device.clone(),
-            threads: self.threads,
+            device,
+            threads: self.slot.threads,
             cut_seconds: self.cut_seconds,
-        };
+        })))?;
         let mut child = {
-            // Held until the worker can be reached, so that no order to stop falls between.
+            // Held until the worker can be killed, so that no order to stop falls between.
             let mut state = self.control.lock();
             if state.stopping {
                 return Ok(None);
             }
-            let mut child = self.start_process()?;
-            let mut stdin = child.stdin.take().expect("standard input is a pipe");
-            // A worker that dies at once cannot read its job; its exit says more than the broken pipe.
-            let _ = send(&mut stdin, &Order::Run(Box::new(job)));
-            state.stdin = Some(stdin);
+            let child = self.start_process(&mask)?;
             state.pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+            state.begun = true;
             child
         };
+        let mut stdin = child.stdin.take().expect("standard input is a pipe");
+        // A worker that dies at once cannot read its job; its exit says more than the broken pipe.
+        let _ = stdin.write_all(&order);
+        {
+            let mut state = self.control.lock();
+            if state.stopping {
+                let _ = line(&Order::Stop).map(|order| stdin.write_all(&order));
+            }
+            state.stdin = Some(stdin);
+        }
         (self.say)(Update::Started);
         tracing::info!(worker = child.id(), "started");
         let last = self.hear(&mut child, work)?;
@@ -234,15 +264,16 @@ impl Attempt {
         Ok(Some((last, status)))
     }
 
-    fn start_process(&self) -> Result<Child> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
+    fn start_process(&self, mask: &str) -> Result<Child> {
         let log = File::options().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("cannot write log `{}`", self.log.display()))?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(own_program()?);
         command
+            .arg0("pipeline")
             .arg("worker")
+            .env("CUDA_VISIBLE_DEVICES", mask)
             .env(PARENT, std::process::id().to_string())
-            .env("RAYON_NUM_THREADS", self.threads.to_string())
+            .env("RAYON_NUM_THREADS", self.slot.threads.to_string())
             // A worker allocates the same large buffers in every round: the allocator keeps freed ones for a minute, not for
             // a second, since getting fresh pages from the kernel costs a tenth of a training step.
             .env("MIMALLOC_PURGE_DELAY", "60000")
@@ -264,21 +295,20 @@ impl Attempt {
         state.pid = None;
     }
 
-    /// Hands on what the worker says until it is silent; returns how it says it ended.
+    /// Hands on what the worker says until it says how it ended, or is silent.
     fn hear(&self, child: &mut Child, work: &Path) -> Result<Option<Message>> {
         let as_written = |text: String| sources::as_written(&text, &self.action.sources, work);
         let stdout = child.stdout.take().expect("standard output is a pipe");
-        let mut last = None;
         for line in BufReader::new(stdout).lines() {
             let line = line.context("cannot hear the worker")?;
             match serde_json::from_str::<Message>(&line).map(|message| message.map_text(as_written)) {
-                Ok(message) if message.is_last() => last = Some(message),
+                Ok(message) if message.is_last() => return Ok(Some(message)),
                 Ok(message) => (self.say)(Update::Said(message)),
                 // A library that prints: its words belong to the log.
                 Err(_) => append(&self.log, &line),
             }
         }
-        Ok(last)
+        Ok(None)
     }
 
     /// A result must never be bound to inputs that are not those it was made from.
@@ -308,11 +338,11 @@ fn input(artifact: &Artifact, path: PathBuf) -> Result<Input> {
     Ok(Input { path, port_type, digest: artifact.digest })
 }
 
-fn send(stdin: &mut ChildStdin, order: &Order) -> Result<()> {
-    let mut line = serde_json::to_vec(order)?;
+/// An order as a line of JSON.
+fn line(order: &Order) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(order).context("cannot write the worker's job")?;
     line.push(b'\n');
-    stdin.write_all(&line)?;
-    Ok(stdin.flush()?)
+    Ok(line)
 }
 
 fn append(log: &Path, line: &str) {
@@ -321,24 +351,118 @@ fn append(log: &Path, line: &str) {
     }
 }
 
-fn in_words(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match status.signal() {
-        Some(9) => "killed, as the system does when memory runs out (signal 9)".into(),
-        Some(signal) => format!("killed by signal {signal}"),
-        None => format!("exit status {}", status.code().unwrap_or_default()),
+/// This program, as it was started: on Linux also when its file has since been replaced or removed.
+fn own_program() -> Result<PathBuf> {
+    let itself = Path::new("/proc/self/exe");
+    if itself.exists() {
+        return Ok(itself.to_owned());
     }
+    std::env::current_exe().context("cannot find this program's own file")
 }
 
-/// The last lines of a log.
+/// Why a worker ended without a word, as far as its end tells. `log` is the end of what it wrote, `memory` what it could have.
+fn cause_of_death(status: ExitStatus, log: &[String], memory: Option<u64>) -> Blamed {
+    use std::os::unix::process::ExitStatusExt;
+    const KILLED: i32 = Signal::KILL.as_raw();
+    const TERMINATED: i32 = Signal::TERM.as_raw();
+    const ABORTED: i32 = Signal::ABORT.as_raw();
+    const FILE_TOO_LARGE: i32 = Signal::XFSZ.as_raw();
+    let had = memory.map(|bytes| format!(", of {} that it may have", in_words(bytes))).unwrap_or_default();
+    let (fault, text) = match (status.signal(), log.iter().rev().find_map(|line| refused_bytes(line))) {
+        (Some(ABORTED), Some(bytes)) => {
+            (Fault::Memory, format!("memory ran out: it asked for {} more{had}; {USE_LESS}", in_words(bytes)))
+        }
+        (Some(signal @ (KILLED | TERMINATED)), _) => {
+            let had = memory.map(|bytes| format!("; it may have {}", in_words(bytes))).unwrap_or_default();
+            let text = format!("the worker was killed, as the system does when memory runs out (signal {signal}{had})");
+            (Fault::Memory, format!("{text}; if nobody killed it, {USE_LESS}"))
+        }
+        (Some(FILE_TOO_LARGE), _) => (Fault::Disk, "a file grew larger than `ulimit -f` allows".into()),
+        (Some(signal), _) => (Fault::Bug, format!("the worker crashed (signal {signal}): {REPORT}")),
+        (None, _) => {
+            let code = status.code().unwrap_or_default();
+            (Fault::Bug, format!("the worker ended without a result (exit status {code}): {REPORT}"))
+        }
+    };
+    Blamed { fault, text }
+}
+
+const USE_LESS: &str =
+    "lower `micro_batch` or `batch`, make the model smaller, or run fewer stages at a time with `--jobs`";
+
+/// What to do about a bug.
+pub(crate) const REPORT: &str =
+    "this is a bug in the program or in a library under it; please report it to its maintainers with the stage's log";
+
+/// How much memory was refused, where a line of a log says so: the standard library's last words.
+fn refused_bytes(line: &str) -> Option<u64> {
+    line.split_once("memory allocation of ")?.1.split_once(" bytes failed")?.0.parse().ok()
+}
+
+/// The last lines of a log, without what only helps who mends the program: the log itself has it.
 pub(crate) fn log_end(log: &Path, lines: usize) -> Vec<String> {
     let Ok(file) = File::open(log) else { return Vec::new() };
     let mut end = VecDeque::with_capacity(lines + 1);
-    for line in BufReader::new(file).lines().map_while(Result::ok) {
+    let mut in_backtrace = false;
+    for line in BufReader::new(file).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        in_backtrace = line == "stack backtrace:" || in_backtrace && is_frame(&line);
+        if in_backtrace || line.starts_with("note: ") && line.contains("RUST_BACKTRACE") {
+            continue;
+        }
         end.push_back(line);
         if end.len() > lines {
             end.pop_front();
         }
     }
     end.into()
+}
+
+/// Whether a line is of a backtrace: `  12: name`, or `      at file:line`.
+fn is_frame(line: &str) -> bool {
+    let text = line.trim_start();
+    let number = text.split(':').next().unwrap_or_default();
+    line.starts_with(' ') && (text.starts_with("at ") || number.bytes().all(|byte| byte.is_ascii_digit()))
+        || line.starts_with("note: Some details are omitted")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn the_way_a_worker_ended_says_who_is_to_blame() {
+        let cause = |raw, log: &str| {
+            let log: Vec<String> = log.lines().map(str::to_owned).collect();
+            let Blamed { fault, text } = cause_of_death(ExitStatus::from_raw(raw), &log, Some(24 << 30));
+            (fault, text)
+        };
+        let (fault, text) = cause(6, "training\nmemory allocation of 8589934592 bytes failed\n");
+        assert_eq!(fault, Fault::Memory);
+        assert!(text.starts_with("memory ran out: it asked for 8.0 GiB more, of 24.0 GiB that it may have"), "{text}");
+        let (fault, text) = cause(9, "");
+        assert_eq!(fault, Fault::Memory);
+        assert!(text.contains("(signal 9; it may have 24.0 GiB)") && text.contains("`micro_batch`"), "{text}");
+        for (raw, sign) in [(6, "(signal 6)"), (11, "(signal 11)"), (7 << 8, "(exit status 7)")] {
+            let (fault, text) = cause(raw, "");
+            assert_eq!(fault, Fault::Bug);
+            assert!(text.contains(sign) && text.contains("this is a bug"), "{text}");
+        }
+        assert_eq!(cause(25, "").0, Fault::Disk);
+    }
+
+    #[test]
+    fn the_end_of_a_log_is_shown_without_backtraces() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let text = "one\nthread 'x' panicked at a.rs:1:2:\noh\nstack backtrace:\n   0: rust_begin_unwind\n             \
+                    at /rustc/x/panicking.rs:697:5\n   1: core::panicking::panic_fmt\nnote: Some details are omitted, run with \
+                    `RUST_BACKTRACE=full` for a verbose backtrace.\ntwo \u{e9}\nnote: run with `RUST_BACKTRACE=1` environment \
+                    variable to display a backtrace\n";
+        std::fs::write(&log, [text.as_bytes(), b"\xffthree\n"].concat()).unwrap();
+        assert_eq!(log_end(&log, 20), ["one", "thread 'x' panicked at a.rs:1:2:", "oh", "two \u{e9}", "\u{fffd}three"]);
+        assert_eq!(log_end(&log, 1), ["\u{fffd}three"]);
+    }
 }

@@ -101,7 +101,7 @@ pub(crate) struct Target {
     set: Vec<String>,
     #[command(flatten)]
     pub(crate) store: StoreArgs,
-    /// Device to run on: `auto`, `cpu` or `cuda:N`
+    /// Device to run on: `auto`, `cpu`, `cuda:N`, or several as `cuda:0,cuda:1`; a stage has its GPU for itself
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Threads of all workers together; all cores if not given

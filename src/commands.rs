@@ -28,8 +28,10 @@ use crate::foresee::Foresight;
 use crate::graph::Graph;
 use crate::language::{self, Diagnostics};
 use crate::plan::Settled;
-use crate::schedule::is_store_trouble;
+use crate::report::tell;
 use crate::selection::Selection;
+use crate::signals::{self, Interrupted};
+use crate::trouble::{BadRequest, is_store_trouble, status};
 
 /// What the stages give the command line besides their kinds.
 pub struct Extras {
@@ -39,22 +41,9 @@ pub struct Extras {
     pub gpus: fn() -> Option<Result<usize>>,
 }
 
-/// The request itself was wrong: exit status 2.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct BadRequest(pub String);
-
-/// Exit statuses other than those of a process that was killed.
-pub(crate) mod status {
-    pub(crate) const STAGE_FAILED: u8 = 1;
-    pub(crate) const BAD_REQUEST: u8 = 2;
-    pub(crate) const WORK_FOUND: u8 = 3;
-    pub(crate) const STORE: u8 = 4;
-}
-
 /// What every command may need.
 pub(crate) struct Workbench<'a> {
-    pub(crate) registry: &'a Registry,
+    pub(crate) registry: &'static Registry,
     pub(crate) shipped: &'a [(&'a str, &'a str)],
     pub(crate) gpus: fn() -> Option<Result<usize>>,
 }
@@ -74,7 +63,12 @@ pub fn main(registry: Registry, shipped: &[(&str, &str)], extras: &Extras) -> Ex
     if let Command::Worker = command {
         return crate::worker::run(registry);
     }
-    let bench = Workbench { registry: &registry, shipped, gpus: extras.gpus };
+    if let Err(error) = signals::listen() {
+        return ExitCode::from(complain(&error));
+    }
+    // It lives as long as the program: a thread that still decides may outlive the command that asked.
+    let registry: &'static Registry = Box::leak(Box::new(registry));
+    let bench = Workbench { registry, shipped, gpus: extras.gpus };
     dispatch(command, &bench, extras).unwrap_or_else(|error| ExitCode::from(complain(&error)))
 }
 
@@ -114,7 +108,11 @@ fn complain(error: &anyhow::Error) -> u8 {
         eprint(diagnostics);
         return status::BAD_REQUEST;
     }
-    eprintln!("error: {error:#}");
+    if let Some(Interrupted(signal)) = error.downcast_ref() {
+        tell("interrupted");
+        return signals::status(*signal);
+    }
+    tell(&format!("error: {error:#}"));
     if is_store_trouble(error)
         || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>())
     {
@@ -152,6 +150,11 @@ fn eprint(diagnostics: &Diagnostics) {
 /// Opens the store that the flags name. Its path is made absolute, for workers and for links.
 pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
     let root = std::path::absolute(root).with_context(|| format!("cannot find `{}`", root.display()))?;
+    if root.to_str().is_none() {
+        let message =
+            format!("the path of the store, `{}`, is not UTF-8; choose another with `--store`", root.display());
+        return Err(BadRequest(message).into());
+    }
     Ok(Arc::new(Store::open(&root)?))
 }
 

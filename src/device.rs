@@ -5,14 +5,27 @@ use std::fs;
 use anyhow::Result;
 use contract::Machine;
 
-use crate::commands::BadRequest;
+use crate::trouble::BadRequest;
 
 /// The devices that `--device` asks for: `auto` takes every GPU that can be used, else the CPU, with a line that says why if the
 /// program was built for GPUs.
 ///
+/// Several GPUs are named with commas; one that is named twice serves two stages at a time.
+///
 /// `gpus` counts those that can be used, or says what they lack; nothing when the program was built without CUDA. Numbers count
-/// visible GPUs: a mask in `CUDA_VISIBLE_DEVICES` is respected, and workers inherit it.
+/// visible GPUs: a mask in `CUDA_VISIBLE_DEVICES` is respected.
 pub(crate) fn devices(wanted: &str, gpus: fn() -> Option<Result<usize>>) -> Result<Vec<String>> {
+    if !wanted.contains(',') {
+        return named(wanted, gpus);
+    }
+    let of_list = |name: &str| match name.trim() {
+        card if card.starts_with("cuda:") => named(card, gpus),
+        other => wrong(format!("`{other}` cannot stand in a list of devices; only GPUs can, as in `cuda:0,cuda:1`")),
+    };
+    Ok(wanted.split(',').map(of_list).collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn named(wanted: &str, gpus: fn() -> Option<Result<usize>>) -> Result<Vec<String>> {
     let number = wanted.strip_prefix("cuda:").map(str::parse::<usize>);
     match (wanted, number) {
         ("cpu", _) => Ok(vec!["cpu".into()]),
@@ -95,6 +108,9 @@ mod tests {
             "there is no `cuda:2`; the last one is `cuda:1`, unless CUDA_VISIBLE_DEVICES hides others"
         );
         assert_eq!(refusal("cuda:0", without_driver), "`cuda:0` cannot be used: no driver; or use `--device cpu`");
+        assert_eq!(devices("cuda:1,cuda:0,cuda:1", || Some(Ok(2))).unwrap(), ["cuda:1", "cuda:0", "cuda:1"]);
+        assert!(refusal("cuda:0,cpu", || Some(Ok(2))).starts_with("`cpu` cannot stand in a list"));
+        assert!(refusal("cuda:0,cuda:7", || Some(Ok(2))).starts_with("there is no `cuda:7`"));
         assert!(refusal("cuda:0", || None).contains("built with feature `cuda`"));
         assert_eq!(refusal("gpu", || Some(Ok(2))), "unknown device `gpu`; expected `auto`, `cpu` or `cuda:N`");
     }

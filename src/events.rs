@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
+use crate::trouble::Fault;
+
 /// Version of the schema.
 pub const SCHEMA: u32 = 1;
 
@@ -102,6 +104,15 @@ pub enum Event {
         /// In words.
         text: String,
     },
+    /// Something worth knowing.
+    StageNoted {
+        /// Name for people.
+        stage: String,
+        /// Stage within a loop.
+        part: Option<String>,
+        /// In words.
+        text: String,
+    },
     /// A cut was kept: a restart goes on from here.
     StageCut {
         /// Name for people.
@@ -128,6 +139,8 @@ pub enum Event {
     StageFailed {
         /// Name for people.
         stage: String,
+        /// What is to blame.
+        fault: Fault,
         /// What went wrong.
         error: String,
         /// Where the worker's own words are; empty when none was started.
@@ -141,6 +154,13 @@ pub enum Event {
         stage: String,
         /// The stage that failed.
         needs: String,
+    },
+    /// The run was told to stop: what runs keeps what it can and ends.
+    RunStopping {
+        /// The signal that told it.
+        signal: i32,
+        /// Seconds it takes at most.
+        seconds: f64,
     },
     /// It was interrupted; where a cut was kept, the next run goes on there.
     StageStopped {

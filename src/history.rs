@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cache::{Key, Store};
+use cache::{Key, Store, Why};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
@@ -117,6 +117,25 @@ impl History {
         let new: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
         let new = key::with_names(&new, &key::names_of(&action.subgraph));
         Ok(Some((earlier.run, differences(&old, &new, &action.subgraph))))
+    }
+
+    /// Why a stage without a result runs, in a few words.
+    pub fn reason(&self, aliases: &[Alias], action: &Action, why: &Why, store: &Store) -> String {
+        if *why != Why::NoRecord {
+            return why.to_string();
+        }
+        if self.knows(aliases, &action.key) {
+            return "not finished, or its result is gone".into();
+        }
+        match self.changes(aliases, action, store) {
+            Ok(Some((_, changes))) => match changes.as_slice() {
+                [] => "not run before under this name".into(),
+                [only] => only.line(),
+                [first, rest @ ..] => format!("{} (and {} more)", first.line(), rest.len()),
+            },
+            Ok(None) => "not run before".into(),
+            Err(error) => format!("no result; what changed cannot be told: {error:#}"),
+        }
     }
 
     /// Plans that can be read: one that was cut off in the middle is none.

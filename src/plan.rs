@@ -14,8 +14,8 @@ use petgraph::visit::EdgeRef;
 use crate::graph::{Graph, Node};
 use crate::key::{self, Action, InputDigests};
 use crate::rounds;
-use crate::schedule::is_store_trouble;
 use crate::selection::Selection;
+use crate::trouble::is_store_trouble;
 
 /// A subgraph whose result is in the store.
 #[derive(Clone, Debug)]

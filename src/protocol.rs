@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::graph::Subgraph;
+use crate::trouble::Fault;
 
 /// From the coordinator.
 #[derive(Serialize, Deserialize)]
@@ -61,8 +62,10 @@ pub(crate) enum Message {
     Progress { part: Option<String>, done: u64, total: u64, unit: String },
     /// A row of metrics. Not all of them: rows that come fast are thinned out, for the artifact has them all.
     Metrics { part: Option<String>, row: Map<String, Json> },
-    /// For the user.
+    /// Something that may be wrong, for the user.
     Warned { part: Option<String>, text: String },
+    /// Something worth knowing, for the user.
+    Noted { part: Option<String>, text: String },
     /// A cut was kept.
     Cut { round: u64, rounds: u64 },
     /// Outputs are written, with name in the store and type. Seconds are those of all attempts.
@@ -74,20 +77,20 @@ pub(crate) enum Message {
         rounds: Option<u64>,
     },
     /// It went wrong.
-    Failed { error: String },
+    Failed { fault: Fault, text: String },
     /// A local file no longer holds what the key says, so that nothing was begun.
     Changed { source: PathBuf },
-    /// It stopped because it was told to; `cut` says where it will go on.
-    Stopped { cut: Option<(u64, u64)> },
+    /// It stopped because it was told to. It goes on from the newest cut, if there is one.
+    Stopped,
 }
 
 impl Message {
     /// Whether it says how the job ended.
     pub(crate) fn is_last(&self) -> bool {
-        use Message::{Changed, Cut, Done, Failed, Metrics, Progress, Resumed, Stopped, Warned};
+        use Message::{Changed, Cut, Done, Failed, Metrics, Noted, Progress, Resumed, Stopped, Warned};
         match self {
-            Done { .. } | Failed { .. } | Changed { .. } | Stopped { .. } => true,
-            Resumed { .. } | Progress { .. } | Metrics { .. } | Warned { .. } | Cut { .. } => false,
+            Done { .. } | Failed { .. } | Changed { .. } | Stopped => true,
+            Resumed { .. } | Progress { .. } | Metrics { .. } | Warned { .. } | Noted { .. } | Cut { .. } => false,
         }
     }
 
@@ -95,7 +98,8 @@ impl Message {
     pub(crate) fn map_text(self, map: impl Fn(String) -> String) -> Self {
         match self {
             Message::Warned { part, text } => Message::Warned { part, text: map(text) },
-            Message::Failed { error } => Message::Failed { error: map(error) },
+            Message::Noted { part, text } => Message::Noted { part, text: map(text) },
+            Message::Failed { fault, text } => Message::Failed { fault, text: map(text) },
             other => other,
         }
     }

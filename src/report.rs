@@ -21,6 +21,11 @@ pub fn reporter(json: bool, width: usize) -> Box<dyn Reporter> {
     }
 }
 
+/// Says a line on standard error. A terminal that is gone does not stop a run, nor how it stops.
+pub(crate) fn tell(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// Whether standard error takes colours.
 fn has_colours() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
@@ -55,7 +60,7 @@ impl Lines {
 impl Reporter for Lines {
     fn show(&mut self, event: &Event) {
         if let Some(text) = self.words.of(event) {
-            eprintln!("{text}");
+            tell(&text);
         }
         match event {
             Event::StageStarted { stage, .. } => drop(self.last.insert(stage.clone(), Instant::now())),
@@ -63,7 +68,7 @@ impl Reporter for Lines {
                 let last = self.last.entry(stage.clone()).or_insert_with(Instant::now);
                 if last.elapsed() >= STILL_RUNNING {
                     *last = Instant::now();
-                    eprintln!("{}", self.words.row("running", stage, "", &format!("{done} of {total} {unit}")));
+                    tell(&self.words.row("running", stage, "", &format!("{done} of {total} {unit}")));
                 }
             }
             _ => {}
@@ -143,7 +148,7 @@ impl Reporter for Bars {
             _ => {}
         }
         if let Some(text) = self.words.of(event) {
-            self.all.suspend(|| eprintln!("{text}"));
+            self.all.suspend(|| tell(&text));
         }
     }
 }
@@ -170,10 +175,17 @@ impl Words {
                 let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
                 self.row("warning", stage, "", &format!("{place}{text}"))
             }
+            Event::StageNoted { stage, part, text } => {
+                let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
+                self.row("note", stage, "", &format!("{place}{text}"))
+            }
+            Event::RunStopping { seconds, .. } => {
+                format!("stopping: what is done is kept, for at most {seconds:.0} s; a second signal ends all at once")
+            }
             Event::StageFinished { stage, reason, seconds, metrics, .. } => {
                 self.row("ran", stage, &duration(*seconds), &key_metric(metrics).unwrap_or_else(|| reason.clone()))
             }
-            Event::StageFailed { stage, error, log, log_end } => {
+            Event::StageFailed { stage, error, log, log_end, .. } => {
                 let mut text = self.row("failed", stage, "", error);
                 for line in log_end {
                     text += &format!("\n    | {line}");

@@ -45,8 +45,10 @@ pub trait Host {
     fn metrics(&mut self, stage: &str, row: &MetricsRow);
     /// A stage of the loop is so far.
     fn progress(&mut self, stage: &str, done: u64, total: u64, unit: &str);
-    /// A stage of the loop has something to say.
+    /// A stage of the loop warns of something.
     fn warn(&mut self, stage: &str, text: &str);
+    /// A stage of the loop has something worth knowing to say.
+    fn note(&mut self, stage: &str, text: &str);
 }
 
 /// What to do between two stage runs.
@@ -593,6 +595,10 @@ impl Sink for StageSink<'_> {
 
     fn warn(&mut self, text: &str) {
         self.host.warn(self.stage, text);
+    }
+
+    fn note(&mut self, text: &str) {
+        self.host.note(self.stage, text);
     }
 }
 

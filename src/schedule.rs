@@ -1,37 +1,45 @@
-//! The coordinator: one thread that owns all state of a run, decides about each subgraph when its inputs are known, starts
+//! The coordinator: one thread that owns all state of a run, has each subgraph decided about when its inputs are known, starts
 //! attempts as slots come free, and turns what they say into events.
+//!
+//! It reads nothing that may be large itself: whatever hashes runs on another thread and sends its [`News`], so that an
+//! interrupt is heard at once. Threads that still hash when a run is over are left behind, and end with the process.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use cache::{Store, Why};
+use anyhow::{Result, anyhow};
+use cache::{Store, StoreError};
 use contract::Registry;
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
+use serde_json::{Map, Value as Json};
 
 use crate::attempt::{Attempt, Control, Ended, Update, log_end};
 use crate::device;
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::foresee::Foresight;
-use crate::graph::{Graph, Subgraph};
+use crate::graph::{Graph, Node, Subgraph};
 use crate::history::{History, PlanFile, PlannedStage};
 use crate::key::{self, Action, InputDigests};
 use crate::plan::{self, Decision, Settled};
 use crate::protocol::Message;
 use crate::results;
+use crate::run_folder::{log_path, new_run};
 use crate::selection::{Alias, Selection};
+use crate::signals::{self, GRACE};
+use crate::slots::{self, Slot, Slots};
+use crate::trouble::{Blamed, Fault, is_store_trouble};
 
 /// How to run. Nothing here is in a key.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Devices that workers are spread over, `cpu` or `cuda:N`.
+    /// `cpu`, or the cards that stages which need one are given, a card each: `cuda:N`.
     pub devices: Vec<String>,
     /// Threads of all workers together.
     pub threads: usize,
@@ -61,9 +69,19 @@ pub struct Summary {
 
 /// What the coordinator waits for.
 enum News {
+    Decided(NodeIndex, InputDigests, Result<Box<Decided>>),
     Attempt(NodeIndex, Update),
     Signal(i32),
 }
+
+/// A decision, and for a result that is there what it measured.
+struct Decided {
+    decision: Decision,
+    metrics: Map<String, Json>,
+}
+
+/// How long killed workers may take to be gone before nobody waits for them any more.
+const LAST_BREATH: Duration = Duration::from_millis(400);
 
 /// Runs what is selected and not in the store. `name` is the pipeline file as given.
 ///
@@ -71,17 +89,18 @@ enum News {
 pub fn run(
     graph: &Graph,
     selection: &Selection,
-    registry: &Registry,
+    registry: &'static Registry,
     store: Arc<Store>,
     settings: &Settings,
     name: &str,
     reporter: &mut dyn crate::events::Reporter,
 ) -> Result<Summary> {
+    let (sender, news) = mpsc::channel();
+    let signal_sender = sender.clone();
+    let signals = signals::take(move |signal| drop(signal_sender.send(News::Signal(signal))));
     store.sweep()?;
     let history = History::open(&store);
     let folder = new_run(&store)?;
-    let (sender, news) = mpsc::channel();
-    let signals = Signals::listen(sender.clone())?;
     let mut coordinator = Coordinator {
         graph,
         selection,
@@ -95,7 +114,9 @@ pub fn run(
         events: EventLog::create(&folder, reporter)?,
         plan_file: PlanFile { pipeline: name.to_owned(), stages: Vec::new() },
         folder,
+        slots: Slots::new(&settings.devices, settings.threads, settings.jobs),
         open: selection.order.iter().copied().collect(),
+        deciding: false,
         settled: BTreeMap::new(),
         queue: VecDeque::new(),
         running: BTreeMap::new(),
@@ -104,21 +125,21 @@ pub fn run(
         ran: 0,
         reused: 0,
         failed: Vec::new(),
-        signal: None,
+        stopping: None,
         sender,
     };
     let since = Instant::now();
     coordinator.start();
     let outcome = coordinator.work(&news);
-    signals.close();
     let summary = coordinator.finish(since.elapsed(), outcome.is_err());
+    drop(signals);
     outcome.map(|()| summary)
 }
 
 struct Coordinator<'a> {
     graph: &'a Graph,
     selection: &'a Selection,
-    registry: &'a Registry,
+    registry: &'static Registry,
     store: Arc<Store>,
     settings: &'a Settings,
     history: History,
@@ -130,8 +151,11 @@ struct Coordinator<'a> {
     events: EventLog<'a>,
     plan_file: PlanFile,
     folder: PathBuf,
-    /// Selected, and neither settled, queued, running nor given up.
+    slots: Slots,
+    /// Selected, and neither settled, being decided about, queued, running nor given up.
     open: BTreeSet<NodeIndex>,
+    /// Whether a subgraph is being decided about.
+    deciding: bool,
     settled: BTreeMap<NodeIndex, Settled>,
     /// Decided to run, waiting for a slot.
     queue: VecDeque<Ready>,
@@ -143,8 +167,17 @@ struct Coordinator<'a> {
     ran: usize,
     reused: usize,
     failed: Vec<(String, anyhow::Error)>,
-    signal: Option<i32>,
+    stopping: Option<Stopping>,
     sender: Sender<News>,
+}
+
+/// The run was told to stop.
+struct Stopping {
+    /// By this signal, the first that came.
+    signal: i32,
+    /// When what still runs is killed, and after that when it is given up.
+    until: Instant,
+    killed: bool,
 }
 
 struct Ready {
@@ -152,16 +185,15 @@ struct Ready {
     action: Action,
     inputs: InputDigests,
     reason: String,
+    /// The newest cut: rounds done and all rounds.
+    cut: Option<(u64, u64)>,
 }
 
 struct Running {
     control: Arc<Control>,
-    thread: JoinHandle<()>,
-    slot: usize,
+    slot: Slot,
     ready: Ready,
     log: PathBuf,
-    /// For another process that runs the same key.
-    waiting: bool,
 }
 
 impl Coordinator<'_> {
@@ -171,7 +203,7 @@ impl Coordinator<'_> {
             run: self.folder.file_name().unwrap_or_default().to_string_lossy().into(),
             pipeline: self.plan_file.pipeline.clone(),
             devices: self.settings.devices.clone(),
-            threads: self.threads(),
+            threads: self.slots.threads(),
             stages: self.selection.order.iter().map(|&node| self.label(node)).collect(),
         };
         self.events.send(&event);
@@ -180,37 +212,47 @@ impl Coordinator<'_> {
     /// Until nothing is open that could run, or nothing runs any more after an interrupt.
     fn work(&mut self, news: &Receiver<News>) -> Result<()> {
         loop {
-            self.decide_open()?;
-            self.look_ahead();
-            self.fill_slots();
-            if self.running.is_empty() {
+            if self.stopping.is_none() {
+                self.decide_next();
+                if !self.deciding {
+                    self.look_ahead();
+                    self.fill_slots()?;
+                }
+            }
+            if self.running.is_empty() && (self.stopping.is_some() || !self.deciding) {
                 return Ok(());
             }
-            match news.recv_timeout(Duration::from_secs(3600)) {
+            let until = self.stopping.as_ref().map(|stopping| stopping.until);
+            let patience = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
+            match news.recv_timeout(patience.min(Duration::from_secs(3600))) {
+                Ok(News::Decided(node, inputs, decided)) => self.act(node, inputs, decided)?,
                 Ok(News::Attempt(node, update)) => self.hear(node, update)?,
                 Ok(News::Signal(signal)) => self.interrupt(signal),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.run_out(),
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the coordinator holds a sender itself"),
             }
         }
     }
 
-    /// Decides about everything whose inputs are known; a result in the store may make further inputs known.
-    fn decide_open(&mut self) -> Result<()> {
-        for node in self.selection.order.clone() {
-            if self.signal.is_some() || !self.open.contains(&node) {
-                continue;
-            }
+    /// Has the next subgraph decided about whose inputs are known; a result in the store may make further inputs known.
+    fn decide_next(&mut self) {
+        if self.deciding {
+            return;
+        }
+        for &node in self.selection.order.iter().filter(|node| self.open.contains(node)) {
             let Ok(inputs) = plan::inputs(self.graph, node, &self.settled) else { continue };
             self.open.remove(&node);
-            match plan::decide(&self.graph.subgraphs[node], &inputs, self.registry, &self.store) {
-                Ok(decision) => self.act(node, inputs, decision)?,
-                // The store itself failing ends the run; a file of the user's that cannot be read fails its stage.
-                Err(error) if is_store_trouble(&error) => return Err(error),
-                Err(error) => self.fail(node, error, None),
-            }
+            self.deciding = true;
+            let (subgraph, registry) = (self.graph.subgraphs[node].clone(), self.registry);
+            let (store, sender) = (Arc::clone(&self.store), self.sender.clone());
+            thread::spawn(move || {
+                let decide = || decide_and_measure(&subgraph, &inputs, registry, &store);
+                let decided = catch_unwind(AssertUnwindSafe(decide)).unwrap_or_else(|_| Err(own_panic()));
+                // Nobody listens once the run is over.
+                let _ = sender.send(News::Decided(node, inputs, decided));
+            });
+            return;
         }
-        Ok(())
     }
 
     /// With every result more is known of what is left: a stage that cannot work fails now, and not when its turn comes.
@@ -236,25 +278,37 @@ impl Coordinator<'_> {
         }
     }
 
-    fn act(&mut self, node: NodeIndex, inputs: InputDigests, decision: Decision) -> Result<()> {
-        let (action, reason) = match decision {
+    fn act(&mut self, node: NodeIndex, inputs: InputDigests, decided: Result<Box<Decided>>) -> Result<()> {
+        self.deciding = false;
+        let Decided { decision, metrics } = match decided {
+            Ok(decided) => *decided,
+            // The store itself failing ends the run; a file of the user's that cannot be read fails its stage.
+            Err(error) if is_store_trouble(&error) => return Err(error),
+            Err(error) => {
+                self.fail(node, error, None);
+                return Ok(());
+            }
+        };
+        let (action, reason, cut) = match decision {
             Decision::Cached(settled) => {
                 self.note(node, &settled.action)?;
-                self.reuse(node, settled);
+                self.reuse(node, settled, metrics);
                 return Ok(());
             }
             Decision::DependsOnResult { .. } | Decision::Impossible { .. } => {
                 unreachable!("`decide` is asked with inputs that are known, and returns errors as such")
             }
-            Decision::Resume { action, round, rounds } => (action, format!("goes on after round {round} of {rounds}")),
+            Decision::Resume { action, round, rounds } => {
+                (action, format!("goes on after round {round} of {rounds}"), Some((round, rounds)))
+            }
             Decision::Run { action, why } => {
-                let reason = reason(&self.selection.aliases[&node], &action, &why, &self.history, &self.store);
-                (action, reason)
+                let reason = self.history.reason(&self.selection.aliases[&node], &action, &why, &self.store);
+                (action, reason, None)
             }
         };
         self.note(node, &action)?;
         tracing::debug!(stage = self.label(node), key = %action.key, reason, "to run");
-        self.queue.push_back(Ready { node, action: self.unrolled(action), inputs, reason });
+        self.queue.push_back(Ready { node, action: self.unrolled(action), inputs, reason, cut });
         Ok(())
     }
 
@@ -277,44 +331,50 @@ impl Coordinator<'_> {
         self.plan_file.write(&self.folder)
     }
 
-    fn fill_slots(&mut self) {
-        while self.signal.is_none() && self.running.len() < self.settings.jobs {
-            // The same key twice, in two variants that the front end could not see to be the same: one run serves both.
-            let busy: Vec<_> = self.running.values().map(|running| running.ready.action.key).collect();
-            let Some(at) = self.queue.iter().position(|ready| !busy.contains(&ready.action.key)) else { return };
-            let ready = self.queue.remove(at).expect("the position was just found");
-            self.begin(ready);
+    /// Starts what is queued and finds what it needs free. The same key twice, in two variants that the front end could not
+    /// see to be the same, runs once and serves both.
+    fn fill_slots(&mut self) -> Result<()> {
+        let mut at = 0;
+        while let Some(ready) = self.queue.get(at) {
+            let is_running = |running: &Running| running.ready.action.key == ready.action.key;
+            let needs = slots::needs(&ready.action.subgraph, self.registry);
+            let twin_runs = self.running.values().any(is_running);
+            match if twin_runs { None } else { self.slots.take(needs) } {
+                Some(slot) => {
+                    let ready = self.queue.remove(at).expect("it was looked at just now");
+                    self.begin(ready, slot)?;
+                }
+                None => at += 1,
+            }
         }
+        Ok(())
     }
 
-    fn begin(&mut self, ready: Ready) {
+    fn begin(&mut self, ready: Ready, slot: Slot) -> Result<()> {
         let node = ready.node;
-        let taken: BTreeSet<_> = self.running.values().map(|running| running.slot).collect();
-        let slot = (0..).find(|slot| !taken.contains(slot)).expect("some number is free");
         let control = Arc::new(Control::default());
-        let log = self.log_path(node);
+        let log = log_path(&self.folder, &self.label(node));
         let sender = self.sender.clone();
         let attempt = Attempt {
             stage: self.label(node),
             action: ready.action.clone(),
             inputs: ready.inputs.clone(),
             store: Arc::clone(&self.store),
-            device: self.settings.devices[slot % self.settings.devices.len()].clone(),
-            threads: self.threads(),
+            slot: slot.clone(),
             cut_seconds: self.settings.cut_seconds,
             log: log.clone(),
             // Nobody listens once the run is over.
             say: Box::new(move |update| drop(sender.send(News::Attempt(node, update)))),
             control: Arc::clone(&control),
         };
-        let thread = attempt.spawn();
-        self.running.insert(node, Running { control, thread, slot, ready, log, waiting: false });
+        attempt.spawn()?;
+        self.running.insert(node, Running { control, slot, ready, log });
+        Ok(())
     }
 
     fn hear(&mut self, node: NodeIndex, update: Update) -> Result<()> {
         let stage = self.label(node);
         let Some(running) = self.running.get_mut(&node) else { return Ok(()) };
-        running.waiting = matches!(update, Update::Waiting);
         let key = running.ready.action.key.to_string();
         match update {
             Update::Waiting => self.events.send(&Event::StageWaiting { stage, key }),
@@ -322,7 +382,12 @@ impl Coordinator<'_> {
                 let (reason, log) = (running.ready.reason.clone(), running.log.display().to_string());
                 self.events.send(&Event::StageStarted { stage, key, reason, log });
             }
-            Update::Said(message) => self.pass_on(stage, message),
+            Update::Said(message) => {
+                if let Message::Resumed { round, rounds } | Message::Cut { round, rounds } = message {
+                    running.ready.cut = Some((round, rounds));
+                }
+                self.pass_on(stage, message);
+            }
             Update::Ended(ended) => return self.end(node, ended),
         }
         Ok(())
@@ -334,31 +399,27 @@ impl Coordinator<'_> {
             Message::Progress { part, done, total, unit } => Event::StageProgress { stage, part, done, total, unit },
             Message::Metrics { part, row } => Event::StageMetrics { stage, part, row },
             Message::Warned { part, text } => Event::StageWarned { stage, part, text },
+            Message::Noted { part, text } => Event::StageNoted { stage, part, text },
             Message::Cut { round, rounds } => Event::StageCut { stage, round, rounds },
-            Message::Done { .. } | Message::Failed { .. } | Message::Changed { .. } | Message::Stopped { .. } => return,
+            Message::Done { .. } | Message::Failed { .. } | Message::Changed { .. } | Message::Stopped => return,
         });
     }
 
     fn end(&mut self, node: NodeIndex, ended: Ended) -> Result<()> {
         let running = self.running.remove(&node).expect("it was running a moment ago");
-        // Its last word was its end, so there is nothing to wait for.
-        let _ = running.thread.join();
-        let Ready { action, reason, .. } = running.ready;
+        self.slots.give_back(running.slot);
+        let Ready { action, reason, cut, .. } = running.ready;
         match ended {
-            Ended::Ran(record) => {
+            Ended::Ran(record, metrics) => {
                 self.ran += 1;
                 let settled = Settled { action, record };
                 let (stage, key) = (self.label(node), settled.action.key.to_string());
                 let seconds = settled.seconds().unwrap_or_default();
-                let metrics = results::metrics(&settled, &self.store).unwrap_or_default();
                 self.events.send(&Event::StageFinished { stage, key, reason, seconds, metrics });
                 self.settled.insert(node, settled);
             }
-            Ended::Reused(record) => self.reuse(node, Settled { action, record }),
-            Ended::Stopped(cut) => {
-                let stage = self.label(node);
-                self.events.send(&Event::StageStopped { stage, cut });
-            }
+            Ended::Reused(record, metrics) => self.reuse(node, Settled { action, record }, metrics),
+            Ended::Stopped => self.stopped(node, cut),
             Ended::Damaged { entry } => self.mend(node, &entry),
             Ended::Changed { source } => self.plan_again(node, &source),
             Ended::Failed(error) if is_store_trouble(&error) => return Err(error),
@@ -367,25 +428,29 @@ impl Coordinator<'_> {
         Ok(())
     }
 
-    fn reuse(&mut self, node: NodeIndex, settled: Settled) {
+    fn reuse(&mut self, node: NodeIndex, settled: Settled, metrics: Map<String, Json>) {
         self.reused += 1;
         let (stage, key) = (self.label(node), settled.action.key.to_string());
-        let metrics = results::metrics(&settled, &self.store).unwrap_or_default();
         self.events.send(&Event::StageReused { stage, key, recorded_seconds: settled.seconds(), metrics });
         self.settled.insert(node, settled);
+    }
+
+    fn stopped(&mut self, node: NodeIndex, cut: Option<(u64, u64)>) {
+        let stage = self.label(node);
+        self.events.send(&Event::StageStopped { stage, cut });
     }
 
     /// An input was damaged: the damaged artifact is gone, so what made it is open again, and so is this subgraph.
     fn mend(&mut self, node: NodeIndex, entry: &str) {
         let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
         let Some(maker) = edges.filter(|edge| edge.weight().input == entry).map(|edge| edge.source()).next() else {
-            let error = anyhow::anyhow!("input `{entry}` is damaged, and nothing in the pipeline makes it");
+            let error = anyhow!("input `{entry}` is damaged, and nothing in the pipeline makes it");
             return self.fail(node, error, None);
         };
         let times = self.mended.entry(maker).or_default();
         *times += 1;
         if *times > 2 {
-            let error = anyhow::anyhow!(
+            let error = anyhow!(
                 "input `{entry}` was damaged {times} times in this run; check the disk under the store, then run again"
             );
             return self.fail(node, error, None);
@@ -403,7 +468,7 @@ impl Coordinator<'_> {
         *times += 1;
         let source = source.display();
         if *times > 2 {
-            let error = anyhow::anyhow!("`{source}` keeps changing; run again when nothing writes to it");
+            let error = anyhow!("`{source}` keeps changing; run again when nothing writes to it");
             return self.fail(node, error, None);
         }
         let text = format!("`{source}` changed since this run looked at it; what it holds now is used");
@@ -417,6 +482,7 @@ impl Coordinator<'_> {
         let log_end = log.map(|log| log_end(log, 20)).unwrap_or_default();
         self.events.send(&Event::StageFailed {
             stage: stage.clone(),
+            fault: Fault::of(&error),
             error: format!("{error:#}"),
             log: log.map(|log| log.display().to_string()).unwrap_or_default(),
             log_end,
@@ -436,138 +502,80 @@ impl Coordinator<'_> {
 
     /// The first interrupt cuts and stops, the second kills.
     fn interrupt(&mut self, signal: i32) {
-        let first = self.signal.replace(self.signal.unwrap_or(signal)).is_none();
-        for running in self.running.values() {
-            if first { running.control.stop() } else { running.control.kill() }
+        if self.stopping.is_some() {
+            self.kill_all();
+            return self.give_up(|_| true);
         }
-        // What waits for another process has no worker that could stop.
-        let given_up = |running: &Running| !first || running.waiting;
-        let nodes: Vec<_> =
-            self.running.iter().filter(|(_, running)| given_up(running)).map(|(node, _)| *node).collect();
-        for node in nodes {
-            self.running.remove(&node);
-            let stage = self.label(node);
-            self.events.send(&Event::StageStopped { stage, cut: None });
+        self.stopping = Some(Stopping { signal, until: Instant::now() + GRACE, killed: false });
+        self.events.send(&Event::RunStopping { signal, seconds: (GRACE + LAST_BREATH).as_secs_f64() });
+        for running in self.running.values() {
+            running.control.stop();
+        }
+        // What has no worker yet, since it waits for another process or reads its inputs, has nothing to lose.
+        self.give_up(|running| !running.control.has_begun());
+    }
+
+    /// The time to stop in order has run out: workers are killed, and then nothing is waited for.
+    fn run_out(&mut self) {
+        let Some(stopping) = &mut self.stopping else { return };
+        if std::mem::replace(&mut stopping.killed, true) {
+            return self.give_up(|_| true);
+        }
+        stopping.until = Instant::now() + LAST_BREATH;
+        self.kill_all();
+    }
+
+    fn kill_all(&self) {
+        self.running.values().for_each(|running| running.control.kill());
+    }
+
+    /// Waits no longer for some attempts. Their threads may stay behind, but start no worker any more.
+    fn give_up(&mut self, which: impl Fn(&Running) -> bool) {
+        let nodes = self.running.iter().filter(|(_, running)| which(running)).map(|(node, _)| *node);
+        for node in nodes.collect::<Vec<_>>() {
+            let running = self.running.remove(&node).expect("it was just listed");
+            self.stopped(node, running.ready.cut);
         }
     }
 
     /// Says how it ended. After trouble with the store workers may still run, whose results could not be kept.
     fn finish(mut self, elapsed: Duration, store_failed: bool) -> Summary {
-        self.running.values().for_each(|running| running.control.kill());
-        let status = match (self.signal, self.failed.is_empty() && !store_failed) {
+        self.kill_all();
+        let signal = self.stopping.as_ref().map(|stopping| stopping.signal);
+        let status = match (signal, self.failed.is_empty() && !store_failed) {
             (Some(_), _) => Status::Interrupted,
             (None, false) => Status::Failed,
             (None, true) => Status::Done,
         };
         let (ran, reused, failed) = (self.ran, self.reused, self.failed.len());
         self.events.send(&Event::RunFinished { status, ran, reused, failed, seconds: elapsed.as_secs_f64() });
-        Summary { status, signal: self.signal, ran, reused, failed: self.failed, settled: self.settled }
+        Summary { status, signal, ran, reused, failed: self.failed, settled: self.settled }
     }
 
     fn label(&self, node: NodeIndex) -> String {
         self.selection.labels[&node].clone()
     }
-
-    /// Threads of one worker: they share what there is.
-    fn threads(&self) -> usize {
-        (self.settings.threads / self.settings.jobs.max(1)).max(1)
-    }
-
-    /// `runs/<id>/<stage>.<attempt>.log`, the first attempt that has none yet.
-    fn log_path(&self, node: NodeIndex) -> PathBuf {
-        let plain = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' };
-        let stage: String = self.label(node).chars().map(plain).collect();
-        let paths = (1..).map(|attempt| self.folder.join(format!("{stage}.{attempt}.log")));
-        paths.into_iter().find(|path| !path.exists()).expect("some number is free")
-    }
 }
 
-/// Why a stage without a result runs, in a few words.
-pub(crate) fn reason(aliases: &[Alias], action: &Action, why: &Why, history: &History, store: &Store) -> String {
-    if *why != Why::NoRecord {
-        return why.to_string();
+/// Decides about a subgraph, and reads what a result that is there measured. One whose figures turn out to be damaged is no
+/// result: the store has dropped it then, and asked again it says so.
+fn decide_and_measure(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Box<Decided>> {
+    let mut decision = plan::decide(node, inputs, registry, store)?;
+    while let Decision::Cached(settled) = &decision {
+        match results::metrics(settled, store) {
+            Ok(metrics) => return Ok(Box::new(Decided { decision, metrics })),
+            Err(error) if is_damage(&error) => decision = plan::decide(node, inputs, registry, store)?,
+            Err(error) => return Err(error),
+        }
     }
-    if history.knows(aliases, &action.key) {
-        return "not finished, or its result is gone".into();
-    }
-    match history.changes(aliases, action, store) {
-        Ok(Some((_, changes))) => match changes.as_slice() {
-            [] => "not run before under this name".into(),
-            [only] => only.line(),
-            [first, rest @ ..] => format!("{} (and {} more)", first.line(), rest.len()),
-        },
-        Ok(None) => "not run before".into(),
-        Err(error) => format!("no result; what changed cannot be told: {error:#}"),
-    }
+    Ok(Box::new(Decided { decision, metrics: Map::new() }))
 }
 
-/// Whether the store or the disk failed, so that no stage could do better.
-pub(crate) fn is_store_trouble(error: &anyhow::Error) -> bool {
-    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<cache::StoreError>());
-    causes.any(cache::StoreError::is_io)
+fn is_damage(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(StoreError::Corrupt { .. }))
 }
 
-/// Makes `runs/<id>`; identifiers sort by time.
-fn new_run(store: &Store) -> Result<PathBuf> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let folder = store.runs().join(format!("{}-{}", utc(now), std::process::id()));
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
-    Ok(folder)
-}
-
-/// A time since 1970 as `20260131-235959.123`, in UTC (days to date as in Hinnant's "chrono-compatible low-level date
-/// algorithms").
-fn utc(time: Duration) -> String {
-    let (days, seconds) = ((time.as_secs() / 86_400) as i64, time.as_secs() % 86_400);
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}.{:03}", time.subsec_millis())
-}
-
-/// Interrupts, as news.
-struct Signals {
-    handle: signal_hook::iterator::Handle,
-    thread: JoinHandle<()>,
-}
-
-impl Signals {
-    fn listen(sender: Sender<News>) -> Result<Self> {
-        use signal_hook::consts::{SIGINT, SIGTERM};
-        let mut signals =
-            signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).context("cannot listen for interrupts")?;
-        let handle = signals.handle();
-        let thread = thread::spawn(move || {
-            for signal in &mut signals {
-                let _ = sender.send(News::Signal(signal));
-            }
-        });
-        Ok(Signals { handle, thread })
-    }
-
-    fn close(self) {
-        self.handle.close();
-        let _ = self.thread.join();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_are_named_by_the_date() {
-        let check = |seconds: u64, expected| assert_eq!(utc(Duration::from_millis(seconds * 1000 + 7)), expected);
-        check(0, "19700101-000000.007");
-        check(951_782_399, "20000228-235959.007");
-        check(951_782_400, "20000229-000000.007");
-        check(1_767_225_599, "20251231-235959.007");
-    }
+/// For a thread of the coordinator's own that did not come back.
+pub(crate) fn own_panic() -> anyhow::Error {
+    anyhow!(Blamed { fault: Fault::Bug, text: "the runner itself panicked; its message is above".into() })
 }

@@ -7,8 +7,8 @@ use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use serde::{Deserialize, Serialize};
 
-use crate::commands::BadRequest;
 use crate::graph::{Cell, Graph, Subgraph};
+use crate::trouble::BadRequest;
 
 /// Subgraphs in an order that respects their handoffs, and a name for each.
 #[derive(Clone, Debug)]

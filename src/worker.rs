@@ -4,13 +4,12 @@
 //! It publishes nothing; that is for the coordinator, which holds the lock. It never outlives its coordinator.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, BufRead, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,10 +18,12 @@ use cache::{Digest, Store};
 use contract::{AnyValue, Env, Facts, Inputs, PortType, Registry, Sink, Step};
 use serde_json::{Map, Value as Json};
 
+use crate::attempt::REPORT;
 use crate::graph::{Loop, Operator, Subgraph};
 use crate::protocol::{Input, Job, Message, Order};
 use crate::rounds::{self, Ask, Ended, Host, MetricsRow, Standing};
 use crate::sources;
+use crate::trouble::{Blamed, Fault};
 
 /// Set by the coordinator to its own process id, so that a worker started an instant too late notices.
 pub(crate) const PARENT: &str = "PIPELINE_PARENT";
@@ -47,19 +48,49 @@ pub(crate) fn run(registry: Registry) -> ExitCode {
         return ExitCode::from(2);
     };
     drop(lines);
-    let stop = Arc::new(AtomicBool::new(false));
-    let interruptible = matches!(job.subgraph, Subgraph::Loop(_));
-    let listening = Arc::clone(&stop);
-    thread::spawn(move || listen(&listening, interruptible));
-    let worker = thread::Builder::new().stack_size(STACK).spawn(move || work(*job, &registry, &stop));
-    let outcome = match worker.map(thread::JoinHandle::join) {
-        Ok(Ok(Ok(message))) => message,
-        Ok(Ok(Err(error))) => Message::Failed { error: format!("{error:#}") },
-        Ok(Err(panic)) => Message::Failed { error: format!("panicked: {}", text_of(panic.as_ref())) },
-        Err(error) => Message::Failed { error: format!("cannot start a thread: {error}") },
+    std::panic::set_hook(Box::new(note_panic));
+    let work = move || {
+        start_threads(job.threads)?;
+        let stop = Arc::new(Stop::default());
+        let listening = Arc::clone(&stop);
+        thread::Builder::new().spawn(move || listen(&listening)).context("cannot start a thread")?;
+        work(*job, &registry, &stop)
     };
-    send(&outcome);
+    let outcome = match thread::Builder::new().stack_size(STACK).spawn(work).map(thread::JoinHandle::join) {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(panic)) => Err(of_panic(text_of(panic.as_ref())).into()),
+        Err(error) => Err(anyhow!(error).context("cannot start a thread")),
+    };
+    send(&outcome.unwrap_or_else(|error| Message::Failed { fault: Fault::of(&error), text: format!("{error:#}") }));
     ExitCode::SUCCESS
+}
+
+/// Starts the threads that computations are spread over: later, on first use, a failure to do so would be a panic.
+fn start_threads(threads: usize) -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    pool.with_context(|| format!("cannot start {threads} threads; ask for fewer with `--threads`"))
+}
+
+/// Where the last panic was.
+static PANICKED_AT: Mutex<Option<String>> = Mutex::new(None);
+
+/// Writes a panic to the log, as ever, and remembers its place.
+fn note_panic(panic: &std::panic::PanicHookInfo) {
+    eprintln!("\n{panic}\n{}", std::backtrace::Backtrace::capture());
+    let place = panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
+    *PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner) = place;
+}
+
+/// A panic is a bug, unless it is the standard library's way to say that so much memory cannot even be asked for.
+fn of_panic(text: &str) -> Blamed {
+    if text == "capacity overflow" {
+        let text =
+            "more memory was asked for than any machine has; check the sizes in the stage's configuration".into();
+        return Blamed { fault: Fault::Memory, text };
+    }
+    let place = PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let place = place.map(|place| format!(" at {place}")).unwrap_or_default();
+    Blamed { fault: Fault::Bug, text: format!("panicked{place}: {text}; {REPORT}") }
 }
 
 /// Asks the kernel to kill this process when its parent dies, then looks whether it had died before.
@@ -77,22 +108,70 @@ fn die_with_parent() -> Result<()> {
     Ok(())
 }
 
-/// Hears orders until the coordinator is gone. Only a loop can be cut; any other stage is simply dropped.
-fn listen(stop: &AtomicBool, interruptible: bool) {
+/// What an order to stop meets.
+#[derive(Default)]
+struct Stop(Mutex<Standstill>);
+
+#[derive(Default)]
+struct Standstill {
+    /// Whether the order has come.
+    ordered: bool,
+    /// Whether something was computed that only this process has, and that ends in a cut or an output if it is let.
+    unsaved: bool,
+}
+
+impl Stop {
+    /// The order has come. With nothing to keep it is obeyed at once; else the work goes on to where it can be kept. If that
+    /// takes too long, the coordinator kills.
+    fn order(&self) {
+        let mut state = self.lock();
+        state.ordered = true;
+        if !state.unsaved {
+            leave();
+        }
+    }
+
+    /// There is something to keep now.
+    fn has_unsaved(&self) {
+        self.lock().unsaved = true;
+    }
+
+    /// All that was computed is kept: if the order has come meanwhile, this is the place to stop.
+    fn all_saved(&self) {
+        let mut state = self.lock();
+        state.unsaved = false;
+        if state.ordered {
+            leave();
+        }
+    }
+
+    fn is_ordered(&self) -> bool {
+        self.lock().ordered
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Standstill> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says that it stopped, and ends whatever other threads are in the middle of.
+fn leave() -> ! {
+    send(&Message::Stopped);
+    std::process::exit(0)
+}
+
+/// Hears orders until the coordinator is gone.
+fn listen(stop: &Stop) {
     for line in io::stdin().lock().lines() {
         let Ok(line) = line else { break };
         if matches!(serde_json::from_str(&line), Ok(Order::Stop)) {
-            stop.store(true, Ordering::Relaxed);
-            if !interruptible {
-                send(&Message::Stopped { cut: None });
-                std::process::exit(0);
-            }
+            stop.order();
         }
     }
     std::process::exit(1);
 }
 
-fn work(mut job: Job, registry: &Registry, stop: &AtomicBool) -> Result<Message> {
+fn work(mut job: Job, registry: &Registry, stop: &Stop) -> Result<Message> {
     let since = Instant::now();
     if let Some(source) = sources::take(&mut job.subgraph, &job.sources, &job.work, registry)? {
         return Ok(Message::Changed { source });
@@ -102,7 +181,7 @@ fn work(mut job: Job, registry: &Registry, stop: &AtomicBool) -> Result<Message>
     let env = Env { device: job.device.clone(), threads: job.threads, scratch };
     let entries = load_inputs(&job.inputs, registry, &env)?;
     match &job.subgraph {
-        Subgraph::Operator(operator) => run_once(&job, operator, entries, registry, &env, since),
+        Subgraph::Operator(operator) => run_once(&job, operator, entries, registry, &env, stop, since),
         Subgraph::Loop(body) => run_rounds(&job, body, entries, registry, &env, stop),
     }
 }
@@ -131,6 +210,7 @@ fn run_once(
     entries: BTreeMap<String, AnyValue>,
     registry: &Registry,
     env: &Env,
+    stop: &Stop,
     since: Instant,
 ) -> Result<Message> {
     let mut inputs = Inputs::new();
@@ -141,6 +221,7 @@ fn run_once(
     let mut sink = OnceSink { rows: Vec::new(), report: Report::new() };
     let kind = rounds::find_kind(registry, &operator.kind)?;
     let outputs = kind.start(&operator.config, env, None)?.run(inputs, &Step::once(), &mut sink)?.0;
+    stop.has_unsaved();
     rounds::check_outputs(&operator.ports, &outputs)?;
     let mut written = Vec::new();
     for (port, value) in &outputs {
@@ -160,16 +241,13 @@ fn run_rounds(
     entries: BTreeMap<String, AnyValue>,
     registry: &Registry,
     env: &Env,
-    stop: &AtomicBool,
+    stop: &Stop,
 ) -> Result<Message> {
     let store = Store::open(&job.store)?;
     let cut = find_cut(&store, job, &env.scratch)?;
-    let mut host =
-        WorkerHost { job, store: &store, stop, last_cut: Instant::now(), kept: false, report: Report::new() };
+    let mut host = WorkerHost { job, store: &store, stop, last_cut: Instant::now(), report: Report::new() };
     match rounds::run_loop(body, entries, cut.as_deref(), registry, env, &mut host)? {
-        Ended::Stopped(Standing { round, rounds, .. }) => {
-            Ok(Message::Stopped { cut: host.kept.then_some((round, rounds)) })
-        }
+        Ended::Stopped(_) => Ok(Message::Stopped),
         Ended::Finished(finished) => {
             let mut written = Vec::new();
             for (index, value) in finished.outputs.iter().enumerate() {
@@ -238,10 +316,8 @@ fn make(folder: &Path) -> Result<()> {
 struct WorkerHost<'a> {
     job: &'a Job,
     store: &'a Store,
-    stop: &'a AtomicBool,
+    stop: &'a Stop,
     last_cut: Instant,
-    /// Whether the last cut was kept.
-    kept: bool,
     report: Report,
 }
 
@@ -250,7 +326,8 @@ impl Host for WorkerHost<'_> {
         let interval = Duration::try_from_secs_f64(self.job.cut_seconds).unwrap_or(Duration::MAX);
         // Between rounds a cut is smallest; within a long round one is taken all the same.
         let due = if round_done { interval } else { interval.saturating_mul(2) };
-        if self.stop.load(Ordering::Relaxed) {
+        self.stop.has_unsaved();
+        if self.stop.is_ordered() {
             Ask::Stop
         } else if self.last_cut.elapsed() >= due {
             Ask::Cut
@@ -262,9 +339,11 @@ impl Host for WorkerHost<'_> {
     fn keep_cut(&mut self, number: u64, standing: Standing, write: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
         let kept = self.store.save_cut(&self.job.key, number, write);
         self.last_cut = Instant::now();
-        self.kept = kept.is_ok();
         match kept {
-            Ok(()) => send(&Message::Cut { round: standing.round, rounds: standing.rounds }),
+            Ok(()) => {
+                send(&Message::Cut { round: standing.round, rounds: standing.rounds });
+                self.stop.all_saved();
+            }
             // The work itself is unharmed, so it goes on; only a restart would lose more of it.
             Err(error) => self.report.warn(None, &format!("{:#}; the stage goes on without", anyhow!(error))),
         }
@@ -272,6 +351,7 @@ impl Host for WorkerHost<'_> {
     }
 
     fn round(&mut self, done: u64, rounds: u64) {
+        self.stop.has_unsaved();
         self.report.progress(None, done, rounds, "rounds");
     }
 
@@ -285,6 +365,10 @@ impl Host for WorkerHost<'_> {
 
     fn warn(&mut self, stage: &str, text: &str) {
         self.report.warn(Some(stage), text);
+    }
+
+    fn note(&mut self, stage: &str, text: &str) {
+        self.report.note(Some(stage), text);
     }
 }
 
@@ -307,18 +391,23 @@ impl Sink for OnceSink {
     fn warn(&mut self, text: &str) {
         self.report.warn(None, text);
     }
+
+    fn note(&mut self, text: &str) {
+        self.report.note(None, text);
+    }
 }
 
 /// Tells the coordinator, not too often.
 struct Report {
     /// When what was last said, by sort and part.
     last: BTreeMap<(&'static str, Option<String>), Instant>,
-    warned: Vec<(Option<String>, String)>,
+    /// What was warned of or noted, so that it is said once: in a loop the same thing tends to come in every round.
+    told: BTreeSet<(Option<String>, String)>,
 }
 
 impl Report {
     fn new() -> Self {
-        Report { last: BTreeMap::new(), warned: Vec::new() }
+        Report { last: BTreeMap::new(), told: BTreeSet::new() }
     }
 
     fn is_due(&mut self, sort: &'static str, part: Option<&str>) -> bool {
@@ -342,12 +431,17 @@ impl Report {
         }
     }
 
-    /// Says it once: in a loop the same thing tends to be wrong in every round.
     fn warn(&mut self, part: Option<&str>, text: &str) {
-        let said = (part.map(str::to_owned), text.to_owned());
-        if !self.warned.contains(&said) {
-            send(&Message::Warned { part: said.0.clone(), text: said.1.clone() });
-            self.warned.push(said);
+        let (part, text) = (part.map(str::to_owned), text.to_owned());
+        if self.told.insert((part.clone(), text.clone())) {
+            send(&Message::Warned { part, text });
+        }
+    }
+
+    fn note(&mut self, part: Option<&str>, text: &str) {
+        let (part, text) = (part.map(str::to_owned), text.to_owned());
+        if self.told.insert((part.clone(), text.clone())) {
+            send(&Message::Noted { part, text });
         }
     }
 }

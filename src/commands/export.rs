@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +13,7 @@ use crate::cli::ExportArgs;
 use crate::graph::Graph;
 use crate::plan::{self, Settled};
 use crate::selection::{self, Selection};
+use crate::signals::{self, Watch};
 
 pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let [name] = args.target.stages.as_slice() else {
@@ -35,7 +37,7 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
         BadRequest(format!("`{name}` names no single output; expected one of {}", known.join(", ")))
     })?;
     let from = store.open_artifact(artifact)?;
-    copy(&from, &args.to)?;
+    copy(&from, &args.to, &signals::watch())?;
     say(&format!("{}\n", args.to.display()))?;
     tracing::info!(stage, port, digest = %artifact.digest, "exported");
     Ok(())
@@ -67,15 +69,18 @@ fn settled(graph: &Graph, selection: &Selection, stage: &str, bench: &Workbench,
     })
 }
 
-/// Copies a folder whole: the copy appears under its name only when complete.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+/// How many bytes are copied before it is asked whether to go on.
+const PART: u64 = 16 << 20;
+
+/// Copies a folder whole: the copy appears under its name only when complete, and nothing is left of one that is not.
+fn copy(from: &Path, to: &Path, watch: &Watch) -> Result<()> {
     if to.exists() && fs::read_dir(to).map_or(true, |mut entries| entries.next().is_some()) {
         bail!(BadRequest(format!("`{}` is already there; choose a new folder", to.display())));
     }
     let mut name = to.file_name().context("the folder to export to has no name")?.to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let draft = to.with_file_name(name);
-    let outcome = copy_tree(from, &draft)
+    let outcome = copy_tree(from, &draft, watch)
         .and_then(|()| fs::rename(&draft, to).with_context(|| format!("cannot make folder `{}`", to.display())));
     if outcome.is_err() {
         // What is left of the draft helps nobody.
@@ -84,20 +89,42 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     outcome
 }
 
-fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+fn copy_tree(from: &Path, to: &Path, watch: &Watch) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("cannot make folder `{}`", to.display()))?;
     for entry in fs::read_dir(from).with_context(|| format!("cannot read folder `{}`", from.display()))? {
         let entry = entry.with_context(|| format!("cannot read folder `{}`", from.display()))?;
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         if source.is_dir() {
-            copy_tree(&source, &target)?;
+            copy_tree(&source, &target, watch)?;
         } else {
             // Bytes only: files of the store are read-only, and their copies belong to the user.
             let mut reader = fs::File::open(&source).with_context(|| format!("cannot read `{}`", source.display()))?;
             let mut writer =
                 fs::File::create(&target).with_context(|| format!("cannot write `{}`", target.display()))?;
-            std::io::copy(&mut reader, &mut writer).with_context(|| format!("cannot write `{}`", target.display()))?;
+            loop {
+                watch.check()?;
+                let copied = std::io::copy(&mut (&mut reader).take(PART), &mut writer);
+                if copied.with_context(|| format!("cannot write `{}`", target.display()))? < PART {
+                    break;
+                }
+            }
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_interrupted_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::create_dir_all(from.join("deep")).unwrap();
+        fs::write(from.join("deep/file"), "text").unwrap();
+        let error = copy(&from, &to, &Watch::after(15)).unwrap_err();
+        assert_eq!(error.downcast_ref(), Some(&signals::Interrupted(15)));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "what is left is what was there");
+    }
 }

@@ -10,7 +10,6 @@ use crate::device;
 use crate::history::History;
 use crate::plan::{self, Decision};
 use crate::report::duration;
-use crate::schedule;
 use crate::selection::{self, Selection};
 
 pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
@@ -26,7 +25,7 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     for (node, decision) in &plan.steps {
         let name = &selection.labels[node];
         let reason = match decision {
-            Decision::Run { action, why } => schedule::reason(&selection.aliases[node], action, why, &history, &store),
+            Decision::Run { action, why } => history.reason(&selection.aliases[node], action, why, &store),
             other => in_words(other, &selection),
         };
         text += format!("{:<18}  {name:width$}  {reason}", word(decision)).trim_end();

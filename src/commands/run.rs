@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{BadRequest, Workbench, open_store, say, status};
+use super::{BadRequest, Workbench, open_store, say};
 use crate::cli::RunArgs;
 use crate::device;
-use crate::events::Status;
 use crate::foresee::Foresight;
 use crate::graph::Graph;
 use crate::language;
 use crate::plan;
-use crate::report;
+use crate::report::{self, tell};
 use crate::schedule::{self, Settings, Summary};
 use crate::selection;
+use crate::signals;
 use crate::table;
+use crate::trouble::Fault;
 
 /// Runs what the flags select.
 pub(crate) fn run(args: &RunArgs, bench: &Workbench) -> Result<ExitCode> {
@@ -67,7 +68,7 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     {
         say(&if args.markdown { table.markdown() } else { table.text() })?;
     }
-    Ok(conclude(&summary))
+    Ok(conclude(&summary, args.json))
 }
 
 fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
@@ -85,18 +86,21 @@ fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
     })
 }
 
-/// Says last what went wrong first, and how to go on.
-fn conclude(summary: &Summary) -> ExitCode {
+/// Says last what went wrong first, and how to go on. With `json` nothing was said in words so far.
+fn conclude(summary: &Summary, json: bool) -> ExitCode {
+    let mut code = ExitCode::SUCCESS;
     if let Some((stage, error)) = summary.failed.first() {
-        eprintln!("error: stage `{stage}` failed: {error:#}");
-    }
-    match (summary.status, summary.signal) {
-        (Status::Interrupted, signal) => {
-            eprintln!("interrupted: the same command goes on from here");
-            // As a shell reports a process ended by a signal: SIGINT is 2, SIGTERM 15.
-            ExitCode::from(u8::try_from(128 + signal.unwrap_or(2)).unwrap_or(130))
+        match json {
+            true => tell(&format!("error: stage `{stage}` failed: {error:#}")),
+            false => tell(&format!("error: stage `{stage}` failed, as said above")),
         }
-        (Status::Failed, _) => ExitCode::from(status::STAGE_FAILED),
-        (Status::Done, _) => ExitCode::SUCCESS,
+        code = ExitCode::from(Fault::of(error).status());
+    }
+    match summary.signal {
+        Some(signal) => {
+            tell("interrupted: the same command goes on from here");
+            ExitCode::from(signals::status(signal))
+        }
+        None => code,
     }
 }

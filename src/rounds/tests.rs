@@ -44,6 +44,7 @@ impl Host for Scripted {
     fn warn(&mut self, stage: &str, text: &str) {
         self.warnings.push(format!("{stage}: {text}"));
     }
+    fn note(&mut self, _: &str, _: &str) {}
 }
 
 /// What a loop leaves behind, as bytes.
@@ -113,6 +114,7 @@ impl Sink for Silent {
     fn metrics(&mut self, _: MetricsRow) {}
     fn progress(&mut self, _: u64, _: u64, _: &str) {}
     fn warn(&mut self, _: &str) {}
+    fn note(&mut self, _: &str) {}
 }
 
 fn operator(kind: &str, config: Json) -> OperatorSpec {

@@ -181,6 +181,10 @@ impl Stage for Distill {
         }
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let trainer = Trainer::new(config.settings(), 1e-2, state);
         let device = lm::device(&env.device)?;

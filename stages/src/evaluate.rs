@@ -228,6 +228,10 @@ impl Stage for Evaluate {
         }
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Evaluating { config, padding: Padding::default(), warned: BTreeSet::new() }))
     }

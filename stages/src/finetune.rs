@@ -95,6 +95,10 @@ impl Stage for Finetune {
         outlook.output("model", model);
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let trainer = Trainer::new(config.settings(), 1e-2, state);
         Ok(Box::new(Finetuning { device: lm::device(&env.device)?, trainer, config }))

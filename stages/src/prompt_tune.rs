@@ -171,6 +171,10 @@ impl Stage for PromptTune {
         outlook.output("prompt", outlook.input("prompt"));
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, _env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Tuning {
             trainer: Trainer::new(config.settings(), 0.0, state),

@@ -129,6 +129,10 @@ impl Stage for StudentGenerate {
         outlook.output("data", Facts { text, responses: Bounds::ANY, ..data });
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Generating { config, longest: usize::MAX }))
     }

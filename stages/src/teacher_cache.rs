@@ -138,6 +138,10 @@ impl Stage for TeacherCaching {
         outlook.output("cache", Facts { vocabulary: data.vocabulary, ..Facts::default() });
     }
 
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         Ok(Box::new(Caching { config, env: env.clone() }))
     }

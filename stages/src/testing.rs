@@ -12,7 +12,7 @@ pub(crate) fn row(id: u64, prompt: &[u32], response: &[u32]) -> Row {
     Row { id, prompt, response, end: End::Stop, log_probs: None, references: Vec::new() }
 }
 
-/// Keeps warnings and rows of metrics.
+/// Keeps what it is told but progress.
 #[derive(Default)]
 pub(crate) struct Log {
     pub(crate) warnings: Vec<String>,

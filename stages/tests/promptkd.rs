@@ -35,6 +35,9 @@ impl Sink for Rows {
     fn warn(&mut self, text: &str) {
         println!("warning: {text}");
     }
+    fn note(&mut self, text: &str) {
+        println!("note: {text}");
+    }
 }
 
 fn start(kind: &str, config: Json, conventions: Conventions) -> Box<dyn Operator> {

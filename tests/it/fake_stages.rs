@@ -15,7 +15,13 @@ const SHIPPED: &[(&str, &str)] = &[(
 )];
 
 fn main() -> ExitCode {
-    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, gpus: || None })
+    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, gpus })
+}
+
+/// As many GPUs as a test says there are.
+fn gpus() -> Option<anyhow::Result<usize>> {
+    let count = std::env::var("FAKE_GPUS").ok()?;
+    Some(count.parse().context("FAKE_GPUS is no number"))
 }
 
 fn score(request: &contract::Scoring) -> anyhow::Result<serde_json::Value> {

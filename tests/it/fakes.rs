@@ -3,7 +3,7 @@
 
 use std::any::Any;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,6 +30,7 @@ pub fn registry() -> Registry {
         .with(Evaluate)
         .with(Fail)
         .with(Slow)
+        .with(OnCard)
         .with(Count)
         .with(Double)
 }
@@ -276,9 +277,21 @@ struct LearnConfig {
     /// Round to fail in.
     #[serde(default)]
     fail_at: Option<u64>,
+    /// Round in which it waits as long as there is a file `hold`.
+    #[serde(default)]
+    hold_at: Option<u64>,
     /// A file that gets a line for every round run.
     #[serde(default)]
     count: Option<PathBuf>,
+}
+
+/// Waits as long as there is a file `hold`, after having made a file `held`.
+fn hold() -> Result<()> {
+    fs::write("held", "")?;
+    while Path::new("hold").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn rate() -> f64 {
@@ -327,6 +340,9 @@ impl Operator for Learner {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         append_line(self.config.count.as_deref(), &step.round.to_string())?;
         std::thread::sleep(Duration::from_millis(self.config.sleep));
+        if self.config.hold_at == Some(step.round) {
+            hold()?;
+        }
         if self.config.fail_at == Some(step.round) {
             bail!("told to fail in round {}", step.round);
         }
@@ -413,7 +429,7 @@ struct Fail;
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct FailConfig {
-    /// `error`, `panic` or `abort`.
+    /// `error`, `panic`, `abort`, `disk`, `memory` or `sizes`.
     how: String,
 }
 
@@ -434,6 +450,10 @@ impl Stage for Fail {
             match config.how.as_str() {
                 "panic" => panic!("told to panic"),
                 "abort" => std::process::abort(),
+                "disk" => Err(io::Error::from(io::ErrorKind::StorageFull)).context("cannot write `model.safetensors`"),
+                // More than a process can address.
+                "memory" => bail!("{}", std::hint::black_box(Vec::<u8>::with_capacity(1 << 60)).capacity()),
+                "sizes" => bail!("{}", std::hint::black_box(vec![0u64; usize::MAX]).len()),
                 _ => Err(anyhow::anyhow!("told to fail").context("cannot go on")),
             }
         })
@@ -446,7 +466,14 @@ struct Slow;
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SlowConfig {
+    #[serde(default)]
     milliseconds: u64,
+    /// Wait as long as there is a file `hold`.
+    #[serde(default)]
+    hold: bool,
+    /// Wait so while the result is saved.
+    #[serde(default)]
+    hold_save: bool,
 }
 
 impl Stage for Slow {
@@ -468,6 +495,69 @@ impl Stage for Slow {
         once(move |mut inputs, _, sink| {
             sink.progress(0, 1, "naps");
             std::thread::sleep(Duration::from_millis(config.milliseconds));
+            if config.hold {
+                hold()?;
+            }
+            let data = inputs.take::<Dataset>("data")?;
+            Ok(match config.hold_save {
+                true => Outputs::new().with("data", SlowToSave(data)),
+                false => Outputs::new().with_shared("data", data),
+            })
+        })
+    }
+}
+
+/// Rows that take their time to be saved.
+struct SlowToSave(Arc<Dataset>);
+
+impl Value for SlowToSave {
+    fn port_type(&self) -> PortType {
+        self.0.port_type()
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        hold()?;
+        self.0.save(folder)
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+/// Needs a card: says in a file when it begins and ends, where, and what it sees.
+struct OnCard;
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct OnCardConfig {
+    file: PathBuf,
+    /// Changes the key and nothing else.
+    number: u64,
+}
+
+impl Stage for OnCard {
+    type Config = OnCardConfig;
+
+    fn about(&self) -> About {
+        about("on-card")
+    }
+
+    fn ports(&self, _: &OnCardConfig) -> Ports {
+        pass_on()
+    }
+
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
+    fn start(&self, config: OnCardConfig, env: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        let seen = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+        let place = format!("{} {seen}", env.device);
+        once(move |mut inputs, _, _| {
+            append_line(Some(&config.file), &format!("begin {place}"))?;
+            std::thread::sleep(Duration::from_millis(150));
+            append_line(Some(&config.file), &format!("end {place}"))?;
             Ok(Outputs::new().with_shared("data", inputs.take::<Dataset>("data")?))
         })
     }
@@ -489,6 +579,8 @@ struct CountConfig {
     note: Option<String>,
     #[serde(default)]
     warn: Option<String>,
+    #[serde(default)]
+    say: Option<String>,
 }
 
 impl Stage for Count {
@@ -511,6 +603,9 @@ impl Stage for Count {
             append_line(Some(&config.file), "ran")?;
             if let Some(text) = &config.warn {
                 sink.warn(text);
+            }
+            if let Some(text) = &config.say {
+                sink.note(text);
             }
             let data = inputs.take::<Dataset>("data")?;
             let keep = config.keep.unwrap_or(data.rows.len()).min(data.rows.len());

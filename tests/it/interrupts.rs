@@ -95,6 +95,116 @@ fn a_second_interrupt_kills() {
     wait_until("the worker is gone", || !is_alive(worker));
 }
 
+/// Rows, a stage that can be held, and one that needs it.
+pub(crate) const HELD: &str = "
+version: 1
+name: held
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  held: {kind: slow, in: {data: source}, with: {WITH}}
+  after: {kind: count, in: {data: held}, with: {file: after.txt}}
+";
+
+/// A training stage used alone: a loop with one stage, which can be held in one of its rounds.
+const HELD_LOOP: &str = "
+version: 1
+name: held
+stages:
+  source: {kind: rows, with: {rows: 24}}
+  held: {kind: learn, in: {data: source}, with: {take: 4, epochs: 2, WITH}}
+  after: {kind: evaluate, in: {model: held, data: source}}
+";
+
+/// Work that would take for ever is told to stop in the middle. It is said at once, the run ends, and the next one, with
+/// nothing in its way, ends with the bits of one that nobody disturbed.
+#[test]
+fn a_stop_is_heard_in_every_kind_of_work_and_the_next_run_goes_on() {
+    let anew = "the next run begins it anew";
+    let works = [
+        // What the worker is doing: pipeline, its field, flags, whether the worker hangs, where the next run goes on.
+        ("runs a stage outside of loops", HELD, "hold: true", "", false, anew),
+        ("saves a result", HELD, "hold_save: true", "", false, anew),
+        ("is in the first round of a loop", HELD_LOOP, "hold_at: 0", "", false, anew),
+        (
+            "is in a round after a cut",
+            HELD_LOOP,
+            "hold_at: 7",
+            "--cut-every 0",
+            false,
+            "the next run goes on after round 7 of 12",
+        ),
+        ("is in a round, the cut long ago", HELD_LOOP, "hold_at: 7", "", false, anew),
+        ("does not answer", HELD, "hold: true", "", true, anew),
+        ("does not answer, after a cut", HELD_LOOP, "hold_at: 7", "--cut-every 0", true, "goes on after round 7 of 12"),
+    ];
+    let signals = [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)];
+    for (number, (what, pipeline, field, flags, hangs, onward)) in works.into_iter().enumerate() {
+        let (signal, status) = signals[number % signals.len()];
+        let project = Project::new(&pipeline.replace("WITH", field));
+        project.write("hold", "");
+        let running = project.start(&format!("run FILE {flags}"));
+        wait_until("the work is in the middle", || project.path("held").exists());
+        if hangs {
+            kill(children(running.id())[0], Signal::STOP);
+        }
+        kill(running.id(), signal);
+        let stopped = wait(running).expect(status, &["stopping: ", "stopped  held", onward]);
+        assert!(stopped.stderr.ends_with("interrupted: the same command goes on from here\n"), "{what}");
+        std::fs::remove_file(project.path("hold")).unwrap();
+        project.run("run FILE").expect(0, &["ran      held", "ran      after"]);
+        assert_eq!(std::fs::read_dir(project.path(".pipeline/work")).unwrap().count(), 0, "{what}");
+        let undisturbed = Project::new(&pipeline.replace("WITH", field));
+        undisturbed.run("run FILE").expect(0, &[]);
+        assert_eq!(project.digests(""), undisturbed.digests(""), "{what}");
+    }
+}
+
+#[test]
+fn a_stop_is_heard_while_a_source_is_hashed() {
+    let project = Project::new(
+        "
+version: 1
+name: hashing
+stages:
+  data: {kind: read-rows, with: {path: rows.txt}}
+  other: {kind: init}
+",
+    );
+    for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
+        // Hours of zeros to hash, which take no room.
+        let source = std::fs::File::create(project.path("rows.txt")).unwrap();
+        source.set_len(8 << 40).unwrap();
+        let running = project.start("run FILE");
+        wait_until("the run begins", || std::fs::read_dir(project.path(".pipeline/runs")).is_ok());
+        std::thread::sleep(Duration::from_millis(200));
+        kill(running.id(), signal);
+        wait(running).expect(status, &["interrupted: "]);
+        let planning = project.start("plan FILE");
+        std::thread::sleep(Duration::from_millis(300));
+        kill(planning.id(), signal);
+        wait(planning).expect(status, &["interrupted"]);
+        assert_eq!(std::fs::read_dir(project.path(".pipeline/work")).unwrap().count(), 0);
+    }
+    project.write("rows.txt", "1\n2\n");
+    project.run("run FILE").expect(0, &["done: 2 ran"]);
+}
+
+#[test]
+fn a_run_that_was_told_to_outlive_its_terminal_does() {
+    let project = Project::new(&HELD.replace("WITH", "hold: true"));
+    project.write("hold", "");
+    let plain = project.command("run FILE");
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]).arg(plain.get_program()).args(plain.get_args());
+    command.current_dir(plain.get_current_dir().unwrap()).stdout(std::process::Stdio::null());
+    let running = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    wait_until("the stage runs", || project.path("held").exists());
+    kill(running.id(), Signal::HUP);
+    std::thread::sleep(Duration::from_millis(100));
+    std::fs::remove_file(project.path("hold")).unwrap();
+    wait(running).expect(0, &["done: 3 ran"]);
+}
+
 #[test]
 fn a_killed_run_leaves_no_process_and_ends_with_the_same_bits() {
     let expected = undisturbed();

@@ -490,7 +490,7 @@ fn a_full_disk_fails_the_stage_and_leaves_nothing_behind() {
     let project = project(TINY);
     // The teacher's weights take 48 KiB; all that is made before takes less than 30.
     let ran = run_with_little_disk(&project, 60, "--cut-every 0");
-    let ran = ran.expect(1, &["failed   teacher", "model.safetensors", "File too large", "skipped  train"]);
+    let ran = ran.expect(4, &["failed   teacher", "model.safetensors", "File too large", "skipped  train"]);
     assert!(ran.words().contains(&"ran data".to_owned()), "{:?}", ran.words());
     assert_nothing_is_half_done(&project);
     let records = store(&project, ".pipeline").keys().unwrap().len();
@@ -501,9 +501,9 @@ fn a_full_disk_fails_the_stage_and_leaves_nothing_behind() {
 #[test]
 fn a_disk_that_takes_next_to_nothing_fails_the_run_and_the_next_one_goes_on() {
     // Nothing at all fails the store; with a little more it is a stage that fails first.
-    for (blocks, status) in [(0, 4), (1, 1), (4, 1)] {
+    for blocks in [0, 1, 4] {
         let project = project(TINY);
-        run_with_little_disk(&project, blocks, "").expect(status, &["error: ", "File too large"]);
+        run_with_little_disk(&project, blocks, "").expect(4, &["error: ", "File too large"]);
         project.run("run FILE").expect(0, &["done: "]);
         assert_eq!(project.digests(""), undisturbed(), "{blocks} blocks");
         assert_nothing_is_half_done(&project);

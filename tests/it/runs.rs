@@ -1,9 +1,12 @@
 //! Runs that end: what runs, what is reused, what fails, and what is said of it.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
-use crate::harness::{Project, Ran, wait_until};
+use crate::harness::{Project, Ran, example, wait_until};
+use crate::interrupts::HELD;
 
 /// Prompt distillation in miniature.
 pub(crate) const PROMPTKD: &str = "
@@ -146,21 +149,127 @@ stages:
     );
     assert_eq!(ran.words(), ["ran source", "failed broken", "skipped after", "ran aside"]);
     let last = ran.stderr.lines().last().unwrap();
-    assert_eq!(last, "error: stage `broken` failed: cannot go on: told to fail");
+    assert_eq!(last, "error: stage `broken` failed, as said above");
+    assert_eq!(ran.stderr.matches("told to fail").count(), 1, "an error is said once:\n{}", ran.stderr);
     assert_eq!((project.lines("after.txt"), project.lines("aside.txt")), (0, 1));
+    // Nobody has said it yet where events go to another program.
+    let error = "error: stage `broken` failed: cannot go on: told to fail";
+    Project::new(pipeline).run("run FILE --json").expect(1, &[error]);
 }
 
 #[test]
-fn panics_and_crashes_of_a_stage_are_its_own() {
-    for (how, said) in
-        [("panic", "panicked: told to panic"), ("abort", "the worker ended without a result: killed by signal 6")]
-    {
+fn a_failure_says_who_is_to_blame_and_stays_its_own() {
+    let bug = "this is a bug in the program or in a library under it; please report it";
+    let cases = [
+        ("error", 1, "input", vec!["cannot go on: told to fail"]),
+        ("disk", 4, "disk", vec!["cannot write `model.safetensors`: no storage space"]),
+        (
+            "memory",
+            1,
+            "memory",
+            vec!["memory ran out: it asked for 1024.0 PiB more", "lower `micro_batch`", "`--jobs`"],
+        ),
+        ("sizes", 1, "memory", vec!["more memory was asked for than any machine has"]),
+        ("panic", 1, "bug", vec!["panicked at ", "fakes.rs:", ": told to panic", bug]),
+        ("abort", 1, "bug", vec!["the worker crashed (signal 6)", bug]),
+    ];
+    for (how, status, fault, said) in cases {
         let pipeline = format!(
             "version: 1\nname: crash\nstages:\n  broken: {{kind: fail, with: {{how: {how}}}}}\n  other: {{kind: init}}\n"
         );
         let project = Project::new(&pipeline);
-        project.run("run FILE").expect(1, &[said, "ran      other"]);
+        let mut command = project.command("run FILE");
+        let ran = Ran::new(command.env("RUST_BACKTRACE", "1").output().unwrap());
+        let ran = ran.expect(status, &said).expect(status, &["ran      other", "| about to go wrong"]);
+        assert!(!ran.stderr.contains("backtrace"), "{}", ran.stderr);
+        let events = Project::new(&pipeline).run("run FILE --json").expect(status, &[]).events();
+        let failed = events.iter().find(|event| event["event"] == "stage_failed").unwrap();
+        assert_eq!(failed["fault"], fault, "{how}");
     }
+}
+
+#[test]
+fn a_stage_that_needs_a_card_has_it_for_itself_and_no_other_gets_one() {
+    let mut pipeline = "version: 1\nname: cards\nstages:\n  data: {kind: rows, with: {rows: 1}}\n".to_owned();
+    for number in 0..5 {
+        pipeline +=
+            &format!("  s{number}: {{kind: on-card, in: {{data: data}}, with: {{file: log.txt, number: {number}}}}}\n");
+    }
+    for (mask, devices, expected) in [
+        (None, "auto", vec!["cuda:0 0", "cuda:0 1"]),
+        (Some("3,GPU-7"), "auto", vec!["cuda:0 3", "cuda:0 GPU-7"]),
+        (None, "cuda:1", vec!["cuda:0 1"]),
+        (None, "cpu", vec!["cpu "]),
+    ] {
+        let project = Project::new(&pipeline);
+        let mut command = project.command(&format!("run FILE --jobs 3 --device {devices}"));
+        command.env("FAKE_GPUS", "2").env_remove("CUDA_VISIBLE_DEVICES");
+        if let Some(mask) = mask {
+            command.env("CUDA_VISIBLE_DEVICES", mask);
+        }
+        Ran::new(command.output().unwrap()).expect(0, &["done: 6 ran"]);
+        let log = project.read("log.txt");
+        let mut busy = BTreeSet::new();
+        let mut used = BTreeSet::new();
+        for line in log.lines() {
+            let (what, place) = line.split_once(' ').unwrap();
+            used.insert(place);
+            match what {
+                "begin" => assert!(busy.insert(place) || devices == "cpu", "a card is shared:\n{log}"),
+                _ => drop(busy.remove(place)),
+            }
+        }
+        assert_eq!(used.into_iter().collect::<Vec<_>>(), expected, "{log}");
+        let shared = log.lines().take(2).filter(|line| line.starts_with("begin")).count() == 2;
+        assert_eq!(shared, expected.len() > 1 || devices == "cpu", "as many at a time as there are cards:\n{log}");
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_the_program_it_was_started_with() {
+    let program = std::env::temp_dir().join(format!("pipeline-{}", std::process::id()));
+    fs::copy(example("fake-stages"), &program).unwrap();
+    let pipeline = HELD.replace("WITH", "hold: true");
+    let project = Project::with_program(&pipeline, &program);
+    project.write("hold", "");
+    let running = project.start("run FILE");
+    wait_until("the first worker runs", || project.path("held").exists());
+    fs::remove_file(&program).unwrap();
+    fs::write(&program, "something else").unwrap();
+    fs::remove_file(project.path("hold")).unwrap();
+    let ran = Ran::new(running.wait_with_output().unwrap());
+    fs::remove_file(&program).unwrap();
+    ran.expect(0, &["done: 3 ran"]);
+}
+
+#[test]
+fn a_store_whose_path_is_not_utf8_is_refused_at_the_door() {
+    let project = Project::new(PROMPTKD);
+    let name = std::os::unix::ffi::OsStringExt::from_vec(b"st\xffre".to_vec());
+    let name: std::ffi::OsString = name;
+    for command in ["run FILE", "plan FILE", "cache du"] {
+        let ran = Ran::new(project.command(command).env("PIPELINE_STORE", &name).output().unwrap());
+        ran.expect(2, &["the path of the store", "is not UTF-8; choose another with `--store`"]);
+    }
+    assert!(!project.path("").join(&name).exists());
+    // A working folder of that sort is fine where the store is elsewhere.
+    let folder = project.path("").join(&name);
+    fs::create_dir(&folder).unwrap();
+    let mut command = project.command("run ../p.yaml");
+    command.current_dir(&folder).env("PIPELINE_STORE", project.path("store"));
+    Ran::new(command.output().unwrap()).expect(0, &["done: 7 ran"]);
+}
+
+#[test]
+fn figures_that_rot_in_the_store_are_measured_again() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    let before = project.digests("");
+    let folder = project.show("")["stages"]["score"]["outputs"]["metrics"]["path"].as_str().unwrap().to_owned();
+    damage(Path::new(&folder));
+    project.run("run FILE").expect(0, &["ran      score", "done: 1 ran, 6 reused"]);
+    project.run("plan FILE --check").expect(0, &[]);
+    assert_eq!(project.digests(""), before);
 }
 
 #[test]
@@ -277,15 +386,7 @@ fn damage_in_the_store_heals_itself() {
     project.run("run FILE").expect(0, &[]);
     let before = project.digests("");
     let output = project.show("")["stages"]["first"]["outputs"]["data"]["path"].as_str().unwrap().to_owned();
-    for entry in fs::read_dir(output).unwrap().flatten() {
-        let path = entry.path();
-        let mut permissions = fs::metadata(&path).unwrap().permissions();
-        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
-        fs::set_permissions(&path, permissions).unwrap();
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[0] ^= 1;
-        fs::write(&path, bytes).unwrap();
-    }
+    damage(Path::new(&output));
     // Something new that reads the damaged artifact.
     project.write(
         "p.yaml",
@@ -295,6 +396,19 @@ fn damage_in_the_store_heals_itself() {
     assert_eq!(project.digests("source first second"), before);
     assert_eq!(project.lines("first.txt"), 2);
     project.run("cache verify").expect(0, &[": 0 damaged"]);
+}
+
+/// Changes a byte of every file.
+fn damage(folder: &Path) {
+    for entry in fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        let mut permissions = fs::metadata(&path).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        fs::set_permissions(&path, permissions).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
 }
 
 #[test]
@@ -365,6 +479,15 @@ fn warnings_of_a_stage_reach_the_user() {
         "version: 1\nname: w\nstages:\n  a: {kind: rows, with: {rows: 1}}\n  b: {kind: count, in: {data: a}, with: {file: b.txt, warn: look here}}\n",
     );
     project.run("run FILE").expect(0, &["warning  b", "look here"]);
+}
+
+#[test]
+fn notes_of_a_stage_reach_the_user_in_words_and_as_events() {
+    let pipeline = "version: 1\nname: n\nstages:\n  a: {kind: rows, with: {rows: 1}}\n  b: {kind: count, in: {data: a}, with: {file: b.txt, say: the loss is 2}}\n";
+    Project::new(pipeline).run("run FILE").expect(0, &["note     b ", "the loss is 2"]);
+    let events = Project::new(pipeline).run("run FILE --json").expect(0, &[]).events();
+    let noted = events.iter().find(|event| event["event"] == "stage_noted").unwrap();
+    assert_eq!((&noted["stage"], &noted["text"]), (&"b".into(), &"the loss is 2".into()));
 }
 
 #[test]

@@ -337,4 +337,5 @@ impl Sink for LastRow<'_> {
     fn warn(&mut self, text: &str) {
         eprintln!("warning: {text}");
     }
+    fn note(&mut self, _text: &str) {}
 }

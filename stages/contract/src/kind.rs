@@ -134,6 +134,23 @@ pub struct Env {
     pub scratch: PathBuf,
 }
 
+/// What a running stage needs of the machine. It decides where and beside whom it runs, and is in no key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// A GPU of its own, where the run has any; else it computes on the CPU.
+    pub gpu: bool,
+}
+
+impl Needs {
+    /// For what computes with models.
+    pub const GPU: Needs = Needs { gpu: true };
+
+    /// What both need together.
+    pub fn and(self, other: Needs) -> Needs {
+        Needs { gpu: self.gpu || other.gpu }
+    }
+}
+
 /// What a running operator tells its runner.
 pub trait Sink {
     /// Appends a row to the stage's `metrics.jsonl`. Only deterministic values.
@@ -143,7 +160,7 @@ pub trait Sink {
     /// Tells the user of something that may be wrong and is not an error.
     fn warn(&mut self, text: &str);
     /// Tells the user something worth knowing.
-    fn note(&mut self, _text: &str) {}
+    fn note(&mut self, text: &str);
 }
 
 /// A started stage. In a loop it runs once a round and may keep inner state between rounds.
@@ -181,6 +198,8 @@ pub trait Kind: Send + Sync {
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue>;
     /// What can be said before it runs: see [`Stage::foresee`].
     fn foresee(&self, config: &Json, outlook: &mut Outlook);
+    /// What it needs of the machine.
+    fn needs(&self) -> Needs;
     /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
 }
@@ -229,6 +248,11 @@ pub trait Stage: Send + Sync + 'static {
     /// be known of its outputs, what cannot work, what is odd. Asked again whenever more is known, so it must be quick.
     fn foresee(&self, _config: &Self::Config, _outlook: &mut Outlook) {}
 
+    /// What it needs of the machine: no more than a place on the CPU, unless it says so.
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+
     /// Starts it.
     fn start(&self, config: Self::Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
 }
@@ -276,6 +300,10 @@ impl<S: Stage> Kind for S {
 
     fn foresee(&self, config: &Json, outlook: &mut Outlook) {
         Stage::foresee(self, &typed::<S>(config), outlook)
+    }
+
+    fn needs(&self) -> Needs {
+        Stage::needs(self)
     }
 
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
