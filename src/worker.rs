@@ -76,7 +76,12 @@ static PANICKED_AT: Mutex<Option<String>> = Mutex::new(None);
 
 /// Writes a panic to the log, as ever, and remembers its place.
 fn note_panic(panic: &std::panic::PanicHookInfo) {
-    eprintln!("\n{panic}\n{}", std::backtrace::Backtrace::capture());
+    eprintln!("{panic}");
+    let backtrace = std::backtrace::Backtrace::capture();
+    if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+        // Under the standard library's own headline, by which it is left out of what people see of a log.
+        eprintln!("stack backtrace:\n{}", backtrace.to_string().trim_end());
+    }
     let place = panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
     *PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner) = place;
 }

@@ -178,7 +178,7 @@ stages:
         wait_until("the run begins", || std::fs::read_dir(project.path(".pipeline/runs")).is_ok());
         std::thread::sleep(Duration::from_millis(200));
         kill(running.id(), signal);
-        wait(running).expect(status, &["interrupted: "]);
+        wait(running).expect(status, &["interrupted"]);
         let planning = project.start("plan FILE");
         std::thread::sleep(Duration::from_millis(300));
         kill(planning.id(), signal);

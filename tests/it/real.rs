@@ -431,7 +431,7 @@ fn sources_that_cannot_be_read_are_named() {
         ("fields.jsonl", "`fields.jsonl:2` has no `output`"),
     ] {
         project.write("p.yaml", &reading(path));
-        project.run("run FILE").expect(1, &["failed   corpus", "error: stage `corpus` failed: ", said]);
+        project.run("run FILE").expect(1, &["failed   corpus", "error: stage `corpus` failed", said]);
         assert_eq!(store(&project, ".pipeline").keys().unwrap(), [], "{path}");
     }
     project.write("rows.jsonl", "{\"question\": \"a\", \"answer\": \"b\"}\n");
