@@ -184,7 +184,7 @@ impl<'a> LoopRun<'a> {
             None => (Held::new(firsts, body.stages.len()), 0.0),
         };
         let seen = foresee::look(&Subgraph::Loop(body.clone()), &facts, registry, &Machine::default());
-        for (part, finding) in seen.findings.iter().filter(|(_, finding)| finding.is_error) {
+        if let Some((part, finding)) = seen.findings.iter().find(|(_, finding)| finding.is_error) {
             match part {
                 Part::Stage(stage) => bail!("stage `{stage}`: {}", in_words(finding)),
                 Part::Window(window) => bail!("window `{window}`: {}", in_words(finding)),
