@@ -556,7 +556,7 @@ impl Stage for OnCard {
         let place = format!("{} {seen}", env.device);
         once(move |mut inputs, _, _| {
             append_line(Some(&config.file), &format!("begin {place}"))?;
-            std::thread::sleep(Duration::from_millis(150));
+            std::thread::sleep(Duration::from_millis(400));
             append_line(Some(&config.file), &format!("end {place}"))?;
             Ok(Outputs::new().with_shared("data", inputs.take::<Dataset>("data")?))
         })
@@ -656,6 +656,6 @@ fn foresee_pass_on(outlook: &mut Outlook) {
 fn append_line(file: Option<&Path>, line: &str) -> Result<()> {
     let Some(file) = file else { return Ok(()) };
     let mut file = fs::OpenOptions::new().create(true).append(true).open(file)?;
-    writeln!(file, "{line}")?;
+    file.write_all(format!("{line}\n").as_bytes())?;
     Ok(())
 }
