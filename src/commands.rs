@@ -131,8 +131,7 @@ pub(crate) fn warn_or_fail(
     settled: &BTreeMap<NodeIndex, Settled>,
 ) -> Result<()> {
     let mut foresight = Foresight::new(graph, selection, bench.registry, device::machine(devices));
-    let found = foresight.look(settled);
-    let (errors, warnings) = foresight.diagnostics(&found).by_gravity();
+    let (errors, warnings) = foresight.diagnose(settled);
     if !warnings.diagnostics.is_empty() {
         eprint(&warnings);
     }
@@ -140,11 +139,7 @@ pub(crate) fn warn_or_fail(
 }
 
 fn eprint(diagnostics: &Diagnostics) {
-    if language::colours() {
-        eprintln!("{diagnostics:#}");
-    } else {
-        eprintln!("{diagnostics}");
-    }
+    tell(&if language::colours() { format!("{diagnostics:#}") } else { diagnostics.to_string() });
 }
 
 /// Opens the store that the flags name. Its path is made absolute, for workers and for links.

@@ -1,10 +1,10 @@
 //! Which devices workers run on.
 
-use std::fs;
-
 use anyhow::Result;
 use contract::Machine;
 
+use crate::memory;
+use crate::report::tell;
 use crate::trouble::BadRequest;
 
 /// The devices that `--device` asks for: `auto` takes every GPU that can be used, else the CPU, with a line that says why if the
@@ -33,7 +33,7 @@ fn named(wanted: &str, gpus: fn() -> Option<Result<usize>>) -> Result<Vec<String
             None => Ok(vec!["cpu".into()]),
             Some(Ok(count)) if count > 0 => Ok((0..count).map(|gpu| format!("cuda:{gpu}")).collect()),
             lacking => {
-                eprintln!("running on the CPU: {}", reason(lacking));
+                tell(&format!("running on the CPU: {}", reason(lacking)));
                 Ok(vec!["cpu".into()])
             }
         },
@@ -67,19 +67,8 @@ fn reason(gpus: Option<Result<usize>>) -> String {
 /// process may use it.
 pub(crate) fn machine(devices: &[String]) -> Machine {
     let device = devices.first().cloned().unwrap_or_default();
-    let memory = if device == "cpu" { memory() } else { None };
+    let memory = if device == "cpu" { memory::limit() } else { None };
     Machine { device, memory }
-}
-
-/// Bytes of memory of this machine, or of the control group that it gives this process.
-fn memory() -> Option<u64> {
-    let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-    });
-    let group = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limits = group.iter().filter_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
-    limits.chain(total).min()
 }
 
 #[cfg(test)]

@@ -182,9 +182,9 @@ fn look_at_window(window: &Window, data: Facts) -> (Facts, Vec<Finding>) {
 
 /// A walk over the graph that remembers what it has seen.
 pub(crate) struct Foresight<'a> {
-    graph: &'a Graph,
-    selection: &'a Selection,
-    registry: &'a Registry,
+    pub(crate) graph: &'a Graph,
+    pub(crate) selection: &'a Selection,
+    pub(crate) registry: &'static Registry,
     machine: Machine,
     /// Of each subgraph, what was known of its entries and what was said.
     seen: HashMap<NodeIndex, (Known, Seen)>,
@@ -200,7 +200,12 @@ pub(crate) struct Foreseen {
 
 impl<'a> Foresight<'a> {
     /// Nothing seen yet.
-    pub(crate) fn new(graph: &'a Graph, selection: &'a Selection, registry: &'a Registry, machine: Machine) -> Self {
+    pub(crate) fn new(
+        graph: &'a Graph,
+        selection: &'a Selection,
+        registry: &'static Registry,
+        machine: Machine,
+    ) -> Self {
         Foresight { graph, selection, registry, machine, seen: HashMap::new() }
     }
 
@@ -239,8 +244,13 @@ impl<'a> Foresight<'a> {
         seen.outputs.clone()
     }
 
-    /// What was found, as messages with places.
-    pub(crate) fn diagnostics(&self, found: &[Foreseen]) -> Diagnostics {
+    /// The same as messages with places: errors, and what is only odd.
+    pub(crate) fn diagnose(&mut self, settled: &BTreeMap<NodeIndex, Settled>) -> (Diagnostics, Diagnostics) {
+        let found = self.look(settled);
+        self.diagnostics(&found).by_gravity()
+    }
+
+    fn diagnostics(&self, found: &[Foreseen]) -> Diagnostics {
         let mut diagnostics: Vec<Diagnostic> = Vec::new();
         for foreseen in found {
             let diagnostic = self.diagnostic(foreseen);

@@ -171,13 +171,10 @@ impl Words {
             Event::StageResumed { stage, round, rounds } => {
                 self.row("resumed", stage, "", &format!("after round {round} of {rounds}"))
             }
-            Event::StageWarned { stage, part, text } => {
+            Event::StageWarned { stage, part, text } | Event::StageNoted { stage, part, text } => {
+                let word = if matches!(event, Event::StageNoted { .. }) { "note" } else { "warning" };
                 let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
-                self.row("warning", stage, "", &format!("{place}{text}"))
-            }
-            Event::StageNoted { stage, part, text } => {
-                let place = part.as_ref().map(|part| format!("{part}: ")).unwrap_or_default();
-                self.row("note", stage, "", &format!("{place}{text}"))
+                self.row(word, stage, "", &format!("{place}{text}"))
             }
             Event::RunStopping { seconds, .. } => {
                 format!("stopping: what is done is kept, for at most {seconds:.0} s; a second signal ends all at once")

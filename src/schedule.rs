@@ -21,7 +21,6 @@ use petgraph::visit::EdgeRef;
 use serde_json::{Map, Value as Json};
 
 use crate::attempt::{Attempt, Control, Ended, Update, log_end};
-use crate::device;
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::foresee::Foresight;
 use crate::graph::{Graph, Node, Subgraph};
@@ -83,13 +82,12 @@ struct Decided {
 /// How long killed workers may take to be gone before nobody waits for them any more.
 const LAST_BREATH: Duration = Duration::from_millis(400);
 
-/// Runs what is selected and not in the store. `name` is the pipeline file as given.
+/// Runs what is selected and not in the store, of which `foresight` may have seen something before. `name` is the pipeline
+/// file as given.
 ///
 /// Errors when the store or the run's folder cannot be used; a stage that fails is no error here but part of the summary.
-pub fn run(
-    graph: &Graph,
-    selection: &Selection,
-    registry: &'static Registry,
+pub(crate) fn run(
+    foresight: Foresight<'_>,
     store: Arc<Store>,
     settings: &Settings,
     name: &str,
@@ -101,6 +99,7 @@ pub fn run(
     store.sweep()?;
     let history = History::open(&store);
     let folder = new_run(&store)?;
+    let Foresight { graph, selection, registry, .. } = foresight;
     let mut coordinator = Coordinator {
         graph,
         selection,
@@ -108,7 +107,7 @@ pub fn run(
         store,
         settings,
         history,
-        foresight: Foresight::new(graph, selection, registry, device::machine(&settings.devices)),
+        foresight,
         foreseen: BTreeSet::new(),
         looked_with: None,
         events: EventLog::create(&folder, reporter)?,
@@ -270,7 +269,7 @@ impl Coordinator<'_> {
             if foreseen.is_error() {
                 self.open.remove(&node);
                 self.queue.retain(|ready| ready.node != node);
-                self.fail(node, anyhow::anyhow!(line), None);
+                self.fail(node, anyhow!(line), None);
             } else if self.foreseen.insert((node, line.clone())) {
                 let stage = self.label(node);
                 self.events.send(&Event::StageWarned { stage, part: None, text: line });

@@ -437,16 +437,17 @@ impl Report {
     }
 
     fn warn(&mut self, part: Option<&str>, text: &str) {
-        let (part, text) = (part.map(str::to_owned), text.to_owned());
-        if self.told.insert((part.clone(), text.clone())) {
-            send(&Message::Warned { part, text });
-        }
+        self.tell(part, text, |part, text| Message::Warned { part, text });
     }
 
     fn note(&mut self, part: Option<&str>, text: &str) {
+        self.tell(part, text, |part, text| Message::Noted { part, text });
+    }
+
+    fn tell(&mut self, part: Option<&str>, text: &str, message: fn(Option<String>, String) -> Message) {
         let (part, text) = (part.map(str::to_owned), text.to_owned());
         if self.told.insert((part.clone(), text.clone())) {
-            send(&Message::Noted { part, text });
+            send(&message(part, text));
         }
     }
 }

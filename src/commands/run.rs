@@ -52,8 +52,7 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     // What cannot work is refused before anything runs; what is only odd is said by the run itself.
     let plan = plan::plan(graph, &selection, bench.registry, &store)?;
     let mut foresight = Foresight::new(graph, &selection, bench.registry, device::machine(&settings.devices));
-    let found = foresight.look(&plan.settled());
-    let (errors, _) = foresight.diagnostics(&found).by_gravity();
+    let (errors, _) = foresight.diagnose(&plan.settled());
     if !errors.diagnostics.is_empty() {
         return Err(errors.into());
     }
@@ -61,7 +60,7 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     let name = target.file.display().to_string();
     let summary = {
         let _span = tracing::info_span!("run", pipeline = name).entered();
-        schedule::run(graph, &selection, bench.registry, Arc::clone(&store), &settings, &name, reporter.as_mut())?
+        schedule::run(foresight, Arc::clone(&store), &settings, &name, reporter.as_mut())?
     };
     if !args.json
         && let Some(table) = table::table(graph, &summary.settled, &store)?
