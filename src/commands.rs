@@ -10,7 +10,7 @@ mod show;
 mod why;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ use crate::device;
 use crate::foresee::Foresight;
 use crate::graph::Graph;
 use crate::language::{self, Diagnostics};
+use crate::output::{say, say_help};
 use crate::plan::Settled;
 use crate::report::tell;
 use crate::selection::Selection;
@@ -59,7 +60,12 @@ impl Workbench<'_> {
 /// compiled in, by name and text.
 pub fn main(registry: Registry, shipped: &[(&str, &str)], extras: &Extras) -> ExitCode {
     start_logging();
-    let command = Cli::parse().command;
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(help) => {
+            return say_help(&help).map_or_else(|error| ExitCode::from(complain(&error)), |()| ExitCode::SUCCESS);
+        }
+    };
     if let Command::Worker = command {
         return crate::worker::run(registry);
     }
@@ -151,17 +157,6 @@ pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
         return Err(BadRequest(message).into());
     }
     Ok(Arc::new(Store::open(&root)?))
-}
-
-/// Writes data to standard output. A reader that has seen enough is no error.
-pub(crate) fn say(text: &str) -> Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
-    }
 }
 
 pub(crate) fn pretty(value: &Json) -> String {

@@ -198,8 +198,13 @@ pub enum Status {
 
 /// Shows events to someone.
 pub trait Reporter {
-    /// Shows one.
+    /// Shows one. What cannot be shown does not stop a run, whose results are in the store.
     fn show(&mut self, event: &Event);
+
+    /// After the last event: an error when some could not be shown.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Writes every event to `events.jsonl` and hands it to a reporter.

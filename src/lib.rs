@@ -2,8 +2,6 @@
 //!
 //! YAML text -> spec -> [`graph`] -> [`plan`] -> [`schedule`] -> [`report`].
 
-#![forbid(unsafe_code)]
-
 mod attempt;
 pub mod catalogue;
 mod cli;
@@ -24,6 +22,7 @@ pub mod history;
 pub mod key;
 pub mod language;
 mod memory;
+mod output;
 pub mod plan;
 mod protocol;
 pub mod report;

@@ -9,11 +9,12 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, P
 use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, Reporter, Status, line};
+use crate::output;
 
 /// The reporter for where standard error goes; with `json`, events to standard output.
 pub fn reporter(json: bool, width: usize) -> Box<dyn Reporter> {
     if json {
-        Box::new(JsonLines)
+        Box::new(JsonLines::default())
     } else if io::stderr().is_terminal() {
         Box::new(Bars::new(width))
     } else {
@@ -31,14 +32,24 @@ fn has_colours() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// One event a line to standard output.
-struct JsonLines;
+/// One event a line to standard output, up to the first that cannot be written.
+#[derive(Default)]
+struct JsonLines {
+    failed: Option<anyhow::Error>,
+}
 
 impl Reporter for JsonLines {
     fn show(&mut self, event: &Event) {
-        let mut out = io::stdout().lock();
-        // A reader that is gone does not stop the run: its results are in the store.
-        let _ = out.write_all(line(event).as_bytes()).and_then(|()| out.flush());
+        if self.failed.is_none()
+            && let Err(error) = output::say(&line(event))
+        {
+            tell(&format!("warning: {error:#}: the run goes on, and further events are in its folder alone"));
+            self.failed = Some(error);
+        }
+    }
+
+    fn finish(&mut self) -> anyhow::Result<()> {
+        self.failed.take().map_or(Ok(()), Err)
     }
 }
 

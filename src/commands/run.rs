@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use ::cache::Store;
 use anyhow::Result;
 
 use super::{BadRequest, Workbench, open_store, say};
@@ -62,12 +63,15 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
         let _span = tracing::info_span!("run", pipeline = name).entered();
         schedule::run(foresight, Arc::clone(&store), &settings, &name, reporter.as_mut())?
     };
-    if !args.json
-        && let Some(table) = table::table(graph, &summary.settled, &store)?
-    {
-        say(&if args.markdown { table.markdown() } else { table.text() })?;
+    let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary, &store) };
+    conclude(&summary, args.json, shown)
+}
+
+fn print_table(markdown: bool, graph: &Graph, summary: &Summary, store: &Store) -> Result<()> {
+    match table::table(graph, &summary.settled, store)? {
+        Some(table) => say(&if markdown { table.markdown() } else { table.text() }),
+        None => Ok(()),
     }
-    Ok(conclude(&summary, args.json))
 }
 
 fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
@@ -85,21 +89,21 @@ fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
     })
 }
 
-/// Says last what went wrong first, and how to go on. With `json` nothing was said in words so far.
-fn conclude(summary: &Summary, json: bool) -> ExitCode {
-    let mut code = ExitCode::SUCCESS;
+/// Says last what went wrong first, and how to go on. With `json` nothing was said in words so far. What was not `shown` on
+/// standard output counts where nothing worse happened.
+fn conclude(summary: &Summary, json: bool, shown: Result<()>) -> Result<ExitCode> {
     if let Some((stage, error)) = summary.failed.first() {
         match json {
             true => tell(&format!("error: stage `{stage}` failed: {error:#}")),
             false => tell(&format!("error: stage `{stage}` failed, as said above")),
         }
-        code = ExitCode::from(Fault::of(error).status());
     }
-    match summary.signal {
-        Some(signal) => {
-            tell("interrupted: the same command goes on from here");
-            ExitCode::from(signals::status(signal))
-        }
-        None => code,
+    if let Some(signal) = summary.signal {
+        tell("interrupted: the same command goes on from here");
+        return Ok(ExitCode::from(signals::status(signal)));
+    }
+    match summary.failed.first() {
+        Some((_, error)) => Ok(ExitCode::from(Fault::of(error).status())),
+        None => shown.map(|()| ExitCode::SUCCESS),
     }
 }

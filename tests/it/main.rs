@@ -8,6 +8,7 @@ mod docs;
 mod foreseen;
 mod harness;
 mod interrupts;
+mod output;
 #[cfg(feature = "stages")]
 mod real;
 mod runs;
