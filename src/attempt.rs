@@ -20,6 +20,7 @@ use contract::files::in_words;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde_json::{Map, Value as Json, json};
 
+use crate::graph::Entry;
 use crate::key::{Action, InputDigests};
 use crate::memory;
 use crate::plan::Settled;
@@ -54,7 +55,7 @@ pub(crate) enum Ended {
     /// A local file no longer holds what the key says: the key has to be made again.
     Changed { source: PathBuf },
     /// An input was damaged and is gone: what made it has to run again.
-    Damaged { entry: String },
+    Damaged { entry: Entry },
     /// It was told to stop.
     Stopped,
 }
@@ -203,7 +204,7 @@ impl Attempt {
     }
 
     /// Verified folders of the inputs, by entry; or the entry whose artifact turned out to be damaged.
-    fn open_inputs(&self) -> Result<Result<BTreeMap<String, Input>, String>> {
+    fn open_inputs(&self) -> Result<Result<BTreeMap<Entry, Input>, Entry>> {
         let mut opened = BTreeMap::new();
         for (entry, artifact) in &self.inputs {
             match self.store.open_artifact(artifact) {
@@ -220,7 +221,7 @@ impl Attempt {
     fn run_worker(
         &self,
         work: &Path,
-        inputs: &BTreeMap<String, Input>,
+        inputs: &BTreeMap<Entry, Input>,
     ) -> Result<Option<(Option<Message>, ExitStatus)>> {
         let (mask, device) = slots::visible(&self.slot.device, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref());
         let order = line(&Order::Run(Box::new(Job {

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
-use contract::{Conventions, Kind, Port, Ports, Registry};
+use contract::{Check, Conventions, Kind, Port, Ports, Registry};
 use serde_json::{Map, Value as Json, json};
 
 use crate::diagnostic::did_you_mean;
@@ -49,8 +49,8 @@ fn describe(kind: &dyn Kind) -> String {
             alone.next,
             crate::diagnostic::quoted(WINDOW_FIELDS)
         );
-        if let Some(valid) = alone.valid {
-            let _ = writeln!(out, "with a dataset on `{valid}`, the round with the least loss on it is kept");
+        if let Some(Check { valid, metric, .. }) = alone.check {
+            let _ = writeln!(out, "with a dataset on `{valid}`, the round with the least {metric} on it is kept");
         }
     }
     let _ = writeln!(out, "\nexample");

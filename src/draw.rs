@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
 
-use crate::graph::{Every, Graph, Loop, Node, Origin, Subgraph};
+use crate::graph::{Entry, Every, Exit, Graph, Loop, Node, Origin, Subgraph};
 
 /// The graph in Mermaid's flowchart language.
 pub fn draw_mermaid(graph: &Graph) -> String {
@@ -111,8 +111,8 @@ fn drawing(graph: &Graph) -> Vec<Part> {
     for edge in graph.subgraphs.edge_references() {
         let handoff = edge.weight();
         parts.push(Part::Line {
-            from: end(edge.source(), &graph.subgraphs[edge.source()], &handoff.output, true),
-            to: end(edge.target(), &graph.subgraphs[edge.target()], &handoff.input, false),
+            from: leaves(edge.source(), &graph.subgraphs[edge.source()], &handoff.output),
+            to: enters(edge.target(), &graph.subgraphs[edge.target()], &handoff.input),
             label: handoff.port_type.name().to_owned(),
             line: Line::Handoff,
         });
@@ -192,16 +192,28 @@ fn inner(id: &str, section: &str, name: &str) -> String {
     format!("{id}_{section}_{}", name.replace('_', "__").replace('-', "_d"))
 }
 
-/// The shape at which a handoff ends: of a loop, what it enters or where its output comes from.
-fn end(index: NodeIndex, node: &Node, entry: &str, leaves: bool) -> String {
-    match &node.subgraph {
-        Subgraph::Loop(body) if !body.alone => match entry.split_once('.') {
-            None => inner(&id(index), "carry", entry),
-            Some((section @ ("windows" | "carry"), name)) if !leaves => inner(&id(index), section, name),
-            Some((stage, _)) => inner(&id(index), "stage", stage),
-        },
-        _ => id(index),
+/// The shape that a handoff comes from: in a loop, what made its output.
+fn leaves(index: NodeIndex, node: &Node, exit: &Exit) -> String {
+    match exit {
+        Exit::Kept(carried) if is_box(node) => inner(&id(index), "carry", carried),
+        Exit::Metrics(stage) if is_box(node) => inner(&id(index), "stage", stage),
+        Exit::Port(_) | Exit::Kept(_) | Exit::Metrics(_) => id(index),
     }
+}
+
+/// The shape that a handoff leads to: in a loop, what it enters.
+fn enters(index: NodeIndex, node: &Node, entry: &Entry) -> String {
+    match entry {
+        _ if !is_box(node) => id(index),
+        Entry::Port(_) => id(index),
+        Entry::Window(window) => inner(&id(index), "windows", window),
+        Entry::Carry(carried) => inner(&id(index), "carry", carried),
+        Entry::Outside(read) => inner(&id(index), "stage", &read.stage),
+    }
+}
+
+fn is_box(node: &Node) -> bool {
+    node.subgraph.written_loop().is_some()
 }
 
 fn mermaid_text(label: &str) -> String {

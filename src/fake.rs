@@ -2,10 +2,11 @@
 
 use anyhow::bail;
 use contract::{
-    About, Alone, AnyValue, ConfigError, Conventions, Env, Operator, PortType, Ports, Registry, Result, Stage,
+    About, Alone, AnyValue, Check, ConfigError, Conventions, Env, Operator, PortType, Ports, Registry, Result, Stage,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// How two distributions differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -111,7 +112,7 @@ kind!(Finetune, FinetuneConfig, "finetune", "Trains a model on given text.",
     .output("model", PortType::Model, "the trained model")
     .output("metrics", PortType::Metrics, "its losses"),
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "model", next: "model", valid: Some("valid") })
+        Some(Alone { data: "data", carry: "model", next: "model", check: Some(check_of_loss()) })
     });
 
 kind!(Distill, DistillConfig, "distill", "Trains a student to follow a teacher.",
@@ -135,7 +136,7 @@ kind!(Distill, DistillConfig, "distill", "Trains a student to follow a teacher."
     .input("data", PortType::Dataset, "rows of a window")
     .output("model", PortType::Model, "the student afterwards"),
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "student", next: "model", valid: Some("valid") })
+        Some(Alone { data: "data", carry: "student", next: "model", check: Some(check_of_loss()) })
     }
     fn fill(&self, config: &mut DistillConfig, conventions: Conventions) {
         config.force_end.get_or_insert(conventions == Conventions::Reference);
@@ -185,6 +186,12 @@ kind!(PromptTune, PromptTuneConfig, "prompt-tune", "Tunes a soft prompt.",
     .input("prompt", PortType::SoftPrompt, "the prompt so far")
     .input("data", PortType::Dataset, "rows")
     .output("prompt", PortType::SoftPrompt, "the prompt afterwards"));
+
+/// The loss on a validation set, by which a training stage used alone keeps its best round.
+fn check_of_loss() -> Check {
+    let with = json!({"metrics": ["loss"]});
+    Check { valid: "valid", kind: "evaluate", with, model: "model", data: "data", metric: "loss" }
+}
 
 kind!(Evaluate, EvaluateConfig, "evaluate", "Measures a model.",
     "score: {kind: evaluate, in: {model: student, data: data.test}, with: {seeds: [10, 20]}}", {

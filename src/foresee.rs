@@ -10,25 +10,28 @@ use std::fs;
 
 use cache::Record;
 use contract::outlook::more_than_there_are;
-use contract::{Bounds, Cause, Facts, Finding, Machine, Outlook, PortType, Registry};
+use contract::{Bounds, Cause, Facts, Finding, Machine, Outlook, Registry};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
 
 use crate::diagnostic::{Diagnostic, Diagnostics};
-use crate::graph::{Carry, Graph, Last, Loop, Operator, Order, Origin, Place, PortRef, Subgraph, Window};
+use crate::graph::{Carry, Entry, Exit, Graph, Last, Loop, Operator, Order, Origin, Place, PortRef, Subgraph, Window};
 use crate::plan::Settled;
 use crate::selection::Selection;
 use crate::yaml::Span;
 
-/// Facts by the name of an entry or an output.
-pub(crate) type Known = BTreeMap<String, Facts>;
+/// What is known of values where they enter a subgraph.
+pub(crate) type Entering = BTreeMap<Entry, Facts>;
+
+/// What is known of values where they leave a subgraph.
+pub(crate) type Leaving = BTreeMap<Exit, Facts>;
 
 /// What is said of one subgraph.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Seen {
-    /// What will be known of its outputs, by their names on handoffs.
-    pub(crate) outputs: Known,
+    /// What will be known of its outputs.
+    pub(crate) outputs: Leaving,
     /// What is wrong or odd, and in which part.
     pub(crate) findings: Vec<(Part, Finding)>,
     /// Stages of a loop whose readers in that loop have limits: the longest row that all of them can take.
@@ -47,21 +50,23 @@ pub(crate) enum Part {
 }
 
 /// Looks at one subgraph, of whose entries this is known.
-pub(crate) fn look(subgraph: &Subgraph, entries: &Known, registry: &Registry, machine: &Machine) -> Seen {
+pub(crate) fn look(subgraph: &Subgraph, entries: &Entering, registry: &Registry, machine: &Machine) -> Seen {
     match subgraph {
         Subgraph::Operator(operator) => {
-            let outlook = outlook(operator, entries.clone(), None, registry, machine);
+            let inputs = entries.iter().map(|(entry, facts)| (entry.to_string(), facts.clone())).collect();
+            let outlook = outlook(operator, inputs, None, registry, machine);
             let findings = outlook.findings.into_iter().map(|finding| (Part::Whole, finding)).collect();
-            Seen { outputs: outlook.outputs, findings, rooms: BTreeMap::new() }
+            let outputs = outlook.outputs.into_iter().map(|(port, facts)| (Exit::Port(port), facts)).collect();
+            Seen { outputs, findings, rooms: BTreeMap::new() }
         }
         Subgraph::Loop(body) => look_at_loop(body, entries, registry, machine),
     }
 }
 
-/// What a kind says of one stage. A kind that this program does not have says nothing.
+/// What a kind says of one stage, of whose ports this is known. A kind that this program does not have says nothing.
 pub(crate) fn outlook(
     operator: &Operator,
-    inputs: Known,
+    inputs: BTreeMap<String, Facts>,
     room: Option<u64>,
     registry: &Registry,
     machine: &Machine,
@@ -75,16 +80,16 @@ pub(crate) fn outlook(
 
 /// Walks a loop until nothing new comes to be known: of values that are carried without a first one, and of the room that
 /// those have who read what a stage writes.
-fn look_at_loop(body: &Loop, entries: &Known, registry: &Registry, machine: &Machine) -> Seen {
+fn look_at_loop(body: &Loop, entries: &Entering, registry: &Registry, machine: &Machine) -> Seen {
     let mut seen = Seen::default();
-    let mut windows = Known::new();
+    let mut windows: BTreeMap<&String, Facts> = BTreeMap::new();
     for (name, window) in &body.windows {
-        let data = entries.get(&format!("windows.{name}")).cloned().unwrap_or_default();
+        let data = entries.get(&Entry::Window(name.clone())).cloned().unwrap_or_default();
         let (facts, findings) = look_at_window(window, data);
-        windows.insert(name.clone(), facts);
+        windows.insert(name, facts);
         seen.findings.extend(findings.into_iter().map(|finding| (Part::Window(name.clone()), finding)));
     }
-    let first = |name: &String| entries.get(&format!("carry.{name}")).cloned();
+    let first = |name: &String| entries.get(&Entry::Carry(name.clone())).cloned();
     let mut carried: BTreeMap<&String, Option<Facts>> = body.carry.keys().map(|name| (name, first(name))).collect();
     for _ in 0..body.stages.len() + 2 {
         let mut made: HashMap<(&str, &str), Facts> = HashMap::new();
@@ -94,7 +99,7 @@ fn look_at_loop(body: &Loop, entries: &Known, registry: &Registry, machine: &Mac
         for (name, stage) in &body.stages {
             let inputs = stage.inputs.iter().filter_map(|(port, origin)| {
                 let facts = match origin {
-                    Origin::Outside => entries.get(&format!("{name}.{port}")).cloned().unwrap_or_default(),
+                    Origin::Outside => entries.get(&Entry::outside(name, port)).cloned().unwrap_or_default(),
                     Origin::Window(window) => windows.get(window).cloned().unwrap_or_default(),
                     Origin::Carry(carry) => carried.get(carry).cloned().flatten()?,
                     Origin::Stage(PortRef { stage, port }) => {
@@ -124,7 +129,8 @@ fn look_at_loop(body: &Loop, entries: &Known, registry: &Registry, machine: &Mac
             }
         }
         let next = |carry: &Carry| made.get(&(carry.next.stage.as_str(), carry.next.port.as_str())).cloned();
-        let outputs = body.carry.iter().map(|(name, carry)| (name.clone(), next(carry).unwrap_or_default())).collect();
+        let kept = |(name, carry): (&String, &Carry)| (Exit::Kept(name.clone()), next(carry).unwrap_or_default());
+        let outputs = body.carry.iter().map(kept).collect();
         let mut settled = seen.rooms == rooms && seen.outputs == outputs;
         for (name, facts) in carried.iter_mut().filter(|(_, facts)| facts.is_none()) {
             *facts = next(&body.carry[*name]);
@@ -187,7 +193,7 @@ pub(crate) struct Foresight<'a> {
     pub(crate) registry: &'static Registry,
     machine: Machine,
     /// Of each subgraph, what was known of its entries and what was said.
-    seen: HashMap<NodeIndex, (Known, Seen)>,
+    seen: HashMap<NodeIndex, (Entering, Seen)>,
 }
 
 /// A finding about a stage of the graph.
@@ -211,7 +217,7 @@ impl<'a> Foresight<'a> {
 
     /// All that is wrong or odd about selected stages without a result.
     pub(crate) fn look(&mut self, settled: &BTreeMap<NodeIndex, Settled>) -> Vec<Foreseen> {
-        let mut known: HashMap<NodeIndex, Known> = HashMap::new();
+        let mut known: HashMap<NodeIndex, Leaving> = HashMap::new();
         let mut found = Vec::new();
         for &node in &self.selection.order {
             let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
@@ -219,7 +225,7 @@ impl<'a> Foresight<'a> {
                 let facts = known.get(&edge.source()).and_then(|outputs| outputs.get(&edge.weight().output));
                 (edge.weight().input.clone(), facts.cloned().unwrap_or_default())
             });
-            let entries: Known = entries.collect();
+            let entries: Entering = entries.collect();
             let result = settled.get(&node);
             let mut outputs = self.look_at(node, entries, result.is_some(), &mut found);
             outputs.extend(result.map(recorded).unwrap_or_default());
@@ -228,7 +234,7 @@ impl<'a> Foresight<'a> {
         found
     }
 
-    fn look_at(&mut self, node: NodeIndex, entries: Known, has_result: bool, found: &mut Vec<Foreseen>) -> Known {
+    fn look_at(&mut self, node: NodeIndex, entries: Entering, has_result: bool, found: &mut Vec<Foreseen>) -> Leaving {
         let subgraph = &self.graph.subgraphs[node].subgraph;
         let fresh = self.seen.get(&node).is_none_or(|(before, _)| *before != entries);
         if fresh {
@@ -304,7 +310,8 @@ impl<'a> Foresight<'a> {
     }
 
     fn is_alone(&self, node: NodeIndex) -> bool {
-        matches!(&self.graph.subgraphs[node].subgraph, Subgraph::Loop(body) if body.alone)
+        let subgraph = &self.graph.subgraphs[node].subgraph;
+        matches!(subgraph, Subgraph::Loop(_)) && subgraph.written_loop().is_none()
     }
 
     /// Where the causes of a finding are written, with a few words for each; at least the stage itself.
@@ -373,31 +380,32 @@ impl<'a> Foresight<'a> {
         let entry = match (&self.graph.subgraphs[node].subgraph, part) {
             (Subgraph::Loop(body), Part::Stage(stage)) => match body.stages.get(stage)?.inputs.get(port) {
                 None => return Some((node, part.clone())),
-                Some(Origin::Outside) => format!("{stage}.{port}"),
-                Some(Origin::Window(window)) => format!("windows.{window}"),
+                Some(Origin::Outside) => Entry::outside(stage, port),
+                Some(Origin::Window(window)) => Entry::Window(window.clone()),
                 Some(Origin::Stage(from)) => return Some((node, Part::Stage(from.stage.clone()))),
                 Some(Origin::Carry(carry)) => {
-                    let entry = format!("carry.{carry}");
+                    let entry = Entry::Carry(carry.clone());
                     if self.source(node, &entry).is_none() {
                         return Some((node, Part::Stage(body.carry.get(carry)?.next.stage.clone())));
                     }
                     entry
                 }
             },
-            _ => port.to_owned(),
+            _ => Entry::Port(port.to_owned()),
         };
         let (maker, output) = self.source(node, &entry)?;
-        let part = match &self.graph.subgraphs[maker].subgraph {
-            Subgraph::Operator(_) => Part::Whole,
-            Subgraph::Loop(body) => Part::Stage(body.carry.get(&output)?.next.stage.clone()),
+        let part = match (&self.graph.subgraphs[maker].subgraph, output) {
+            (Subgraph::Loop(body), Exit::Kept(name)) => Part::Stage(body.carry.get(name)?.next.stage.clone()),
+            (Subgraph::Loop(_), Exit::Metrics(stage)) => Part::Stage(stage.clone()),
+            (_, _) => Part::Whole,
         };
         Some((maker, part))
     }
 
-    fn source(&self, node: NodeIndex, entry: &str) -> Option<(NodeIndex, String)> {
+    fn source(&self, node: NodeIndex, entry: &Entry) -> Option<(NodeIndex, &Exit)> {
         let mut edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
-        let edge = edges.find(|edge| edge.weight().input == entry)?;
-        Some((edge.source(), edge.weight().output.clone()))
+        let edge = edges.find(|edge| edge.weight().input == *entry)?;
+        Some((edge.source(), &edge.weight().output))
     }
 
     /// The word that is written at a place.
@@ -445,14 +453,11 @@ fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Findi
     missing
 }
 
-/// The facts that were kept with a result, by the names of its outputs. Results of earlier versions have none.
-fn recorded(settled: &Settled) -> Known {
+/// The facts that were kept with a result. Results of earlier versions have none.
+fn recorded(settled: &Settled) -> Leaving {
     let Record { info, .. } = &settled.record;
-    let facts: Known =
-        info.get("facts").and_then(|facts| serde_json::from_value(facts.clone()).ok()).unwrap_or_default();
-    let names = crate::key::outputs(&settled.action.subgraph);
-    names
-        .into_iter()
-        .filter_map(|(name, stored, _): (String, String, PortType)| Some((name, facts.get(&stored)?.clone())))
-        .collect()
+    let facts = info.get("facts").and_then(|facts| serde_json::from_value(facts.clone()).ok());
+    let facts: BTreeMap<String, Facts> = facts.unwrap_or_default();
+    let exits = crate::key::outputs(&settled.action.subgraph).into_iter();
+    exits.filter_map(|(exit, stored)| Some((exit, facts.get(&stored)?.clone()))).collect()
 }

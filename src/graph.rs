@@ -6,6 +6,7 @@
 //! node here.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use contract::{PortType, Ports};
@@ -69,12 +70,81 @@ pub struct Place {
 /// A value that crosses from one subgraph to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handoff {
-    /// Output of the subgraph it leaves: a port, or for a loop a carried name or `STAGE.metrics`.
-    pub output: String,
-    /// Entry of the subgraph it reaches: a port, or for a loop `windows.NAME`, `carry.NAME` or `STAGE.PORT`.
-    pub input: String,
+    /// Where it leaves a subgraph.
+    pub output: Exit,
+    /// Where it enters another.
+    pub input: Entry,
     /// What crosses.
     pub port_type: PortType,
+}
+
+/// Where a value enters a subgraph.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", from = "String")]
+pub enum Entry {
+    /// An input of the only stage.
+    Port(String),
+    /// The dataset that a window cuts up: `windows.NAME`.
+    Window(String),
+    /// The first value of what is carried: `carry.NAME`.
+    Carry(String),
+    /// An input of a stage of the loop, the same in every round: `STAGE.PORT`.
+    Outside(PortRef),
+}
+
+/// Where a value leaves a subgraph.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Exit {
+    /// An output of the only stage.
+    Port(String),
+    /// The kept one of the carried values of that name.
+    Kept(String),
+    /// What a stage of the loop measured, row by row: `STAGE.metrics`.
+    Metrics(String),
+}
+
+impl Entry {
+    /// An input of a stage of a loop.
+    pub fn outside(stage: &str, port: &str) -> Self {
+        Entry::Outside(PortRef { stage: stage.to_owned(), port: port.to_owned() })
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Entry::Port(port) => f.write_str(port),
+            Entry::Window(name) => write!(f, "windows.{name}"),
+            Entry::Carry(name) => write!(f, "carry.{name}"),
+            Entry::Outside(PortRef { stage, port }) => write!(f, "{stage}.{port}"),
+        }
+    }
+}
+
+impl From<Entry> for String {
+    fn from(entry: Entry) -> Self {
+        entry.to_string()
+    }
+}
+
+impl From<String> for Entry {
+    fn from(text: String) -> Self {
+        match text.split_once('.') {
+            None => Entry::Port(text),
+            Some(("windows", name)) => Entry::Window(name.to_owned()),
+            Some(("carry", name)) => Entry::Carry(name.to_owned()),
+            Some((stage, port)) => Entry::outside(stage, port),
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Port(name) | Exit::Kept(name) => f.write_str(name),
+            Exit::Metrics(stage) => write!(f, "{stage}.metrics"),
+        }
+    }
 }
 
 /// What one process runs.
@@ -85,6 +155,16 @@ pub enum Subgraph {
     Operator(Operator),
     /// Stages, round after round.
     Loop(Loop),
+}
+
+impl Subgraph {
+    /// The loop, where the file writes one: a training stage used alone is shown as the stage that it is.
+    pub fn written_loop(&self) -> Option<&Loop> {
+        match self {
+            Subgraph::Loop(body) if !body.alone => Some(body),
+            Subgraph::Loop(_) | Subgraph::Operator(_) => None,
+        }
+    }
 }
 
 /// One stage with its configuration resolved.
@@ -103,10 +183,10 @@ pub struct Operator {
 /// A loop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Loop {
-    /// What enters by parts, in file order. Entry `windows.NAME` brings the whole dataset.
+    /// What enters by parts, in file order. [`Entry::Window`] brings the whole dataset.
     pub windows: IndexMap<String, Window>,
-    /// What one round hands to the next, in file order. Entry `carry.NAME` brings the first value, where it is connected;
-    /// the loop's output `NAME` is the kept value.
+    /// What one round hands to the next, in file order. [`Entry::Carry`] brings the first value, where it is connected;
+    /// [`Exit::Kept`] is the kept one.
     pub carry: IndexMap<String, Carry>,
     /// The stages in an order that respects their edges within a round, ties in file order.
     pub stages: IndexMap<String, BodyStage>,
@@ -114,8 +194,7 @@ pub struct Loop {
     pub rounds: Option<u64>,
     /// Cut after every stage of every round instead of when it is time. Changes no result, so it is in no key.
     pub unroll: bool,
-    /// Made from a training kind used alone. Then `stages` are `step` and, where a validation set is connected, `check`;
-    /// outputs are shown as those of the stage itself. In no key.
+    /// Made from a training kind used alone: the first of `stages`, whose outputs are shown as those of the loop. In no key.
     pub alone: bool,
 }
 
@@ -226,7 +305,7 @@ pub enum Every {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
-    /// From outside the loop, the same in every round: entry `STAGE.PORT`.
+    /// From outside the loop, the same in every round: [`Entry::Outside`].
     Outside,
     /// This round's window.
     Window(String),
@@ -237,7 +316,7 @@ pub enum Origin {
 }
 
 /// An output of a stage of the loop.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PortRef {
     /// Stage of the loop.
     pub stage: String,

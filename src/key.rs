@@ -17,11 +17,12 @@ use contract::{About, Kind, Registry, Source};
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
-use crate::graph::{BodyStage, Carry, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
+use crate::graph::{BodyStage, Carry, Entry, Exit, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
 use crate::rounds::find_kind;
+use crate::rounds::program::{Chosen, Program, Slot, Source as Read};
 
 /// Content of what enters a subgraph, by entry.
-pub type InputDigests = BTreeMap<String, Artifact>;
+pub type InputDigests = BTreeMap<Entry, Artifact>;
 
 /// What is to be run, with its key.
 #[derive(Clone, Debug)]
@@ -62,7 +63,10 @@ pub fn action(
     let (subgraph, preimage) = match subgraph {
         Subgraph::Operator(operator) => {
             let mut fields = maker.operator(operator)?;
-            fields.insert("inputs".into(), inputs.iter().map(|(port, value)| (port.clone(), content(value))).collect());
+            fields.insert(
+                "inputs".into(),
+                inputs.iter().map(|(entry, value)| (entry.to_string(), content(value))).collect(),
+            );
             (subgraph.clone(), json!({ "stage": fields }))
         }
         Subgraph::Loop(body) => {
@@ -119,41 +123,40 @@ impl Maker<'_> {
     }
 
     fn body(&self, body: &Loop, mut described: Described) -> Result<Json> {
+        let program = Program::of(body)?;
         let mut stages = Map::new();
-        for (index, (name, stage)) in body.stages.iter().enumerate() {
+        for (index, ((name, stage), by_place)) in body.stages.iter().zip(&program.stages).enumerate() {
             let mut fields = described.remove(name).expect("every stage was described");
             fields.insert("every".into(), serde_json::to_value(stage.every)?);
-            let origins = stage.inputs.iter().map(|(port, origin)| {
-                let from = match origin {
-                    Origin::Outside => self.entry(&format!("{name}.{port}")),
-                    Origin::Window(window) => json!(name_of("w", body.windows.get_index_of(window))),
-                    Origin::Carry(carry) => json!(name_of("c", body.carry.get_index_of(carry))),
-                    Origin::Stage(source) => json!(port_of(body, source)),
+            let sources = by_place.inputs.iter().map(|input| {
+                let from = match &input.source {
+                    Read::Outside(entry) => self.entry(entry),
+                    Read::Held(slot) => json!(slot.to_string()),
                 };
-                (port.clone(), from)
+                (input.port.clone(), from)
             });
-            fields.insert("inputs".into(), Json::Object(origins.collect()));
+            fields.insert("inputs".into(), Json::Object(sources.collect()));
             stages.insert(format!("s{index}"), Json::Object(fields));
         }
         let windows = body.windows.iter().enumerate().map(|(index, (name, window))| {
             let mut fields = window_fields(window);
-            fields.insert("from".into(), self.entry(&format!("windows.{name}")));
-            (format!("w{index}"), Json::Object(fields))
+            fields.insert("from".into(), self.entry(&Entry::Window(name.clone())));
+            (Slot::Window(index).to_string(), Json::Object(fields))
         });
-        let carry = body.carry.iter().enumerate().map(|(index, (name, carry))| {
+        let carry = body.carry.values().zip(&program.carry).enumerate().map(|(index, (carry, by_place))| {
             let fields = json!({
                 "type": carry.port_type.name(),
-                "from": self.entry(&format!("carry.{name}")),
-                "next": port_of(body, &carry.next),
-                "keep": keep_fields(body, &carry.keep),
+                "from": self.entry(&by_place.entry),
+                "next": by_place.next.to_string(),
+                "keep": keep_fields(&by_place.keep),
             });
-            (format!("c{index}"), fields)
+            (Slot::Carry(index).to_string(), fields)
         });
         let (windows, carry): (Map<_, _>, Map<_, _>) = (windows.collect(), carry.collect());
         Ok(json!({"windows": windows, "carry": carry, "rounds": body.rounds, "stages": stages}))
     }
 
-    fn entry(&self, entry: &str) -> Json {
+    fn entry(&self, entry: &Entry) -> Json {
         self.inputs.get(entry).map_or(Json::Null, content)
     }
 }
@@ -190,9 +193,9 @@ struct Colours {
 
 impl Colours {
     fn first(body: &Loop, inputs: &InputDigests, described: &Described) -> Self {
-        let entry = |entry: String| inputs.get(&entry).map_or(Json::Null, content);
+        let entry = |entry: Entry| inputs.get(&entry).map_or(Json::Null, content);
         let windows = body.windows.iter().map(|(name, window)| {
-            (name.clone(), Key::of(&json!([window_fields(window), entry(format!("windows.{name}"))])))
+            (name.clone(), Key::of(&json!([window_fields(window), entry(Entry::Window(name.clone()))])))
         });
         let carry = body.carry.iter().map(|(name, carry)| {
             let keep = match &carry.keep {
@@ -200,11 +203,12 @@ impl Colours {
                 Keep::Last => json!("last"),
                 Keep::With(_) => json!("with"),
             };
-            (name.clone(), Key::of(&json!([carry.port_type.name(), keep, entry(format!("carry.{name}"))])))
+            (name.clone(), Key::of(&json!([carry.port_type.name(), keep, entry(Entry::Carry(name.clone()))])))
         });
         let stages = body.stages.iter().map(|(name, stage)| {
             let outside = stage.inputs.iter().filter(|(_, origin)| **origin == Origin::Outside);
-            let entries: Map<_, _> = outside.map(|(port, _)| (port.clone(), entry(format!("{name}.{port}")))).collect();
+            let entries: Map<_, _> =
+                outside.map(|(port, _)| (port.clone(), entry(Entry::outside(name, port)))).collect();
             (name.clone(), Key::of(&json!([described[name], stage.every, entries])))
         });
         Colours { windows: windows.collect(), carry: carry.collect(), stages: stages.collect() }
@@ -259,22 +263,13 @@ fn depths(body: &Loop) -> BTreeMap<String, usize> {
     depths
 }
 
-/// Name of a thing in a preimage by its place; a name that stands for nothing cannot pass the front end.
-fn name_of(letter: &str, index: Option<usize>) -> String {
-    index.map_or_else(|| format!("{letter}?"), |index| format!("{letter}{index}"))
-}
-
-fn port_of(body: &Loop, source: &PortRef) -> String {
-    format!("{}.{}", name_of("s", body.stages.get_index_of(&source.stage)), source.port)
-}
-
-fn keep_fields(body: &Loop, keep: &Keep) -> Json {
+fn keep_fields(keep: &Chosen) -> Json {
     match keep {
-        Keep::Last => json!("last"),
-        Keep::Best { stage, metric, mode } => {
-            json!({"best": format!("{}.{metric}", name_of("s", body.stages.get_index_of(stage))), "mode": mode})
+        Chosen::Last => json!("last"),
+        Chosen::Best { stage, metric, mode } => {
+            json!({"best": Slot::Output(*stage, metric.clone()).to_string(), "mode": mode})
         }
-        Keep::With(other) => json!({"with": name_of("c", body.carry.get_index_of(other))}),
+        Chosen::With(other) => json!({"with": Slot::Carry(*other).to_string()}),
     }
 }
 
@@ -357,25 +352,32 @@ fn properties_of<'a>(schema: &'a Json, root: &'a Json) -> Option<&'a Map<String,
     objects.next().filter(|_| objects.next().is_none())
 }
 
-/// Outputs of a subgraph: the name in the file, the name in the store, and the type.
+/// Outputs of a subgraph: where they leave it, and their names in the store.
 ///
-/// A stage's outputs are its ports. A loop's are its carried values, then the metrics of each stage as `STAGE.metrics`;
-/// in the store they are called by their place, for names are in no key.
-pub fn outputs(subgraph: &Subgraph) -> Vec<(String, String, contract::PortType)> {
+/// A stage's outputs are its ports. A loop's are its carried values, then the metrics of each stage; in the store they are
+/// called by their place, for names are in no key.
+pub fn outputs(subgraph: &Subgraph) -> Vec<(Exit, String)> {
     match subgraph {
         Subgraph::Operator(operator) => {
-            let ports = operator.ports.outputs.iter();
-            ports.map(|port| (port.name.clone(), port.name.clone(), port.port_type)).collect()
+            operator.ports.outputs.iter().map(|port| (Exit::Port(port.name.clone()), port.name.clone())).collect()
         }
         Subgraph::Loop(body) => {
-            let carry = body.carry.iter().enumerate();
-            let carry = carry.map(|(index, (name, carry))| (name.clone(), format!("c{index}"), carry.port_type));
-            let stages = body.stages.keys().enumerate().map(|(index, name)| {
-                (format!("{name}.metrics"), format!("s{index}.metrics"), contract::PortType::Metrics)
-            });
-            carry.chain(stages).collect()
+            let carry = body.carry.keys().enumerate();
+            let carry = carry.map(|(index, name)| (Exit::Kept(name.clone()), stored_value(index)));
+            let stages = body.stages.keys().enumerate();
+            carry.chain(stages.map(|(index, name)| (Exit::Metrics(name.clone()), stored_metrics(index)))).collect()
         }
     }
+}
+
+/// What the kept value of a carried place is called in the store.
+pub(crate) fn stored_value(carry: usize) -> String {
+    Slot::Carry(carry).to_string()
+}
+
+/// What the metrics of a stage's place are called in the store.
+pub(crate) fn stored_metrics(stage: usize) -> String {
+    Slot::Output(stage, "metrics".into()).to_string()
 }
 
 /// A preimage with the names of the file in place of places, for people.

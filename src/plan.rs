@@ -11,7 +11,7 @@ use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
 
-use crate::graph::{Graph, Node};
+use crate::graph::{Exit, Graph, Node};
 use crate::key::{self, Action, InputDigests};
 use crate::rounds;
 use crate::selection::Selection;
@@ -27,19 +27,17 @@ pub struct Settled {
 }
 
 impl Settled {
-    /// The artifact of an output, by its name in the file.
-    pub fn artifact(&self, output: &str) -> Option<&Artifact> {
-        let stored = key::outputs(&self.action.subgraph).into_iter().find(|(name, ..)| name == output);
-        // A stage outside of loops may have rows of metrics without a port for them.
-        self.record.outputs.get(stored.as_ref().map_or(output, |(_, stored, _)| stored))
+    /// The artifact of an output.
+    pub fn artifact(&self, output: &Exit) -> Option<&Artifact> {
+        self.outputs().remove(output)
     }
 
-    /// Every output by its name in the file.
-    pub fn outputs(&self) -> BTreeMap<String, &Artifact> {
-        let names: BTreeMap<String, String> =
-            key::outputs(&self.action.subgraph).into_iter().map(|(name, stored, _)| (stored, name)).collect();
-        let outputs = self.record.outputs.iter();
-        outputs.map(|(stored, artifact)| (names.get(stored).unwrap_or(stored).clone(), artifact)).collect()
+    /// Every output. A stage outside of loops may have rows of metrics without a port for them.
+    pub fn outputs(&self) -> BTreeMap<Exit, &Artifact> {
+        let exits: BTreeMap<String, Exit> =
+            key::outputs(&self.action.subgraph).into_iter().map(|(exit, stored)| (stored, exit)).collect();
+        let exit = |stored: &String| exits.get(stored).cloned().unwrap_or_else(|| Exit::Port(stored.clone()));
+        self.record.outputs.iter().map(|(stored, artifact)| (exit(stored), artifact)).collect()
     }
 
     /// Seconds it took when it was made, over all attempts.

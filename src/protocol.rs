@@ -8,7 +8,7 @@ use contract::{Facts, PortType, Source};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
-use crate::graph::Subgraph;
+use crate::graph::{Entry, Subgraph};
 use crate::trouble::Fault;
 
 /// From the coordinator.
@@ -29,7 +29,7 @@ pub(crate) struct Job {
     /// Local files that its stages name, with what the key says they hold.
     pub(crate) sources: Vec<(Source, Digest)>,
     /// Content that enters, by entry.
-    pub(crate) inputs: BTreeMap<String, Input>,
+    pub(crate) inputs: BTreeMap<Entry, Input>,
     /// Folder `outputs/NAME` of each output, named as in the store, is made here.
     pub(crate) work: PathBuf,
     /// The store, for cuts.

@@ -5,7 +5,7 @@ use cache::Store;
 use contract::{Metrics, PortType};
 use serde_json::{Map, Value as Json};
 
-use crate::graph::Subgraph;
+use crate::graph::{Exit, Subgraph};
 use crate::plan::Settled;
 
 /// A number, with the interval that the stage itself gave it.
@@ -27,21 +27,16 @@ pub fn metrics(settled: &Settled, store: &Store) -> Result<Map<String, Json>> {
         Subgraph::Operator(operator) => {
             let ports = operator.ports.outputs.iter().filter(|port| port.port_type == PortType::Metrics);
             let port = ports.map(|port| port.name.as_str()).min_by_key(|name| *name != "metrics");
-            read(settled, port.unwrap_or("metrics"), store)
-        }
-        Subgraph::Loop(body) if body.alone => {
-            let mut own = read(settled, "step.metrics", store)?;
-            if body.stages.contains_key("check") {
-                own.insert("check".into(), Json::Object(read(settled, "check.metrics", store)?));
-            }
-            Ok(own)
+            read(settled, &Exit::Port(port.unwrap_or("metrics").to_owned()), store)
         }
         Subgraph::Loop(body) => {
-            let rows = body
-                .stages
-                .keys()
-                .map(|stage| Ok((stage.clone(), Json::Object(read(settled, &format!("{stage}.metrics"), store)?))));
-            rows.collect()
+            let row = |stage: &String| read(settled, &Exit::Metrics(stage.clone()), store);
+            let own = body.stages.keys().next().filter(|_| body.alone);
+            let mut metrics = own.map(row).transpose()?.unwrap_or_default();
+            for stage in body.stages.keys().filter(|stage| Some(*stage) != own) {
+                metrics.insert(stage.clone(), Json::Object(row(stage)?));
+            }
+            Ok(metrics)
         }
     }
 }
@@ -76,7 +71,7 @@ fn measured(value: &Json) -> Option<Measured> {
 }
 
 /// The `metrics.json` of an output; that of a training stage is the last row of its `metrics.jsonl`.
-fn read(settled: &Settled, output: &str, store: &Store) -> Result<Map<String, Json>> {
+fn read(settled: &Settled, output: &Exit, store: &Store) -> Result<Map<String, Json>> {
     match settled.artifact(output) {
         Some(artifact) => Ok(Metrics::load(&store.open_artifact(artifact)?)?.0),
         None => Ok(Map::new()),

@@ -11,6 +11,7 @@
 //! This module knows no store and no process: a [`Host`] decides when to cut and where to.
 
 mod cut;
+pub(crate) mod program;
 mod window;
 
 use std::collections::BTreeMap;
@@ -25,9 +26,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
 use crate::foresee::{self, Part};
-use crate::graph::{BodyStage, Every, Keep, Loop, Mode, Operator, Origin, PortRef, Subgraph};
+use crate::graph::{BodyStage, Entry, Every, Loop, Mode, Operator, Subgraph};
 use cut::Held;
 pub use cut::{Standing, standing};
+use program::{Chosen, Program, Slot, Source};
 use window::{Clock, Slicer};
 
 /// A row of `metrics.jsonl`.
@@ -84,12 +86,11 @@ pub struct Finished {
 
 /// Runs a loop to its end, or until its host asks it to stop.
 ///
-/// `entries` holds the values that come from outside, by the names that [`crate::graph::Handoff`] gives them; `cut` is a
-/// folder that [`Host::keep_cut`] wrote earlier for the same loop and the same entries. Each stage gets a scratch folder
-/// of its own below that of `env`.
+/// `entries` holds the values that come from outside; `cut` is a folder that [`Host::keep_cut`] wrote earlier for the same
+/// loop and the same entries. Each stage gets a scratch folder of its own below that of `env`.
 pub fn run_loop(
     body: &Loop,
-    entries: BTreeMap<String, AnyValue>,
+    entries: BTreeMap<Entry, AnyValue>,
     cut: Option<&Path>,
     registry: &Registry,
     env: &Env,
@@ -123,26 +124,17 @@ struct Position {
     stage: usize,
 }
 
-/// Where a value is held. Numbers are indices into the loop's windows, carried values and stages.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Slot {
-    Window(usize),
-    Carry(usize),
-    Kept(usize),
-    Output(usize, String),
-    /// Inner state of a stage that is not started yet.
-    State(usize),
-}
-
 struct LoopRun<'a> {
+    /// The loop with its names, for people.
     body: &'a Loop,
+    /// The same by places.
+    program: Program,
     registry: &'a Registry,
     env: &'a Env,
     clock: Clock,
     slicers: Vec<Slicer>,
     /// What stages read from outside in every round.
-    outside: BTreeMap<String, AnyValue>,
+    outside: BTreeMap<Entry, AnyValue>,
     /// Stages whose readers in the loop have limits: the longest row that all of them can take.
     rooms: BTreeMap<String, u64>,
     held: Held,
@@ -164,20 +156,21 @@ struct Started {
 impl<'a> LoopRun<'a> {
     fn start(
         body: &'a Loop,
-        mut entries: BTreeMap<String, AnyValue>,
+        mut entries: BTreeMap<Entry, AnyValue>,
         cut: Option<&Path>,
         registry: &'a Registry,
         env: &'a Env,
     ) -> Result<Self> {
         ensure!(!body.stages.is_empty(), "the loop has no stages");
+        let program = Program::of(body)?;
         let facts = entries.iter().map(|(entry, value)| (entry.clone(), value.facts())).collect();
         let mut slicers = Vec::with_capacity(body.windows.len());
         for (name, window) in &body.windows {
-            let value = entries.remove(&format!("windows.{name}"));
+            let value = entries.remove(&Entry::Window(name.clone()));
             slicers.push(Slicer::new(name, window, value.ok_or_else(|| anyhow!("window `{name}` is not connected"))?)?);
         }
         let clock = window::clock(body, &slicers)?;
-        let firsts: Vec<_> = body.carry.keys().map(|name| entries.remove(&format!("carry.{name}"))).collect();
+        let firsts: Vec<_> = program.carry.iter().map(|carried| entries.remove(&carried.entry)).collect();
         let (held, seconds_before) = match cut {
             Some(folder) => cut::load(folder, body, registry, env)
                 .with_context(|| format!("cannot resume from `{}`", folder.display()))?,
@@ -195,6 +188,7 @@ impl<'a> LoopRun<'a> {
         let since = Instant::now();
         Ok(LoopRun {
             body,
+            program,
             registry,
             env,
             clock,
@@ -279,27 +273,26 @@ impl<'a> LoopRun<'a> {
 
     /// Gathers the inputs of a stage; where it is the last to read a value, it gets the loop's own reference.
     fn collect_inputs(&mut self, index: usize, step: &Step) -> Result<Inputs> {
-        let (name, stage) = self.stage(index);
+        let reads = &self.program.stages[index].inputs;
         let mut inputs = Inputs::new();
-        for (place, (port, origin)) in stage.inputs.iter().enumerate() {
-            let value = match self.slot_of(origin)? {
-                None => {
-                    let entry = format!("{name}.{port}");
-                    let value = self.outside.get(&entry).cloned();
+        for (place, input) in reads.iter().enumerate() {
+            let value = match &input.source {
+                Source::Outside(entry) => {
+                    let value = self.outside.get(entry).cloned();
                     Some(value.ok_or_else(|| anyhow!("nothing enters the loop at `{entry}`"))?)
                 }
-                Some(slot) => {
-                    let again = stage.inputs.values().skip(place + 1).any(|other| other == origin);
-                    if again || self.is_read_later(&slot, index, step) {
-                        self.held.values.get(&slot).cloned()
+                Source::Held(slot) => {
+                    let again = reads[place + 1..].iter().any(|other| other.source == input.source);
+                    if again || self.is_read_later(slot, index, step) {
+                        self.held.values.get(slot).cloned()
                     } else {
-                        self.held.values.remove(&slot)
+                        self.held.values.remove(slot)
                     }
                 }
             };
             // A carried value without a first value, or the output of a stage that has not run yet, is not connected.
             if let Some(value) = value {
-                inputs.insert(port, value);
+                inputs.insert(&input.port, value);
             }
         }
         Ok(inputs)
@@ -320,10 +313,9 @@ impl<'a> LoopRun<'a> {
 
     /// Notes the scores that carried values are kept by, should this stage measure one.
     fn measure(&mut self, index: usize, outputs: &BTreeMap<String, AnyValue>) -> Result<()> {
-        let (name, _) = self.stage(index);
-        for (carry, value) in self.body.carry.values().enumerate() {
-            let Keep::Best { stage, metric, .. } = &value.keep else { continue };
-            if stage != name {
+        for (carry, carried) in self.program.carry.iter().enumerate() {
+            let Chosen::Best { stage, metric, .. } = &carried.keep else { continue };
+            if *stage != index {
                 continue;
             }
             let metrics = outputs.values().find_map(|output| find_metrics(Some(output)));
@@ -343,10 +335,11 @@ impl<'a> LoopRun<'a> {
 
     /// Hands carried values on, keeps those whose round was the best so far and forgets what was this round's alone.
     fn end_round(&mut self, step: &Step) -> Result<()> {
-        let nexts: Vec<Option<AnyValue>> = self.body.carry.values().map(|carry| self.output(&carry.next)).collect();
+        let next = |carry: &program::Carried| self.held.values.get(&carry.next).cloned();
+        let nexts: Vec<Option<AnyValue>> = self.program.carry.iter().map(next).collect();
         let better = self.better_carries();
-        for (index, carry) in self.body.carry.values().enumerate() {
-            let kept = better.contains(&self.keeper(index)) && !matches!(carry.keep, Keep::Last);
+        for (index, carry) in self.program.carry.iter().enumerate() {
+            let kept = better.contains(&self.program.keeper(index)) && !matches!(carry.keep, Chosen::Last);
             if kept && let Some(value) = nexts[index].clone().or_else(|| self.carried(index)) {
                 self.held.values.insert(Slot::Kept(index), value);
             }
@@ -361,10 +354,10 @@ impl<'a> LoopRun<'a> {
                 self.held.values.insert(Slot::Carry(index), next);
             }
         }
-        let body = self.body;
+        let stages = &self.program.stages;
         self.held.values.retain(|slot, _| match slot {
             Slot::Window(_) => false,
-            Slot::Output(stage, _) => body.stages[*stage].every != Every::Round,
+            Slot::Output(stage, _) => !stages[*stage].every_round,
             Slot::Carry(_) | Slot::Kept(_) | Slot::State(_) => true,
         });
         self.held.position = Position { round: step.round + 1, stage: 0 };
@@ -375,7 +368,7 @@ impl<'a> LoopRun<'a> {
     /// number wins over none.
     fn better_carries(&self) -> Vec<usize> {
         let is_better = |&(&carry, &score): &(&usize, &f64)| {
-            let Keep::Best { mode, .. } = &self.body.carry[carry].keep else { return false };
+            let Chosen::Best { mode, .. } = &self.program.carry[carry].keep else { return false };
             match self.held.scores.get(&carry) {
                 None => true,
                 Some(kept) if kept.is_nan() => !score.is_nan(),
@@ -388,22 +381,11 @@ impl<'a> LoopRun<'a> {
         self.held.measured.iter().filter(is_better).map(|(&carry, _)| carry).collect()
     }
 
-    /// The carried value whose round decides about this one.
-    fn keeper(&self, carry: usize) -> usize {
-        let mut at = carry;
-        // As many steps as there are carried values: a circle cannot hold us.
-        for _ in 0..self.body.carry.len() {
-            let Keep::With(other) = &self.body.carry[at].keep else { break };
-            at = self.body.carry.get_index_of(other).unwrap_or(at);
-        }
-        at
-    }
-
     /// Warns of a best round that nothing chose: its metric was never measured, or was always the same.
     fn say_what_could_not_choose(&self, host: &mut dyn Host) {
-        for (name, carry) in &self.body.carry {
-            let Keep::Best { stage, metric, .. } = &carry.keep else { continue };
-            let rows = self.body.stages.get_index_of(stage).map_or(&[][..], |index| &self.held.rows[index]);
+        for (name, carry) in self.body.carry.keys().zip(&self.program.carry) {
+            let Chosen::Best { stage, metric, .. } = &carry.keep else { continue };
+            let rows = &self.held.rows[*stage];
             let scores: Vec<f64> = rows.iter().filter_map(|row| row.get(metric)?.as_f64()).collect();
             let text = match scores.as_slice() {
                 [] => format!("`{metric}` was never measured, so it could not choose: the last `{name}` is kept"),
@@ -414,14 +396,15 @@ impl<'a> LoopRun<'a> {
                 ),
                 _ => continue,
             };
-            host.warn(stage, &text);
+            host.warn(self.stage(*stage).0, &text);
         }
     }
 
     fn finish(mut self) -> Result<Finished> {
         let mut outputs = Vec::with_capacity(self.body.carry.len());
         for (index, name) in self.body.carry.keys().enumerate() {
-            let best = matches!(self.body.carry[self.keeper(index)].keep, Keep::Best { .. });
+            let keeper = &self.program.carry[self.program.keeper(index)];
+            let best = matches!(keeper.keep, Chosen::Best { .. });
             let kept = if best { self.held.values.remove(&Slot::Kept(index)) } else { None };
             let value = kept.or_else(|| self.held.values.remove(&Slot::Carry(index)));
             outputs.push(value.ok_or_else(|| anyhow!("carried value `{name}` was never made"))?);
@@ -480,33 +463,20 @@ impl<'a> LoopRun<'a> {
 
     /// Whether a slot must still hold its value after stage `index` has run in this round.
     fn is_read_later(&self, slot: &Slot, index: usize, step: &Step) -> bool {
-        let reads = |stage: &BodyStage| {
-            stage.inputs.values().any(|origin| self.slot_of(origin).ok().flatten().as_ref() == Some(slot))
-        };
+        let Program { carry, stages } = &self.program;
         let later = |at: usize| at > index && self.is_due(at, step);
-        let mut stages = self.body.stages.values().enumerate();
+        let is_read_later = || stages.iter().enumerate().any(|(at, stage)| later(at) && stage.reads(slot));
         match slot {
             Slot::Kept(_) | Slot::State(_) => true,
-            Slot::Window(_) => stages.any(|(at, stage)| later(at) && reads(stage)),
+            Slot::Window(_) => is_read_later(),
             // Where the next value comes only now and then, this one may be needed in the next round too.
-            Slot::Carry(carry) => {
-                self.comes_now_and_then(&self.body.carry[*carry].next.stage)
-                    || stages.any(|(at, stage)| later(at) && reads(stage))
-            }
-            Slot::Output(made_by, port) => {
-                let (name, stage) = self.stage(*made_by);
-                let carried =
-                    self.body.carry.values().any(|carry| &carry.next.stage == name && &carry.next.port == port);
+            Slot::Carry(carried) => !carry[*carried].comes_every_round || is_read_later(),
+            Slot::Output(made_by, _) => {
                 // Rounds without the stage read the latest value so far.
-                let read =
-                    |(at, reader): (usize, &BodyStage)| (later(at) || stage.every != Every::Round) && reads(reader);
-                carried || stages.any(read)
+                let latest = || !stages[*made_by].every_round && stages.iter().any(|stage| stage.reads(slot));
+                carry.iter().any(|carried| carried.next == *slot) || latest() || is_read_later()
             }
         }
-    }
-
-    fn comes_now_and_then(&self, stage: &str) -> bool {
-        self.body.stages.get(stage).is_none_or(|stage| stage.every != Every::Round)
     }
 
     fn is_due(&self, index: usize, step: &Step) -> bool {
@@ -524,29 +494,6 @@ impl<'a> LoopRun<'a> {
 
     fn stage(&self, index: usize) -> (&'a String, &'a BodyStage) {
         self.body.stages.get_index(index).expect("positions stay within the stages")
-    }
-
-    /// Where an input is held; `None` when it comes from outside.
-    fn slot_of(&self, origin: &Origin) -> Result<Option<Slot>> {
-        let unknown = |what: &str, name: &str| anyhow!("the loop has no {what} `{name}`");
-        Ok(Some(match origin {
-            Origin::Outside => return Ok(None),
-            Origin::Window(name) => {
-                Slot::Window(self.body.windows.get_index_of(name).ok_or_else(|| unknown("window", name))?)
-            }
-            Origin::Carry(name) => {
-                Slot::Carry(self.body.carry.get_index_of(name).ok_or_else(|| unknown("carried value", name))?)
-            }
-            Origin::Stage(PortRef { stage, port }) => {
-                let index = self.body.stages.get_index_of(stage).ok_or_else(|| unknown("stage", stage))?;
-                Slot::Output(index, port.clone())
-            }
-        }))
-    }
-
-    fn output(&self, source: &PortRef) -> Option<AnyValue> {
-        let index = self.body.stages.get_index_of(&source.stage)?;
-        self.held.values.get(&Slot::Output(index, source.port.clone())).cloned()
     }
 
     fn carried(&self, index: usize) -> Option<AnyValue> {

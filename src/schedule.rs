@@ -23,7 +23,7 @@ use serde_json::{Map, Value as Json};
 use crate::attempt::{Attempt, Control, Ended, Update, log_end};
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::foresee::Foresight;
-use crate::graph::{Graph, Node, Subgraph};
+use crate::graph::{Entry, Graph, Node, Subgraph};
 use crate::history::{History, PlanFile, PlannedStage};
 use crate::key::{self, Action, InputDigests};
 use crate::plan::{self, Decision, Settled};
@@ -440,9 +440,9 @@ impl Coordinator<'_> {
     }
 
     /// An input was damaged: the damaged artifact is gone, so what made it is open again, and so is this subgraph.
-    fn mend(&mut self, node: NodeIndex, entry: &str) {
+    fn mend(&mut self, node: NodeIndex, entry: &Entry) {
         let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
-        let Some(maker) = edges.filter(|edge| edge.weight().input == entry).map(|edge| edge.source()).next() else {
+        let Some(maker) = edges.filter(|edge| edge.weight().input == *entry).map(|edge| edge.source()).next() else {
             let error = anyhow!("input `{entry}` is damaged, and nothing in the pipeline makes it");
             return self.fail(node, error, None);
         };

@@ -85,9 +85,9 @@ fn unknown(graph: &Graph, name: &str) -> BadRequest {
 }
 
 fn names_in(graph: &Graph, cell: &Cell) -> Vec<String> {
-    let inner = |(name, node): (&String, &NodeIndex)| match &graph.subgraphs[*node].subgraph {
-        Subgraph::Loop(body) if !body.alone => body.stages.keys().map(|stage| format!("{name}.{stage}")).collect(),
-        _ => Vec::new(),
+    let inner = |(name, node): (&String, &NodeIndex)| {
+        let body = graph.subgraphs[*node].subgraph.written_loop();
+        body.iter().flat_map(|body| body.stages.keys()).map(|stage| format!("{name}.{stage}")).collect()
     };
     cell.names.iter().flat_map(|entry| [vec![entry.0.clone()], inner(entry)].concat()).collect()
 }

@@ -19,7 +19,8 @@ use contract::{AnyValue, Env, Facts, Inputs, PortType, Registry, Sink, Step};
 use serde_json::{Map, Value as Json};
 
 use crate::attempt::REPORT;
-use crate::graph::{Loop, Operator, Subgraph};
+use crate::graph::{Entry, Loop, Operator, Subgraph};
+use crate::key;
 use crate::protocol::{Input, Job, Message, Order};
 use crate::rounds::{self, Ask, Ended, Host, MetricsRow, Standing};
 use crate::sources;
@@ -192,7 +193,7 @@ fn work(mut job: Job, registry: &Registry, stop: &Stop) -> Result<Message> {
 }
 
 /// Reads every distinct artifact once: entries that name the same content share the value.
-fn load_inputs(inputs: &BTreeMap<String, Input>, registry: &Registry, env: &Env) -> Result<BTreeMap<String, AnyValue>> {
+fn load_inputs(inputs: &BTreeMap<Entry, Input>, registry: &Registry, env: &Env) -> Result<BTreeMap<Entry, AnyValue>> {
     let mut known: BTreeMap<(Digest, PortType), AnyValue> = BTreeMap::new();
     let mut entries = BTreeMap::new();
     for (entry, input) in inputs {
@@ -212,15 +213,15 @@ fn load_inputs(inputs: &BTreeMap<String, Input>, registry: &Registry, env: &Env)
 fn run_once(
     job: &Job,
     operator: &Operator,
-    entries: BTreeMap<String, AnyValue>,
+    entries: BTreeMap<Entry, AnyValue>,
     registry: &Registry,
     env: &Env,
     stop: &Stop,
     since: Instant,
 ) -> Result<Message> {
     let mut inputs = Inputs::new();
-    for (port, value) in entries {
-        inputs.insert(port, value);
+    for (entry, value) in entries {
+        inputs.insert(entry.to_string(), value);
     }
     rounds::check_inputs(operator, &inputs, None, registry)?;
     let mut sink = OnceSink { rows: Vec::new(), report: Report::new() };
@@ -243,7 +244,7 @@ fn run_once(
 fn run_rounds(
     job: &Job,
     body: &Loop,
-    entries: BTreeMap<String, AnyValue>,
+    entries: BTreeMap<Entry, AnyValue>,
     registry: &Registry,
     env: &Env,
     stop: &Stop,
@@ -256,13 +257,13 @@ fn run_rounds(
         Ended::Finished(finished) => {
             let mut written = Vec::new();
             for (index, value) in finished.outputs.iter().enumerate() {
-                written.push(save(&job.work, &format!("c{index}"), value)?);
+                written.push(save(&job.work, &key::stored_value(index), value)?);
             }
             for (index, rows) in finished.rows.iter().enumerate() {
-                written.push(save_rows(&job.work, &format!("s{index}.metrics"), rows)?);
+                written.push(save_rows(&job.work, &key::stored_metrics(index), rows)?);
             }
             let outputs = finished.outputs.iter().enumerate();
-            let facts = known(outputs.map(|(index, value)| (format!("c{index}"), value)));
+            let facts = known(outputs.map(|(index, value)| (key::stored_value(index), value)));
             let (seconds, rounds) = (finished.seconds, Some(finished.rounds));
             Ok(Message::Done { outputs: written, facts, seconds, rounds })
         }

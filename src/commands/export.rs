@@ -1,12 +1,12 @@
 //! `pipeline export`: copies an artifact out of the store.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use cache::Store;
+use cache::{Artifact, Store};
 
 use super::{BadRequest, Workbench, open_store, say};
 use crate::cli::ExportArgs;
@@ -24,7 +24,8 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let selection = selection::select(&graph, &[stage.to_owned()])?;
     let store = open_store(&args.target.store.store)?;
     let settled = settled(&graph, &selection, stage, bench, &store)?;
-    let outputs = settled.outputs();
+    let outputs: BTreeMap<String, &Artifact> =
+        settled.outputs().into_iter().map(|(output, artifact)| (output.to_string(), artifact)).collect();
     let (port, artifact) = match port {
         Some(port) => outputs.get_key_value(port),
         None if outputs.keys().filter(|port| !port.ends_with("metrics")).count() == 1 => {

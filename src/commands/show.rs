@@ -15,7 +15,7 @@ use serde_json::{Map, Value as Json, json};
 use super::plan::word;
 use super::{Workbench, open_store, pretty, say};
 use crate::cli::ShowArgs;
-use crate::graph::{Cell, Graph, Loop, Subgraph};
+use crate::graph::{Cell, Exit, Graph, Subgraph};
 use crate::plan::{self, Decision, Settled};
 use crate::results;
 use crate::selection;
@@ -60,17 +60,21 @@ fn add_settled(name: &str, settled: &Settled, store: &Store, stages: &mut Map<St
     let mut inner: BTreeMap<String, Json> = BTreeMap::new();
     for (output, artifact) in settled.outputs() {
         let shown = shown(artifact, store)?;
-        match (fused(&settled.action.subgraph), output.split_once('.')) {
-            (Some(_), Some((stage, _))) => drop(inner.insert(stage.to_owned(), shown)),
+        match (&settled.action.subgraph, output) {
             // The rows of a training stage used alone are its own.
-            (None, Some(("step", rest))) => drop(outputs.insert(rest.to_owned(), shown)),
-            _ => drop(outputs.insert(output, shown)),
+            (Subgraph::Loop(body), Exit::Metrics(stage))
+                if body.alone && body.stages.get_index_of(&stage) == Some(0) =>
+            {
+                outputs.insert("metrics".to_owned(), shown);
+            }
+            (Subgraph::Loop(body), Exit::Metrics(stage)) if !body.alone => drop(inner.insert(stage, shown)),
+            (_, output) => drop(outputs.insert(output.to_string(), shown)),
         }
     }
     let key = settled.action.key.to_string();
     let whole = if inner.is_empty() { Json::Object(metrics.clone()) } else { json!({}) };
     stages.insert(name.into(), json!({"key": key, "status": "cached", "outputs": outputs, "metrics": whole}));
-    for stage in fused(&settled.action.subgraph).into_iter().flat_map(|body| body.stages.keys()) {
+    for stage in settled.action.subgraph.written_loop().into_iter().flat_map(|body| body.stages.keys()) {
         let outputs: Map<_, _> = inner.remove(stage).map(|rows| ("metrics".to_owned(), rows)).into_iter().collect();
         let metrics = metrics.get(stage).cloned().unwrap_or_else(|| json!({}));
         let stage_json = json!({"key": key, "status": "cached", "outputs": outputs, "metrics": metrics});
@@ -86,16 +90,8 @@ fn add_missing(name: &str, subgraph: &Subgraph, decision: &Decision, stages: &mu
     };
     let shown = json!({"key": key, "status": word(decision), "outputs": {}, "metrics": {}});
     stages.insert(name.into(), shown.clone());
-    for stage in fused(subgraph).into_iter().flat_map(|body| body.stages.keys()) {
+    for stage in subgraph.written_loop().into_iter().flat_map(|body| body.stages.keys()) {
         stages.insert(format!("{name}.{stage}"), shown.clone());
-    }
-}
-
-/// A loop that the file writes as one.
-fn fused(subgraph: &Subgraph) -> Option<&Loop> {
-    match subgraph {
-        Subgraph::Loop(body) if !body.alone => Some(body),
-        _ => None,
     }
 }
 

@@ -58,6 +58,10 @@ fn artifact(content: &str, port_type: &str) -> Artifact {
 }
 
 /// What enters the loop, by entry.
+fn entry(text: &str) -> Entry {
+    Entry::from(text.to_owned())
+}
+
 fn entries() -> InputDigests {
     [
         ("windows.batch", "data", "dataset"),
@@ -67,7 +71,7 @@ fn entries() -> InputDigests {
         ("learn.teacher", "teacher", "model"),
         ("check.data", "valid", "dataset"),
     ]
-    .map(|(entry, content, port_type)| (entry.to_owned(), artifact(content, port_type)))
+    .map(|(text, content, port_type)| (entry(text), artifact(content, port_type)))
     .into()
 }
 
@@ -111,10 +115,10 @@ fn every_field_that_matters_changes_the_key() {
         ("order", |body, _| body.windows["batch"].order = crate::graph::Order::Given),
         ("seed of a window", |body, _| body.windows["batch"].seed = 8),
         ("the last window", |body, _| body.windows["batch"].last = Last::Short),
-        ("what a window slices", |_, inputs| drop(inputs.insert("windows.batch".into(), artifact("x", "dataset")))),
+        ("what a window slices", |_, inputs| drop(inputs.insert(entry("windows.batch"), artifact("x", "dataset")))),
         ("rounds", |body, _| body.rounds = Some(3)),
-        ("a first value", |_, inputs| drop(inputs.insert("carry.student".into(), artifact("x", "model")))),
-        ("no first value", |_, inputs| drop(inputs.remove("carry.prompt"))),
+        ("a first value", |_, inputs| drop(inputs.insert(entry("carry.student"), artifact("x", "model")))),
+        ("no first value", |_, inputs| drop(inputs.remove(&entry("carry.prompt")))),
         ("the type of a value", |body, _| body.carry["prompt"].port_type = contract::PortType::SoftPrompt),
         ("the next value", |body, _| body.carry["prompt"].next.stage = "learn".into()),
         ("keep the last", |body, _| body.carry["student"].keep = Keep::Last),
@@ -128,12 +132,15 @@ fn every_field_that_matters_changes_the_key() {
         ("when a stage runs", |body, _| body.stages["check"].every = Every::Rounds(2)),
         ("a configuration", |body, _| body.stages["learn"].operator.config["rate"] = json!(0.06)),
         ("a default", |body, _| body.stages["learn"].operator.config["seed"] = json!(1)),
-        ("an outside input", |_, inputs| drop(inputs.insert("learn.teacher".into(), artifact("x", "model")))),
+        ("an outside input", |_, inputs| drop(inputs.insert(entry("learn.teacher"), artifact("x", "model")))),
         ("an edge", |body, _| {
             body.stages["tune"].inputs["data"] = Origin::Window("batch".into());
         }),
         ("one edge less", |body, _| drop(body.stages["tune"].inputs.shift_remove("teacher"))),
-        ("one stage less", |body, _| drop(body.stages.shift_remove("respond"))),
+        ("one stage less", |body, _| {
+            body.stages["learn"].inputs["data"] = Origin::Window("batch".into());
+            body.stages.shift_remove("respond");
+        }),
     ];
     let mut seen = BTreeSet::new();
     for (what, edit) in edits {
@@ -233,9 +240,11 @@ fn renamed(body: &Loop, inputs: &InputDigests) -> (Loop, InputDigests) {
             (new(name), stage)
         })
         .collect();
-    let entry = |entry: &String| match entry.split_once('.').unwrap() {
-        (place @ ("windows" | "carry"), name) => format!("{place}.{}", new(name)),
-        (stage, port) => format!("{}.{port}", new(stage)),
+    let entry = |entry: &Entry| match entry {
+        Entry::Port(port) => Entry::Port(port.clone()),
+        Entry::Window(name) => Entry::Window(new(name)),
+        Entry::Carry(name) => Entry::Carry(new(name)),
+        Entry::Outside(read) => Entry::Outside(port(read)),
     };
     (other, inputs.iter().map(|(name, artifact)| (entry(name), artifact.clone())).collect())
 }

@@ -42,10 +42,10 @@ fn the_example_becomes_a_graph() {
     assert_eq!(learn.inputs["teacher"], Origin::Outside);
     assert_eq!(learn.operator.config["force_end"], json!(false));
     assert_eq!(learn.operator.places["learning_rate"].line, 44);
-    let mut entries: Vec<&str> = graph
+    let mut entries: Vec<String> = graph
         .subgraphs
         .edges_directed(graph.cells[0].names["train"], petgraph::Incoming)
-        .map(|edge| edge.weight().input.as_str())
+        .map(|edge| edge.weight().input.to_string())
         .collect();
     entries.sort_unstable();
     assert_eq!(

@@ -1,12 +1,13 @@
 //! A training kind used alone: short for a loop with this one stage, so that there is one mechanism for windows, keeping
 //! the best round and checkpoints.
 
-use contract::{Alone, Conventions, PortType};
+use contract::{Alone, Check, Conventions, PortType};
 use indexmap::IndexMap;
-use serde_json::json;
 
 use crate::diagnostic::{Diagnostic, Problems};
-use crate::graph::{BodyStage, Carry, Every, Keep, Loop, Mode, Operator, Origin, PortRef, Subgraph, Window};
+use crate::graph::{
+    BodyStage, Carry, Entry, Every, Exit, Keep, Loop, Mode, Operator, Origin, PortRef, Subgraph, Window,
+};
 use crate::language::kinds::{KindInfo, Kinds, WINDOW_FIELDS};
 use crate::language::read;
 use crate::language::spec::{OperatorSpec, Spec, WindowFields, no_take, read_window_fields};
@@ -17,7 +18,7 @@ use crate::yaml::Map;
 
 /// The stage itself, in its loop.
 const STEP: &str = "step";
-/// The stage that measures the loss on a validation set.
+/// The stage that measures on a validation set.
 const CHECK: &str = "check";
 
 /// A training stage whose configuration is checked.
@@ -52,8 +53,9 @@ pub(super) fn check<'a>(
     }
     let window = read_window(name, spec, &fields, own_seed, all.conventions, problems);
     let rounds = read::given(with, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
-    let check = match contract.valid.and_then(|port| spec.inputs.get(port)) {
-        Some(input) => Some(evaluation(all, kinds, &input.port, problems)?),
+    let connected = contract.check.as_ref().and_then(|check| Some((check, spec.inputs.get(check.valid)?)));
+    let check = match connected {
+        Some((check, input)) => Some(measurement(check, all, kinds, &input.port, problems)?),
         None => None,
     };
     Some(Checked { spec, contract: contract.clone(), operator: operator?, window: window?, rounds, check })
@@ -83,27 +85,35 @@ fn read_window(
     Some(Window { rows, take: take?, epochs: epochs.map(|(epochs, _)| epochs), order, seed, last, places })
 }
 
-/// The loss on the validation set.
-fn evaluation(all: &Spec, kinds: &Kinds, port: &crate::yaml::Span, problems: &mut Problems) -> Option<Operator> {
+/// What is measured on the validation set.
+fn measurement(
+    check: &Check,
+    all: &Spec,
+    kinds: &Kinds,
+    port: &crate::yaml::Span,
+    problems: &mut Problems,
+) -> Option<Operator> {
+    let Check { kind, metric, with, .. } = check;
     let fault = |reason: String| {
-        Diagnostic::new(format!("the loss on a validation set cannot be measured: {reason}"), "disconnect this input")
-            .at(port.clone(), "asks for it")
+        let message = format!("the {metric} on a validation set cannot be measured: {reason}");
+        Diagnostic::new(message, "disconnect this input").at(port.clone(), "asks for it")
     };
-    let Some(info) = kinds.get("evaluate") else {
-        problems.push(fault("this program has no kind `evaluate`".into()));
+    let Some(info) = kinds.get(kind) else {
+        problems.push(fault(format!("this program has no kind `{kind}`")));
         return None;
     };
-    let config = config::built_in(info, &json!({"metrics": ["loss"]}), all.conventions);
+    let config = config::built_in(info, with, all.conventions);
     problems.keep(config.map_err(|errors| fault(errors.into_iter().map(|e| e.message).collect::<Vec<_>>().join("; "))))
 }
 
 impl Checked<'_> {
     /// Its outputs as those of the stage itself: the carried value, and what it measures.
     pub(super) fn outputs(&self) -> Vec<Output> {
-        let output = |name: &str, handoff: String, port_type| Output { name: name.to_owned(), handoff, port_type };
-        let mut outputs = vec![output(self.contract.next, self.contract.next.to_owned(), self.carried())];
+        let output = |name: &str, exit, port_type| Output { name: name.to_owned(), exit, port_type };
+        let kept = Exit::Kept(self.contract.next.to_owned());
+        let mut outputs = vec![output(self.contract.next, kept, self.carried())];
         if self.operator.ports.find_output("metrics").is_some_and(|port| port.port_type == PortType::Metrics) {
-            outputs.push(output("metrics", format!("{STEP}.metrics"), PortType::Metrics));
+            outputs.push(output("metrics", Exit::Metrics(STEP.to_owned()), PortType::Metrics));
         }
         outputs
     }
@@ -114,45 +124,43 @@ impl Checked<'_> {
     }
 
     pub(super) fn wire(self, name: &str, outer: &Outer, problems: &mut Problems) -> Wired {
-        let extra: Vec<&str> = self.contract.valid.into_iter().collect();
+        let extra: Vec<&str> = self.contract.check.iter().map(|check| check.valid).collect();
         let ports = PortsOf { name, keys: &["stages", name], spec: self.spec, operator: &self.operator, extra: &extra };
         ports.check(outer, problems);
-        let Alone { data, carry, next, valid } = self.contract;
+        let port_type = self.carried();
+        let Alone { data, carry, next, check } = self.contract;
         let mut inputs = IndexMap::from([(carry.to_owned(), Origin::Carry(next.to_owned()))]);
         let mut edges = Vec::new();
         for (port, input) in &self.spec.inputs {
             let own = self.operator.ports.find_input(port).map(|port| port.port_type);
-            let is_valid = Some(port.as_str()) == valid;
-            let Some(port_type) = own.or(is_valid.then_some(PortType::Dataset)) else { continue };
+            let valid = check.as_ref().filter(|check| check.valid == port);
+            let Some(port_type) = own.or(valid.map(|_| PortType::Dataset)) else { continue };
             let reader = format!("{name}.in.{port}");
             let want = Want { reader: &reader, port, port_type: Some(port_type) };
             let entry = if port == data {
                 inputs.insert(port.clone(), Origin::Window(data.to_owned()));
-                format!("windows.{data}")
+                Entry::Window(data.to_owned())
             } else if port == carry {
-                format!("carry.{next}")
-            } else if is_valid {
-                format!("{CHECK}.data")
+                Entry::Carry(next.to_owned())
+            } else if let Some(check) = valid {
+                Entry::outside(CHECK, check.data)
             } else {
                 inputs.insert(port.clone(), Origin::Outside);
-                format!("{STEP}.{port}")
+                Entry::outside(STEP, port)
             };
             if let Some((stage, output)) = outer.find(name, &input.source, &want, problems) {
                 edges.push(Edge::new(entry, stage, output, input.source.span.clone()));
             }
         }
         let next_ref = PortRef { stage: STEP.to_owned(), port: next.to_owned() };
-        let keep = match self.check {
-            Some(_) => Keep::Best { stage: CHECK.to_owned(), metric: "loss".to_owned(), mode: Mode::Min },
-            None => Keep::Last,
-        };
-        let port_type = self.carried();
         let step = BodyStage { operator: self.operator, every: Every::Round, inputs };
         let mut stages = IndexMap::from([(STEP.to_owned(), step)]);
-        if let Some(operator) = self.check {
+        let mut keep = Keep::Last;
+        if let (Some(operator), Some(Check { model, data, metric, .. })) = (self.check, check) {
+            keep = Keep::Best { stage: CHECK.to_owned(), metric: metric.to_owned(), mode: Mode::Min };
             let inputs = IndexMap::from([
-                ("model".to_owned(), Origin::Stage(next_ref.clone())),
-                ("data".to_owned(), Origin::Outside),
+                (model.to_owned(), Origin::Stage(next_ref.clone())),
+                (data.to_owned(), Origin::Outside),
             ]);
             stages.insert(CHECK.to_owned(), BodyStage { operator, every: Every::Epoch, inputs });
         }

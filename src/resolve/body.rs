@@ -4,7 +4,7 @@ use contract::PortType;
 use indexmap::IndexMap;
 
 use crate::diagnostic::{Diagnostic, Problems};
-use crate::graph::{BodyStage, Carry, Every, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
+use crate::graph::{BodyStage, Carry, Entry, Every, Exit, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
 use crate::language::kinds::Kinds;
 use crate::language::read::{self, Text};
 use crate::language::spec::{CarrySpec, InputSpec, KeepSpec, LoopSpec, OperatorSpec, Spec};
@@ -122,16 +122,13 @@ impl<'a> Checked<'a> {
         }
         let carried = self.carried.iter().filter_map(|(name, carried)| {
             let (_, port_type) = carried.as_ref()?;
-            Some(Output { name: (*name).to_owned(), handoff: (*name).to_owned(), port_type: *port_type })
+            Some(Output { name: (*name).to_owned(), exit: Exit::Kept((*name).to_owned()), port_type: *port_type })
         });
         let measured = self.operators.iter().filter_map(|(stage, operator)| {
             let port = operator.as_ref()?.ports.find_output("metrics")?;
-            let name = format!("{stage}.metrics");
-            (port.port_type == PortType::Metrics).then(|| Output {
-                name: name.clone(),
-                handoff: name,
-                port_type: port.port_type,
-            })
+            let exit = Exit::Metrics((*stage).to_owned());
+            let port_type = port.port_type;
+            (port_type == PortType::Metrics).then(|| Output { name: exit.to_string(), exit, port_type })
         });
         Some(carried.chain(measured).collect())
     }
@@ -143,7 +140,7 @@ impl<'a> Checked<'a> {
             let reader = format!("{name}.windows.{window}.of");
             let want = Want { reader: &reader, port: window, port_type: Some(PortType::Dataset) };
             if let Some((stage, output)) = outer.find(name, text, &want, problems) {
-                edges.push(Edge::new(format!("windows.{window}"), stage, output, text.span.clone()));
+                edges.push(Edge::new(Entry::Window(window.clone()), stage, output, text.span.clone()));
             }
         }
         for (value, spec) in &self.spec.carry {
@@ -156,7 +153,7 @@ impl<'a> Checked<'a> {
             };
             let want = Want { reader: &reader, port: value, port_type: Some(*port_type) };
             if let Some((stage, output)) = outer.find(name, text, &want, problems) {
-                edges.push(Edge::new(format!("carry.{value}"), stage, output, text.span.clone()));
+                edges.push(Edge::new(Entry::Carry(value.clone()), stage, output, text.span.clone()));
             }
         }
         let mut reading = Reading::new();
@@ -298,7 +295,7 @@ impl Reader<'_> {
             return None;
         }
         let (stage, output) = self.outer.find(self.name, text, want, problems)?;
-        edges.push(Edge::new(format!("{}.{port}", self.stage), stage, output, text.span.clone()));
+        edges.push(Edge::new(Entry::outside(self.stage, port), stage, output, text.span.clone()));
         Some(Origin::Outside)
     }
 

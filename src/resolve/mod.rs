@@ -18,7 +18,7 @@ use petgraph::graph::NodeIndex;
 use serde_json::{Value as Json, json};
 
 use crate::diagnostic::{Diagnostic, Problems};
-use crate::graph::{Graph, Handoff, MetricRef, Node, Operator, Report, Subgraph};
+use crate::graph::{Entry, Exit, Graph, Handoff, MetricRef, Node, Operator, Report, Subgraph};
 use crate::language::kinds::Kinds;
 use crate::language::read::{self, Text};
 use crate::language::removal;
@@ -60,12 +60,10 @@ struct Wired {
 
 /// An edge into a subgraph.
 struct Edge {
-    /// Entry of the reader.
-    input: String,
+    input: Entry,
     /// Top-level stage that is read.
     stage: String,
-    /// Its output on the handoff.
-    output: String,
+    output: Exit,
     port_type: PortType,
     /// Where it is written.
     span: Span,
@@ -141,15 +139,15 @@ fn wire(name: &str, spec: &OperatorSpec, operator: Operator, outer: &Outer, prob
         let reader = format!("{name}.in.{port}");
         let want = Want { reader: &reader, port, port_type: Some(known.port_type) };
         if let Some((stage, output)) = outer.find(name, &input.source, &want, problems) {
-            edges.push(Edge::new(port.clone(), stage, output, input.source.span.clone()));
+            edges.push(Edge::new(Entry::Port(port.clone()), stage, output, input.source.span.clone()));
         }
     }
     Wired { subgraph: Subgraph::Operator(operator), edges }
 }
 
 impl Edge {
-    fn new(input: String, stage: String, output: Output, span: Span) -> Self {
-        Edge { input, stage, output: output.handoff, port_type: output.port_type, span }
+    fn new(input: Entry, stage: String, output: Output, span: Span) -> Self {
+        Edge { input, stage, output: output.exit, port_type: output.port_type, span }
     }
 }
 
@@ -276,8 +274,11 @@ fn resolve_report(
 impl Assembly {
     /// The node that does this with these inputs: one that another cell has already, or a new one.
     fn add(&mut self, name: &str, stage: Wired, span: &Span, names: &IndexMap<String, NodeIndex>) -> NodeIndex {
-        let mut sources: Vec<Json> =
-            stage.edges.iter().map(|edge| json!([edge.input, names[&edge.stage].index(), edge.output])).collect();
+        let mut sources: Vec<Json> = stage
+            .edges
+            .iter()
+            .map(|edge| json!([edge.input, names[&edge.stage].index(), edge.output.to_string()]))
+            .collect();
         sources.sort_by_key(Json::to_string);
         let identity = json!({"subgraph": identity(&stage.subgraph), "sources": sources}).to_string();
         if let Some(node) = self.known.get(&identity) {

@@ -4,6 +4,7 @@ use contract::{PortType, Ports};
 use indexmap::IndexMap;
 
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
+use crate::graph::Exit;
 use crate::language::read::{self, Text};
 use crate::language::{Removed, removal};
 
@@ -12,8 +13,8 @@ use crate::language::{Removed, removal};
 pub(super) struct Output {
     /// What stands after the dot.
     pub(super) name: String,
-    /// Its name on the handoff.
-    pub(super) handoff: String,
+    /// Where it leaves its subgraph.
+    pub(super) exit: Exit,
     pub(super) port_type: PortType,
 }
 
@@ -21,7 +22,7 @@ pub(super) struct Output {
 pub(super) fn outputs_of(ports: &Ports) -> Vec<Output> {
     let output = |port: &contract::Port| Output {
         name: port.name.clone(),
-        handoff: port.name.clone(),
+        exit: Exit::Port(port.name.clone()),
         port_type: port.port_type,
     };
     ports.outputs.iter().map(output).collect()

@@ -19,7 +19,8 @@ use anyhow::{Context, ensure};
 use contract::{AnyValue, Env, PortType, Registry, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{MetricsRow, Position, Slot, find_kind};
+use super::program::Slot;
+use super::{MetricsRow, Position, find_kind};
 use crate::graph::Loop;
 
 /// What a loop holds. `values` holds the inner states of stages too.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::fakes::{self, Numbers};
-use crate::graph::{Carry, Last, Operator as OperatorSpec, Order, Window};
+use crate::graph::{Carry, Keep, Last, Operator as OperatorSpec, Order, Origin, PortRef, Window};
 
 /// A host that stops at chosen numbers of stage runs, or keeps a cut there and goes on.
 struct Scripted {
@@ -88,7 +88,11 @@ fn left(finished: &Finished) -> Left {
     Left { outputs: finished.outputs.iter().map(bits).collect(), rows: serde_json::to_string(&finished.rows).unwrap() }
 }
 
-fn entries() -> BTreeMap<String, AnyValue> {
+fn entry(text: &str) -> Entry {
+    Entry::from(text.to_owned())
+}
+
+fn entries() -> BTreeMap<Entry, AnyValue> {
     let registry = fakes::registry();
     let make = |kind: &str, config: Json, port: &str| {
         let env = Env { device: "cpu".into(), threads: 1, scratch: PathBuf::new() };
@@ -99,12 +103,12 @@ fn entries() -> BTreeMap<String, AnyValue> {
         outputs.0.remove(port).unwrap()
     };
     BTreeMap::from([
-        ("windows.batch".into(), make("rows", json!({"rows": 11}), "data")),
-        ("windows.other".into(), make("rows", json!({"rows": 7, "seed": 4}), "data")),
-        ("check.data".into(), make("rows", json!({"rows": 3, "seed": 5}), "data")),
-        ("learn.teacher".into(), make("init", json!({"value": 2.0}), "model")),
-        ("carry.student".into(), make("init", json!({"value": 1.0}), "model")),
-        ("carry.prompt".into(), make("init", json!({"value": 3.0, "width": 2}), "model")),
+        (entry("windows.batch"), make("rows", json!({"rows": 11}), "data")),
+        (entry("windows.other"), make("rows", json!({"rows": 7, "seed": 4}), "data")),
+        (entry("check.data"), make("rows", json!({"rows": 3, "seed": 5}), "data")),
+        (entry("learn.teacher"), make("init", json!({"value": 2.0}), "model")),
+        (entry("carry.student"), make("init", json!({"value": 1.0}), "model")),
+        (entry("carry.prompt"), make("init", json!({"value": 3.0, "width": 2}), "model")),
     ])
 }
 
@@ -361,10 +365,10 @@ fn a_carried_value_without_a_first_one_is_not_connected_in_round_0() {
         warnings: Vec::new(),
     };
     let mut without_prompt = entries();
-    without_prompt.remove("carry.prompt");
+    without_prompt.remove(&entry("carry.prompt"));
     assert!(run_loop(&body, without_prompt, None, &registry, &env, &mut host).is_ok());
     let mut without_student = entries();
-    without_student.remove("carry.student");
+    without_student.remove(&entry("carry.student"));
     let error = run_loop(&body, without_student, None, &registry, &env, &mut host).err().unwrap();
     assert_eq!(format!("{error:#}"), "stage `respond`, round 1: required input `model` has no value");
 }

@@ -33,6 +33,7 @@ use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCa
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
 use crate::padding::Padding;
@@ -152,7 +153,7 @@ impl Stage for Distill {
     }
 
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "student", next: "model", valid: Some("valid") })
+        Some(Alone { data: "data", carry: "student", next: "model", check: Some(evaluate::check_of_loss()) })
     }
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {

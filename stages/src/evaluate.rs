@@ -23,8 +23,8 @@ use candle_core::Tensor;
 use contract::outlook::Rows;
 use contract::random::{below, philox, purpose};
 use contract::{
-    About, AnyValue, Cause, ConfigError, Conventions, Dataset, End, Env, Inputs, Longest, Metrics, Operator, Outlook,
-    Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Cause, Check, ConfigError, Conventions, Dataset, End, Env, Inputs, Longest, Metrics, Operator,
+    Outlook, Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, divergence_values, log_probs};
 use lm::sample::Sampling;
@@ -137,6 +137,12 @@ fn yes() -> bool {
 
 /// The kind.
 pub struct Evaluate;
+
+/// The loss on a validation set, by which a training stage used alone keeps its best round.
+pub(crate) fn check_of_loss() -> Check {
+    let with = json!({"metrics": ["loss"]});
+    Check { valid: "valid", kind: "evaluate", with, model: "model", data: "data", metric: "loss" }
+}
 
 impl Stage for Evaluate {
     type Config = Config;

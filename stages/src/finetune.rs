@@ -22,6 +22,7 @@ use contract::{
 use lm::loss::head_loss;
 use lm::{Architecture, LanguageModel};
 
+use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
 use crate::training::{self, Trainer, Training};
@@ -82,7 +83,7 @@ impl Stage for Finetune {
     }
 
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "model", next: "model", valid: Some("valid") })
+        Some(Alone { data: "data", carry: "model", next: "model", check: Some(evaluate::check_of_loss()) })
     }
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {

@@ -157,7 +157,7 @@ impl Stage for PromptTune {
     }
 
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "prompt", next: "prompt", valid: None })
+        Some(Alone { data: "data", carry: "prompt", next: "prompt", check: None })
     }
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {

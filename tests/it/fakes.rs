@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use contract::dataset::{End, Row};
 use contract::{
-    About, Alone, AnyValue, Dataset, Env, Facts, Folder, Inputs, Metrics, Operator, Outlook, Outputs, PortType, Ports,
-    Registry, Result, Sink, Source, Stage, Step, TokenizerFile, Value,
+    About, Alone, AnyValue, Check, Dataset, Env, Facts, Folder, Inputs, Metrics, Operator, Outlook, Outputs, PortType,
+    Ports, Registry, Result, Sink, Source, Stage, Step, TokenizerFile, Value,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -322,7 +322,7 @@ impl Stage for Learn {
     }
 
     fn alone(&self) -> Option<Alone> {
-        Some(Alone { data: "data", carry: "model", next: "model", valid: Some("valid") })
+        Some(Alone { data: "data", carry: "model", next: "model", check: Some(check_of_loss()) })
     }
 
     fn load_state(&self, folder: &Path, _: &Env) -> Result<AnyValue> {
@@ -373,6 +373,12 @@ impl Operator for Learner {
     fn state(&self) -> Result<Option<AnyValue>> {
         Ok(Some(self.moments.clone()))
     }
+}
+
+/// The score on a validation set, by which `learn` used alone keeps its best round.
+fn check_of_loss() -> Check {
+    let with = json!({"metrics": ["loss"]});
+    Check { valid: "valid", kind: "evaluate", with, model: "model", data: "data", metric: "loss" }
 }
 
 /// Scores a model.

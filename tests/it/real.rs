@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use cache::{Artifact, Digest, FileEntry, Key, Store};
 use contract::Conventions;
 use contract::random::{below, philox};
-use promptkd::graph::{Operator, Subgraph};
+use promptkd::graph::{Entry, Operator, Subgraph};
 use promptkd::key::{self, InputDigests};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value as Json, json};
@@ -547,7 +547,8 @@ fn the_keys_of_every_kind_are_as_reviewed() {
         let kind = registry.get(name).unwrap_or_else(|| panic!("there is no kind `{name}`"));
         let config = kind.resolve(&config, conventions).unwrap_or_else(|errors| panic!("`{name}`: {errors:?}"));
         let ports = kind.ports(&config);
-        let inputs: InputDigests = ports.inputs.iter().map(|port| (port.name.clone(), artifact(port))).collect();
+        let inputs: InputDigests =
+            ports.inputs.iter().map(|port| (Entry::Port(port.name.clone()), artifact(port))).collect();
         let operator = Operator { kind: name.into(), config, ports, places: BTreeMap::new() };
         let mut digest = |source: &contract::Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
         let action = key::action(&Subgraph::Operator(operator), &inputs, &registry, &mut digest).unwrap();

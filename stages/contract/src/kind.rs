@@ -119,8 +119,25 @@ pub struct Alone {
     pub carry: &'static str,
     /// Output port that becomes the carried value, and the name of the loop's output.
     pub next: &'static str,
-    /// Extra port for a dataset: where connected, its loss is measured after every epoch and the best round is kept.
-    pub valid: Option<&'static str>,
+    /// How the best round is chosen, where a validation set is connected.
+    pub check: Option<Check>,
+}
+
+/// What a training kind used alone measures after every epoch, to keep the best round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// Extra port of the training kind, for the dataset.
+    pub valid: &'static str,
+    /// Kind of the stage that measures.
+    pub kind: &'static str,
+    /// Its configuration.
+    pub with: Json,
+    /// Its input that gets what was trained.
+    pub model: &'static str,
+    /// Its input that gets the dataset.
+    pub data: &'static str,
+    /// Name in its metrics; the smallest is the best.
+    pub metric: &'static str,
 }
 
 /// Where a stage runs. Nothing here may change a result beyond rounding.

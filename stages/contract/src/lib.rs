@@ -21,7 +21,9 @@ pub mod value;
 pub use clock::Step;
 pub use dataset::{Dataset, End, Row, TokenizerFile};
 pub use facts::{Bounds, Facts, Longest, Vocabulary};
-pub use kind::{About, Alone, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage};
+pub use kind::{
+    About, Alone, Check, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage,
+};
 pub use outlook::{Cause, Finding, Machine, Outlook};
 pub use port::{Port, PortType, Ports};
 pub use scoring::Scoring;
