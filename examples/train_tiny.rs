@@ -7,8 +7,6 @@
 //! Prints the loss of every twentieth update, which falls from about ln 28 = 3.33 (28 tokens, all alike) to nearly 0, and
 //! then each sentence as the model completes it from its first word.
 
-use std::sync::Arc;
-
 use anyhow::Result;
 use contract::TokenizerFile;
 use contract::random::purpose;
@@ -28,7 +26,7 @@ const END: u32 = 0;
 
 fn main() -> Result<()> {
     let shape = Architecture { positions: Some(48), ..Architecture::new(Family::Gpt2, 1, 64) };
-    let tokenizer = TokenizerFile { json: Arc::default(), end: END, size: 28 };
+    let tokenizer = TokenizerFile::new("", END, 28);
     let model = LanguageModel::init(&shape, tokenizer, 0, &lm::device("cpu")?)?.trainable()?;
     train(&model)?;
     for (row, sentence) in (0..).zip(SENTENCES) {

@@ -102,7 +102,7 @@ mod tests {
     fn dataset(rows: u64) -> AnyValue {
         let row =
             |id| Row { id, prompt: vec![], response: vec![], end: End::Stop, log_probs: None, references: vec![] };
-        let tokenizer = TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 1 };
+        let tokenizer = TokenizerFile::new("{}", 0, 1);
         Arc::new(Dataset { rows: (0..rows).map(row).collect(), tokenizer })
     }
 

@@ -41,7 +41,7 @@ pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
 use crate::instruct::{self, Sizes};
 use crate::text::{Text, open_tokenizer};
-use crate::{mmidx, records, train_tokenizer};
+use crate::{mmidx, records};
 
 /// Name of the built-in corpus.
 const BUILTIN: &str = "builtin:instruct";
@@ -601,7 +601,7 @@ fn check_whole(path: &Path) -> Result<()> {
 
 /// Writes a tokenizer, with the files that describe it to `transformers` as they were beside it.
 fn save_tokenizer(tokenizer: &TokenizerFile, from: &Path, to: &Path) -> Result<()> {
-    train_tokenizer::save(tokenizer, to)?;
+    tokenizer.save(to)?;
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         let source = from.join(name);
         if source.is_file() {

@@ -28,8 +28,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
+use crate::mmidx;
 use crate::text::Text;
-use crate::{mmidx, train_tokenizer};
 
 /// The stage kind.
 pub struct Export;
@@ -154,7 +154,7 @@ fn make(folder: &Path) -> Result<PathBuf> {
 /// where they are known, else the response.
 fn write_dataset(dataset: &Dataset, name: &str, folder: &Path) -> Result<()> {
     mmidx::write(&folder.join(name), &dataset.rows, dataset.tokenizer.size)?;
-    train_tokenizer::save(&dataset.tokenizer, folder)?;
+    dataset.tokenizer.save(folder)?;
     let text = Text::new(&dataset.tokenizer)?;
     let mut lines = Vec::new();
     for row in &dataset.rows {
@@ -307,7 +307,7 @@ mod tests {
     #[test]
     fn datasets_become_token_files_that_read_back() {
         let scratch = Scratch::new();
-        let tokenizer = train_tokenizer::from_merges(&[]);
+        let tokenizer = crate::train_tokenizer::from_merges(&[]);
         let text = Text::new(&tokenizer).unwrap();
         let row = |id, references: &[&str]| Row {
             id,

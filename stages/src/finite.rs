@@ -67,7 +67,7 @@ mod tests {
     use crate::{distill, evaluate, finetune, prompt_init, prompt_tune, student_generate, teacher_cache};
 
     fn tokenizer() -> TokenizerFile {
-        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 40 }
+        TokenizerFile::new("{}", 0, 40)
     }
 
     fn model(family: Family) -> LanguageModel {

@@ -46,7 +46,7 @@ mod tests {
     fn tokenizer(size: u32) -> TokenizerFile {
         let vocabulary: serde_json::Map<String, Json> = (0..size).map(|id| (format!("t{id}"), json!(id))).collect();
         let json = json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}});
-        TokenizerFile { json: Arc::new(json.to_string().into_bytes()), end: 0, size }
+        TokenizerFile::new(json.to_string(), 0, size)
     }
 
     /// A model over 40 tokens whose embedding has so many rows more. The others do not depend on that.

@@ -208,7 +208,7 @@ mod tests {
     const VOCABULARY: u32 = 40;
 
     fn tokenizer() -> TokenizerFile {
-        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: VOCABULARY }
+        TokenizerFile::new("{}", 0, VOCABULARY)
     }
 
     fn model(layers: usize, width: usize, seed: u64) -> AnyValue {

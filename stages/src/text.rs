@@ -2,7 +2,6 @@
 //! to find a tokenizer on disk.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use contract::{TokenizerFile, files};
@@ -100,7 +99,7 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<TokenizerF
     };
     let vocabulary = tokenizer.get_vocab(true);
     let size = vocabulary.values().max().with_context(|| format!("`{}` has no token", path.display()))? + 1;
-    Ok(TokenizerFile { json: Arc::new(json), end, size })
+    Ok(TokenizerFile::new(json, end, size))
 }
 
 fn parse(json: &[u8]) -> Result<Tokenizer> {

@@ -14,8 +14,7 @@
 //! The vocabulary holds the end token `<|endoftext|>` (id 0), the 256 bytes, then merges; any text can be encoded.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use contract::{
@@ -24,7 +23,6 @@ use contract::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -135,7 +133,7 @@ impl Operator for Run {
             ));
         }
         fs::create_dir_all(&self.folder)?;
-        save(&tokenizer, &self.folder)?;
+        tokenizer.save(&self.folder)?;
         Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, &self.folder)))
     }
 }
@@ -169,21 +167,7 @@ fn finish(tokenizer: &Tokenizer) -> Result<TokenizerFile> {
     let json = tokenizer.to_string(false).map_err(|e| anyhow!("cannot write a tokenizer: {e}"))?;
     let end = tokenizer.token_to_id(END_TOKEN).context("the trained tokenizer has no end token")?;
     let size = tokenizer.get_vocab_size(true) as u32;
-    Ok(TokenizerFile { json: Arc::new(json.into_bytes()), end, size })
-}
-
-/// Writes the folder of a tokenizer: its own files, and the one by which `transformers` opens it.
-pub(crate) fn save(tokenizer: &TokenizerFile, folder: &Path) -> Result<()> {
-    tokenizer.save(folder)?;
-    let end = crate::text::Text::new(tokenizer)?.token(tokenizer.end)?;
-    let facts = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
-        "clean_up_tokenization_spaces": false,
-    });
-    contract::value::write(&folder.join("tokenizer_config.json"), format!("{facts:#}\n").as_bytes())
+    Ok(TokenizerFile::new(json, end, size))
 }
 
 /// A tokenizer of the end token, the bytes and some merges, each `LEFT RIGHT`.
@@ -203,6 +187,8 @@ pub(crate) fn from_merges(merges: &[&str]) -> TokenizerFile {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::instruct::{Sizes, generate};
     use crate::template::persona_line;

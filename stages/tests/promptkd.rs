@@ -48,7 +48,7 @@ fn start(kind: &str, config: Json, conventions: Conventions) -> Box<dyn Operator
 }
 
 fn prompts() -> Dataset {
-    let tokenizer = TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 61 };
+    let tokenizer = TokenizerFile::new("{}", 0, 61);
     let file = read("prompts.json");
     let listed = file.as_array().or_else(|| file["prompts"].as_array()).unwrap();
     let rows = listed.iter().enumerate().map(|(index, prompt)| {

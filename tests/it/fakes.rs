@@ -136,8 +136,7 @@ fn row(id: u64, number: u64) -> Row {
 }
 
 fn dataset(rows: Vec<Row>, vocabulary: &str) -> Dataset {
-    let json = Arc::new(vocabulary.as_bytes().to_vec());
-    Dataset { rows, tokenizer: TokenizerFile { json, end: 0, size: 97 } }
+    Dataset { rows, tokenizer: TokenizerFile::new(vocabulary, 0, 97) }
 }
 
 /// Rows from a file of numbers, one a line: a source.

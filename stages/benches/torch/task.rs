@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
@@ -286,8 +285,8 @@ fn text(vocabulary: u32, length: usize, row: usize, purpose: u32) -> Vec<u32> {
 fn write_model(model: Model, seed: u64, end: u32, likely_end: Option<f64>, folder: &Path) -> Result<()> {
     let Model { layers, width, vocabulary } = model;
     let tokenizer = match likely_end {
-        Some(_) => TokenizerFile { json: Arc::new(tokenizer(vocabulary as u32, end)?), end, size: vocabulary as u32 },
-        None => TokenizerFile { json: Arc::default(), end, size: vocabulary as u32 },
+        Some(_) => TokenizerFile::new(tokenizer(vocabulary as u32, end)?, end, vocabulary as u32),
+        None => TokenizerFile::new("", end, vocabulary as u32),
     };
     let architecture: Architecture = serde_json::from_value(json!({
         "architecture": "gpt2", "layers": layers, "width": width, "heads": width / 64, "positions": 1024, "dropout": 0.0,

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::facts::{Bounds, Facts, Longest, Vocabulary};
+use crate::facts::{Bounds, Facts, Longest};
 use crate::port::PortType;
+use crate::tokenizer::TokenizerFile;
 use crate::value::{Value, write};
 
 /// The splits of a corpus, in the order of their row ids.
@@ -55,62 +55,6 @@ pub struct Row {
     pub log_probs: Option<Vec<f32>>,
     /// Right answers as text, for scoring; empty where there are none.
     pub references: Vec<String>,
-}
-
-/// The bytes of a `tokenizer.json`, shared by all that carry it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenizerFile {
-    /// Content of `tokenizer.json`.
-    pub json: Arc<Vec<u8>>,
-    /// Id of the token that ends a text, and pads.
-    pub end: u32,
-    /// Number of ids a model over it must have at least.
-    pub size: u32,
-}
-
-/// What [`TokenizerFile::save`] keeps beside `tokenizer.json`.
-#[derive(Serialize, Deserialize)]
-struct TokenizerFacts {
-    end: u32,
-    size: u32,
-}
-
-impl TokenizerFile {
-    /// Writes `tokenizer.json` and `pipeline_tokenizer.json` (end token and size).
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        write(&folder.join("tokenizer.json"), &self.json)?;
-        let facts = TokenizerFacts { end: self.end, size: self.size };
-        write(&folder.join("pipeline_tokenizer.json"), &serde_json::to_vec(&facts)?)
-    }
-
-    /// Reads what [`TokenizerFile::save`] wrote.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let json = read(&folder.join("tokenizer.json"))?;
-        let path = folder.join("pipeline_tokenizer.json");
-        let facts: TokenizerFacts =
-            serde_json::from_slice(&read(&path)?).with_context(|| format!("cannot parse `{}`", path.display()))?;
-        Ok(TokenizerFile { json: Arc::new(json), end: facts.end, size: facts.size })
-    }
-
-    /// What gives ids their meaning, as a fact of all that carries this tokenizer.
-    pub fn vocabulary(&self) -> Vocabulary {
-        let meaning = (!self.json.is_empty()).then(|| self.meaning());
-        Vocabulary { size: Bounds::exactly(self.size.into()), meaning, file: Some(self.clone()) }
-    }
-
-    /// The same text for two tokenizers that give every id the same meaning.
-    fn meaning(&self) -> String {
-        // FNV-1a, 64 bits: tells tokenizers apart in an error message, guards nothing.
-        let hash = self.json.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-        format!("{hash:016x}")
-    }
-
-    /// The first difference between two tokenizers, as a lower-case fragment, where it can be told.
-    pub fn difference(&self, other: &TokenizerFile) -> Option<String> {
-        (self.size != other.size).then(|| format!("one has {} tokens and the other {}", self.size, other.size))
-    }
 }
 
 /// Rows with their tokenizer.
@@ -263,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_saved_dataset_loads_equal() {
-        let tokenizer = TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 3, size: 9 };
+        let tokenizer = TokenizerFile::new("{}", 3, 9);
         let row = |id, response: Vec<u32>, end, log_probs: Option<Vec<f32>>| Row {
             id,
             prompt: vec![1, 2, id as u32],

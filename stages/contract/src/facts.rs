@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::TokenizerFile;
+use crate::tokenizer::TokenizerFile;
 
 /// A whole number between two bounds, both included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,10 +16,11 @@ pub mod outlook;
 pub mod port;
 pub mod random;
 pub mod scoring;
+pub mod tokenizer;
 pub mod value;
 
 pub use clock::Step;
-pub use dataset::{Dataset, End, Row, TokenizerFile};
+pub use dataset::{Dataset, End, Row};
 pub use facts::{Bounds, Facts, Longest, Vocabulary};
 pub use kind::{
     About, Alone, Check, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage,
@@ -27,6 +28,7 @@ pub use kind::{
 pub use outlook::{Cause, Finding, Machine, Outlook};
 pub use port::{Port, PortType, Ports};
 pub use scoring::Scoring;
+pub use tokenizer::TokenizerFile;
 pub use value::{AnyValue, Folder, Inputs, Metrics, Outputs, Predictions, Value};
 
 /// Errors cross the contract as text with a chain of causes; the runner adds which stage and where its log is.

@@ -10,7 +10,6 @@
 //! its blocks and its head, without embeddings; a cached teacher takes those of its head, 2 V d. So the gain may be
 //! `(2 N_T + 6 N_S) / (2 V d_T + 6 N_S)`.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -122,7 +121,7 @@ fn batch() -> Packed {
 fn model(layers: usize, width: usize, heads: usize) -> anyhow::Result<LanguageModel> {
     let shape =
         Architecture { heads: Some(heads), positions: Some(LENGTH), ..Architecture::new(Family::Gpt2, layers, width) };
-    let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: VOCABULARY as u32 };
+    let tokenizer = TokenizerFile::new("", 0, VOCABULARY as u32);
     LanguageModel::init(&shape, tokenizer, 0, &Device::Cpu)
 }
 

@@ -4,19 +4,18 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
+use contract::Result;
 use contract::files::{self, in_words};
 use contract::value::write;
-use contract::{Result, TokenizerFile};
 use half::{bf16, f16};
 use indexmap::IndexMap;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorView};
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 
 use crate::config::Config;
 use crate::model::LanguageModel;
@@ -28,36 +27,7 @@ pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {
     write_tensors(&folder.join("model.safetensors"), model.parameters().iter(), None)?;
     let generation = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| (key.to_owned(), config[key].clone()));
     write_json(&folder.join("generation_config.json"), &Json::Object(generation.into_iter().collect()))?;
-    save_tokenizer(&model.tokenizer, folder)
-}
-
-/// The tokenizer of a model folder. Where the folder is not ours, the end token is the configuration's.
-pub(crate) fn tokenizer(folder: &Path, config: &Config) -> Result<TokenizerFile> {
-    let own = folder.join("pipeline_tokenizer.json");
-    let path = folder.join("tokenizer.json");
-    if own.exists() && path.exists() {
-        return TokenizerFile::load(folder);
-    }
-    let json = if path.exists() { files::read(&path, files::TOKENIZER)? } else { Vec::new() };
-    if own.exists() {
-        let facts: Json =
-            serde_json::from_slice(&read(&own)?).with_context(|| format!("`{}` is not JSON", own.display()))?;
-        let number = |key: &str| facts[key].as_u64().and_then(|n| u32::try_from(n).ok());
-        let (end, size) = number("end")
-            .zip(number("size"))
-            .with_context(|| format!("`{}` has no numbers `end` and `size`", own.display()))?;
-        return Ok(TokenizerFile { json: Arc::new(json), end, size });
-    }
-    let end = config.end().with_context(|| {
-        format!("`{}` names no end token: set `eos_token_id`", folder.join("config.json").display())
-    })?;
-    let size = if json.is_empty() {
-        config.vocab_size() as u32
-    } else {
-        let words: Json = serde_json::from_slice(&json).with_context(|| format!("`{}` is not JSON", path.display()))?;
-        tokens(&words).keys().next_back().map_or(0, |id| id + 1)
-    };
-    Ok(TokenizerFile { json: Arc::new(json), end, size })
+    model.tokenizer.save(folder)
 }
 
 /// The parameters of a model folder as f32, in the order of [`Config::parameter_shapes`].
@@ -163,41 +133,6 @@ pub(crate) fn write_json(path: &Path, json: &Json) -> Result<()> {
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     files::read(path, files::WEIGHTS)
-}
-
-/// `tokenizer.json`, our facts of it, and what `transformers` needs to know of its end token.
-fn save_tokenizer(tokenizer: &TokenizerFile, folder: &Path) -> Result<()> {
-    if tokenizer.json.is_empty() {
-        let facts = json!({"end": tokenizer.end, "size": tokenizer.size});
-        return write(&folder.join("pipeline_tokenizer.json"), &serde_json::to_vec(&facts)?);
-    }
-    tokenizer.save(folder)?;
-    let words: Json = serde_json::from_slice(&tokenizer.json).context("the model's tokenizer is not JSON")?;
-    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast"});
-    if let Some(end) = tokens(&words).remove(&tokenizer.end) {
-        for role in ["bos_token", "eos_token", "pad_token"] {
-            config[role] = json!(end);
-        }
-    }
-    write_json(&folder.join("tokenizer_config.json"), &config)
-}
-
-/// The tokens of a `tokenizer.json` by id.
-fn tokens(tokenizer: &Json) -> BTreeMap<u32, String> {
-    let id = |json: &Json| json.as_u64().and_then(|id| u32::try_from(id).ok());
-    let mut tokens = BTreeMap::new();
-    if let Some(vocabulary) = tokenizer["model"]["vocab"].as_object() {
-        tokens.extend(vocabulary.iter().filter_map(|(token, json)| Some((id(json)?, token.clone()))));
-    }
-    if let Some(pieces) = tokenizer["model"]["vocab"].as_array() {
-        // Unigram models list [piece, score] in the order of ids.
-        let piece = |(id, json): (usize, &Json)| Some((id as u32, json[0].as_str()?.to_owned()));
-        tokens.extend(pieces.iter().enumerate().filter_map(piece));
-    }
-    if let Some(added) = tokenizer["added_tokens"].as_array() {
-        tokens.extend(added.iter().filter_map(|t| Some((id(&t["id"])?, t["content"].as_str()?.to_owned()))));
-    }
-    tokens
 }
 
 /// The files that hold a folder's weights.

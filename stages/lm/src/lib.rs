@@ -31,6 +31,7 @@ mod prompt;
 pub mod sample;
 mod schedule;
 mod teacher_cache;
+mod tokenizer;
 mod top_k;
 
 pub use config::{Activation, Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling};

@@ -29,6 +29,7 @@ use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
 use crate::ops::{Dropout, Ops, Rows};
 use crate::packed::Packed;
+use crate::tokenizer;
 
 /// A model with its tokenizer.
 ///
@@ -76,7 +77,7 @@ impl LanguageModel {
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = Config::load(folder)?;
-        let tokenizer = checkpoint::tokenizer(folder, &config)?;
+        let tokenizer = tokenizer::load(folder, &config)?;
         ensure!(
             tokenizer.size as usize <= config.vocab_size(),
             "`{}` has a tokenizer of {} ids and a model of {}: expected at least as many",
@@ -402,7 +403,7 @@ mod tests {
             let values = numbers(seed, shape.iter().product()).into_iter().map(|x| 0.3 * x).collect();
             (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
         });
-        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 17 };
+        let tokenizer = TokenizerFile::new("", 0, 17);
         LanguageModel::of(config, tokenizer, parameters.collect(), Device::Cpu)
     }
 
@@ -497,7 +498,7 @@ mod tests {
     #[test]
     fn fresh_weights_have_their_scale_and_depend_on_the_seed_alone() {
         let architecture = Architecture::new(Family::Gpt2, 8, 64);
-        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let tokenizer = TokenizerFile::new("", 0, 300);
         let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
         let values =
             |model: &LanguageModel, name: &str| model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -523,7 +524,7 @@ mod tests {
     #[test]
     fn a_fresh_llama_begins_like_a_fresh_gpt2() {
         let architecture = Architecture { tied: Some(false), ..Architecture::new(Family::Llama, 8, 64) };
-        let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 300 };
+        let tokenizer = TokenizerFile::new("", 0, 300);
         let model = LanguageModel::init(&architecture, tokenizer, 1, &Device::Cpu).unwrap();
         for (name, expected) in [
             ("model.embed_tokens.weight", 0.02),

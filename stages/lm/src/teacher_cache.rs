@@ -315,7 +315,7 @@ impl Value for TeacherCache {
 
     fn save(&self, folder: &Path) -> Result<()> {
         let shards = (0..self.shards.len()).map(shard_name);
-        let others = ["cache.json", "rows.safetensors", "tokenizer.json", "pipeline_tokenizer.json"];
+        let others = ["cache.json", "rows.safetensors"];
         for name in others.map(str::to_owned).into_iter().chain(shards) {
             let (from, to) = (self.folder.join(&name), folder.join(&name));
             // The files are never written to again, so a second name does for a copy, where there can be one.
@@ -323,7 +323,7 @@ impl Value for TeacherCache {
                 fs::copy(&from, &to).with_context(|| format!("cannot copy `{}`", from.display()))?;
             }
         }
-        Ok(())
+        self.tokenizer.save(folder)
     }
 
     fn facts(&self) -> contract::Facts {
@@ -548,7 +548,7 @@ mod tests {
     const WIDTH: usize = 6;
 
     fn tokenizer() -> TokenizerFile {
-        TokenizerFile { json: Arc::new(b"{}".to_vec()), end: 0, size: 9 }
+        TokenizerFile::new("{}", 0, 9)
     }
 
     fn facts(keep: Keep, storage: Storage) -> Facts {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use contract::{TokenizerFile, Value};
@@ -49,7 +48,7 @@ fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn a_saved_model_reopens_bit_equal_and_saves_the_same_bytes() {
     let json = r#"{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<end>"}]}"#;
-    let tokenizer = TokenizerFile { json: Arc::new(json.into()), end: 2, size: 3 };
+    let tokenizer = TokenizerFile::new(json, 2, 3);
     let architecture = Architecture {
         heads: Some(4),
         positions: Some(9),

@@ -7,8 +7,6 @@ mod generation;
 mod parity;
 mod training;
 
-use std::sync::Arc;
-
 use candle_core::{Device, Tensor};
 use contract::TokenizerFile;
 use lm::{Architecture, Family, LanguageModel};
@@ -26,7 +24,7 @@ fn small_llama() -> LanguageModel {
 }
 
 fn lively(architecture: &Architecture) -> LanguageModel {
-    let tokenizer = TokenizerFile { json: Arc::new(Vec::new()), end: 0, size: 40 };
+    let tokenizer = TokenizerFile::new("", 0, 40);
     let model = LanguageModel::init(architecture, tokenizer, 5, &Device::Cpu).unwrap();
     // Larger weights than a fresh model has, so that its distributions are far from uniform.
     let model = model.trainable().unwrap();
