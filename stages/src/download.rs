@@ -40,7 +40,8 @@ use crate::columns::Columns;
 pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
 use crate::instruct::{self, Sizes};
-use crate::text::{Text, open_tokenizer};
+use crate::text::Text;
+use crate::tokenizer::{Opened, open_tokenizer};
 use crate::{mmidx, records};
 
 /// Name of the built-in corpus.
@@ -166,8 +167,9 @@ impl Stage for Download {
     fn about(&self) -> About {
         About {
             name: "download",
-            // 2: rows with a key twice, or two columns for the same thing, are refused.
-            version: 2,
+            // 2: rows with a key twice, or two columns for the same thing, are refused. 3: a tokenizer is read from all its files
+            // and kept with them.
+            version: 3,
             numerics: None,
             summary: "brings a corpus, a tokenizer, token files or a model into the pipeline",
             example: "corpus:\n  kind: download\n  with: {source: builtin:instruct, rows: 8000}\n",
@@ -257,9 +259,10 @@ impl Stage for Download {
         // Token files, and the texts beside them.
         let token_files: Vec<String> = file_names().into_iter().chain(["*.bin".into(), "*.idx".into()]).collect();
         let bin = config.bin.as_ref().map(|path| source(&["bin"], path).only(&token_files));
-        let others = [("tokenizer", &config.tokenizer), ("model", &config.model)];
-        let others = others.into_iter().filter_map(|(field, path)| path.as_ref().map(|path| source(&[field], path)));
-        corpus.into_iter().chain(bin).chain(others).collect()
+        let tokenizer = config.tokenizer.as_ref();
+        let tokenizer = tokenizer.map(|path| source(&["tokenizer"], path).only(&crate::tokenizer::sources()));
+        let model = config.model.as_ref().map(|path| source(&["model"], path));
+        corpus.into_iter().chain(bin).chain(tokenizer).chain(model).collect()
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
@@ -273,7 +276,7 @@ impl Stage for Download {
             outlook.output("corpus", Facts { rows: rows.to_vec(), ..Facts::default() });
         } else if let (Some(path), None, None) = (tokenizer, bin, model) {
             // One that cannot be read is an error of its own.
-            if let Ok(file) = open_tokenizer(Path::new(path), end_token.as_deref()) {
+            if let Ok(Opened { tokenizer: file, .. }) = open_tokenizer(Path::new(path), end_token.as_deref()) {
                 let (vocabulary, ends) = (Some(file.vocabulary()), Some(vec![file.end]));
                 outlook.output("tokenizer", Facts { vocabulary, ends, ..Facts::default() });
             }
@@ -326,16 +329,17 @@ impl Operator for Run {
         }
         if let Some(model) = model {
             let folder = self.folder("model")?;
-            copy_model(Path::new(model), end_token, &folder)?;
+            copy_model(Path::new(model), &folder)?;
+            take_in(Path::new(model), end_token, sink)?.save(&folder)?;
             return Ok(Outputs::new().with("model", Folder::new(PortType::Model, folder)));
         }
         let path = tokenizer.as_ref().context("`download` has nothing to bring in")?;
-        let tokenizer = open_tokenizer(Path::new(path), end_token)?;
+        let tokenizer = take_in(Path::new(path), end_token, sink)?;
         if let Some(bin) = bin {
             return read_token_files(Path::new(bin), &tokenizer, sink);
         }
         let folder = self.folder("tokenizer")?;
-        save_tokenizer(&tokenizer, Path::new(path), &folder)?;
+        tokenizer.save(&folder)?;
         Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, folder)))
     }
 }
@@ -549,8 +553,15 @@ fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<
     Ok(Some(references))
 }
 
-/// Copies what makes a model: configuration, weights, tokenizer.
-fn copy_model(from: &Path, end_token: Option<&str>, to: &Path) -> Result<()> {
+/// Reads a tokenizer, and says what was done otherwise than its files say.
+fn take_in(path: &Path, end_token: Option<&str>, sink: &mut dyn Sink) -> Result<TokenizerFile> {
+    let Opened { tokenizer, notes } = open_tokenizer(path, end_token)?;
+    notes.iter().for_each(|note| sink.warn(note));
+    Ok(tokenizer)
+}
+
+/// Copies what makes a model without its tokenizer: configuration and weights.
+fn copy_model(from: &Path, to: &Path) -> Result<()> {
     let entries = fs::read_dir(from).with_context(|| format!("cannot read folder `{}`", from.display()))?;
     let mut names = Vec::new();
     for entry in entries {
@@ -574,7 +585,7 @@ fn copy_model(from: &Path, end_token: Option<&str>, to: &Path) -> Result<()> {
         }
         fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
     }
-    save_tokenizer(&open_tokenizer(from, end_token)?, from, to)
+    Ok(())
 }
 
 /// Compares the length of a safetensors file with what its header says, so that a copy cut short is found here and not by
@@ -596,18 +607,6 @@ fn check_whole(path: &Path) -> Result<()> {
         serde_json::from_slice(&header).with_context(|| format!("`{name}` is no safetensors file"))?;
     let expected = 8 + header_length + header.data_len() as u64;
     ensure!(bytes == expected, "`{name}` is not whole: expected {expected} bytes, got {bytes}; copy it again");
-    Ok(())
-}
-
-/// Writes a tokenizer, with the files that describe it to `transformers` as they were beside it.
-fn save_tokenizer(tokenizer: &TokenizerFile, from: &Path, to: &Path) -> Result<()> {
-    tokenizer.save(to)?;
-    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-        let source = from.join(name);
-        if source.is_file() {
-            fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
-        }
-    }
     Ok(())
 }
 

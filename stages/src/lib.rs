@@ -37,6 +37,7 @@ pub mod template;
 mod testing;
 pub mod text;
 pub mod tokenize;
+pub mod tokenizer;
 pub mod train_tokenizer;
 pub mod training;
 

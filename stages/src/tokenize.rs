@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn the_reference_rows_are_tokenised_byte_for_byte() {
         let (Some(golden), Some(gpt2)) = (shared_data("golden"), shared_data("tokenizers/gpt2")) else { return };
-        let tokenizer = crate::text::open_tokenizer(&gpt2, None).unwrap();
+        let tokenizer = crate::tokenizer::open_tokenizer(&gpt2, None).unwrap().tokenizer;
         let text = Text::new(&tokenizer).unwrap();
         let lines = crate::download::read_rows(&golden.join("dolly-dev-order.jsonl.gz"), &Default::default()).unwrap();
         let folder = tempfile::tempdir().unwrap();

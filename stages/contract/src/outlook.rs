@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use crate::dataset::row_name;
 use crate::facts::{Bounds, Facts, Longest, Peak, Vocabulary};
 use crate::files::in_words;
+use crate::tokenizer::is_other_meaning;
 
 /// Where a stage is going to run.
 #[derive(Clone, Debug, Default)]
@@ -367,8 +368,9 @@ fn largest(facts: &Facts) -> String {
 fn difference(first: &str, expected: &Vocabulary, second: &str, found: &Vocabulary) -> Option<String> {
     let sizes = expected.size.exact().zip(found.size.exact());
     match (&expected.meaning, &found.meaning) {
-        (Some(a), Some(b)) if a != b => {
-            let detail = expected.file.as_ref().zip(found.file.as_ref()).and_then(|(a, b)| a.difference(b));
+        (Some(a), Some(b)) if is_other_meaning(a, b) => {
+            let files = expected.file.as_ref().zip(found.file.as_ref());
+            let detail = files.and_then(|(a, b)| a.difference(b, first, second));
             Some(match (sizes, detail) {
                 (_, Some(detail)) => detail,
                 (Some((a, b)), None) if a != b => format!("`{first}` has {a} tokens and `{second}` has {b}"),

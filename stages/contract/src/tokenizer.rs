@@ -3,7 +3,8 @@
 //! A folder of a tokenizer is read once, at the door. From then on two things travel together: a `tokenizer.json` that says
 //! all that ids come from, for this program, and the files as they were, for whoever opens what is exported.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,12 +13,12 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-use crate::Result;
 use crate::facts::{Bounds, Vocabulary};
 use crate::value::write;
+use crate::{Result, files};
 
 /// A tokenizer, shared by all that carry it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct TokenizerFile {
     /// The `tokenizer.json` that ids come from: everything that the other files say of them is in it. Empty where a model
     /// came without a tokenizer.
@@ -38,6 +39,23 @@ pub struct TokenizerFile {
     pub suffix: Vec<u32>,
     /// The files that it came in, by name, byte by byte.
     pub files: Arc<BTreeMap<String, Vec<u8>>>,
+}
+
+/// Without the bytes of its files: nobody reads a vocabulary in a message.
+impl fmt::Debug for TokenizerFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let files: BTreeMap<&str, usize> =
+            self.files.iter().map(|(name, bytes)| (name.as_str(), bytes.len())).collect();
+        let TokenizerFile { json, end, size, begin, pad, unk, prefix, suffix, .. } = self;
+        f.debug_struct("TokenizerFile")
+            .field("bytes", &json.len())
+            .field("end", end)
+            .field("size", size)
+            .field("roles", &(begin, pad, unk))
+            .field("around", &(prefix, suffix))
+            .field("files", &files)
+            .finish()
+    }
 }
 
 /// Names of the files that describe a tokenizer.
@@ -61,6 +79,14 @@ const CONFIG: &str = "tokenizer_config.json";
 /// of the files.
 const FACTS: &str = "pipeline_tokenizer.json";
 const EFFECTIVE: &str = "effective_tokenizer.json";
+
+/// Begins a meaning, so that those of other versions, which were made otherwise, are known as such.
+const MEANING: &str = "2:";
+
+/// Whether two tokenizers are known to give ids other meanings, by what [`TokenizerFile::vocabulary`] says of them.
+pub(crate) fn is_other_meaning(a: &str, b: &str) -> bool {
+    a != b && a.starts_with(MEANING) && b.starts_with(MEANING)
+}
 
 /// What is kept in [`FACTS`]. Older stores have the first two only.
 #[derive(Serialize, Deserialize)]
@@ -138,25 +164,152 @@ impl TokenizerFile {
         Vocabulary { size: Bounds::exactly(self.size.into()), meaning, file: Some(self.clone()) }
     }
 
-    /// The same text for two tokenizers that give every id the same meaning.
+    /// The same text for two tokenizers that give every id the same meaning and divide text alike. How a file is written,
+    /// what it cuts and pads, and what it puts around a text have no part in it.
     fn meaning(&self) -> String {
+        let canonical = match serde_json::from_slice::<Json>(&self.json) {
+            Ok(json) => Parts::of(&json).text(),
+            Err(_) => String::from_utf8_lossy(&self.json).into_owned(),
+        };
         // FNV-1a, 64 bits: tells tokenizers apart in an error message, guards nothing.
-        let hash = self.json.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-        format!("{hash:016x}")
+        let hash = canonical
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+        format!("{MEANING}{hash:016x}")
     }
 
-    /// The first difference between two tokenizers, as a lower-case fragment, where it can be told.
-    pub fn difference(&self, other: &TokenizerFile) -> Option<String> {
-        (self.size != other.size).then(|| format!("one has {} tokens and the other {}", self.size, other.size))
+    /// The first difference from `other`, as a lower-case fragment that calls this one `here` and the other one `there`;
+    /// `None` where they mean the same, or a file cannot be read.
+    pub fn difference(&self, other: &TokenizerFile, here: &str, there: &str) -> Option<String> {
+        let read = |file: &TokenizerFile| serde_json::from_slice::<Json>(&file.json).ok();
+        let (own, others) = (read(self)?, read(other)?);
+        Parts::of(&own).difference(&Parts::of(&others), here, there)
+    }
+}
+
+/// What of a `tokenizer.json` decides which ids a text has, in a form that is the same however it is written.
+struct Parts {
+    tokens: BTreeMap<u32, String>,
+    merges: Vec<(String, String)>,
+    /// The rest, by the name of its part.
+    rest: BTreeMap<&'static str, Json>,
+}
+
+impl Parts {
+    fn of(json: &Json) -> Self {
+        let merges = json["model"]["merges"].as_array().into_iter().flatten().map(|merge| match merge {
+            Json::String(text) => text.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned())),
+            pair => Some((pair[0].as_str()?.to_owned(), pair[1].as_str()?.to_owned())),
+        });
+        let mut model = json["model"].clone();
+        if let Some(model) = model.as_object_mut() {
+            // Of a vocabulary only its scores are left.
+            model.retain(|key, value| {
+                !["merges", "dropout"].contains(&key.as_str()) && !(key == "vocab" && value.is_object())
+            });
+            // Two names for the same: the pieces of words have no mark unless one is given.
+            model.retain(|_, value| value != "");
+        }
+        let mut added = json["added_tokens"].clone();
+        if let Some(added) = added.as_array_mut() {
+            added.sort_by_key(|token| token["id"].as_u64());
+            if json["normalizer"].is_null() {
+                // There is no difference between the text before and after.
+                added.iter_mut().filter_map(Json::as_object_mut).for_each(|token| _ = token.remove("normalized"));
+            }
+        }
+        let rest = [
+            ("the model", model),
+            ("the normaliser", json["normalizer"].clone()),
+            ("the division into words", json["pre_tokenizer"].clone()),
+            ("the added tokens", added),
+        ];
+        let rest = rest.into_iter().map(|(name, value)| (name, without_defaults(value))).collect();
+        Parts { tokens: tokens(json), merges: merges.flatten().collect(), rest }
+    }
+
+    fn text(&self) -> String {
+        json!([self.tokens, self.merges, self.rest]).to_string()
+    }
+
+    fn difference(&self, other: &Parts, here: &str, there: &str) -> Option<String> {
+        let ids = self.tokens.keys().chain(other.tokens.keys()).collect::<BTreeSet<_>>();
+        let id = ids.into_iter().find(|id| self.tokens.get(id) != other.tokens.get(id));
+        if let Some(id) = id {
+            return Some(match (self.tokens.get(id), other.tokens.get(id)) {
+                (Some(a), Some(b)) => format!("id {id} is `{a}` in `{here}` and `{b}` in `{there}`"),
+                (a, b) => {
+                    let (token, who, not) = match a.or(b) {
+                        Some(token) if a.is_some() => (token, here, there),
+                        token => (token?, there, here),
+                    };
+                    format!("`{who}` has a token `{token}` with id {id}, and `{not}` has none")
+                }
+            });
+        }
+        let merges = self.merges.len().max(other.merges.len());
+        let merge = (0..merges).find(|index| self.merges.get(*index) != other.merges.get(*index));
+        if let Some(index) = merge {
+            let name = |merges: &[(String, String)]| {
+                merges.get(index).map_or("none".to_owned(), |(left, right)| format!("`{left}` with `{right}`"))
+            };
+            return Some(format!(
+                "merge {} is {} in `{here}` and {} in `{there}`",
+                index + 1,
+                name(&self.merges),
+                name(&other.merges)
+            ));
+        }
+        let (name, a) = self.rest.iter().find(|(name, value)| other.rest.get(*name) != Some(*value))?;
+        let b = &other.rest[name];
+        Some(format!("{name} differs: {} in `{here}` and {} in `{there}`", short(a, b), short(b, a)))
+    }
+}
+
+/// Drops what is as it would be without being written.
+fn without_defaults(value: Json) -> Json {
+    match value {
+        Json::Object(fields) => {
+            // Where a token was found in the text has no part in its id.
+            let is_default = |key: &str, value: &Json| {
+                value.is_null()
+                    || *value == json!(false)
+                    || key == "trim_offsets"
+                    || (key == "use_regex" && *value == json!(true))
+            };
+            let fields = fields.into_iter().filter(|(key, value)| !is_default(key, value));
+            Json::Object(fields.map(|(key, value)| (key, without_defaults(value))).collect())
+        }
+        Json::Array(items) => Json::Array(items.into_iter().map(without_defaults).collect()),
+        other => other,
+    }
+}
+
+/// A value for a message: its first part that differs from `other`, and not too much of it.
+fn short(value: &Json, other: &Json) -> String {
+    let part = match (value, other) {
+        (Json::Object(fields), Json::Object(others)) => {
+            fields.iter().find(|(key, value)| others.get(*key) != Some(*value)).map(|(key, value)| json!({key: value}))
+        }
+        (Json::Array(items), Json::Array(others)) => items
+            .iter()
+            .enumerate()
+            .find(|(index, item)| others.get(*index) != Some(*item))
+            .map(|(_, item)| item.clone()),
+        _ => Some(value.clone()),
+    };
+    let Some(part) = part.filter(|part| !part.is_null()) else { return "nothing".into() };
+    let text = part.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 
 /// The files of a folder that describe its tokenizer.
 pub fn files_in(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
-    let names = FILES.iter().filter(|name| folder.join(name).is_file());
-    names.map(|name| Ok(((*name).to_owned(), read(&folder.join(name))?))).collect()
+    let names = FILES.iter().filter(|name| folder.join(name).exists());
+    names.map(|name| Ok(((*name).to_owned(), files::read(&folder.join(name), files::TOKENIZER)?))).collect()
 }
 
 /// The tokens of a `tokenizer.json` by id.
