@@ -60,6 +60,10 @@ const ADDED: &str = "added_tokens.json";
 /// Roles of tokens that every class knows, in the order in which they are added.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
+/// Where special tokens without a role are listed, today and once.
+const EXTRA: &str = "extra_special_tokens";
+const EXTRA_OF_OLD: &str = "additional_special_tokens";
+
 /// End tokens by custom, where nothing names one.
 const ENDS: [&str; 3] = ["<|endoftext|>", "</s>", "<|end_of_text|>"];
 
@@ -198,6 +202,11 @@ impl Folder {
         let is_bare = !self.files.contains_key(CONFIG) && self.model.family.is_none() && main.is_none();
         let class = if is_bare { Class::Gpt2 } else { self.class(&config, main, notes) };
         let mut settings = config.as_object().cloned().unwrap_or_default();
+        if listed(&settings, EXTRA).is_empty()
+            && let Some(older) = settings.remove(EXTRA_OF_OLD)
+        {
+            settings.insert(EXTRA.into(), older);
+        }
         if main.is_some() {
             // There the post-processor decides.
             settings.remove("add_bos_token");
@@ -215,7 +224,7 @@ impl Folder {
             }
             for (token, id) in read(ADDED)?.iter().filter_map(Json::as_object).flatten() {
                 let is_special = NAMED.iter().any(|key| settings.get(*key).and_then(token_text) == Some(token))
-                    || extras(&settings).iter().any(|extra| token_text(extra) == Some(token));
+                    || listed(&settings, EXTRA).iter().any(|extra| token_text(extra) == Some(token));
                 if let Some(id) = id.as_u64() {
                     decoder.insert(id, AddedToken::from(token.clone(), is_special));
                 }
@@ -226,8 +235,9 @@ impl Folder {
                 }
             }
         }
-        let extra = if is_bare { Vec::new() } else { extras(&settings) };
-        let mut extra: Vec<AddedToken> = extra.iter().filter_map(|token| added_token(token, Some(true))).collect();
+        let extra = [EXTRA, EXTRA_OF_OLD].map(|key| listed(&settings, key));
+        let extra = extra.iter().find(|tokens| !tokens.is_empty()).into_iter().flat_map(|tokens| tokens.iter());
+        let mut extra: Vec<AddedToken> = extra.filter_map(|token| added_token(token, Some(true))).collect();
         if is_bare {
             extra.extend(CUSTOMARY.map(|token| AddedToken::from(token, true)));
         }
@@ -296,6 +306,9 @@ impl Folder {
         for key in ["truncation", "padding"] {
             json[key] = Json::Null;
         }
+        if wanted.settings.get("clean_up_tokenization_spaces") == Some(&json!(true)) && json["model"]["type"] != "BPE" {
+            json["decoder"] = tidied(&json["decoder"]);
+        }
         if json["model"].get("dropout").is_some() {
             json["model"]["dropout"] = Json::Null;
         }
@@ -333,7 +346,7 @@ impl Wanted {
         let padding = main.and_then(|main| main["padding"]["pad_token"].as_str());
         let defaults = self.class.roles();
         let own = self.settings.iter().filter(|(key, _)| key.ends_with("_token") && !NAMED.contains(&key.as_str()));
-        let listed = self.settings.get("extra_special_tokens").and_then(Json::as_object).into_iter().flatten();
+        let listed = self.settings.get(EXTRA).and_then(Json::as_object).into_iter().flatten();
         let own: Vec<(String, Json)> = own.chain(listed).map(|(key, token)| (key.clone(), token.clone())).collect();
         let named = NAMED.iter().filter_map(|key| {
             let default = defaults.iter().find(|(role, _)| role == key).map(|(_, token)| json!(token));
@@ -534,6 +547,19 @@ fn vocabulary(model: &Json) -> Json {
     }
 }
 
+/// A decoder that takes away the spaces before punctuation and short forms, as `transformers` does on the finished text.
+fn tidied(decoder: &Json) -> Json {
+    /// No token begins with it.
+    const NO_MARK: &str = "\u{0}";
+    // Without a decoder tokens are joined by spaces.
+    let joined = json!({"type": "WordPiece", "prefix": NO_MARK, "cleanup": false});
+    let decoder = if decoder.is_null() { joined } else { decoder.clone() };
+    let short = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"]
+        .map(|text| json!({"type": "Replace", "pattern": {"String": text}, "content": text.trim()}));
+    let decoders: Vec<Json> = [decoder, json!({"type": "Fuse"})].into_iter().chain(short).collect();
+    json!({"type": "Sequence", "decoders": decoders})
+}
+
 /// The ids that a tokenizer puts before and after a text.
 fn around(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
     let fail = |e| anyhow!("cannot try the tokenizer: {e}");
@@ -552,10 +578,9 @@ fn around(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
     Ok((Vec::new(), Vec::new()))
 }
 
-/// Special tokens without a role of their own.
-fn extras(settings: &Map<String, Json>) -> Vec<Json> {
-    let list = |key: &str| settings.get(key).and_then(Json::as_array).filter(|list| !list.is_empty());
-    list("extra_special_tokens").or_else(|| list("additional_special_tokens")).cloned().unwrap_or_default()
+/// Special tokens without a role of their own, under a key that lists them.
+fn listed<'a>(settings: &'a Map<String, Json>, key: &str) -> &'a [Json] {
+    settings.get(key).and_then(Json::as_array).map_or(&[], Vec::as_slice)
 }
 
 /// A role in `special_tokens_map.json`: what is written out there is special.

@@ -29,6 +29,7 @@ struct Expected {
     roles: BTreeMap<String, Option<u32>>,
     first: Vec<Vec<u32>>,
     digests: Vec<String>,
+    answers: Vec<String>,
 }
 
 impl Fixture {
@@ -104,6 +105,13 @@ fn differences(fixture: &Fixture, expected: &Expected, file: &TokenizerFile) -> 
     let wrong = blocks.filter(|(block, expected)| digest(block) != **expected).count();
     if wrong > 0 {
         found.push(format!("{wrong} of 10 blocks of texts have other ids"));
+    }
+    let answers = ids.iter().map(|ids| tokenizer.decode(ids, true).unwrap().bytes().map(u32::from).collect());
+    let answers: Vec<Vec<u32>> = answers.collect();
+    let wrong =
+        answers.chunks(100).zip(&expected.answers).filter(|(block, expected)| digest(block) != **expected).count();
+    if wrong > 0 {
+        found.push(format!("{wrong} of 10 blocks of ids become other texts"));
     }
     found
 }
