@@ -49,7 +49,7 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
 
 /// Names of the files of a folder that decide how its tokenizer is read.
 pub fn sources() -> Vec<&'static str> {
-    contract::tokenizer::FILES.into_iter().chain(["config.json"]).collect()
+    contract::tokenizer::FILES.into_iter().chain(["config.json", "*.jinja"]).collect()
 }
 
 const MAIN: &str = "tokenizer.json";

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use contract::TokenizerFile;
+use candle_core::Device;
+use contract::{TokenizerFile, Value};
+use lm::LanguageModel;
 use serde::Deserialize;
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use stages::tokenizer::open_tokenizer;
 use tokenizers::Tokenizer;
 
@@ -150,6 +152,118 @@ fn real_tokenizers_give_the_ids_of_auto_tokenizer() {
         let file = open_tokenizer(&folder, None).unwrap().tokenizer;
         assert_eq!(differences(&fixture, expected, &file), Vec::<String>::new(), "{}", expected.name);
     }
+}
+
+/// The folder of that name, opened.
+fn opened(fixture: &Fixture, name: &str) -> TokenizerFile {
+    let expected = fixture.folders.iter().find(|folder| folder.name == name).unwrap();
+    open_tokenizer(fixture.write(expected).path(), None).unwrap().tokenizer
+}
+
+#[test]
+fn tokenizers_are_compared_by_what_they_mean() {
+    let fixture = Fixture::read();
+    let same = ["gpt2", "gpt2 with dropout", "gpt2 with merges as text", "gpt2 of two files", "gpt2 by the model"];
+    let other =
+        ["gpt2 with a space before", "gpt2 with added tokens", "nfc and lower case", "llama", "words", "unigram"];
+    let first = opened(&fixture, "gpt2");
+    for name in same {
+        let found = opened(&fixture, name);
+        assert_eq!(first.difference(&found, "a", "b"), None, "{name}");
+        assert_eq!(first.vocabulary().meaning, found.vocabulary().meaning, "{name}");
+    }
+    for name in other {
+        let found = opened(&fixture, name);
+        assert!(first.difference(&found, "a", "b").is_some(), "{name}");
+        assert_ne!(first.vocabulary().meaning, found.vocabulary().meaning, "{name}");
+    }
+    // What a tokenizer puts around a text, what it cuts and pads, is no part of what ids mean.
+    let bos = opened(&fixture, "bos and eos by the post-processor");
+    assert_eq!(bos.difference(&opened(&fixture, "cut and padded"), "a", "b"), None);
+}
+
+#[test]
+fn a_model_goes_out_with_the_tokenizer_that_came_in() {
+    let fixture = Fixture::read();
+    let expected = fixture.folders.iter().find(|folder| folder.name == "opt").unwrap();
+    let folder = fixture.write(expected);
+    let templates = folder.path().join("additional_chat_templates");
+    fs::create_dir(&templates).unwrap();
+    fs::write(templates.join("tool.jinja"), "{{ tools }}").unwrap();
+    fs::write(folder.path().join("chat_template.jinja"), "{% for m in messages %}\r\n{{ m.content }}{% endfor %}")
+        .unwrap();
+    let file = open_tokenizer(folder.path(), None).unwrap().tokenizer;
+    assert_eq!((file.prefix.as_slice(), file.end, file.begin, file.pad), (&[2][..], 2, Some(2), Some(3)));
+    let shape = json!({"architecture": "gpt2", "layers": 1, "width": 8, "heads": 1, "positions": 16});
+    let model = LanguageModel::init(&serde_json::from_value(shape).unwrap(), file, 1, &Device::Cpu).unwrap();
+    let saved = tempfile::tempdir().unwrap();
+    LanguageModel::load(&saved_to(&model, saved.path()), &Device::Cpu).unwrap().save(saved.path()).unwrap();
+    for name in [
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    ] {
+        let read = |folder: &Path| fs::read(folder.join(name)).unwrap();
+        assert_eq!(read(saved.path()), read(folder.path()), "{name}");
+    }
+    // `transformers` would read it in place of the two files.
+    assert!(!saved.path().join("tokenizer.json").exists());
+    let config: Json = serde_json::from_slice(&fs::read(saved.path().join("config.json")).unwrap()).unwrap();
+    let ids = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| config[key].as_u64());
+    assert_eq!(ids, [Some(2), Some(2), Some(3)]);
+}
+
+fn saved_to(model: &LanguageModel, folder: &Path) -> PathBuf {
+    model.save(folder).unwrap();
+    folder.to_owned()
+}
+
+#[test]
+fn what_is_done_otherwise_is_said() {
+    let fixture = Fixture::read();
+    let main = |change: &dyn Fn(&mut Json)| {
+        let mut json = fixture.bases["bytes"].clone();
+        change(&mut json);
+        json
+    };
+    let open = |main: Json, config: Json| {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("tokenizer.json"), main.to_string()).unwrap();
+        fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        open_tokenizer(folder.path(), None).unwrap()
+    };
+    let general = json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"});
+    let random = open(main(&|json| json["model"]["dropout"] = json!(0.5)), general.clone());
+    assert!(random.notes[0].starts_with("`model.dropout: 0.5` in `tokenizer.json` of "), "{:?}", random.notes);
+    let certain = open(main(&|_| ()), general);
+    assert_eq!((&certain.notes, certain.tokenizer.difference(&random.tokenizer, "a", "b")), (&vec![], None));
+    let effective: Json = serde_json::from_slice(&random.tokenizer.json).unwrap();
+    assert_eq!(effective["model"]["dropout"], json!(null));
+    let own = open(main(&|_| ()), json!({"tokenizer_class": "GemmaTokenizer", "eos_token": "</s>"}));
+    assert!(own.notes[0].contains("of class `GemmaTokenizer`, which is not known here"), "{:?}", own.notes);
+}
+
+#[test]
+fn an_end_token_that_is_asked_for_is_that_of_the_files_too() {
+    let fixture = Fixture::read();
+    let folder = fixture.write(fixture.folders.iter().find(|folder| folder.name == "older, general").unwrap());
+    let file = open_tokenizer(folder.path(), Some("<pad>")).unwrap().tokenizer;
+    assert_eq!(file.end, 3);
+    let saved = tempfile::tempdir().unwrap();
+    file.save(saved.path()).unwrap();
+    assert_eq!(open_tokenizer(saved.path(), None).unwrap().tokenizer, file);
+    let error = open_tokenizer(folder.path(), Some("<eot>")).unwrap_err().to_string();
+    assert!(error.starts_with("end token `<eot>` is not in the vocabulary of "), "{error}");
+}
+
+#[test]
+fn a_sentence_piece_model_alone_is_refused_with_advice() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("tokenizer.model"), b"\n\x0e\n\x05<unk>").unwrap();
+    let error = open_tokenizer(folder.path(), None).unwrap_err().to_string();
+    assert!(error.contains("`tokenizer.model` alone") && error.contains("save_pretrained"), "{error}");
 }
 
 fn shared_data(name: &str) -> Option<PathBuf> {

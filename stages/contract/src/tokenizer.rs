@@ -72,6 +72,9 @@ pub const FILES: [&str; 10] = [
     "vocab.txt",
 ];
 
+/// Folder of chat templates beside the first.
+const TEMPLATES: &str = "additional_chat_templates";
+
 const MAIN: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 
@@ -129,6 +132,10 @@ impl TokenizerFile {
 
     /// Writes the files as they came, and beside them what this program knows of them.
     pub fn save(&self, folder: &Path) -> Result<()> {
+        if self.files.keys().any(|name| name.starts_with(TEMPLATES)) {
+            let folder = folder.join(TEMPLATES);
+            fs::create_dir_all(&folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
+        }
         for (name, bytes) in self.files.iter() {
             write(&folder.join(name), bytes)?;
         }
@@ -192,7 +199,7 @@ struct Parts {
     tokens: BTreeMap<u32, String>,
     merges: Vec<(String, String)>,
     /// The rest, by the name of its part.
-    rest: BTreeMap<&'static str, Json>,
+    rest: [(&'static str, Json); 4],
 }
 
 impl Parts {
@@ -212,6 +219,8 @@ impl Parts {
         }
         let mut added = json["added_tokens"].clone();
         if let Some(added) = added.as_array_mut() {
+            // A special token means its id in all cases: text does not become it.
+            added.retain(|token| token["special"] != json!(true));
             added.sort_by_key(|token| token["id"].as_u64());
             if json["normalizer"].is_null() {
                 // There is no difference between the text before and after.
@@ -219,12 +228,12 @@ impl Parts {
             }
         }
         let rest = [
-            ("the model", model),
-            ("the normaliser", json["normalizer"].clone()),
-            ("the division into words", json["pre_tokenizer"].clone()),
-            ("the added tokens", added),
+            ("normalizer", json["normalizer"].clone()),
+            ("pre_tokenizer", json["pre_tokenizer"].clone()),
+            ("added_tokens", added),
+            ("model", model),
         ];
-        let rest = rest.into_iter().map(|(name, value)| (name, without_defaults(value))).collect();
+        let rest = rest.map(|(name, value)| (name, without_defaults(value)));
         Parts { tokens: tokens(json), merges: merges.flatten().collect(), rest }
     }
 
@@ -260,9 +269,9 @@ impl Parts {
                 name(&other.merges)
             ));
         }
-        let (name, a) = self.rest.iter().find(|(name, value)| other.rest.get(*name) != Some(*value))?;
-        let b = &other.rest[name];
-        Some(format!("{name} differs: {} in `{here}` and {} in `{there}`", short(a, b), short(b, a)))
+        let parts = self.rest.iter().zip(&other.rest);
+        let ((name, a), (_, b)) = parts.into_iter().find(|((_, a), (_, b))| a != b)?;
+        Some(format!("`{name}` is {} in `{here}` and {} in `{there}`", short(a, b), short(b, a)))
     }
 }
 
@@ -308,8 +317,13 @@ fn short(value: &Json, other: &Json) -> String {
 
 /// The files of a folder that describe its tokenizer.
 pub fn files_in(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
-    let names = FILES.iter().filter(|name| folder.join(name).exists());
-    names.map(|name| Ok(((*name).to_owned(), files::read(&folder.join(name), files::TOKENIZER)?))).collect()
+    let mut names: Vec<String> = FILES.iter().map(|name| (*name).to_owned()).collect();
+    for entry in fs::read_dir(folder.join(TEMPLATES)).into_iter().flatten() {
+        let name = entry.with_context(|| format!("cannot read `{}`", folder.join(TEMPLATES).display()))?.file_name();
+        names.extend(name.to_str().filter(|name| name.ends_with(".jinja")).map(|name| format!("{TEMPLATES}/{name}")));
+    }
+    names.retain(|name| folder.join(name).exists());
+    names.into_iter().map(|name| Ok((name.clone(), files::read(&folder.join(name), files::TOKENIZER)?))).collect()
 }
 
 /// The tokens of a `tokenizer.json` by id.
@@ -361,7 +375,12 @@ mod tests {
     #[test]
     fn a_saved_tokenizer_loads_equal_whatever_it_came_in() {
         let own = TokenizerFile::new(ABC, 2, 3);
-        let files = [("merges.txt", "a b"), ("chat_template.jinja", "\r\n{{ x }}"), ("vocab.json", "{ }")];
+        let files = [
+            ("merges.txt", "a b"),
+            ("chat_template.jinja", "\r\n{{ x }}"),
+            ("vocab.json", "{ }"),
+            ("additional_chat_templates/tool.jinja", "t"),
+        ];
         let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
         let foreign = TokenizerFile {
             unk: Some(0),
@@ -392,5 +411,57 @@ mod tests {
         let folder = saved(&TokenizerFile::new(ABC, 2, 3));
         let config: Json = serde_json::from_slice(&read(&folder.path().join(CONFIG)).unwrap()).unwrap();
         assert_eq!((&config["eos_token"], &config["bos_token"]), (&json!("</s>"), &json!("</s>")));
+    }
+
+    #[test]
+    fn the_first_difference_is_named() {
+        let json = |change: &dyn Fn(&mut Json)| {
+            let mut json = json!({
+                "truncation": null, "normalizer": null, "pre_tokenizer": {"type": "ByteLevel", "use_regex": true},
+                "post_processor": null, "added_tokens": [{"id": 2, "content": "</s>", "special": true}, {"id": 3, "content": "ab", "normalized": false}],
+                "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2, "ab": 3}, "merges": [["a", "b"]]},
+            });
+            change(&mut json);
+            TokenizerFile::new(json.to_string(), 2, 4)
+        };
+        let file = json(&|_| ());
+        let same: [&dyn Fn(&mut Json); 7] = [
+            &|json| json["model"]["merges"] = json!(["a b"]),
+            &|json| json["truncation"] = json!({"max_length": 9}),
+            &|json| json["post_processor"] = json!({"type": "ByteLevel"}),
+            &|json| json["model"]["dropout"] = json!(null),
+            &|json| json["added_tokens"][1]["normalized"] = json!(true),
+            &|json| json["added_tokens"][0]["lstrip"] = json!(true),
+            &|json| json["model"]["unk_token"] = json!(null),
+        ];
+        for change in same {
+            let other = json(change);
+            assert_eq!((file.difference(&other, "x", "y"), other.meaning()), (None, file.meaning()));
+        }
+        let cases: [(&dyn Fn(&mut Json), &str); 6] = [
+            (
+                &|json| json["model"]["vocab"] = json!({"b": 0, "a": 1, "</s>": 2, "ab": 3}),
+                "id 0 is `a` in `x` and `b` in `y`",
+            ),
+            (&|json| json["model"]["vocab"]["c"] = json!(4), "`y` has a token `c` with id 4, and `x` has none"),
+            (
+                &|json| json["model"]["merges"] = json!([["b", "a"]]),
+                "merge 1 is `a` with `b` in `x` and `b` with `a` in `y`",
+            ),
+            (&|json| json["model"]["merges"] = json!([]), "merge 1 is `a` with `b` in `x` and none in `y`"),
+            (
+                &|json| json["normalizer"] = json!({"type": "NFC"}),
+                "`normalizer` is nothing in `x` and {\"type\":\"NFC\"} in `y`",
+            ),
+            (
+                &|json| json["model"]["byte_fallback"] = json!(true),
+                "`model` is nothing in `x` and {\"byte_fallback\":true} in `y`",
+            ),
+        ];
+        for (change, expected) in cases {
+            let other = json(change);
+            assert_eq!(file.difference(&other, "x", "y").as_deref(), Some(expected));
+            assert_ne!(file.meaning(), other.meaning());
+        }
     }
 }

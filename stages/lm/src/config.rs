@@ -191,6 +191,20 @@ impl Config {
         })
     }
 
+    /// Names the tokens that begin a text and pad, where the tokenizer knows some.
+    pub(crate) fn set_roles(&mut self, begin: Option<u32>, pad: Option<u32>) {
+        match self {
+            Config::Gpt2(config) => {
+                config.bos_token_id = begin.or(config.bos_token_id);
+                config.pad_token_id = pad.or(config.pad_token_id);
+            }
+            Config::Llama(config) => {
+                config.bos_token_id = begin.or(config.bos_token_id);
+                config.pad_token_id = pad.map(i64::from).or(config.pad_token_id);
+            }
+        }
+    }
+
     /// Rows `V` of the embedding; may be more than the tokenizer has ids.
     pub fn vocab_size(&self) -> usize {
         match self {

@@ -52,7 +52,8 @@ impl LanguageModel {
     /// Matrices are normal with standard deviation 0.02, those that end a residual branch divided by `sqrt(2 layers)`;
     /// norm weights are 1, biases 0. Each number depends on the seed, its parameter's index and its place alone.
     pub fn init(architecture: &Architecture, tokenizer: TokenizerFile, seed: u64, device: &Device) -> Result<Self> {
-        let config = architecture.config(tokenizer.size as usize, tokenizer.end)?;
+        let mut config = architecture.config(tokenizer.size as usize, tokenizer.end)?;
+        config.set_roles(tokenizer.begin, tokenizer.pad);
         let residual = 1.0 / (2.0 * config.layers() as f64).sqrt();
         let mut parameters = IndexMap::new();
         for (index, (name, shape)) in config.parameter_shapes().into_iter().enumerate() {
