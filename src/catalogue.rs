@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::diagnostic::did_you_mean;
 use crate::language::kinds::{Schema, WINDOW_FIELDS};
+use crate::language::read::limits_of;
 use crate::yaml::{self, Node, Source, Value};
 
 /// All kinds, a line each; or all about one of them.
@@ -276,30 +277,32 @@ fn stage_schema(kind: &dyn Kind, with: Json, in_loop: bool) -> Json {
         "with": with,
     });
     if in_loop {
-        properties["every"] = json!({"anyOf": [{"enum": ["round", "epoch"]}, {"type": "integer", "minimum": 1}]});
+        let (least, most) = limits_of("every").into_inner();
+        let rounds = json!({"type": "integer", "minimum": least, "maximum": most});
+        properties["every"] = json!({"anyOf": [{"enum": ["round", "epoch"]}, rounds]});
     }
     object(properties, &["kind"])
 }
 
 /// A whole number, a parameter that brings one, or nothing at all.
-fn whole_number(least: u64, doc: &str) -> Json {
+fn whole_number(field: &str, doc: &str) -> Json {
     let parameter = json!({"type": "string", "pattern": r"\$\{params\."});
-    json!({"anyOf": [{"type": "integer", "minimum": least}, parameter, {"type": "null"}], "description": doc})
+    let (least, most) = limits_of(field).into_inner();
+    json!({"anyOf": [{"type": "integer", "minimum": least, "maximum": most}, parameter, {"type": "null"}], "description": doc})
 }
 
 fn rounds_field() -> Json {
-    whole_number(1, "Number of rounds, or a cap on what `epochs` make.")
+    whole_number("rounds", "Number of rounds, or a cap on what `epochs` make.")
 }
 
 /// The fields of a window.
 fn window_fields() -> Json {
-    let number = whole_number;
     json!({
-        "rows": number(1, "Only the first so many rows."),
-        "take": number(1, "Rows a round."),
-        "epochs": number(1, "Passes over the rows."),
+        "rows": whole_number("rows", "Only the first so many rows."),
+        "take": whole_number("take", "Rows a round."),
+        "epochs": whole_number("epochs", "Passes over the rows."),
         "order": {"enum": ["shuffle", "given"], "description": "Order of rows within an epoch."},
-        "seed": number(0, "Seed of a shuffled order."),
+        "seed": whole_number("seed", "Seed of a shuffled order."),
         "last": {"enum": ["drop", "short"], "description": "What becomes of a last window with fewer rows."},
     })
 }
@@ -313,8 +316,10 @@ fn with_window(kind: &dyn Kind, mut with: Json) -> Json {
     else {
         return with;
     };
-    let order_seed =
-        whole_number(0, "Seed of a shuffled order; left out: that of the stage, under `conventions: reference` 0.");
+    let order_seed = whole_number(
+        "order_seed",
+        "Seed of a shuffled order; left out: that of the stage, under `conventions: reference` 0.",
+    );
     let more = [("rounds".to_owned(), rounds_field()), ("order_seed".to_owned(), order_seed)];
     for (name, field) in window.into_iter().chain(more) {
         own.entry(name).or_insert(field);

@@ -177,7 +177,12 @@ impl Node {
         match &self.value {
             Value::Null => "nothing".into(),
             Value::Bool(b) => format!("`{b}`"),
-            Value::Number(n) => format!("`{n}`"),
+            Value::Number(n) => {
+                let Span { source, start, end } = self.origin();
+                let written = &source.text[*start..*end];
+                let is_same = written.parse().is_ok_and(|value: f64| Some(value) == n.as_f64());
+                if is_same { format!("`{written}`") } else { format!("`{n}`") }
+            }
             Value::String(s) => format!("the text `{s}`"),
             Value::List(_) => "a list".into(),
             Value::Map(_) => "a mapping".into(),
@@ -211,6 +216,7 @@ fn options(duplicate_keys: DuplicateKeyPolicy) -> Options {
     serde_saphyr::options! {
         duplicate_keys: duplicate_keys,
         strict_booleans: true,
+        reject_unsupported_tags: true,
         with_snippet: false,
         budget: serde_saphyr::budget! { max_depth: 40, max_nodes: 100_000, max_aliases: 2_000, max_anchors: 1_000 },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 50_000, max_replay_stack_depth: 16 },
@@ -357,6 +363,24 @@ impl Builder<'_> {
                 "write the values out, or split the file with `include:`",
             )
             .at(at, "too much from here on"),
+            Error::NonFiniteFloat { .. } => {
+                Diagnostic::new("a number is not finite", "give a number that is, or quote it if it is a text")
+                    .at(at, "here")
+            }
+            Error::MultipleDocuments { .. } => {
+                Diagnostic::new("the text holds several documents", "keep one: what follows `---` is another")
+                    .at(at, "the second begins here")
+            }
+            Error::UnknownAnchor { .. } => Diagnostic::new(
+                "an alias has no anchor",
+                "write `&NAME` at the value that `*NAME` stands for, above it",
+            )
+            .at(at, "stands for nothing"),
+            Error::UnsupportedTag { .. } => Diagnostic::new(
+                "tags mean nothing in a pipeline",
+                "leave the tag out; a text is quoted, a number is not",
+            )
+            .at(at, "a tag"),
             _ => Diagnostic::new(
                 format!("not valid YAML: {}", plain(error)),
                 "check indentation, quotes and brackets around this place",
@@ -478,6 +502,24 @@ mod tests {
             text += &format!("a{i}: &a{i} [{row}]\n");
         }
         assert!(parse(&Source::new("bomb", text)).unwrap_err().message.contains("too large"));
+    }
+
+    #[test]
+    fn what_is_wrong_but_well_formed_is_not_called_a_matter_of_brackets() {
+        let cases = [
+            ("a: .nan", "not finite"),
+            ("a: 1e999", "not finite"),
+            ("a: 1\n---\nb: 2\n", "several documents"),
+            ("a: *none", "no anchor"),
+            ("a: !mine 3", "tags mean nothing"),
+            ("a: !mine {b: 1}", "tags mean nothing"),
+            ("a: !mine [1]", "tags mean nothing"),
+        ];
+        for (text, said) in cases {
+            let error = parse(&Source::new("t", text)).unwrap_err();
+            assert!(error.message.contains(said) && !error.hint.contains("brackets"), "{text}: {}", error.message);
+        }
+        assert_eq!(read("a: !!str 3").to_json(), serde_json::json!({"a": "3"}));
     }
 
     #[test]

@@ -138,7 +138,19 @@ fn parse_set(argument: &str) -> Result<Edit, Diagnostic> {
         let diagnostic = Diagnostic::new(format!("`--set {argument}` gives no value"), "write `--set path=value`");
         return Err(diagnostic.at(Span::whole(&source), "expected `path=value`"));
     };
-    let value = yaml::parse_from(&source, equals + 1)?;
+    let value = yaml::parse_from(&source, equals + 1).map_err(|mut error| {
+        // The shell has taken its own quotes away.
+        if argument[equals + 1..]
+            .trim_start()
+            .starts_with(['{', '[', '"', '\'', '&', '*', '!', '|', '>', '%', '@', '`'])
+        {
+            error.hint = format!(
+                "close what is open; a text that begins so is quoted for YAML, inside of the shell's quotes: `--set '{}=\"...\"'`",
+                &argument[..equals]
+            );
+        }
+        error
+    })?;
     let span = Span { source: source.clone(), start: 0, end: equals };
     let path = argument[..equals].to_owned();
     Ok(Edit { path, span, action: Action::Set(value), owner: Owner::CommandLine })

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
-use contract::{Alone, Kind, Registry};
+use contract::{Alone, Kind, Registry, limits};
 use jsonschema::Validator;
 use serde_json::Value as Json;
 
@@ -95,6 +95,47 @@ impl Schema {
             choices.extend(listed.chain(schema.get("const")).filter_map(Json::as_str).map(str::to_owned));
         }
         choices
+    }
+
+    /// The numbers that a field may be, in words, where they have a limit.
+    pub(crate) fn range(&self, path: &[String]) -> Option<String> {
+        let limit = |schema: &Json, key: &str| {
+            let limit = schema.get(key).filter(|limit| limit.is_number())?.to_string();
+            Some(limit.strip_suffix(".0").map(str::to_owned).unwrap_or(limit))
+        };
+        self.subschemas(path).into_iter().find_map(|schema| {
+            let (least, most) = (limit(schema, "minimum"), limit(schema, "maximum"));
+            let (above, below) = (limit(schema, "exclusiveMinimum"), limit(schema, "exclusiveMaximum"));
+            Some(match (above, least, below, most) {
+                (Some(above), _, Some(below), _) => format!("above {above} and below {below}"),
+                (Some(above), _, None, Some(most)) => format!("above {above} and at most {most}"),
+                (None, Some(least), Some(below), _) => format!("{least} or more and below {below}"),
+                (None, Some(least), None, Some(most)) if most == limits::SEED.to_string() => format!("{least} or more"),
+                (None, Some(least), None, Some(most)) => format!("from {least} to {most}"),
+                (Some(above), _, None, None) => format!("above {above}"),
+                (None, Some(least), None, None) => format!("{least} or more"),
+                (None, None, Some(below), _) => format!("below {below}"),
+                (None, None, None, most) => format!("at most {}", most?),
+            })
+        })
+    }
+
+    /// The choices of a field that have settings of their own, and which: `jsd` with `beta` is written `{jsd: {beta: 0.5}}`.
+    pub(crate) fn forms(&self, path: &[String]) -> Vec<(String, Vec<String>)> {
+        let schemas = self.subschemas(path).into_iter();
+        let form = |schema: &Json| {
+            let (name, _) = schema.get("properties")?.as_object().filter(|all| all.len() == 1)?.iter().next()?;
+            let required = schema.get("required")?.as_array()?;
+            required.iter().any(|field| field == name).then(|| name.clone())
+        };
+        let named = schemas.filter_map(form);
+        named.map(|name| (name.clone(), self.fields(&[path, &[name]].concat()).names)).collect()
+    }
+
+    /// Whether a field takes whole numbers and no others.
+    pub(crate) fn is_whole(&self, path: &[String]) -> bool {
+        let types: Vec<&Json> = self.subschemas(path).into_iter().filter_map(|schema| schema.get("type")).collect();
+        types.iter().any(|types| mentions(types, "integer")) && !types.iter().any(|types| mentions(types, "number"))
     }
 
     /// Every schema that a value at `path` may have to meet, references and alternatives followed.

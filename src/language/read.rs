@@ -1,5 +1,9 @@
 //! Small readers over the tree: each gives a value or says what is wrong with it.
 
+use std::ops::RangeInclusive;
+
+use contract::limits;
+
 use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
 use crate::language::edit::{Removed, removal};
 use crate::yaml::{Entry, Map, Node, Span, Value};
@@ -67,14 +71,26 @@ pub(crate) fn given<'a>(map: &'a Map, key: &str) -> Option<&'a Entry> {
     map.get(key).filter(|entry| !matches!(entry.node.value, Value::Null))
 }
 
-/// A whole number of `least` or more.
-pub(crate) fn whole(node: &Node, what: &str, least: u64, problems: &mut Problems) -> Option<u64> {
-    let number = if let Value::Number(number) = &node.value { number.as_u64() } else { None };
-    if number.is_none_or(|number| number < least) {
-        problems.push(wrong_type(node, what, &format!("a whole number of {least} or more")));
-        return None;
+/// The whole numbers that a field of a loop, of a window or of `every` may be.
+pub(crate) fn limits_of(field: &str) -> RangeInclusive<u64> {
+    match field {
+        "rows" | "take" => 1..=limits::ROWS,
+        "epochs" | "rounds" | "every" => 1..=limits::UPDATES,
+        _ => 0..=limits::SEED,
     }
-    number
+}
+
+/// A whole number within the limits of `field`.
+pub(crate) fn whole(node: &Node, field: &str, problems: &mut Problems) -> Option<u64> {
+    let number = if let Value::Number(number) = &node.value { number.as_u64() } else { None };
+    let (least, most) = limits_of(field).into_inner();
+    let within = number.filter(|number| (least..=most).contains(number));
+    if within.is_none() {
+        let range =
+            if most == limits::SEED { format!("of {least} or more") } else { format!("from {least} to {most}") };
+        problems.push(wrong_type(node, field, &format!("a whole number {range}")));
+    }
+    within
 }
 
 /// `true` or `false`.

@@ -181,7 +181,7 @@ fn read_operator(name: &str, span: &Span, node: &Node, problems: &mut Problems) 
 
 fn read_every(node: &Node, problems: &mut Problems) -> Option<Every> {
     match &node.value {
-        Value::Number(_) => read::whole(node, "every", 1, problems).map(Every::Rounds),
+        Value::Number(_) => read::whole(node, "every", problems).map(Every::Rounds),
         _ => read::choice(node, "every", &[("epoch", Every::Epoch), ("round", Every::Round)], problems),
     }
 }
@@ -229,7 +229,7 @@ fn read_loop(name: &str, span: &Span, node: &Node, problems: &mut Problems) -> L
         let diagnostic = Diagnostic::new(format!("loop `{name}` has no stages"), "add stages under `loop.stages`");
         problems.push(diagnostic.at(span.clone(), "nothing to repeat"));
     }
-    let rounds = read::given(map, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let rounds = read::given(map, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", problems));
     let unroll = map.get("unroll").and_then(|entry| read::boolean(&entry.node, "unroll", problems)).unwrap_or(false);
     check_rounds(name, span, map, &windows, problems);
     LoopSpec { span: span.clone(), windows, carry, stages, rounds, unroll, broken }
@@ -286,14 +286,14 @@ pub(crate) fn no_take(what: &str, span: &Span) -> Diagnostic {
 
 /// Reads what a mapping holds of a window's fields, with their defaults.
 pub(crate) fn read_window_fields(map: &Map, problems: &mut Problems) -> WindowFields {
-    let mut number = |key: &str, least| {
+    let mut number = |key: &str| {
         let entry = read::given(map, key)?;
-        Some((read::whole(&entry.node, key, least, problems)?, entry.key.clone()))
+        Some((read::whole(&entry.node, key, problems)?, entry.key.clone()))
     };
-    let rows = number("rows", 1).map(|(rows, _)| rows);
-    let take = number("take", 1).map(|(take, _)| take);
-    let epochs = number("epochs", 1);
-    let seed = number("seed", 0).map_or(0, |(seed, _)| seed);
+    let rows = number("rows").map(|(rows, _)| rows);
+    let take = number("take").map(|(take, _)| take);
+    let epochs = number("epochs");
+    let seed = number("seed").map_or(0, |(seed, _)| seed);
     let orders = [("shuffle", Order::Shuffle), ("given", Order::Given)];
     let order = map.get("order").and_then(|entry| read::choice(&entry.node, "order", &orders, problems));
     let lasts = [("drop", Last::Drop), ("short", Last::Short)];

@@ -52,7 +52,7 @@ pub(super) fn check<'a>(
         fields.shift_remove("seed");
     }
     let window = read_window(name, spec, &fields, own_seed, all.conventions, problems);
-    let rounds = read::given(with, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", 1, problems));
+    let rounds = read::given(with, "rounds").and_then(|entry| read::whole(&entry.node, "rounds", problems));
     let connected = contract.check.as_ref().and_then(|check| Some((check, spec.inputs.get(check.valid)?)));
     let check = match connected {
         Some((check, input)) => Some(measurement(check, all, kinds, &input.port, problems)?),
@@ -72,7 +72,7 @@ fn read_window(
     let WindowFields { rows, take, epochs, order, seed, last, places } = read_window_fields(with, problems);
     // The published programs shuffle from 0, whatever their seed.
     let from = if own_seed && conventions == Conventions::Reference { 0 } else { seed };
-    let own = read::given(with, "order_seed").and_then(|entry| read::whole(&entry.node, "order_seed", 0, problems));
+    let own = read::given(with, "order_seed").and_then(|entry| read::whole(&entry.node, "order_seed", problems));
     let seed = own.unwrap_or(from);
     if read::given(with, "take").is_none() {
         problems.push(no_take(&format!("`{name}`"), &spec.span));

@@ -46,8 +46,9 @@ pub(super) fn operator(
     }
     let config = with.to_json();
     let check = Check { info, with: &with, stage: &spec.span };
-    let errors: Vec<Diagnostic> =
+    let mut errors: Vec<Diagnostic> =
         info.validator().iter_errors(&config).flat_map(|error| check.explain(&error)).collect();
+    check.find_fractions(&mut Vec::new(), &with, &mut errors);
     if !errors.is_empty() {
         errors.into_iter().for_each(|error| problems.push(error));
         return None;
@@ -111,6 +112,10 @@ impl Check<'_> {
             }
             ValidationErrorKind::Type { kind } => vec![self.wrong_type(&path, &type_names(kind))],
             ValidationErrorKind::Enum { .. } | ValidationErrorKind::Constant { .. } => vec![self.wrong_choice(&path)],
+            ValidationErrorKind::Minimum { .. }
+            | ValidationErrorKind::Maximum { .. }
+            | ValidationErrorKind::ExclusiveMinimum { .. }
+            | ValidationErrorKind::ExclusiveMaximum { .. } => vec![self.out_of_range(&path)],
             _ => {
                 let text = error.to_string().replace('"', "`");
                 vec![self.wrong(&path, format!("`{}`: {text}", dotted(&path)), "give a value within the limit")]
@@ -118,9 +123,78 @@ impl Check<'_> {
         }
     }
 
+    fn out_of_range(&self, path: &[String]) -> Diagnostic {
+        let range = self.info.schema.range(path).unwrap_or_default();
+        let (node, _) = self.node(path);
+        let message = format!("`{}` must be {range}, got {}", dotted(path), node.describe());
+        self.wrong(path, message, &format!("give a number that is {range}"))
+    }
+
+    /// To JSON `1.0` is a whole number; to the types of the stages it is not.
+    fn find_fractions(&self, path: &mut Vec<String>, node: &Node, errors: &mut Vec<Diagnostic>) {
+        let mut below = |step: String, inner: &Node| {
+            path.push(step);
+            self.find_fractions(path, inner, errors);
+            path.pop();
+        };
+        match &node.value {
+            Value::Map(map) => map.iter().for_each(|(key, entry)| below(key.clone(), &entry.node)),
+            Value::List(items) => items.iter().enumerate().for_each(|(at, item)| below(at.to_string(), item)),
+            Value::Number(number) if number.is_f64() && self.info.schema.is_whole(path) => {
+                let value = number.as_f64().unwrap_or_default();
+                if value.fract() == 0.0 && value.abs() < 1e15 {
+                    let message = format!("`{}` must be a whole number, got {}", dotted(path), node.describe());
+                    errors.push(self.wrong(path, message, &format!("write `{value}`")));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// What is wrong with a choice that has settings of its own, or should have.
+    fn wrong_form(&self, path: &[String]) -> Option<Diagnostic> {
+        let forms = self.info.schema.forms(path);
+        let (node, _) = self.node(path);
+        let field = dotted(path);
+        let known = |name: &str| forms.iter().find(|(form, _)| form == name);
+        match &node.value {
+            Value::String(text) => {
+                let form = known(text)?;
+                let message = format!("`{field}`: `{text}` has settings of its own");
+                Some(self.wrong(path, message, &format!("write `{field}: {}`", written(form))))
+            }
+            Value::Map(map) if !forms.is_empty() => {
+                let mut names = map.keys();
+                let (first, second) = (names.next(), names.next());
+                match (first, second) {
+                    (Some(first), None) if known(first).is_some() => None,
+                    (Some(first), None) => {
+                        let all = forms.iter().map(|(name, _)| name.as_str());
+                        let hint = did_you_mean(first, "choice", all);
+                        Some(self.wrong(&joined(path, first), format!("`{field}` has no choice `{first}`"), &hint))
+                    }
+                    (None, _) => Some(self.wrong_choice(path)),
+                    (Some(first), Some(second)) => {
+                        let message = format!("`{field}` is one choice, and `{first}` and `{second}` are several");
+                        Some(self.wrong(path, message, "keep one of them"))
+                    }
+                }
+            }
+            _ => None,
+        }
+    }
+
     /// What is wrong with the alternative that was most likely meant; if none was, what the alternatives are.
     fn alternatives(&self, path: &[String], context: &[Vec<ValidationError>]) -> Vec<Diagnostic> {
+        if let Some(form) = self.wrong_form(path) {
+            return vec![form];
+        }
+        let has_forms = !self.info.schema.forms(path).is_empty();
         let other_shape = |error: &ValidationError| match error.kind() {
+            // Another of the choices that have settings of their own.
+            ValidationErrorKind::AdditionalProperties { .. } | ValidationErrorKind::Required { .. } => {
+                has_forms && path_of(error).len() == path.len()
+            }
             ValidationErrorKind::Type { .. } => path_of(error).len() == path.len(),
             ValidationErrorKind::Constant { .. } => true,
             ValidationErrorKind::Enum { .. } => path_of(error).len() == path.len(),
@@ -165,9 +239,10 @@ impl Check<'_> {
     }
 
     fn wrong_choice(&self, path: &[String]) -> Diagnostic {
-        let choices = self.info.schema.choices(path);
+        let mut choices = self.info.schema.choices(path);
         let (node, _) = self.node(path);
         let given = node.text().unwrap_or_default();
+        choices.extend(self.info.schema.forms(path).iter().map(written));
         let hint = did_you_mean(given, "value", choices.iter().map(String::as_str));
         let message = format!("`{}` must be one of {}, got {}", dotted(path), quoted(&choices), node.describe());
         self.wrong(path, message, &hint)
@@ -241,6 +316,12 @@ fn joined(path: &[String], field: &str) -> Vec<String> {
 
 fn dotted(path: &[String]) -> String {
     path.join(".")
+}
+
+/// How a choice with settings is written.
+fn written((name, fields): &(String, Vec<String>)) -> String {
+    let fields: Vec<String> = fields.iter().map(|field| format!("{field}: ...")).collect();
+    format!("{{{name}: {{{}}}}}", fields.join(", "))
 }
 
 fn type_names(kind: &TypeKind) -> Vec<String> {

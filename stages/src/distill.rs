@@ -28,7 +28,7 @@ use contract::{
     About, Alone, AnyValue, Cause, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs,
     PortType, Ports, Result, Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Source, Target, check_temperature, head_loss};
+use lm::loss::{Divergence, Source, Target, head_loss};
 use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -46,12 +46,15 @@ training::config! {
         pub divergence: Divergence,
         /// What the divergence counts in the loss.
         #[serde(default = "one")]
+        #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
         pub weight: f64,
         /// What the cross-entropy of the response counts in the loss.
         #[serde(default)]
+        #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
         pub cross_entropy: f64,
         /// Temperature of both distributions in the divergence. Gradients shrink with its square; no factor makes up for it.
         #[serde(default = "one")]
+        #[schemars(range(min = contract::limits::TEMPERATURE.0, max = contract::limits::TEMPERATURE.1))]
         pub temperature: f64,
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
@@ -107,6 +110,7 @@ impl Stage for Distill {
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
         config.fill_settings(conventions);
+        config.init = config.init.take().map(Architecture::without_defaults);
         config.optimizer.fill_for_model(conventions);
         config.accumulation_prompt.get_or_insert(match conventions {
             Conventions::Sound => AccumulationPrompt::New,
@@ -115,10 +119,7 @@ impl Stage for Distill {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = config.settings().validate();
-        if let Err(error) = check_temperature(config.temperature) {
-            errors.push(ConfigError::at("temperature", error.to_string()));
-        }
+        let mut errors = Vec::new();
         if let Err(error) = config.divergence.validate() {
             errors.push(ConfigError::at("divergence", format!("{error:#}")));
         }

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use contract::dataset::SPLIT_ROWS;
+use contract::limits;
 use contract::{
     About, AnyValue, Bounds, Cause, ConfigError, Dataset, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs,
     PortType, Ports, Sink, Source, Stage, Step, TokenizerFile,
@@ -61,9 +62,11 @@ pub struct Config {
     pub source: Option<Place>,
     /// Training rows of the built-in corpus. 8000 unless given: enough for a small teacher to learn its tasks.
     #[serde(default)]
+    #[schemars(range(min = 1, max = limits::ROWS))]
     pub rows: Option<usize>,
     /// Seed of the built-in corpus, 0 unless given.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::SEED))]
     pub seed: Option<u64>,
     /// How the rows of a file are divided; all of them train unless given.
     #[serde(default)]
@@ -129,9 +132,11 @@ impl Files {
 pub struct Division {
     /// Rows at the beginning to validate on. The distillation papers take 1000 of Dolly.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
     pub valid: usize,
     /// Rows after those to test on.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
     pub test: usize,
 }
 
@@ -141,12 +146,15 @@ pub struct Division {
 pub struct Limit {
     /// Of the training rows.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
     pub train: Option<usize>,
     /// Of the validation rows.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
     pub valid: Option<usize>,
     /// Of the test rows.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
     pub test: Option<usize>,
 }
 

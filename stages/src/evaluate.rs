@@ -20,6 +20,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
 use candle_core::Tensor;
+use contract::limits;
 use contract::outlook::Rows;
 use contract::random::{below, philox, purpose};
 use contract::{
@@ -51,30 +52,39 @@ pub struct Config {
     pub metrics: Vec<Metric>,
     /// Seeds of the sampled answers, one answer a row and seed; of no effect when greedy.
     #[serde(default = "default_seeds")]
+    #[schemars(inner(range(min = 0, max = limits::SEED)))]
     pub seeds: Vec<u64>,
     /// 1 samples from the model's own distribution, 0 is greedy.
     #[serde(default = "one")]
+    #[schemars(range(min = 0.0, max = limits::TEMPERATURE.1))]
     pub temperature: f32,
     /// Samples among the so many likeliest tokens; 0: all.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::VOCABULARY))]
     pub top_k: usize,
     /// Samples among the likeliest tokens that make up this probability; 1: all.
     #[serde(default = "one")]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
     pub top_p: f32,
     /// Divides the logits of tokens that have occurred (Keskar et al., 2019); 1 switches it off.
     #[serde(default = "one")]
+    #[schemars(range(min = limits::PENALTY.0, max = limits::PENALTY.1))]
     pub repetition_penalty: f32,
     /// Forbids to repeat an n-gram of this length; 0 switches it off. Left out: as the conventions say.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::TOKENS))]
     pub no_repeat_ngram: Option<usize>,
     /// Tokens an answer may have.
     #[serde(default = "default_max_new_tokens")]
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_new_tokens: usize,
     /// Prompts are cut to their first so many tokens; left out: never (`reference`: 256).
     #[serde(default)]
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_prompt_length: Option<usize>,
     /// Only the first so many rows.
     #[serde(default)]
+    #[schemars(range(min = 1, max = limits::ROWS))]
     pub rows: Option<usize>,
     /// What a word is to ROUGE-L: `ascii`, as in the published figures, or `unicode`, for text in any script.
     #[serde(default)]
@@ -87,11 +97,12 @@ pub struct Config {
     pub dtype: Dtype,
     /// Rows that go through the model at once: a matter of memory.
     #[serde(default = "default_batch")]
+    #[schemars(range(min = 1, max = limits::BATCH))]
     pub batch: usize,
 }
 
 /// Something to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
     /// ROUGE-L F1 of the answers, percent.
@@ -164,6 +175,12 @@ impl Stage for Evaluate {
         if reference {
             config.max_prompt_length.get_or_insert(256);
         }
+        config.metrics.sort();
+        config.metrics.dedup();
+        if config.temperature == 0.0 && !config.seeds.is_empty() {
+            // Nothing is drawn: all seeds give the same answers.
+            config.seeds = default_seeds();
+        }
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
@@ -173,9 +190,6 @@ impl Stage for Evaluate {
         }
         if config.seeds.is_empty() && config.metrics.iter().any(|m| m.reads_answers()) {
             errors.push(ConfigError::at("seeds", "sampled answers need a seed").hint("`seeds: [10]`"));
-        }
-        if config.batch == 0 {
-            errors.push(ConfigError::at("batch", "expected 1 row or more, got 0"));
         }
         errors
     }

@@ -62,13 +62,12 @@ impl Stage for Finetune {
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
         config.fill_settings(conventions);
+        config.init = config.init.take().map(Architecture::without_defaults);
         config.optimizer.fill_for_model(conventions);
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = config.settings().validate();
-        errors.extend(training::validate_init(config.init.as_ref()));
-        errors
+        training::validate_init(config.init.as_ref())
     }
 
     fn ports(&self, _config: &Config) -> Ports {

@@ -19,6 +19,7 @@ use contract::{
     About, AnyValue, Cause, ConfigError, Env, Facts, Inputs, Operator, Outlook, Outputs, PortType, Ports, Result, Sink,
     Stage, Step,
 };
+use contract::{Conventions, limits};
 use lm::{LanguageModel, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,7 @@ use crate::text::Text;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Vectors in the prompt.
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub length: usize,
     /// What the vectors start from.
     #[serde(default)]
@@ -39,6 +41,7 @@ pub struct Config {
     pub text: Option<String>,
     /// Seed of `from: random`.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::SEED))]
     pub seed: u64,
 }
 
@@ -72,11 +75,15 @@ impl Stage for PromptInit {
         }
     }
 
+    fn fill(&self, config: &mut Config, _conventions: Conventions) {
+        if config.from != From::Random {
+            // Nothing is drawn.
+            config.seed = 0;
+        }
+    }
+
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = Vec::new();
-        if config.length == 0 {
-            errors.push(ConfigError::at("length", "expected 1 vector or more, got 0"));
-        }
         match (config.from, &config.text) {
             (From::Text, None) => errors.push(
                 ConfigError::at("text", "`from: text` needs a text")

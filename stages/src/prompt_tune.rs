@@ -15,6 +15,7 @@
 use std::path::Path;
 
 use candle_core::{Tensor, Var};
+use contract::limits;
 use contract::random::purpose;
 use contract::{
     About, Alone, AnyValue, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs, PortType,
@@ -57,6 +58,7 @@ pub struct Regulariser {
     pub divergence: Divergence,
     /// Its weight at the beginning; 0 switches it off.
     #[serde(default = "one")]
+    #[schemars(range(min = 0.0, max = limits::WEIGHT))]
     pub coefficient: f64,
     /// How the weight goes on.
     #[serde(default)]
@@ -128,17 +130,13 @@ impl Stage for PromptTune {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = config.settings().validate();
+        let mut errors = Vec::new();
         let divergences =
             [("divergence", config.divergence), ("regulariser.divergence", config.regulariser.divergence)];
         for (field, divergence) in divergences {
             if let Err(error) = divergence.validate() {
                 errors.push(ConfigError::at(field, format!("{error:#}")));
             }
-        }
-        if config.regulariser.coefficient < 0.0 {
-            let message = format!("expected 0 or more, got {}", config.regulariser.coefficient);
-            errors.push(ConfigError::at("regulariser.coefficient", message).hint("0 switches the regulariser off"));
         }
         errors
     }

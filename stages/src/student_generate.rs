@@ -12,6 +12,7 @@
 //! Inputs: `model`, `data` (its prompts). Outputs: `data`, the same rows with new responses and their log-probabilities.
 //! Cost: a forward pass a token of the longest response, over the rows still unfinished.
 
+use contract::limits;
 use contract::random::purpose;
 use contract::{
     About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
@@ -31,26 +32,32 @@ use crate::foresight;
 pub struct Config {
     /// 1 samples from the model's own distribution, as the methods ask; 0 is greedy.
     #[serde(default = "one")]
+    #[schemars(range(min = 0.0, max = limits::TEMPERATURE.1))]
     pub temperature: f32,
     /// Samples among the so many likeliest tokens; 0: all.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::VOCABULARY))]
     pub top_k: usize,
     /// Samples among the likeliest tokens that make up this probability; 1: all.
     #[serde(default = "one")]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
     pub top_p: f32,
     /// Tokens a response may have.
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_new_tokens: usize,
     /// What becomes of a response that was cut off; left out: as the conventions say.
     #[serde(default)]
     pub cut_off: Option<CutOff>,
     /// Rows that are decoded together: a matter of memory.
     #[serde(default = "default_batch")]
+    #[schemars(range(min = 1, max = limits::BATCH))]
     pub batch: usize,
     /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
     #[serde(default)]
     pub dtype: Dtype,
     /// Seed of the draws.
     #[serde(default)]
+    #[schemars(range(min = 0, max = limits::SEED))]
     pub seed: u64,
 }
 
@@ -94,18 +101,14 @@ impl Stage for StudentGenerate {
             Conventions::Sound => CutOff::Open,
             Conventions::Reference => CutOff::ForcedEnd,
         });
+        if config.temperature == 0.0 {
+            // Nothing is drawn.
+            config.seed = 0;
+        }
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let sampling = Config::sampling(config);
-        let mut errors = sampling_errors(&sampling);
-        if config.max_new_tokens == 0 {
-            errors.push(ConfigError::at("max_new_tokens", "expected 1 token or more, got 0"));
-        }
-        if config.batch == 0 {
-            errors.push(ConfigError::at("batch", "expected 1 row or more, got 0"));
-        }
-        errors
+        sampling_errors(&config.sampling())
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -147,13 +150,9 @@ impl Config {
 /// What is wrong with sampling options.
 pub(crate) fn sampling_errors(sampling: &Sampling) -> Vec<ConfigError> {
     let mut errors = Vec::new();
-    if !(sampling.temperature >= 0.0 && sampling.temperature.is_finite()) {
-        let message = format!("expected a number of 0 or more, got {}", sampling.temperature);
-        errors.push(ConfigError::at("temperature", message).hint("0 is greedy, 1 the model's own distribution"));
-    }
-    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
-        let message = format!("expected a probability above 0 and at most 1, got {}", sampling.top_p);
-        errors.push(ConfigError::at("top_p", message).hint("1 switches it off"));
+    if sampling.temperature > 0.0 && f64::from(sampling.temperature) < limits::TEMPERATURE.0 {
+        let message = format!("expected 0 or at least {}, got {}", limits::TEMPERATURE.0, sampling.temperature);
+        errors.push(ConfigError::at("temperature", message).hint("0 is greedy"));
     }
     errors
 }

@@ -18,12 +18,13 @@
 //! or 8 bytes a kept token.
 
 use anyhow::ensure;
+use contract::limits;
 use contract::outlook::Rows;
 use contract::{
     About, AnyValue, Cause, ConfigError, Dataset, Env, Facts, Inputs, Operator, Outlook, Outputs, PortType, Ports,
     Result, Row, Sink, Stage, Step,
 };
-use lm::loss::{TopK, check_temperature};
+use lm::loss::TopK;
 use lm::{CacheFacts, Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -44,12 +45,15 @@ pub struct Config {
     pub storage: Storage,
     /// Temperature of the probabilities that `top_k` keeps: that of the stages that learn from them.
     #[serde(default = "one")]
+    #[schemars(range(min = limits::TEMPERATURE.0, max = limits::TEMPERATURE.1))]
     pub temperature: f64,
     /// Only the first so many rows, as a window's `rows`.
     #[serde(default)]
+    #[schemars(range(min = 1, max = limits::ROWS))]
     pub rows: Option<u64>,
     /// Rows that go through the teacher at once: a matter of memory.
     #[serde(default = "default_batch")]
+    #[schemars(range(min = 1, max = limits::BATCH))]
     pub batch: u64,
     /// Type that matrices are multiplied in; `bf16` needs a GPU.
     #[serde(default)]
@@ -82,10 +86,9 @@ impl Stage for TeacherCaching {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let Config { keep, storage, temperature, rows, batch, .. } = config;
+        let Config { keep, storage, temperature, .. } = config;
         let mut errors = Vec::new();
         match keep {
-            Keep::TopK(0) => errors.push(ConfigError::at("keep.top_k", "expected 1 token or more, got 0")),
             Keep::TopK(_) if *storage != Storage::F32 => errors.push(
                 ConfigError::at("storage", "only hidden states have a choice of type")
                     .hint("leave it out, or say `keep: hidden`"),
@@ -95,14 +98,6 @@ impl Stage for TeacherCaching {
                     .hint("leave it out, and set it where the cache is learnt from"),
             ),
             _ => {}
-        }
-        if let Err(error) = check_temperature(*temperature) {
-            errors.push(ConfigError::at("temperature", error.to_string()));
-        }
-        for (field, value) in [("rows", rows.unwrap_or(1)), ("batch", *batch)] {
-            if value == 0 {
-                errors.push(ConfigError::at(field, "expected 1 row or more, got 0"));
-            }
         }
         errors
     }
@@ -402,10 +397,8 @@ mod tests {
                 Kind::resolve(&TeacherCaching, &config, contract::Conventions::Sound).err().unwrap_or_default();
             errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>()
         };
-        assert_eq!(faults(json!({"keep": {"top_k": 0}})), ["keep.top_k"]);
         assert_eq!(faults(json!({"keep": {"top_k": 2}, "storage": "bf16"})), ["storage"]);
         assert_eq!(faults(json!({"temperature": 2.0})), ["temperature"]);
-        assert_eq!(faults(json!({"rows": 0, "batch": 0})), ["rows", "batch"]);
         assert_eq!(faults(json!({"keep": {"top_k": 2}, "temperature": 2.0})), [""; 0]);
     }
 }

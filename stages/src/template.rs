@@ -84,6 +84,7 @@ pub struct Personas {
     pub fraction: f64,
     /// Seed of who gets which line.
     #[serde(default)]
+    #[schemars(range(min = 0, max = contract::limits::SEED))]
     pub seed: u64,
 }
 
@@ -103,15 +104,6 @@ impl Personas {
             };
             persona_line(persona)
         })
-    }
-
-    /// What is wrong with the field named `field`, if anything.
-    pub(crate) fn errors(personas: Option<&Personas>) -> Vec<contract::ConfigError> {
-        personas
-            .filter(|p| !(0.0..=1.0).contains(&p.fraction))
-            .map(|p| contract::ConfigError::at("personas.fraction", format!("expected 0 to 1, got {}", p.fraction)))
-            .into_iter()
-            .collect()
     }
 }
 

@@ -16,9 +16,10 @@
 
 use anyhow::{Result, ensure};
 use contract::dataset::SPLITS;
+use contract::limits;
 use contract::{
-    About, AnyValue, Bounds, ConfigError, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook,
-    Outputs, PortType, Ports, Row, Sink, Stage, Step, TokenizerFile,
+    About, AnyValue, Bounds, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook, Outputs, PortType,
+    Ports, Row, Sink, Stage, Step, TokenizerFile,
 };
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -41,12 +42,12 @@ pub struct Config {
     pub template: Template,
     /// Most tokens of prompt and response together, end token included. 512: what the distillation papers use.
     #[serde(default = "max_length")]
-    #[schemars(range(min = 2))]
+    #[schemars(range(min = 2, max = limits::TOKENS))]
     pub max_length: usize,
     /// Most tokens of a prompt. Training rows over it are dropped, as are those whose prompt leaves no room in
     /// `max_length`; rows to validate or test on are kept whole. 256: what the distillation papers use.
     #[serde(default = "max_prompt_length")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_prompt_length: usize,
     /// What happens to a row that is longer than `max_length`.
     #[serde(default)]
@@ -88,20 +89,6 @@ impl Stage for Tokenize {
                       max_length: 512}\n",
             reads_clock: false,
         }
-    }
-
-    fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = Personas::errors(config.personas.as_ref());
-        if config.max_length < 2 {
-            errors.push(
-                ConfigError::at("max_length", format!("expected 2 or more, got {}", config.max_length))
-                    .hint("a row needs a token of the prompt and one of the response"),
-            );
-        }
-        if config.max_prompt_length < 1 {
-            errors.push(ConfigError::at("max_prompt_length", "expected 1 or more, got 0"));
-        }
-        errors
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -372,8 +359,6 @@ mod tests {
         assert_eq!((log.rows[0]["dropped"].as_u64(), log.rows[0]["response_tokens"].as_u64()), (Some(1), Some(4)));
         let error = run(json!({"template": "none", "max_prompt_length": 1})).err().unwrap().to_string();
         assert!(error.contains("all 2 rows of `train` are too long"), "{error}");
-        let error = run(json!({"max_length": 1, "personas": {"fraction": 2.0}})).err().unwrap().to_string();
-        assert!(error.contains("max_length") && error.contains("personas"), "{error}");
     }
 
     #[test]

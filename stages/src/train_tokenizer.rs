@@ -17,9 +17,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use contract::limits;
 use contract::{
-    About, AnyValue, Bounds, Cause, ConfigError, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs, PortType,
-    Ports, Sink, Stage, Step, TokenizerFile, Vocabulary,
+    About, AnyValue, Bounds, Cause, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports, Sink,
+    Stage, Step, TokenizerFile, Vocabulary,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -46,7 +47,7 @@ pub struct TrainTokenizer;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Number of tokens, the end token and the 256 bytes included. Fewer come out where the text has no more to merge.
-    #[schemars(range(min = 257))]
+    #[schemars(range(min = 257, max = limits::VOCABULARY))]
     pub vocab_size: usize,
     /// Text around the instruction: what `tokenize` will use.
     #[serde(default)]
@@ -56,7 +57,7 @@ pub struct Config {
     pub personas: Option<Personas>,
     /// A pair seen less often is not merged. 2: what is seen once is no pattern.
     #[serde(default = "min_frequency")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = limits::COUNT))]
     pub min_frequency: u64,
 }
 
@@ -76,20 +77,6 @@ impl Stage for TrainTokenizer {
             example: "tokenizer:\n  kind: train-tokenizer\n  in: {corpus: corpus}\n  with: {vocab_size: 1024}\n",
             reads_clock: false,
         }
-    }
-
-    fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = Personas::errors(config.personas.as_ref());
-        if config.vocab_size < BASE {
-            errors.push(
-                ConfigError::at("vocab_size", format!("expected {BASE} or more, got {}", config.vocab_size))
-                    .hint("the end token and the 256 bytes are always there"),
-            );
-        }
-        if config.min_frequency < 1 {
-            errors.push(ConfigError::at("min_frequency", "expected 1 or more, got 0"));
-        }
-        errors
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -293,8 +280,6 @@ mod tests {
         let facts: serde_json::Value =
             serde_json::from_slice(&fs::read(folder.join("tokenizer_config.json")).unwrap()).unwrap();
         assert_eq!(facts["eos_token"], END_TOKEN);
-        let error = run(json!({"vocab_size": 100})).err().unwrap().to_string();
-        assert!(error.contains("expected 257 or more, got 100"), "{error}");
         corpus::write(&corpus_folder, Split::Train, &[]).unwrap();
         let error = run(json!({"vocab_size": 300})).err().unwrap().to_string();
         assert!(error.contains("no training rows"), "{error}");

@@ -117,17 +117,17 @@ fn a_row_is_named_as_people_know_it_before_anything_is_trained() {
 fn sizes_are_judged_before_anything_is_made() {
     let project = project(&[10, 10]);
     for (setting, said) in [
-        ("teacher.init.width=1000000000", "`teacher`: it needs 1"),
-        ("teacher.init.layers=1000000000", "of memory or more"),
-        ("teacher.init.positions=4000000000", "of memory or more"),
-        ("prompt0.length=1000000000000", "leaves no room for text in the 64 positions"),
+        ("teacher.init.width=1000000", "`teacher`: it needs"),
+        (r#"teacher.init={"architecture":"gpt2","layers":4096,"width":65536}"#, "of memory or more"),
+        (r#"teacher.init={"architecture":"llama","layers":4096,"width":1000000,"positions":64}"#, "of memory or more"),
+        ("prompt0.length=10000000", "leaves no room for text in the 64 positions"),
     ] {
         for command in ["check", "plan", "run"] {
             project.run(&format!("{command} FILE --set {setting}")).expect(2, &[said, "--set:1:"]);
         }
     }
-    project.run("check FILE --set tokenizer.vocab_size=100000000").expect(0, &["ok: "]);
-    project.run("run FILE --set tokenizer.vocab_size=100000000 tokenizer").expect(0, &["done: 2 ran"]);
+    project.run("check FILE --set tokenizer.vocab_size=10000000").expect(0, &["ok: "]);
+    project.run("run FILE --set tokenizer.vocab_size=10000000 tokenizer").expect(0, &["done: 2 ran"]);
 }
 
 #[test]
@@ -148,8 +148,11 @@ fn settings_that_cannot_work_or_do_nothing_are_said_at_check() {
         .run("check b.yaml --set train.windows.batch.rows=9999")
         .expect(0, &["`rows` asks for 9999 rows", "at most 20"]);
     project.run("check b.yaml --set score.rows=9999").expect(0, &["`score`: `rows` asks for 9999 rows", "has 400"]);
-    project.run("check b.yaml --set corpus.rows=0").expect(2, &["`tokenizer`: the corpus has no training rows"]);
-    project.run("check b.yaml --set corpus.rows=10000000000").expect(2, &["`corpus`: `rows` is 10000000000"]);
+    project.run("check b.yaml --set corpus.rows=0").expect(2, &["`rows` must be from 1 to"]);
+    project.run("check b.yaml --set corpus.limit.train=0").expect(2, &["`tokenizer`: the corpus has no training rows"]);
+    project
+        .run("check b.yaml --set corpus.rows=10000000000")
+        .expect(2, &["`rows` must be from 1 to 2147483648, got `10000000000`"]);
     let given = "--set train.windows.batch.order=given";
     project.run(&format!("run FILE {given}")).expect(0, &["the last 1 of 3 rows are in no round"]);
 }

@@ -8,6 +8,8 @@ mod docs;
 mod foreseen;
 mod harness;
 mod interrupts;
+#[cfg(feature = "stages")]
+mod limits;
 mod output;
 #[cfg(feature = "stages")]
 mod real;

@@ -12,6 +12,7 @@ pub mod dataset;
 pub mod facts;
 pub mod files;
 pub mod kind;
+pub mod limits;
 pub mod outlook;
 pub mod port;
 pub mod random;

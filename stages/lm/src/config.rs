@@ -6,6 +6,7 @@ mod llama;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use contract::limits;
 use contract::{Bounds, Facts, Result, Vocabulary, files};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,31 +32,39 @@ pub struct Architecture {
     /// Family of the model.
     pub architecture: Family,
     /// Number of transformer blocks.
+    #[schemars(range(min = 1, max = limits::LAYERS))]
     pub layers: usize,
     /// Channels of the hidden state.
+    #[schemars(range(min = 1, max = limits::WIDTH))]
     pub width: usize,
     /// Attention heads, a divisor of `width`. Default: one for every 32 channels, and at least two.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = limits::HEADS))]
     pub heads: Option<usize>,
     /// Longest sequence in tokens, soft prompt included. Default: 512.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = limits::TOKENS))]
     pub positions: Option<usize>,
     /// Probability of dropping an element in training, in the three places GPT-2 has: embeddings, attention, residual
     /// branches; in Llama in attention alone. Default: 0, as small models underfit before they overfit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub dropout: Option<f32>,
     /// Channels inside the feed-forward layer. Default: 4 times `width` for GPT-2; 8/3 of it for Llama, whose layer has three
     /// matrices instead of two, rounded up to a multiple of 32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = limits::WIDTH))]
     pub inner: Option<usize>,
     /// Whether the output head is the input embedding. Default: yes, as it is most of a small model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tied: Option<bool>,
     /// Heads of keys and values, a divisor of `heads`; of Llama alone. Default: as many as `heads`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = limits::HEADS))]
     pub kv_heads: Option<usize>,
     /// Base of the rotary angles, larger for longer texts; of Llama alone. Default: 10000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1.0, max = limits::ROPE_THETA))]
     pub rope_theta: Option<f64>,
 }
 
@@ -73,6 +82,32 @@ impl Architecture {
             tied: None,
             kv_heads: None,
             rope_theta: None,
+        }
+    }
+
+    /// The same without what says no more than the default does: what is written out makes no other model.
+    pub fn without_defaults(self) -> Self {
+        fn unless<T: PartialEq>(value: Option<T>, default: T) -> Option<T> {
+            value.filter(|value| *value != default)
+        }
+        let plain = Architecture::new(self.architecture, self.layers, self.width);
+        let heads = self.heads();
+        // What does not belong to a family stays, to be refused.
+        let (kv_heads, rope_theta) = match self.architecture {
+            Family::Gpt2 => (self.kv_heads, self.rope_theta),
+            Family::Llama => (unless(self.kv_heads, heads), unless(self.rope_theta, llama::default_theta())),
+        };
+        Architecture {
+            architecture: self.architecture,
+            layers: self.layers,
+            width: self.width,
+            heads: unless(self.heads, plain.heads()),
+            positions: unless(self.positions, plain.positions()),
+            dropout: unless(self.dropout, 0.0),
+            inner: unless(self.inner, plain.default_inner()),
+            tied: unless(self.tied, true),
+            kv_heads,
+            rope_theta,
         }
     }
 
@@ -120,6 +155,13 @@ impl Architecture {
             ensure!(size <= LARGEST, "`{name}` is {size}: expected at most {LARGEST}");
         }
         Ok(())
+    }
+
+    fn default_inner(&self) -> usize {
+        match self.architecture {
+            Family::Gpt2 => 4 * self.width,
+            Family::Llama => (8 * self.width).div_ceil(3).next_multiple_of(32),
+        }
     }
 
     fn heads(&self) -> usize {

@@ -40,16 +40,19 @@ pub enum Divergence {
     /// `(1 - β) s (ln(s / m) - KL(s ‖ m))`.
     Jsd {
         /// Weight of the target in the mixture, above 0 and below 1.
+        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
         beta: f64,
     },
     /// `KL(t ‖ m)` with `m = α t + (1 - α) s`; `(1 - α) s (Σ t s / m - t / m)`.
     SkewedForwardKl {
         /// Weight of the target in the mixture, above 0 and below 1.
+        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
         alpha: f64,
     },
     /// `KL(s ‖ m)` with `m = (1 - α) t + α s`; `h - s Σ h` with `h = s (ln(s / m) - α s / m)`.
     SkewedReverseKl {
         /// Weight of the trainee in the mixture, above 0 and below 1.
+        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
         alpha: f64,
     },
     /// `½ Σ |s - t|`; `h - s Σ h` with `h = ½ s sign(s - t)`.
@@ -59,8 +62,10 @@ pub enum Divergence {
     /// goes to 0.
     AlphaBeta {
         /// Exponent of the target, above 0.
+        #[schemars(extend("exclusiveMinimum" = 0.0), range(max = contract::limits::EXPONENT))]
         alpha: f64,
         /// Exponent of the trainee, above 0.
+        #[schemars(extend("exclusiveMinimum" = 0.0), range(max = contract::limits::EXPONENT))]
         beta: f64,
     },
 }

@@ -42,7 +42,7 @@ pub enum Keep {
     #[default]
     Hidden,
     /// So many of the likeliest tokens with their log-probabilities, and the mass of all others; see [`TopK`].
-    TopK(usize),
+    TopK(#[schemars(range(min = 1, max = contract::limits::VOCABULARY))] usize),
 }
 
 /// The type that hidden states are kept in.

@@ -1,6 +1,6 @@
 //! The fields that all training stages have in `with`.
 
-use contract::{ConfigError, Conventions};
+use contract::Conventions;
 use lm::Warmup;
 
 use super::{Mean, Rate};
@@ -16,12 +16,14 @@ macro_rules! config {
         pub struct $name {
             $($own)*
             /// Learning rate at the top of the schedule.
+            #[schemars(range(min = 0.0, max = contract::limits::LEARNING_RATE))]
             pub learning_rate: f64,
             /// How the learning rate goes on after the warm-up.
             #[serde(default)]
             pub schedule: lm::Schedule,
             /// Updates of linear warm-up.
             #[serde(default)]
+            #[schemars(range(min = 0, max = contract::limits::UPDATES))]
             pub warmup: u64,
             /// Whether the warm-up begins with an update at rate 0; left out: as the conventions say.
             #[serde(default)]
@@ -32,6 +34,7 @@ macro_rules! config {
             /// Rows that go through the models at once; left out: all. Fewer take less memory, and round otherwise: the last bits
             /// of the result depend on it, so another number is another result.
             #[serde(default)]
+            #[schemars(range(min = 1, max = contract::limits::BATCH))]
             pub micro_batch: Option<u64>,
             /// Whether what is trained keeps only the inputs of its blocks for the backward pass, and computes the rest again
             /// there: less memory, a third more time, the same bits.
@@ -45,6 +48,7 @@ macro_rules! config {
             pub dtype: lm::Dtype,
             /// Seed of initial weights and dropout.
             #[serde(default)]
+            #[schemars(range(min = 0, max = contract::limits::SEED))]
             pub seed: u64,
         }
 
@@ -89,28 +93,6 @@ pub trait Training {
 }
 
 impl Settings {
-    /// What is wrong with them.
-    pub fn validate(&self) -> Vec<ConfigError> {
-        let Settings { learning_rate, optimizer, micro_batch, .. } = self;
-        let mut errors = Vec::new();
-        if !(learning_rate.is_finite() && *learning_rate >= 0.0) {
-            errors
-                .push(ConfigError::at("learning_rate", format!("expected a number of 0 or more, got {learning_rate}")));
-        }
-        let (first, second) = optimizer.betas;
-        if !((0.0..1.0).contains(&first) && (0.0..1.0).contains(&second)) {
-            let message = format!("expected two numbers below 1, got [{first}, {second}]");
-            errors.push(ConfigError::at("optimizer.betas", message));
-        }
-        if *micro_batch == Some(0) {
-            errors.push(
-                ConfigError::at("micro_batch", "expected 1 row or more, got 0")
-                    .hint("leave it out to take all rows at once"),
-            );
-        }
-        errors
-    }
-
     /// The learning rate.
     pub fn rate(&self) -> Rate {
         let warmup = Warmup { updates: self.warmup, from_zero: self.warmup_from_zero.unwrap_or(false) };

@@ -1,9 +1,10 @@
 //! How a stage changes its weights.
 
-use contract::Conventions;
+use contract::{Conventions, limits};
 use lm::AdamWOptions;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// AdamW and the clipping before it.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -11,12 +12,15 @@ use serde::{Deserialize, Serialize};
 pub struct Optimizer {
     /// AdamW's decay rates of the two moments.
     #[serde(default = "Optimizer::default_betas")]
+    #[schemars(schema_with = "Optimizer::betas_schema")]
     pub betas: (f64, f64),
     /// Added to the root of the second moment.
     #[serde(default = "Optimizer::default_eps")]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
     pub eps: f64,
     /// Decoupled weight decay, applied to matrices; left out: 0.01 for models, for a soft prompt 0 (`reference`: 0.01).
     #[serde(default)]
+    #[schemars(range(min = 0.0, max = limits::WEIGHT_DECAY))]
     pub weight_decay: Option<f64>,
     /// Whether weights of norms decay too, but for GPT-2's: the published programs know only its names, and so decay the norms
     /// of OPT and Llama. Left out: no (`reference`: yes).
@@ -24,10 +28,16 @@ pub struct Optimizer {
     pub decay_norms: Option<bool>,
     /// Global norm that gradients are scaled down to; 0 switches clipping off.
     #[serde(default = "Optimizer::default_clip")]
+    #[schemars(range(min = 0.0, max = limits::NORM))]
     pub clip: f64,
 }
 
 impl Optimizer {
+    fn betas_schema(_: &mut SchemaGenerator) -> Schema {
+        let beta = json!({"type": "number", "minimum": 0.0, "exclusiveMaximum": 1.0});
+        json_schema!({"type": "array", "items": beta, "minItems": 2, "maxItems": 2})
+    }
+
     fn default_betas() -> (f64, f64) {
         (0.9, 0.999)
     }

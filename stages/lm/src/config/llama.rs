@@ -104,7 +104,7 @@ impl LlamaConfig {
             model_type: "llama".to_owned(),
             vocab_size,
             hidden_size: width,
-            intermediate_size: architecture.inner.unwrap_or((8 * width).div_ceil(3).next_multiple_of(32)),
+            intermediate_size: architecture.inner.unwrap_or_else(|| architecture.default_inner()),
             num_hidden_layers: architecture.layers,
             num_attention_heads: architecture.heads(),
             num_key_value_heads: architecture.kv_heads,
@@ -276,6 +276,6 @@ fn default_epsilon() -> f64 {
     1e-6
 }
 
-fn default_theta() -> f64 {
+pub(super) fn default_theta() -> f64 {
     10_000.0
 }
