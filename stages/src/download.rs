@@ -282,12 +282,18 @@ impl Stage for Download {
             let rows = Split::ALL.map(|split| limited(split, rows(split)));
             foresee_rows(config.rows.unwrap_or(0) as u64, outlook);
             outlook.output("corpus", Facts { rows: rows.to_vec(), ..Facts::default() });
-        } else if let (Some(path), None, None) = (tokenizer, bin, model) {
-            // One that cannot be read is an error of its own.
-            if let Ok(Opened { tokenizer: file, .. }) = open_tokenizer(Path::new(path), end_token.as_deref()) {
-                let (vocabulary, ends) = (Some(file.vocabulary()), Some(vec![file.end]));
-                outlook.output("tokenizer", Facts { vocabulary, ends, ..Facts::default() });
-            }
+            return;
+        }
+        let [tokenizer, model] = [("tokenizer", tokenizer), ("model", model)].map(|(field, path)| {
+            let path = Path::new(path.as_ref()?);
+            // A path that leads nowhere is an error of its own.
+            path.exists().then(|| foresee_tokenizer(path, end_token.as_deref(), field, outlook)).flatten()
+        });
+        if let Some(facts) = tokenizer.filter(|_| bin.is_none()) {
+            outlook.output("tokenizer", facts);
+        }
+        if let Some(facts) = model {
+            outlook.output("model", facts);
         }
     }
 
@@ -317,6 +323,21 @@ fn foresee_rows(rows: u64, outlook: &mut Outlook) {
         return outlook.error([cause], message, "the corpus repeats itself long before");
     }
     outlook.needs_bytes(&format!("{rows} rows of {ROW} bytes or more"), rows * ROW, cause);
+}
+
+/// What is known of all that carries the tokenizer at `path`, which `field` names.
+fn foresee_tokenizer(path: &Path, end_token: Option<&str>, field: &str, outlook: &mut Outlook) -> Option<Facts> {
+    match open_tokenizer(path, end_token) {
+        Ok(Opened { tokenizer, .. }) => {
+            let (vocabulary, ends) = (Some(tokenizer.vocabulary()), Some(vec![tokenizer.end]));
+            Some(Facts { vocabulary, ends, ..Facts::default() })
+        }
+        Err(error) => {
+            let hint = "it is read as `AutoTokenizer` of `transformers` reads it: save it anew from there if in doubt";
+            outlook.error([Cause::Field(field.into())], format!("{error:#}"), hint);
+            None
+        }
+    }
 }
 
 struct Run {
