@@ -106,11 +106,26 @@ enum Class {
     GptNeoX,
 }
 
-/// A token that is to be added, and whether a file names it.
+/// A token that is to be added.
 struct Role {
+    /// Empty for those that are special without a role.
     key: String,
     token: AddedToken,
+    /// Whether it is written as its text alone. `transformers` adds it then even where it is there with flags.
+    is_text: bool,
+    /// Whether no file names it: it counts where it exists.
     is_invented: bool,
+}
+
+impl Role {
+    fn of(key: &str, token: &Json, is_invented: bool) -> Option<Self> {
+        Some(Role {
+            key: key.to_owned(),
+            token: added_token(token, Some(true))?,
+            is_text: token.is_string(),
+            is_invented,
+        })
+    }
 }
 
 /// What is known of a tokenizer beside its `tokenizer.json`.
@@ -121,7 +136,6 @@ struct Wanted {
     /// Tokens by id.
     decoder: BTreeMap<u64, AddedToken>,
     roles: Vec<Role>,
-    extra: Vec<AddedToken>,
 }
 
 impl Folder {
@@ -235,14 +249,11 @@ impl Folder {
                 }
             }
         }
-        let extra = [EXTRA, EXTRA_OF_OLD].map(|key| listed(&settings, key));
-        let extra = extra.iter().find(|tokens| !tokens.is_empty()).into_iter().flat_map(|tokens| tokens.iter());
-        let mut extra: Vec<AddedToken> = extra.filter_map(|token| added_token(token, Some(true))).collect();
-        if is_bare {
-            extra.extend(CUSTOMARY.map(|token| AddedToken::from(token, true)));
-        }
-        let mut wanted = Wanted { class, settings, decoder, roles: Vec::new(), extra };
+        let mut wanted = Wanted { class, settings, decoder, roles: Vec::new() };
         wanted.find_roles(main);
+        if is_bare {
+            wanted.roles.extend(CUSTOMARY.iter().filter_map(|token| Role::of("", &json!(token), true)));
+        }
         Ok(wanted)
     }
 
@@ -346,8 +357,8 @@ impl Wanted {
         let padding = main.and_then(|main| main["padding"]["pad_token"].as_str());
         let defaults = self.class.roles();
         let own = self.settings.iter().filter(|(key, _)| key.ends_with("_token") && !NAMED.contains(&key.as_str()));
-        let listed = self.settings.get(EXTRA).and_then(Json::as_object).into_iter().flatten();
-        let own: Vec<(String, Json)> = own.chain(listed).map(|(key, token)| (key.clone(), token.clone())).collect();
+        let titled = self.settings.get(EXTRA).and_then(Json::as_object).into_iter().flatten();
+        let own: Vec<(String, Json)> = own.chain(titled).map(|(key, token)| (key.clone(), token.clone())).collect();
         let named = NAMED.iter().filter_map(|key| {
             let default = defaults.iter().find(|(role, _)| role == key).map(|(_, token)| json!(token));
             let given = self.settings.get(*key).cloned();
@@ -357,12 +368,16 @@ impl Wanted {
         });
         let all = named.chain(own.into_iter().map(|(key, token)| (key, token, false)));
         let roles = all.filter_map(|(key, token, is_invented)| {
-            let text = token_text(&token)?;
-            let known = self.decoder.values().find(|known| known.content == text).cloned();
-            let token = known.or_else(|| added_token(&token, Some(true)))?;
-            Some(Role { key, token, is_invented })
+            let role = Role::of(&key, &token, is_invented)?;
+            let known = self.decoder.values().rev().find(|known| known.content == role.token.content);
+            Some(match known {
+                Some(known) => Role { token: known.clone(), is_text: false, ..role },
+                None => role,
+            })
         });
-        self.roles = roles.collect();
+        let extra = [EXTRA, EXTRA_OF_OLD].map(|key| listed(&self.settings, key));
+        let extra = extra.into_iter().find(|tokens| !tokens.is_empty()).unwrap_or_default();
+        self.roles = roles.chain(extra.iter().filter_map(|token| Role::of("", token, false))).collect();
     }
 
     fn role(&self, key: &str) -> Option<&str> {
@@ -372,30 +387,27 @@ impl Wanted {
     /// Adds the tokens, and gives the post-processor its last form.
     fn complete(&self, mut tokenizer: Tokenizer, main: Option<&Json>) -> Result<Tokenizer> {
         let known = tokenizer.get_added_tokens_decoder();
-        let mut names: BTreeSet<String> = known.values().map(|token| token.content.clone()).collect();
-        let mut tokens: Vec<AddedToken> =
-            self.decoder.values().filter(|token| !known.values().any(|own| is_same(own, token))).cloned().collect();
-        names.extend(tokens.iter().map(|token| token.content.clone()));
-        let exists =
-            |token: &AddedToken| tokenizer.token_to_id(&token.content).is_some() || names.contains(&token.content);
-        let roles = self.roles.iter().filter(|role| !role.is_invented || exists(&role.token)).map(|role| &role.token);
-        // Customary tokens are special where they exist; listed ones are made.
-        let extra = self.extra.iter().filter(|token| !CUSTOMARY.contains(&token.content.as_str()) || exists(token));
-        let others: Vec<AddedToken> =
-            roles.chain(extra).filter(|token| !names.contains(&token.content)).cloned().collect();
-        for token in others {
-            if tokens.iter().all(|other| other.content != token.content) {
-                tokens.push(token);
+        let listed = self.decoder.values().filter(|token| !known.values().any(|own| own == *token));
+        let mut tokens: Vec<(AddedToken, bool)> = listed.map(|token| (token.clone(), false)).collect();
+        let names = known.values().chain(tokens.iter().map(|(token, _)| token)).map(|token| token.content.clone());
+        let names: BTreeSet<String> = names.collect();
+        for Role { token, is_text, is_invented, .. } in &self.roles {
+            let is_there = names.contains(&token.content) || tokens.contains(&(token.clone(), *is_text));
+            if !is_there && (!is_invented || tokenizer.token_to_id(&token.content).is_some()) {
+                tokens.push((token.clone(), *is_text));
             }
         }
-        for token in &mut tokens {
-            token.special |= self.roles.iter().any(|role| role.token.content == token.content);
-        }
+        let has_role = |token: &AddedToken| {
+            self.roles.iter().any(|role| !role.key.is_empty() && role.token.content == token.content)
+        };
+        let tokens =
+            tokens.into_iter().map(|(token, _)| AddedToken { special: token.special || has_role(&token), ..token });
+        let tokens: Vec<_> = tokens.collect();
         let fail = |e| anyhow!("its tokens cannot be added: {e}");
         tokenizer.add_tokens(tokens).map_err(fail)?;
         if self.class == Class::Qwen2 {
             // This class marks all of them once more.
-            let special = self.roles.iter().map(|role| &role.token).chain(&self.extra).map(|token| &token.content);
+            let special = self.roles.iter().map(|role| &role.token.content);
             let special = special.filter(|token| tokenizer.token_to_id(token).is_some());
             let special: Vec<_> = special.map(|token| AddedToken::from(token.clone(), true)).collect();
             tokenizer.add_tokens(special).map_err(fail)?;
@@ -605,12 +617,6 @@ fn added_token(json: &Json, special: Option<bool>) -> Option<AddedToken> {
     token = token.single_word(flag("single_word").unwrap_or(false));
     token = token.lstrip(flag("lstrip").unwrap_or(false)).rstrip(flag("rstrip").unwrap_or(false));
     Some(token.normalized(flag("normalized").unwrap_or(!special)))
-}
-
-/// Equality of all that a token says; the library compares the text alone.
-fn is_same(a: &AddedToken, b: &AddedToken) -> bool {
-    let flags = |t: &AddedToken| (t.single_word, t.lstrip, t.rstrip, t.normalized, t.special);
-    a.content == b.content && flags(a) == flags(b)
 }
 
 fn object(bytes: &[u8], name: &str, place: &str) -> Result<Json> {
