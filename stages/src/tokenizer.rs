@@ -216,9 +216,8 @@ impl Folder {
         let is_bare = !self.files.contains_key(CONFIG) && self.model.family.is_none() && main.is_none();
         let class = if is_bare { Class::Gpt2 } else { self.class(&config, main, notes) };
         let mut settings = config.as_object().cloned().unwrap_or_default();
-        if listed(&settings, EXTRA).is_empty()
-            && let Some(older) = settings.remove(EXTRA_OF_OLD)
-        {
+        let is_listed = settings.get(EXTRA).is_some_and(|extra| ![json!(null), json!([]), json!({})].contains(extra));
+        if !is_listed && let Some(older) = settings.remove(EXTRA_OF_OLD) {
             settings.insert(EXTRA.into(), older);
         }
         if main.is_some() {
@@ -353,8 +352,9 @@ impl Folder {
 impl Wanted {
     /// The tokens with a role: those that the files name, else those of the class.
     fn find_roles(&mut self, main: Option<&Json>) {
-        // A saved padding names its token.
-        let padding = main.and_then(|main| main["padding"]["pad_token"].as_str());
+        // A saved padding names its token, for classes that do not name one themselves.
+        let padding = main.filter(|_| matches!(self.class, Class::AsItIs(_) | Class::Llama));
+        let padding = padding.and_then(|main| main["padding"]["pad_token"].as_str());
         let defaults = self.class.roles();
         let own = self.settings.iter().filter(|(key, _)| key.ends_with("_token") && !NAMED.contains(&key.as_str()));
         let titled = self.settings.get(EXTRA).and_then(Json::as_object).into_iter().flatten();
