@@ -378,6 +378,10 @@ impl Wanted {
         let extra = [EXTRA, EXTRA_OF_OLD].map(|key| listed(&self.settings, key));
         let extra = extra.into_iter().find(|tokens| !tokens.is_empty()).unwrap_or_default();
         self.roles = roles.chain(extra.iter().filter_map(|token| Role::of("", token, false))).collect();
+        // What another role names is there, and is added in the first place that asks for it.
+        let named = self.roles.iter().filter(|role| !role.is_invented).map(|role| role.token.content.clone());
+        let named: BTreeSet<String> = named.collect();
+        self.roles.iter_mut().for_each(|role| role.is_invented &= !named.contains(&role.token.content));
     }
 
     fn role(&self, key: &str) -> Option<&str> {
