@@ -212,9 +212,9 @@ impl Parts {
         if let Some(model) = model.as_object_mut() {
             // Of a vocabulary only its scores are left.
             model.retain(|key, value| {
-                !["merges", "dropout"].contains(&key.as_str()) && !(key == "vocab" && value.is_object())
+                !(["merges", "dropout"].contains(&key.as_str()) || key == "vocab" && value.is_object())
             });
-            // Two names for the same: the pieces of words have no mark unless one is given.
+            // An empty mark of the pieces of words is none.
             model.retain(|_, value| value != "");
         }
         let mut added = json["added_tokens"].clone();
@@ -438,7 +438,8 @@ mod tests {
             let other = json(change);
             assert_eq!((file.difference(&other, "x", "y"), other.meaning()), (None, file.meaning()));
         }
-        let cases: [(&dyn Fn(&mut Json), &str); 6] = [
+        type Change<'a> = &'a dyn Fn(&mut Json);
+        let cases: [(Change<'_>, &str); 6] = [
             (
                 &|json| json["model"]["vocab"] = json!({"b": 0, "a": 1, "</s>": 2, "ab": 3}),
                 "id 0 is `a` in `x` and `b` in `y`",
