@@ -41,7 +41,7 @@ use crate::columns::Columns;
 pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
 use crate::instruct::{self, Sizes};
-use crate::text::Text;
+use crate::text::{SpecialTokens, Text};
 use crate::tokenizer::{Opened, open_tokenizer};
 use crate::{mmidx, records};
 
@@ -535,7 +535,7 @@ pub(crate) fn read_rows(path: &Path, fields: &Fields) -> Result<Vec<CorpusRow>> 
 
 /// Datasets from the reference programs' token files. References come from the texts beside, else from the ids.
 fn read_token_files(folder: &Path, tokenizer: &TokenizerFile, sink: &mut dyn Sink) -> Result<Outputs> {
-    let text = Text::new(tokenizer)?;
+    let text = Text::new(tokenizer, SpecialTokens::Text)?;
     let mut outputs = Outputs::new();
     let mut found = 0;
     for split in Split::ALL {

@@ -41,7 +41,7 @@ use crate::foresight;
 use crate::padding::Padding;
 use crate::score::{self, Words};
 use crate::student_generate::sampling_errors;
-use crate::text::Text;
+use crate::text::{Bos, SpecialTokens, Text, begun};
 
 /// The `with` of `evaluate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -82,6 +82,10 @@ pub struct Config {
     #[serde(default)]
     #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_prompt_length: Option<usize>,
+    /// Whether prompts begin with the token that begins a text: left out, as the data has them; `from-tokenizer` and `yes` put
+    /// it before those that lack it (`reference`: `from-tokenizer`, as the published program does for OPT and Llama).
+    #[serde(default)]
+    pub bos: Option<Bos>,
     /// Only the first so many rows.
     #[serde(default)]
     #[schemars(range(min = 1, max = limits::ROWS))]
@@ -174,6 +178,7 @@ impl Stage for Evaluate {
         config.no_repeat_ngram.get_or_insert(if reference { 6 } else { 0 });
         if reference {
             config.max_prompt_length.get_or_insert(256);
+            config.bos.get_or_insert(Bos::FromTokenizer);
         }
         config.metrics.sort();
         config.metrics.dedup();
@@ -301,7 +306,7 @@ impl Operator for Evaluating {
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
-        let rows = evaluated_rows(&data, config);
+        let rows = evaluated_rows(&data, config)?;
         ensure!(!rows.is_empty(), "the data to evaluate on has no rows");
         if let Some(teacher) = &teacher {
             self.padding.say("model", &model, "teacher", teacher, sink);
@@ -332,14 +337,18 @@ impl Operator for Evaluating {
     }
 }
 
-fn evaluated_rows(data: &Dataset, config: &Config) -> Vec<Row> {
+fn evaluated_rows(data: &Dataset, config: &Config) -> Result<Vec<Row>> {
+    let begin = config.bos.map(|bos| bos.ids(&data.tokenizer)).transpose()?;
     let rows = data.rows.iter().take(config.rows.unwrap_or(usize::MAX)).cloned();
     let limit = config.max_prompt_length.unwrap_or(usize::MAX);
-    rows.map(|mut row| {
+    let rows = rows.map(|mut row| {
+        if let Some(begin) = &begin {
+            row.prompt = begun(begin, row.prompt);
+        }
         row.prompt.truncate(limit);
         row
-    })
-    .collect()
+    });
+    Ok(rows.collect())
 }
 
 impl Evaluating {
@@ -514,7 +523,7 @@ impl<'a> Scores<'a> {
         data: &Dataset,
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
-        let tokenizer = Text::new(&data.tokenizer)?;
+        let tokenizer = Text::new(&data.tokenizer, SpecialTokens::Text)?;
         let scored = rows
             .par_iter()
             .zip(generated)

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
 use crate::mmidx;
-use crate::text::Text;
+use crate::text::{SpecialTokens, Text};
 
 /// The stage kind.
 pub struct Export;
@@ -155,7 +155,7 @@ fn make(folder: &Path) -> Result<PathBuf> {
 fn write_dataset(dataset: &Dataset, name: &str, folder: &Path) -> Result<()> {
     mmidx::write(&folder.join(name), &dataset.rows, dataset.tokenizer.size)?;
     dataset.tokenizer.save(folder)?;
-    let text = Text::new(&dataset.tokenizer)?;
+    let text = Text::new(&dataset.tokenizer, SpecialTokens::Text)?;
     let mut lines = Vec::new();
     for row in &dataset.rows {
         let output = match row.references.as_slice() {
@@ -308,7 +308,7 @@ mod tests {
     fn datasets_become_token_files_that_read_back() {
         let scratch = Scratch::new();
         let tokenizer = crate::train_tokenizer::from_merges(&[]);
-        let text = Text::new(&tokenizer).unwrap();
+        let text = Text::new(&tokenizer, SpecialTokens::Text).unwrap();
         let row = |id, references: &[&str]| Row {
             id,
             prompt: text.encode("Q:").unwrap(),

@@ -24,7 +24,7 @@ use lm::{LanguageModel, SoftPrompt};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::text::Text;
+use crate::text::{Bos, SpecialTokens, Text, begun};
 
 /// The `with` of `prompt-init`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -39,6 +39,14 @@ pub struct Config {
     /// The text, for `from: text`.
     #[serde(default)]
     pub text: Option<String>,
+    /// What becomes of a text that is spelled like a control token: `text` keeps it text, `parse` makes it that token. Left out:
+    /// as the conventions say.
+    #[serde(default)]
+    pub special_tokens: Option<SpecialTokens>,
+    /// Whether the text begins with the token that begins a text. Left out: `no`, for the text behind the prompt has its own
+    /// (`reference`: `from-tokenizer`, as the published program does).
+    #[serde(default)]
+    pub bos: Option<Bos>,
     /// Seed of `from: random`.
     #[serde(default)]
     #[schemars(range(min = 0, max = limits::SEED))]
@@ -67,7 +75,8 @@ impl Stage for PromptInit {
     fn about(&self) -> About {
         About {
             name: "prompt-init",
-            version: 1,
+            // 2: the spelling of a control token is text.
+            version: 2,
             numerics: None,
             summary: "makes the first soft prompt of a teacher, from a text, the end token or at random",
             example: "kind: prompt-init\nin: {model: teacher}\nwith: {length: 7, text: \"Suppose you are a student.\"}",
@@ -75,7 +84,12 @@ impl Stage for PromptInit {
         }
     }
 
-    fn fill(&self, config: &mut Config, _conventions: Conventions) {
+    fn fill(&self, config: &mut Config, conventions: Conventions) {
+        if config.from == From::Text {
+            let reference = conventions == Conventions::Reference;
+            config.special_tokens.get_or_insert(if reference { SpecialTokens::Parse } else { SpecialTokens::Text });
+            config.bos.get_or_insert(if reference { Bos::FromTokenizer } else { Bos::No });
+        }
         if config.from != From::Random {
             // Nothing is drawn.
             config.seed = 0;
@@ -90,6 +104,12 @@ impl Stage for PromptInit {
                     .hint("give `text`, or say `from: end` or `from: random`"),
             ),
             (From::Text, Some(text)) if text.is_empty() => errors.push(ConfigError::at("text", "the text is empty")),
+            (From::End | From::Random, None) if config.special_tokens.is_some() || config.bos.is_some() => {
+                errors.push(ConfigError::at(
+                    "",
+                    "`special_tokens` and `bos` are about a text, and `from` does not say `text`",
+                ));
+            }
             (From::End | From::Random, Some(_)) => errors.push(
                 ConfigError::at("text", "a text is given, but `from` does not say `text`")
                     .hint("remove one of the two"),
@@ -143,7 +163,9 @@ impl Operator for Initialising {
             From::End => embeddings(&model, &vec![model.tokenizer.end; config.length])?,
             From::Text => {
                 let text = config.text.as_deref().unwrap_or_default();
-                let ids = Text::new(&model.tokenizer)?.encode(text)?;
+                let special_tokens = config.special_tokens.unwrap_or(SpecialTokens::Text);
+                let ids = Text::new(&model.tokenizer, special_tokens)?.encode(text)?;
+                let ids = begun(&config.bos.unwrap_or(Bos::No).ids(&model.tokenizer)?, ids);
                 if ids.len() != config.length {
                     sink.warn(&format!(
                         "the start text is {} tokens and `length` is {}: it is {} to fit; a teacher that does not know \

@@ -11,15 +11,15 @@
 //! corpus's row ids and references; a split that the corpus lacks gives an empty dataset. Cost: some thousand rows
 //! a second and core for texts of 200 tokens; a dataset holds 4 bytes a token.
 //!
-//! Prompt and answer are tokenised as one text without special tokens, and the response is what follows the prompt's ids;
-//! the end token is added. Where the seam merges (the prompt's ids are no prefix of the text's), both are tokenised apart.
+//! Prompt and answer are tokenised as one text, and the response is what follows the prompt's ids; the prompt begins as `bos`
+//! says, and the end token is added. What is spelled like a control token stays text. Where the seam merges (the prompt's ids are no prefix of the text's), both are tokenised apart.
 
-use anyhow::{Result, ensure};
-use contract::dataset::SPLITS;
+use anyhow::{Context, Result, ensure};
+use contract::dataset::{SPLITS, row_name};
 use contract::limits;
 use contract::{
-    About, AnyValue, Bounds, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook, Outputs, PortType,
-    Ports, Row, Sink, Stage, Step, TokenizerFile,
+    About, AnyValue, Bounds, Conventions, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook,
+    Outputs, PortType, Ports, Row, Sink, Stage, Step, TokenizerFile,
 };
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -28,7 +28,7 @@ use serde_json::json;
 
 use crate::corpus::{self, CorpusRow, Split};
 use crate::template::{Personas, Template};
-use crate::text::Text;
+use crate::text::{Bos, SpecialTokens, Text, begun};
 
 /// The stage kind.
 pub struct Tokenize;
@@ -52,6 +52,14 @@ pub struct Config {
     /// What happens to a row that is longer than `max_length`.
     #[serde(default)]
     pub too_long: TooLong,
+    /// What becomes of text that is spelled like a control token, such as `<|endoftext|>`: `text` keeps it text, `parse` makes it
+    /// that token. Left out: as the conventions say.
+    #[serde(default)]
+    pub special_tokens: Option<SpecialTokens>,
+    /// Whether a prompt begins with the token that begins a text: `from-tokenizer`, `yes` or `no`. Left out: as the conventions
+    /// say.
+    #[serde(default)]
+    pub bos: Option<Bos>,
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
@@ -82,13 +90,20 @@ impl Stage for Tokenize {
     fn about(&self) -> About {
         About {
             name: "tokenize",
-            version: 1,
+            // 2: spelling is text, and prompts begin as the tokenizer says.
+            version: 2,
             numerics: None,
             summary: "turns a corpus into datasets of prompt ids and response ids",
             example: "data:\n  kind: tokenize\n  in: {corpus: corpus, tokenizer: tokenizer}\n  with: {template: alpaca, \
                       max_length: 512}\n",
             reads_clock: false,
         }
+    }
+
+    fn fill(&self, config: &mut Config, conventions: Conventions) {
+        let reference = conventions == Conventions::Reference;
+        config.special_tokens.get_or_insert(if reference { SpecialTokens::Parse } else { SpecialTokens::Text });
+        config.bos.get_or_insert(if reference { Bos::No } else { Bos::FromTokenizer });
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -133,16 +148,51 @@ impl Operator for Run {
     fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let corpus = inputs.take::<Folder>("corpus")?;
         let tokenizer = TokenizerFile::load(inputs.take::<Folder>("tokenizer")?.path())?;
-        let text = Text::new(&tokenizer)?;
+        let text = Text::new(&tokenizer, self.config.special_tokens())?;
+        let begin = self.config.bos.unwrap_or(Bos::FromTokenizer).ids(&tokenizer)?;
         let mut outputs = Outputs::new();
         for (done, split) in Split::ALL.into_iter().enumerate() {
             let rows = corpus::read(corpus.path(), split)?;
-            let (rows, counts) = tokenize(&rows, split, &self.config, &text)?;
+            self.config.say_what_is_spelled(&rows, split, &text, sink);
+            let (rows, counts) = tokenize(&rows, split, &self.config, &text, &begin)?;
             counts.report(&rows, split, &self.config, sink)?;
             outputs = outputs.with(split.name(), Dataset { rows, tokenizer: tokenizer.clone() });
             sink.progress(done as u64 + 1, Split::ALL.len() as u64, "splits");
         }
         Ok(outputs)
+    }
+}
+
+impl Config {
+    fn special_tokens(&self) -> SpecialTokens {
+        self.special_tokens.unwrap_or(SpecialTokens::Text)
+    }
+
+    /// Says which rows are spelled like control tokens, and what becomes of them.
+    fn say_what_is_spelled(&self, rows: &[CorpusRow], split: Split, text: &Text, sink: &mut dyn Sink) {
+        let spelled = |row: &CorpusRow| {
+            let CorpusRow { instruction, input, prompt, output, .. } = row;
+            let parts = [Some(instruction), Some(input), prompt.as_ref(), Some(output)];
+            parts.into_iter().flatten().find_map(|part| text.spelled_in(part).map(str::to_owned))
+        };
+        let found: Vec<(u64, String)> =
+            rows.par_iter().filter_map(|row| spelled(row).map(|token| (row.id, token))).collect();
+        let Some((first, token)) = found.first() else { return };
+        let counted = match found.len() {
+            1 => "1 row".to_owned(),
+            several => format!("{several} rows"),
+        };
+        let (first, split) = (row_name(*first), split.name());
+        let held =
+            format!("{counted} of `{split}` hold what is spelled like a control token, first {first} with `{token}`");
+        match self.special_tokens() {
+            SpecialTokens::Text => {
+                sink.note(&format!("{held}: it is kept as text (`special_tokens: parse` makes tokens of it)"));
+            }
+            SpecialTokens::Parse => {
+                sink.warn(&format!("{held}: it becomes that token (`special_tokens: text` keeps it as text)"));
+            }
+        }
     }
 }
 
@@ -198,8 +248,15 @@ enum Fate {
 }
 
 /// Tokenises one split, in order, on all threads.
-fn tokenize(rows: &[CorpusRow], split: Split, config: &Config, text: &Text) -> Result<(Vec<Row>, Counts)> {
-    let fates: Vec<Fate> = rows.par_iter().map(|row| fate(row, split, config, text)).collect::<Result<_>>()?;
+fn tokenize(
+    rows: &[CorpusRow],
+    split: Split,
+    config: &Config,
+    text: &Text,
+    begin: &[u32],
+) -> Result<(Vec<Row>, Counts)> {
+    let fate = |row: &CorpusRow| fate(row, split, config, text, begin).with_context(|| row_name(row.id));
+    let fates: Vec<Fate> = rows.par_iter().map(fate).collect::<Result<_>>()?;
     let mut counts = Counts { read: rows.len(), ..Counts::default() };
     let mut kept = Vec::with_capacity(rows.len());
     for fate in fates {
@@ -216,17 +273,18 @@ fn tokenize(rows: &[CorpusRow], split: Split, config: &Config, text: &Text) -> R
     Ok((kept, counts))
 }
 
-fn fate(row: &CorpusRow, split: Split, config: &Config, text: &Text) -> Result<Fate> {
+fn fate(row: &CorpusRow, split: Split, config: &Config, text: &Text, begin: &[u32]) -> Result<Fate> {
     let train = split == Split::Train;
     let mut prompt_text = config.template.prompt(row)?;
     if let Some(line) = config.personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id)) {
         prompt_text.insert_str(0, &line);
     }
-    let prompt = text.encode(&prompt_text)?;
+    let plain = text.encode(&prompt_text)?;
+    let prompt = begun(begin, plain.clone());
     if train && (prompt.len() > config.max_prompt_length || prompt.len() >= config.max_length) {
         return Ok(Fate::LongPrompt);
     }
-    let mut response = after(&prompt_text, &prompt, &config.template.response(&row.output), text)?;
+    let mut response = after(&prompt_text, &plain, &config.template.response(&row.output), text)?;
     let room = config.max_length.saturating_sub(prompt.len());
     let too_long = response.len() > room;
     if too_long && train && config.too_long == TooLong::Drop {
@@ -261,7 +319,7 @@ mod tests {
     /// A tokenizer whose tokens are the 256 bytes (end token 0) and the merges given.
     fn bytes(merges: &[&str]) -> (Text, TokenizerFile) {
         let file = crate::train_tokenizer::from_merges(merges);
-        (Text::new(&file).unwrap(), file)
+        (Text::new(&file, SpecialTokens::Parse).unwrap(), file)
     }
 
     fn row(id: u64, instruction: &str, output: &str) -> CorpusRow {
@@ -284,7 +342,7 @@ mod tests {
     fn a_row_is_prompt_and_response_with_the_end_token() {
         let (text, _) = bytes(&[]);
         let config = config(json!({"template": "task"}));
-        let (rows, counts) = tokenize(&[row(7, "Hi", "Yo")], Split::Test, &config, &text).unwrap();
+        let (rows, counts) = tokenize(&[row(7, "Hi", "Yo")], Split::Test, &config, &text, &[]).unwrap();
         assert_eq!(counts, Counts { read: 1, ..Counts::default() });
         let Row { id, prompt, response, end, references, .. } = &rows[0];
         assert_eq!((*id, *end, references.len()), (7, End::Stop, 2));
@@ -306,7 +364,7 @@ mod tests {
         let (text, _) = bytes(&[]);
         // Prompts of 2 and 5 bytes, responses of a line break, 4 bytes and the end token.
         let rows = [row(0, "ab", "1234"), row(1, "abcde", "1234")];
-        let run = |split, json| tokenize(&rows, split, &config(json), &text).unwrap();
+        let run = |split, json| tokenize(&rows, split, &config(json), &text, &[]).unwrap();
         let tight = json!({"template": "none", "max_length": 6, "max_prompt_length": 4});
         let (train, counts) = run(Split::Train, tight.clone());
         assert_eq!(counts, Counts { read: 2, long_prompts: 1, long_rows: 0, cut: 1 });
@@ -325,7 +383,7 @@ mod tests {
         let (text, _) = bytes(&[]);
         let config = config(json!({"template": "task", "personas": {"fraction": 1.0}}));
         let prompt = |split| {
-            let (rows, _) = tokenize(&[row(3, "Hi", "Yo")], split, &config, &text).unwrap();
+            let (rows, _) = tokenize(&[row(3, "Hi", "Yo")], split, &config, &text, &[]).unwrap();
             text.decode(&rows[0].prompt).unwrap()
         };
         let train = prompt(Split::Train);
@@ -365,12 +423,12 @@ mod tests {
     fn the_reference_rows_are_tokenised_byte_for_byte() {
         let (Some(golden), Some(gpt2)) = (shared_data("golden"), shared_data("tokenizers/gpt2")) else { return };
         let tokenizer = crate::tokenizer::open_tokenizer(&gpt2, None).unwrap().tokenizer;
-        let text = Text::new(&tokenizer).unwrap();
+        let text = Text::new(&tokenizer, SpecialTokens::Parse).unwrap();
         let lines = crate::download::read_rows(&golden.join("dolly-dev-order.jsonl.gz"), &Default::default()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         for template in ["ready", "alpaca"] {
             let config = config(json!({"template": template, "max_length": 100_000}));
-            let (rows, counts) = tokenize(&lines, Split::Train, &config, &text).unwrap();
+            let (rows, counts) = tokenize(&lines, Split::Train, &config, &text, &[]).unwrap();
             assert_eq!(counts, Counts { read: 1000, ..Counts::default() });
             mmidx::write(&folder.path().join("valid"), &rows, tokenizer.size).unwrap();
             for extension in ["bin", "idx"] {

@@ -648,7 +648,7 @@ mod tests {
 
     use super::*;
     use crate::testing::shared_data;
-    use crate::text::Text;
+    use crate::text::{SpecialTokens, Text};
 
     fn open(path: &Path, end_token: Option<&str>) -> Result<TokenizerFile> {
         Ok(open_tokenizer(path, end_token)?.tokenizer)
@@ -665,7 +665,7 @@ mod tests {
         let first_form = open(first_form.path(), None).unwrap();
         for tokenizer in [&folder, &file, &first_form] {
             assert_eq!((tokenizer.end, tokenizer.size), (50256, 50257));
-            let text = Text::new(tokenizer).unwrap();
+            let text = Text::new(tokenizer, SpecialTokens::Parse).unwrap();
             let ids = text.encode("Hello world! Knowledge distillation.").unwrap();
             assert_eq!(ids, [15496, 995, 0, 20414, 1233, 40903, 13]);
             assert_eq!(text.decode(&ids).unwrap(), "Hello world! Knowledge distillation.");
@@ -684,8 +684,8 @@ mod tests {
         fs::copy(opt.join("gpt2-merges.txt"), folder.path().join("merges.txt")).unwrap();
         let opt = open(folder.path(), Some("</s>")).unwrap();
         assert_eq!((opt.end, opt.size), (2, 50265));
-        let opt_text = Text::new(&opt).unwrap();
-        let gpt2_text = Text::new(&open(&gpt2, None).unwrap()).unwrap();
+        let opt_text = Text::new(&opt, SpecialTokens::Parse).unwrap();
+        let gpt2_text = Text::new(&open(&gpt2, None).unwrap(), SpecialTokens::Parse).unwrap();
         let text = " Déjà vu, 12 years ago.";
         let names = |t: &Text, ids: &[u32]| ids.iter().map(|id| t.token(*id).unwrap()).collect::<Vec<_>>();
         let (a, b) = (opt_text.encode(text).unwrap(), gpt2_text.encode(text).unwrap());

@@ -17,16 +17,20 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use contract::dataset::row_name;
 use contract::limits;
 use contract::{
     About, AnyValue, Bounds, Cause, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports, Sink,
     Stage, Step, TokenizerFile, Vocabulary,
 };
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::fixed_length::FixedLength;
+use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::corpus::{self, CorpusRow, Split};
@@ -38,6 +42,10 @@ pub const END_TOKEN: &str = "<|endoftext|>";
 
 /// Tokens that every vocabulary holds: the end token and the 256 bytes.
 const BASE: usize = 257;
+
+/// Longest word that is learnt from as one, in bytes; a longer one is learnt from in pieces. No word of any language is as
+/// long, and what is as long is no word: numbers, keys, files in letters.
+const LONGEST_WORD: usize = 1000;
 
 /// The stage kind.
 pub struct TrainTokenizer;
@@ -71,7 +79,8 @@ impl Stage for TrainTokenizer {
     fn about(&self) -> About {
         About {
             name: "train-tokenizer",
-            version: 1,
+            // 2: words of more than a thousand bytes are learnt from in pieces.
+            version: 2,
             numerics: None,
             summary: "trains a byte-level BPE tokenizer on the training split of a corpus",
             example: "tokenizer:\n  kind: train-tokenizer\n  in: {corpus: corpus}\n  with: {vocab_size: 1024}\n",
@@ -112,6 +121,7 @@ impl Operator for Run {
         let corpus = inputs.take::<Folder>("corpus")?;
         let rows = corpus::read(corpus.path(), Split::Train)?;
         ensure!(!rows.is_empty(), "the corpus has no training rows to learn a tokenizer from");
+        say_long_words(&rows, sink);
         let tokenizer = train(&rows, &self.config)?;
         if (tokenizer.size as usize) < self.config.vocab_size {
             sink.warn(&format!(
@@ -122,6 +132,28 @@ impl Operator for Run {
         fs::create_dir_all(&self.folder)?;
         tokenizer.save(&self.folder)?;
         Ok(Outputs::new().with("tokenizer", Folder::new(PortType::Tokenizer, &self.folder)))
+    }
+}
+
+/// Names the first row with a word that is no word.
+fn say_long_words(rows: &[CorpusRow], sink: &mut dyn Sink) {
+    let longest = |text: &String| text.split_whitespace().map(str::len).max().unwrap_or(0);
+    let found: Vec<(u64, usize)> = rows
+        .par_iter()
+        .filter_map(|row| {
+            let CorpusRow { instruction, input, prompt, output, .. } = row;
+            let parts = [Some(instruction), Some(input), prompt.as_ref(), Some(output)];
+            let bytes = parts.into_iter().flatten().map(longest).max().unwrap_or(0);
+            (bytes > LONGEST_WORD).then_some((row.id, bytes))
+        })
+        .collect();
+    if let Some((first, bytes)) = found.first() {
+        sink.note(&format!(
+            "{} of {} rows have a word of more than {LONGEST_WORD} bytes, first {} with {bytes}: it is learnt from in pieces",
+            found.len(),
+            rows.len(),
+            row_name(*first)
+        ));
     }
 }
 
@@ -144,9 +176,14 @@ fn train(rows: &[CorpusRow], config: &Config) -> Result<TokenizerFile> {
         .show_progress(false)
         .build();
     let mut tokenizer = byte_level(BPE::default());
+    let words = tokenizer.get_pre_tokenizer().cloned();
+    // The trainer takes time by the square of the longest word.
+    let pieces = words.iter().cloned().chain([FixedLength::new(LONGEST_WORD).into()]).collect();
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(pieces)));
     tokenizer
         .train(&mut TrainerWrapper::from(trainer), texts.iter())
         .map_err(|e| anyhow!("cannot train a tokenizer: {e}"))?;
+    tokenizer.with_pre_tokenizer(words);
     finish(&tokenizer)
 }
 
@@ -180,7 +217,7 @@ mod tests {
     use crate::instruct::{Sizes, generate};
     use crate::template::persona_line;
     use crate::testing::{Scratch, folder, input};
-    use crate::text::Text;
+    use crate::text::{SpecialTokens, Text};
 
     fn builtin() -> Vec<CorpusRow> {
         let [train, ..] = generate(0, &Sizes { train: 8000, valid: 0, test: 0 });
@@ -197,7 +234,7 @@ mod tests {
         for template in ["task", "alpaca"] {
             let config = config(json!({"vocab_size": 1024, "template": template, "personas": {}}));
             let tokenizer = train(&rows, &config).unwrap();
-            let text = Text::new(&tokenizer).unwrap();
+            let text = Text::new(&tokenizer, SpecialTokens::Parse).unwrap();
             assert_eq!((tokenizer.size, tokenizer.end), (1024, 0));
             let line = persona_line("student");
             assert_eq!(line, "Suppose you are a student.\n");
@@ -255,7 +292,7 @@ mod tests {
 
     #[test]
     fn any_text_can_be_encoded_and_comes_back() {
-        let text = Text::new(&from_merges(&["a b"])).unwrap();
+        let text = Text::new(&from_merges(&["a b"]), SpecialTokens::Parse).unwrap();
         for sample in ["", "ab abc", " ü\u{2028}日本\u{0} \t\r\n😀 ", "Ġ"] {
             assert_eq!(text.decode(&text.encode(sample).unwrap()).unwrap(), sample);
         }
