@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 use stages::aligned::Aligned;
 use stages::score::{Stemming, rouge_l_with};
-use stages::text::Text;
+use stages::text::{SpecialTokens, Text};
 
 use crate::WARM_UP;
 use crate::child::{Ended, Ran, Ready};
@@ -258,7 +258,7 @@ fn evaluate(task: Task) -> Result<Work> {
     });
     let mut score = Stage::start("evaluate", config, Conventions::Sound, &task)?;
     let model = Arc::new(load(&task.student, &task)?);
-    let words = Text::new(&model.tokenizer)?;
+    let words = Text::new(&model.tokenizer, SpecialTokens::Text)?;
     let model: AnyValue = model;
     let data: AnyValue = Arc::new(dataset(&task)?);
     Ok(Box::new(move |check| {
