@@ -315,7 +315,9 @@ impl Attempt {
     /// A result must never be bound to inputs that are not those it was made from.
     fn check_inputs(&self) -> Result<()> {
         for (entry, artifact) in &self.inputs {
-            self.store.open_artifact(artifact).with_context(|| format!("input `{entry}` changed while it was read"))?;
+            self.store
+                .check_artifact(artifact)
+                .with_context(|| format!("input `{entry}` changed while it was read"))?;
         }
         Ok(())
     }

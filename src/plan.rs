@@ -131,7 +131,7 @@ pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &S
         .with_context(|| format!("cannot tell what stage `{}` depends on", node.name))?;
     match store.lookup(&action.key)? {
         Lookup::Hit(record) => Ok(Decision::Cached(Settled { action, record })),
-        Lookup::Miss(why) => Ok(match store.newest_cut(&action.key)? {
+        Lookup::Miss(why) => Ok(match store.cut_standing(&action.key)? {
             // A cut that cannot be read is no cut.
             Some(cut) => match rounds::standing(&cut.path) {
                 Ok(standing) => Decision::Resume { action, round: standing.round, rounds: standing.rounds },

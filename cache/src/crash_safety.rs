@@ -4,7 +4,7 @@
 //! tried at each step in turn, until an operation gets through without meeting its fault.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ enum Mode {
     Dead = 2,
     /// The process is killed.
     Kill = 3,
+    /// All steps are refused, and nothing can be changed.
+    ReadOnly = 4,
 }
 
 impl Faults {
@@ -45,7 +47,8 @@ impl Faults {
         if fails && mode == Mode::Kill as u8 {
             std::process::abort();
         }
-        if fails { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        let kind = if mode == Mode::ReadOnly as u8 { ErrorKind::ReadOnlyFilesystem } else { ErrorKind::StorageFull };
+        if fails { Err(kind.into()) } else { Ok(()) }
     }
 
     fn arm(&self, mode: Mode, steps: i64) {
@@ -258,4 +261,40 @@ fn opening_a_store_may_be_stopped_at_every_step() {
             break;
         }
     }
+}
+
+#[test]
+fn a_store_that_cannot_be_written_serves_what_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, outside) = (folder.path().join("store"), folder.path().join("linked"));
+    fs::write(&outside, "linked").unwrap();
+    let record = publish(&Store::open(&root).unwrap(), &outside).unwrap();
+    assert_whole(&Store::open(&root).unwrap(), &record);
+    let weights = root.join("cas").join(&Digest::of(&[7; 10_000]).to_string()[..2]);
+    let blob = fs::read_dir(weights).unwrap().next().unwrap().unwrap().path();
+    fs::remove_dir(root.join("runs")).unwrap(); // one that it cannot make is not missed
+
+    let faults = Arc::new(Faults::default());
+    faults.arm(Mode::ReadOnly, 0);
+    let store = Store::open_on(&root, Disk { faults: faults.clone() }).unwrap();
+    assert!(!store.can_be_written().unwrap());
+    assert_eq!(store.lookup(&key()).unwrap(), Lookup::Hit(record.clone()));
+    assert_whole(&store, &record);
+    let copy = folder.path().join("copy");
+    store.copy_artifact(&record.outputs["model"], &copy, &|| true).unwrap();
+    assert_eq!(fs::read(copy.join("weights")).unwrap(), vec![7; 10_000]);
+    assert!(publish(&store, &outside).unwrap_err().is_read_only());
+
+    // What is damaged cannot be removed, and is a miss all the same.
+    fs::set_permissions(&blob, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    fs::write(&blob, vec![8; 10_000]).unwrap();
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(crate::disk::SEAL_TIME);
+    fs::File::open(&blob).unwrap().set_times(fs::FileTimes::new().set_modified(time)).unwrap();
+    let error = store.open_artifact(&record.outputs["model"]).unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+    assert!(matches!(store.lookup(&key()).unwrap(), Lookup::Miss(_)));
+    assert!(blob.exists());
+
+    let nowhere = folder.path().join("nowhere");
+    assert!(Store::open_on(&nowhere, Disk { faults }).unwrap_err().is_read_only());
 }

@@ -15,8 +15,8 @@ pub enum StoreError {
     #[error("cannot {operation} `{}`", path.display())]
     Io { operation: &'static str, path: PathBuf, source: io::Error },
 
-    /// Bytes of an artifact are not those that were published. They were removed, so that the next lookup is a miss.
-    #[error("`{file}` of artifact {artifact} is damaged ({reason}); it was removed: run again to compute it anew")]
+    /// Bytes of an artifact are not those that were published. The next lookup is a miss.
+    #[error("`{file}` is damaged in the store ({reason}); run again to compute it anew")]
     Corrupt { artifact: crate::Digest, file: String, reason: String },
 
     /// A link, socket or device where a plain file or folder is needed.
@@ -43,6 +43,10 @@ pub enum StoreError {
     #[error("store `{}` has format `{found}`, expected `{expected}`; choose another folder", path.display())]
     Format { path: PathBuf, found: String, expected: &'static str },
 
+    /// Who asked for it wants it no more.
+    #[error("stopped as asked")]
+    Stopped,
+
     /// The caller's own writer of a checkpoint failed.
     #[error("cannot write the checkpoint of round {round}")]
     Cut { round: u64, source: Box<dyn Error + Send + Sync> },
@@ -59,6 +63,12 @@ impl StoreError {
             cause = error.source();
         }
         false
+    }
+
+    /// Whether a change was refused since nothing may be changed there: by permissions, or on the whole file system.
+    pub fn is_read_only(&self) -> bool {
+        let refused = [io::ErrorKind::ReadOnlyFilesystem, io::ErrorKind::PermissionDenied];
+        matches!(self, StoreError::Io { source, .. } if refused.contains(&source.kind()))
     }
 
     /// What a failure to read a file of the store says about it, if it means that the file is not as it was written: gone, of

@@ -29,9 +29,12 @@
 //!   `work`, which [`Store::sweep`] removes.
 //! - What is published survives a loss of power: files and folders are synced before the record is, and the record before
 //!   [`Store::publish`] returns.
-//! - Nothing in `cas`, `trees` or `ac` is ever changed. Every file has one fixed modification time, so a write to it shows.
-//! - Damage is a miss, not an error, and publishing the key again mends it. Bytes are hashed once per boot before
-//!   [`Store::open_artifact`] hands them out.
+//! - Nothing in `cas`, `trees` or `ac` is ever changed. Every file has one fixed modification time, so a write to it shows;
+//!   and once a file was hashed, so does a write that puts this time back.
+//! - Damage is a miss, not an error, and publishing the key again mends it. Whoever gets to read an artifact, by
+//!   [`Store::open_artifact`] or [`Store::copy_artifact`], gets bytes that were hashed just then. A [`Store::lookup`] reads
+//!   no bytes, so that what a disk loses without a trace can still be a hit; it is found when it is used, or by
+//!   [`Store::verify`].
 //! - Two processes may do anything at once. The first whole result of a key stays.
 //!
 //! # Example

@@ -14,7 +14,6 @@ use crate::digest::{self, FileEntry};
 use crate::disk::{SEAL_TIME, in_parallel};
 use crate::error::{Result, StoreError};
 use crate::record::{self, Artifact, Lookup, Record};
-use crate::stamp::Identity;
 use crate::store::{Care, Condition, RECORD_FORM, Store};
 use crate::work::Work;
 
@@ -78,9 +77,6 @@ impl Store {
         if metadata.mtime() != SEAL_TIME as i64 || metadata.len() != bytes {
             return Err(StoreError::Changed { path });
         }
-        if let Some(identity) = Identity::of_sealed(&metadata) {
-            self.stamps.put(identity, digest);
-        }
         Ok((path, FileEntry { path: file.name.clone(), digest, bytes }))
     }
 
@@ -88,18 +84,18 @@ impl Store {
     fn place_blob(&self, path: &Path, entry: &FileEntry) -> Result<PathBuf> {
         let blob = self.blob_path(&entry.digest);
         self.make_parent(&blob)?;
+        let folder = blob.parent().expect("blobs lie in a folder").to_path_buf();
         if !self.disk.rename_new(path, &blob)? {
-            match self.inspect(&blob, entry, Care::HashedThisBoot)? {
-                Condition::Whole => {}
-                Condition::Missing | Condition::Damaged(_) => {
-                    if blob.is_dir() {
-                        self.remove_blob(&blob)?;
-                    }
-                    self.disk.rename(path, &blob)?;
-                }
+            if let Condition::Whole = self.inspect(&blob, entry, Care::HashedNow)? {
+                return Ok(folder);
             }
+            if blob.is_dir() {
+                self.remove_blob(&blob)?;
+            }
+            self.disk.rename(path, &blob)?;
         }
-        Ok(blob.parent().expect("blobs lie in a folder").to_path_buf())
+        self.stamp(&blob, entry.digest);
+        Ok(folder)
     }
 
     /// The last step: from here on the key is a hit.

@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 
 use crate::digest::{self, Digest, FileEntry};
 use crate::error::{Result, StoreError};
-use crate::stamp::Identity;
+use crate::stamp::{Identity, Stamp};
 use crate::store::Store;
 
 /// Which files of a folder count, by their path inside.
@@ -43,14 +43,14 @@ impl Store {
     fn digest_file(&self, path: &Path, may_remember: bool) -> Result<(Digest, u64)> {
         let now = SystemTime::now();
         let metadata = plain(path)?;
-        let before = Identity::of_outside(&metadata);
-        if let Some(digest) = self.stamps.get(&before).filter(|_| may_remember) {
+        let before = Identity::of(&metadata);
+        if may_remember && let Stamp::Of(digest) = self.stamps.get(&before) {
             return Ok((digest, metadata.len()));
         }
         let file = open(path)?;
         let (digest, bytes) = read(path, &file, |_| Ok(()))?;
         let after = file.metadata().map_err(StoreError::io("look at", path))?;
-        if Identity::of_outside(&after) != before || after.len() != bytes {
+        if Identity::of(&after) != before || after.len() != bytes {
             return Err(StoreError::Changed { path: path.into() });
         }
         if before.is_settled(now) {
@@ -69,7 +69,10 @@ pub fn copy_source(from: &Path, to: &Path, takes: Takes) -> Result<Digest> {
     if from.is_dir() {
         make(to)?; // also where no file of it is taken
     }
-    digest_with(from, takes, |path, name| copy_file(path, &name.map_or(to.to_path_buf(), |name| to.join(name))))
+    let copy = |path: &Path, name: Option<&str>| {
+        copy_file(path, &name.map_or(to.to_path_buf(), |name| to.join(name)), &|| true)
+    };
+    digest_with(from, takes, copy)
 }
 
 /// The digest of a file or folder, where `of_file` gives that of a file, known by its path and its name in the folder.
@@ -89,15 +92,20 @@ fn digest_with(
     Ok(Digest::of_tree(&files))
 }
 
-fn copy_file(from: &Path, to: &Path) -> Result<(Digest, u64)> {
+/// Copies a file as long as it is to `go_on`, and returns digest and length of what the copy holds.
+pub(crate) fn copy_file(from: &Path, to: &Path, go_on: &dyn Fn() -> bool) -> Result<(Digest, u64)> {
     make(to.parent().expect("a copy lies in a folder"))?;
     let source = open(from)?;
     let mut target = File::create_new(to).map_err(StoreError::io("write", to))?;
+    let goes_on = || if go_on() { Ok(()) } else { Err(StoreError::Stopped) };
     if share_blocks(&source, &target) {
         let copy = File::open(to).map_err(StoreError::io("read", to))?;
-        return read(to, &copy, |_| Ok(()));
+        return read(to, &copy, |_| goes_on());
     }
-    read(from, &source, |bytes| target.write_all(bytes).map_err(StoreError::io("write", to)))
+    read(from, &source, |bytes| {
+        goes_on()?;
+        target.write_all(bytes).map_err(StoreError::io("write", to))
+    })
 }
 
 /// Makes `target` a copy of `source` that takes no room until one of them is written to; false where that cannot be done.

@@ -2,6 +2,9 @@
 //!
 //! They spare reading bytes again, and hold no result: a lost stamp costs one more hash. Hence they are never synced, and
 //! each boot has its own file of lines, to which all processes append.
+//!
+//! A stamp is of a file with the times it had when it was hashed. Whoever writes to a file moves its time of change, which
+//! nobody can set: so a write shows here even where the file's other times were put back.
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
@@ -22,26 +25,19 @@ const SAFE_AGE: Duration = Duration::from_secs(2);
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What changes when the bytes of a file change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,
     bytes: u64,
     modified: i128,
-    /// The time of the last change of the file or its entry; 0 in the store, where links to a file come and go.
+    /// The time of the last change of the file, its attributes or the number of its names.
     changed: i128,
 }
 
 impl Identity {
-    /// Of a file in the store; none if it was touched after it was sealed.
-    pub(crate) fn of_sealed(metadata: &Metadata) -> Option<Self> {
-        let identity = Identity { changed: 0, ..Self::of_outside(metadata) };
-        let sealed = nanoseconds(SEAL_TIME as i64, 0);
-        (metadata.is_file() && identity.modified == sealed).then_some(identity)
-    }
-
-    /// Of a file outside of the store.
-    pub(crate) fn of_outside(metadata: &Metadata) -> Self {
+    /// What the system says of a file.
+    pub(crate) fn of(metadata: &Metadata) -> Self {
         Identity {
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -49,6 +45,11 @@ impl Identity {
             modified: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
             changed: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
         }
+    }
+
+    /// Whether the file is one of the store's, and still has the time that it was sealed with.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.modified == nanoseconds(SEAL_TIME as i64, 0)
     }
 
     /// Whether any later write will show in this identity, as seen at `now`, which is before the file is hashed.
@@ -71,32 +72,58 @@ pub(crate) struct Stamps {
     known: Mutex<Known>,
 }
 
+/// What is remembered of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stamp {
+    /// It was not hashed since the machine booted.
+    None,
+    /// It had this digest, and is as it was then.
+    Of(Digest),
+    /// It was hashed, and changed or was given another name since.
+    Outdated,
+}
+
 #[derive(Default)]
 struct Known {
-    digests: HashMap<Identity, Digest>,
+    /// The newest stamp of each file, by device and inode.
+    stamps: HashMap<(u64, u64), (Identity, Digest)>,
     /// How far the file has been read.
     read: u64,
 }
 
+impl Known {
+    fn get(&self, identity: &Identity) -> Stamp {
+        match self.stamps.get(&(identity.device, identity.inode)) {
+            None => Stamp::None,
+            Some((known, digest)) if known == identity => Stamp::Of(*digest),
+            Some(_) => Stamp::Outdated,
+        }
+    }
+
+    /// What it held before.
+    fn put(&mut self, identity: Identity, digest: Digest) -> Option<(Identity, Digest)> {
+        self.stamps.insert((identity.device, identity.inode), (identity, digest))
+    }
+}
+
 impl Stamps {
     pub(crate) fn open(folder: &Path, disk: Disk) -> Self {
-        forget_old(folder);
         Stamps { disk, path: boot().map(|boot| folder.join(boot)), known: Mutex::default() }
     }
 
-    /// The digest that a file with this identity had when it was last hashed, by any process of this boot.
-    pub(crate) fn get(&self, identity: &Identity) -> Option<Digest> {
+    /// What is remembered of the file with this identity, by any process of this boot.
+    pub(crate) fn get(&self, identity: &Identity) -> Stamp {
         let mut known = self.known();
-        if !known.digests.contains_key(identity) {
+        if !matches!(known.get(identity), Stamp::Of(_)) {
             self.read_on(&mut known);
         }
-        known.digests.get(identity).copied()
+        known.get(identity)
     }
 
     /// Remembers that a file with this identity was hashed.
     pub(crate) fn put(&self, identity: Identity, digest: Digest) {
         let Identity { device, inode, bytes, modified, changed } = identity;
-        if self.known().digests.insert(identity, digest) == Some(digest) {
+        if self.known().put(identity, digest) == Some((identity, digest)) {
             return;
         }
         if let Some(path) = &self.path {
@@ -118,7 +145,9 @@ impl Stamps {
         let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         known.read += whole as u64;
         let lines = String::from_utf8_lossy(&text[..whole]);
-        known.digests.extend(lines.lines().filter_map(parse));
+        for (identity, digest) in lines.lines().filter_map(parse) {
+            known.put(identity, digest);
+        }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -149,7 +178,7 @@ fn boot() -> Option<String> {
 }
 
 /// Removes files of earlier boots. A file of another machine that still uses it costs that machine some hashing.
-fn forget_old(folder: &Path) {
+pub(crate) fn forget_old(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let modified = entry.metadata().and_then(|metadata| metadata.modified());
@@ -172,15 +201,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let writer = Stamps::open(folder.path(), Disk::default());
         let reader = Stamps::open(folder.path(), Disk::default());
-        assert_eq!(reader.get(&identity(1)), None);
+        assert_eq!(reader.get(&identity(1)), Stamp::None);
         writer.put(identity(1), Digest::of(b"one"));
         writer.put(identity(1), Digest::of(b"later"));
         writer.put(identity(2), Digest::of(b"two"));
         if boot().is_some() {
-            assert_eq!(reader.get(&identity(1)), Some(Digest::of(b"later")));
+            assert_eq!(reader.get(&identity(1)), Stamp::Of(Digest::of(b"later")));
         }
-        assert_eq!(writer.get(&identity(2)), Some(Digest::of(b"two")));
-        assert_eq!(writer.get(&Identity { changed: 6, ..identity(2) }), None);
+        assert_eq!(writer.get(&identity(2)), Stamp::Of(Digest::of(b"two")));
+        assert_eq!(writer.get(&Identity { changed: 6, ..identity(2) }), Stamp::Outdated);
     }
 
     #[test]

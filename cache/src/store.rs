@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::Value as Json;
 
@@ -15,7 +16,7 @@ use crate::error::{Result, StoreError};
 use crate::key::{Key, canonical};
 use crate::lock::{self, Guard};
 use crate::record::{self, Lookup, Record, Why};
-use crate::stamp::{Identity, Stamps};
+use crate::stamp::{Identity, Stamp, Stamps, forget_old};
 use crate::work::{self, Scratch, Work, Workplace};
 
 /// Folders below the root.
@@ -35,11 +36,12 @@ pub struct Store {
     place: Workplace,
 }
 
-/// How much a file of the store must be looked at before it is believed.
+/// How much a file of the store must be looked at before it is believed. What a disk loses without a trace is found by
+/// reading alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Care {
-    /// It has the right length and nobody wrote to it since it was sealed.
-    Sealed,
+    /// It has the right length, and by its times nobody wrote to it.
+    Untouched,
     /// And its bytes were hashed since the machine booted.
     HashedThisBoot,
     /// And they are hashed now.
@@ -54,23 +56,56 @@ pub(crate) enum Condition {
 }
 
 impl Store {
-    /// Opens the store in the folder `root`, making it where needed.
+    /// Opens the store in the folder `root`, making it where needed. One that cannot be written can still be read.
     ///
-    /// Errors when the folder cannot be made or written, or holds a store of another format.
+    /// Errors when there is none and it cannot be made, or when it is of another format.
     pub fn open(root: &Path) -> Result<Store> {
         Self::open_on(root, Disk::default())
     }
 
+    /// Opens the store in the folder `root` for who only reads: nothing is made, and a store that [is not
+    /// there](Store::exists) looks like an empty one.
+    ///
+    /// Errors when it is of another format.
+    pub fn open_to_read(root: &Path) -> Result<Store> {
+        let store = Self::at(root, Disk::default())?;
+        store.format()?;
+        Ok(store)
+    }
+
     pub(crate) fn open_on(root: &Path, disk: Disk) -> Result<Store> {
-        let root = std::path::absolute(root).map_err(StoreError::io("find", root))?;
+        let store = Self::at(root, disk)?;
+        let exists = store.format()?;
         for folder in FOLDERS {
-            disk.make_folder(&root.join(folder))?;
+            match store.disk.make_folder(&store.root.join(folder)) {
+                Err(error) if exists && error.is_read_only() => break,
+                made => made?,
+            }
         }
+        if !exists {
+            store.write_format()?;
+        }
+        Ok(store)
+    }
+
+    fn at(root: &Path, disk: Disk) -> Result<Store> {
+        let root = std::path::absolute(root).map_err(StoreError::io("find", root))?;
         let place = Workplace { folder: root.join("work"), gate: root.join("locks/work"), disk: disk.clone() };
         let stamps = Stamps::open(&root.join("stamps"), disk.clone());
-        let store = Store { root, disk, stamps, place };
-        store.agree_on_format()?;
-        Ok(store)
+        Ok(Store { root, disk, stamps, place })
+    }
+
+    /// Whether there is a store in the folder.
+    pub fn exists(&self) -> Result<bool> {
+        self.format()
+    }
+
+    /// Whether anything can be added or removed here: one that cannot be written serves what it holds.
+    pub fn can_be_written(&self) -> Result<bool> {
+        match self.begin_scratch() {
+            Err(error) if error.is_read_only() => Ok(false),
+            begun => begun.map(|_| true),
+        }
     }
 
     /// The store's own folder, absolute.
@@ -113,8 +148,9 @@ impl Store {
 
     /// Looks a key up. Damage is a miss, and the next [`publish`](Store::publish) of the key mends it.
     ///
-    /// Files are looked at, not read, unless somebody wrote to them: [`open_artifact`](Store::open_artifact) reads them.
-    /// Errors only when the file system refuses to answer.
+    /// Files are looked at, and read only where their times do not tell that nobody wrote to them. What a disk loses without
+    /// a trace is found when the bytes are used: by [`open_artifact`](Store::open_artifact) and
+    /// [`copy_artifact`](Store::copy_artifact), which read them all. Errors only when the file system refuses to answer.
     pub fn lookup(&self, key: &Key) -> Result<Lookup> {
         let record = match self.read_record(key)? {
             Ok(record) => record,
@@ -123,7 +159,7 @@ impl Store {
         for (port, artifact) in &record.outputs {
             for file in &artifact.files {
                 let (port, path) = (port.clone(), file.path.clone());
-                match self.inspect(&self.blob_path(&file.digest), file, Care::Sealed)? {
+                match self.inspect(&self.blob_path(&file.digest), file, Care::Untouched)? {
                     Condition::Whole => {}
                     Condition::Missing => return Ok(Lookup::Miss(Why::ArtifactMissing { port, file: path })),
                     Condition::Damaged(reason) => {
@@ -165,14 +201,16 @@ impl Store {
         Work::begin(&self.place, key)
     }
 
-    /// Removes the work folders of processes that are gone, and returns how many there were. Removes their lock files, too.
-    /// Safe at any time.
+    /// Removes what processes that are gone left behind, and returns how many work folders there were. Their lock files go,
+    /// too, checkpoints of work that is finished, and stamps of boots long ago. Safe at any time.
     pub fn sweep(&self) -> Result<usize> {
         for (_, path) in list(&self.root.join("locks"))? {
             if path != self.place.gate {
                 drop(lock::try_take(&path)?); // who gives a lock up removes its file
             }
         }
+        self.sweep_cuts()?;
+        forget_old(&self.root.join("stamps"));
         work::sweep(&self.place)
     }
 
@@ -209,37 +247,44 @@ impl Store {
         if metadata.len() != expected.bytes {
             return Ok(Condition::Damaged(format!("expected {} bytes, got {}", expected.bytes, metadata.len())));
         }
-        let identity = Identity::of_sealed(&metadata);
-        let believed = match (care, &identity) {
-            (Care::Sealed, Some(_)) => true,
-            (Care::HashedThisBoot, Some(identity)) => self.stamps.get(identity) == Some(expected.digest),
-            _ => false,
+        let identity = Identity::of(&metadata);
+        let believed = match self.stamps.get(&identity) {
+            Stamp::Of(digest) => care != Care::HashedNow && digest == expected.digest,
+            Stamp::None => care == Care::Untouched && identity.is_sealed(),
+            Stamp::Outdated => false,
         };
         if believed {
             return Ok(Condition::Whole);
         }
+        let now = SystemTime::now();
         let digest = match hash_file(path) {
             Ok((digest, _)) => digest,
             Err(error) => return error.into_damage().map(Condition::Damaged),
         };
         if digest != expected.digest {
+            // Remembered, for a store that cannot be written keeps it.
+            self.stamps.put(identity, digest);
             return Ok(Condition::Damaged(format!("expected {}, got {}", expected.digest.short(), digest.short())));
         }
-        // Not sealed, yet with the right bytes: a copy of the store, for example. Where sealing is refused it is hashed
-        // each time.
-        if identity.is_some() || self.disk.seal(path).is_ok() {
-            self.stamp(path, digest)?;
+        if identity.is_sealed() {
+            self.stamps.put(identity, digest);
+        } else if self.disk.seal(path).is_ok() {
+            // It had the right bytes all the same: a copy of the store, for example.
+            self.stamp(path, digest);
+        } else if identity.is_settled(now) {
+            self.stamps.put(identity, digest);
         }
         Ok(Condition::Whole)
     }
 
-    /// Remembers that a sealed file was hashed.
-    pub(crate) fn stamp(&self, path: &Path, digest: Digest) -> Result<()> {
-        let metadata = fs::symlink_metadata(path).map_err(StoreError::io("look at", path))?;
-        if let Some(identity) = Identity::of_sealed(&metadata) {
+    /// Remembers that a file, which the store itself has just moved, named or sealed, was hashed before that.
+    pub(crate) fn stamp(&self, path: &Path, digest: Digest) {
+        // One that is gone again needs none.
+        let Ok(metadata) = fs::symlink_metadata(path) else { return };
+        let identity = Identity::of(&metadata);
+        if identity.is_sealed() {
             self.stamps.put(identity, digest);
         }
-        Ok(())
     }
 
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
@@ -280,19 +325,21 @@ impl Store {
         self.root.join("locks").join(key.to_string())
     }
 
-    fn agree_on_format(&self) -> Result<()> {
-        let path = self.root.join("format");
-        let found = read_if_there(&path)?.map(|text| String::from_utf8_lossy(&text).trim().to_string());
-        match found.as_deref() {
-            Some(FORMAT) => Ok(()),
-            None | Some("") => {
-                let scratch = self.begin_scratch()?;
-                let draft = scratch.path.join("format");
-                self.disk.write(&draft, format!("{FORMAT}\n").as_bytes())?;
-                self.disk.rename(&draft, &path)
-            }
+    /// Whether there is a store, of this format. Errors when there is one of another.
+    fn format(&self) -> Result<bool> {
+        let found = read_if_there(&self.root.join("format"))?;
+        match found.map(|text| String::from_utf8_lossy(&text).trim().to_string()).as_deref() {
+            Some(FORMAT) => Ok(true),
+            None | Some("") => Ok(false),
             Some(found) => Err(StoreError::Format { path: self.root.clone(), found: found.into(), expected: FORMAT }),
         }
+    }
+
+    fn write_format(&self) -> Result<()> {
+        let scratch = self.begin_scratch()?;
+        let draft = scratch.path.join("format");
+        self.disk.write(&draft, format!("{FORMAT}\n").as_bytes())?;
+        self.disk.rename(&draft, &self.root.join("format"))
     }
 }
 

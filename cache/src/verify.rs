@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::artifact::files_in;
+use crate::cut::Reading;
 use crate::digest::{Digest, FileEntry};
 use crate::error::Result;
 use crate::key::Key;
@@ -168,7 +169,7 @@ impl Store {
             let Ok(key) = name.parse::<Key>() else { continue };
             for (round, path) in self.cuts(&key)? {
                 report.cuts += 1;
-                if let Some(reason) = self.cut_fault(&key, round, &path)? {
+                if let Some(reason) = self.cut_fault(&key, round, &path, Reading::Bytes)? {
                     self.begin_scratch()?.discard(&path)?;
                     self.note(report, Part::Cut, &path, reason);
                 }

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use cache::{Artifact, Digest, Key, Lookup, Record, Store, StoreError, Usage, Why, copy_source};
 use serde_json::json;
@@ -103,8 +105,9 @@ fn overwrite(path: &Path, bytes: &[u8]) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Writes in place and hides it.
+/// Writes in place and hides it, as far as anybody can.
 fn overwrite_secretly(path: &Path, bytes: &[u8]) {
+    sleep(Duration::from_millis(20)); // the clocks of file systems are coarse
     let modified = fs::metadata(path).unwrap().modified().unwrap();
     overwrite(path, bytes);
     File::open(path).unwrap().set_times(FileTimes::new().set_modified(modified)).unwrap();
@@ -129,15 +132,114 @@ fn a_changed_byte_is_a_miss() {
     fixture.assert_mended();
 }
 
+/// Any byte of any file, by the name that the blob has or that of the folder's file.
+#[test]
+fn a_byte_changed_secretly_is_a_miss_in_the_same_boot() {
+    for (name, bytes) in [("weights", WEIGHTS), ("deep/config", b"{}")] {
+        for at in 0..bytes.len() {
+            let fixture = Fixture::new();
+            let tree = fixture.store.open_artifact(&fixture.artifact()).unwrap();
+            let blob = fixture.at("cas", &Digest::of(bytes).to_string(), 2);
+            let mut flipped = bytes.to_vec();
+            flipped[at] ^= 1 << (at % 8);
+            overwrite_secretly(&if at % 2 == 0 { blob } else { tree.join(name) }, &flipped);
+            let why = fixture.miss().to_string();
+            assert!(why.starts_with(&format!("`{name}` of output `model` is damaged: ")), "{why}");
+            fixture.assert_mended();
+        }
+    }
+}
+
+/// A disk that loses bytes moves no times, as a write before the next boot that puts them back moves none that count.
 #[test]
 fn a_byte_changed_secretly_is_found_before_it_is_read_in_the_next_boot() {
-    let fixture = Fixture::new().after_boot();
-    overwrite_secretly(&fixture.blob(), b"0123x56789");
-    let error = fixture.store.open_artifact(&fixture.artifact()).unwrap_err();
-    assert!(matches!(&error, StoreError::Corrupt { file, .. } if file == "weights"), "{error}");
-    assert!(!error.is_io());
-    assert_eq!(fixture.miss(), Why::ArtifactMissing { port: "model".into(), file: "weights".into() });
-    fixture.assert_mended();
+    type Use = fn(&Fixture, &Artifact) -> Result<(), StoreError>;
+    let uses: [Use; 2] = [
+        |fixture, artifact| fixture.store.open_artifact(artifact).map(drop),
+        |fixture, artifact| fixture.store.copy_artifact(artifact, &fixture.folder.path().join("copy"), &|| true),
+    ];
+    for used in uses {
+        let fixture = Fixture::new();
+        let artifact = fixture.artifact();
+        overwrite_secretly(&fixture.blob(), b"0123x56789");
+        let fixture = fixture.after_boot();
+        assert_eq!(fixture.artifact(), artifact, "a lookup reads nothing");
+        let error = used(&fixture, &artifact).unwrap_err();
+        assert!(matches!(&error, StoreError::Corrupt { file, .. } if file == "weights"), "{error}");
+        assert!(!error.is_io());
+        assert_eq!(fixture.miss(), Why::ArtifactMissing { port: "model".into(), file: "weights".into() });
+        fixture.assert_mended();
+    }
+}
+
+#[test]
+fn a_copy_has_the_files_of_the_artifact_and_stops_when_told() {
+    let fixture = Fixture::new();
+    let (artifact, copy) = (fixture.artifact(), fixture.folder.path().join("copy"));
+    fixture.store.copy_artifact(&artifact, &copy, &|| true).unwrap();
+    assert_eq!(files(&copy), ["deep/config", "weights"]);
+    assert_eq!(fs::read(copy.join("weights")).unwrap(), WEIGHTS);
+    assert!(!fs::metadata(copy.join("weights")).unwrap().permissions().readonly(), "it belongs to who asked for it");
+    let stopped = fixture.store.copy_artifact(&artifact, &fixture.folder.path().join("other"), &|| false);
+    assert!(matches!(stopped, Err(StoreError::Stopped)));
+    fixture.assert_whole();
+}
+
+#[test]
+fn an_open_artifact_is_known_to_be_as_it_was_or_not() {
+    let fixture = Fixture::new();
+    let artifact = fixture.artifact();
+    let path = fixture.store.open_artifact(&artifact).unwrap();
+    fixture.store.check_artifact(&artifact).unwrap();
+    overwrite_secretly(&path.join("weights"), b"x123456789");
+    assert!(matches!(fixture.store.check_artifact(&artifact), Err(StoreError::Corrupt { .. })));
+}
+
+#[test]
+fn who_only_reads_makes_no_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open_to_read(&folder.path().join("mistyped")).unwrap();
+    let key = Key::of(&json!(1));
+    assert!(!store.exists().unwrap());
+    assert_eq!(store.lookup(&key).unwrap().miss(), Some(Why::NoRecord));
+    assert_eq!((store.cut_standing(&key).unwrap(), store.keys().unwrap()), (None, vec![]));
+    store.digest_path(&Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert!(Store::open_to_read(Fixture::new().store.root()).is_ok());
+}
+
+#[test]
+fn where_a_checkpoint_stands_is_told_without_removing_any() {
+    let fixture = Fixture::new();
+    let (store, key) = (&fixture.store, &Key::of(&json!("unfinished")));
+    for round in [1, 2] {
+        store.save_cut(key, round, |path| fs::write(path.join("state"), format!("state {round}"))).unwrap();
+    }
+    let state = store.root().join("cut").join(key.to_string()).join("2/files/state");
+    let standing = || store.cut_standing(key).unwrap().map(|cut| cut.round);
+    fs::write(&state, "staTe 2").unwrap();
+    assert_eq!(standing(), Some(2), "bytes are not read");
+    fs::write(&state, "cut").unwrap();
+    assert_eq!(standing(), Some(1));
+    assert!(state.exists(), "nor is anything removed");
+    assert_eq!(store.newest_cut(key).unwrap().map(|cut| cut.round), Some(1));
+    assert!(!state.exists());
+}
+
+#[test]
+fn a_sweep_removes_checkpoints_of_finished_work_only() {
+    let fixture = Fixture::new();
+    let unfinished = Key::of(&json!("unfinished"));
+    for key in [&fixture.key, &unfinished] {
+        fixture.store.save_cut(key, 1, |path| fs::write(path.join("state"), "state")).unwrap();
+    }
+    let guard = fixture.store.lock(&fixture.key).unwrap();
+    fixture.store.sweep().unwrap();
+    assert!(fixture.store.newest_cut(&fixture.key).unwrap().is_some(), "somebody is at work on it");
+    drop(guard);
+    fixture.store.sweep().unwrap();
+    assert_eq!(fixture.store.newest_cut(&fixture.key).unwrap(), None);
+    assert!(fixture.store.newest_cut(&unfinished).unwrap().is_some());
 }
 
 #[test]
