@@ -12,8 +12,8 @@
 //! word-level KD; with `reverse-kl` on the student's own responses, and a prompt tuned for it, PromptKD (its section 3.3).
 //!
 //! On a fixed text the teacher need not run again and again: a `teacher-cache` on port `cache` stands for it. Where that
-//! keeps hidden states, connect `teacher` too, of which the head alone runs, with the same bits as without a cache; where
-//! it keeps the likeliest tokens, connect no teacher.
+//! keeps hidden states, the student gets the same bits as from the teacher itself. Connect no `teacher` beside it: the
+//! model would be read for nothing.
 //!
 //! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`. Outputs: `model`, and a row of metrics an update.
 //! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
@@ -29,7 +29,7 @@ use contract::{
     PortType, Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
+use lm::{Architecture, Head, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -137,7 +137,7 @@ impl Stage for Distill {
         Ports::new()
             .input("data", PortType::Dataset, "text to learn on: given, or written by a model")
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
-            .optional("teacher", PortType::Model, "the teacher, frozen; beside a cache of hidden states, for its head")
+            .optional("teacher", PortType::Model, "the teacher, frozen")
             .optional("cache", PortType::TeacherCache, "what the teacher says of a fixed text, in place of running it")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .optional(
@@ -169,6 +169,13 @@ impl Stage for Distill {
         if outlook.has("cache") {
             outlook.same_vocabulary(&["data", "cache", "teacher"]);
             outlook.holds("teacher");
+            if outlook.has("teacher") {
+                outlook.warn(
+                    [Cause::Input("teacher".into(), "model".into())],
+                    "`teacher` is read whole, and not used beside `cache`",
+                    "leave out the input `teacher`: the cache holds all that is learnt from",
+                );
+            }
         } else if outlook.has("teacher") {
             foresight::reader(outlook, "teacher", Some("prompt"), "data");
         }
@@ -190,7 +197,7 @@ impl Stage for Distill {
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let trainer = Trainer::new(config.settings(), 1e-2, state);
         let device = lm::device(&env.device)?;
-        Ok(Box::new(Distilling { device, trainer, config, cache_is_checked: false, padding: Padding::default() }))
+        Ok(Box::new(Distilling { device, trainer, config, cached: None, padding: Padding::default() }))
     }
 }
 
@@ -198,8 +205,8 @@ struct Distilling {
     config: Config,
     device: Device,
     trainer: Trainer,
-    /// Whether the cache has been compared with the teacher.
-    cache_is_checked: bool,
+    /// The head of a cache, once that has been looked at; none for the likeliest tokens.
+    cached: Option<Option<Head>>,
     padding: Padding,
 }
 
@@ -216,14 +223,19 @@ impl Operator for Distilling {
             None => training::initial(config.init.as_ref(), "student", &data, config.seed, &self.device)?,
         };
         let student = student.computed_in(config.dtype)?.with_activation_checkpointing(config.activation_checkpointing);
-        if let Some(cache) = &cache {
-            self.check_cache(cache, teacher.as_deref(), prompt.is_some())?;
+        let (teacher, head) = match &cache {
+            Some(cache) => (None, self.head_of(cache, teacher.as_deref(), prompt.is_some())?),
+            None => {
+                let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
+                let head = teacher.as_ref().map(LanguageModel::output_head);
+                (teacher, head)
+            }
+        };
+        if let Some(head) = &head {
+            let port = if cache.is_some() { "cache" } else { "teacher" };
+            self.padding.say("student", &student.output_head(), port, head, sink);
         }
-        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
-        let head = teacher.as_ref().map(|teacher| teacher.head_beside(&student)).transpose()?;
-        if let Some(teacher) = &teacher {
-            self.padding.say("student", &student, "teacher", teacher, sink);
-        }
+        let head = head.map(|head| head.beside(&student)).transpose()?;
 
         let name = config.divergence.name();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
@@ -243,7 +255,7 @@ impl Operator for Distilling {
             };
             let source = match &said {
                 Said::TopK(kept) => Source::TopK(kept),
-                Said::Hidden(hidden) => Source::Head { hidden, head: head.as_ref().context(NEEDS_HEAD)? },
+                Said::Hidden(hidden) => Source::Head { hidden, head: head.as_ref().context("there is no head")? },
             };
             let target = Target {
                 source,
@@ -271,14 +283,12 @@ impl Operator for Distilling {
     }
 }
 
-const NEEDS_HEAD: &str = "the cache keeps hidden states, which only the teacher's head turns into probabilities: connect \
-                          `teacher`, the model that made the cache";
-
 impl Distilling {
-    /// A cache and what is connected beside it make sense in one way only.
-    fn check_cache(&mut self, cache: &TeacherCache, teacher: Option<&LanguageModel>, prompt: bool) -> Result<()> {
-        if self.cache_is_checked {
-            return Ok(());
+    /// The head that the hidden states of a cache are multiplied with. A cache and what is connected beside it make sense in
+    /// one way only.
+    fn head_of(&mut self, cache: &TeacherCache, teacher: Option<&LanguageModel>, prompt: bool) -> Result<Option<Head>> {
+        if let Some(head) = &self.cached {
+            return Ok(head.clone());
         }
         ensure!(
             !prompt,
@@ -287,7 +297,7 @@ impl Distilling {
         );
         let (learnt, kept) = (self.config.temperature, cache.facts.temperature);
         match (cache.facts.keep, teacher) {
-            (Keep::Hidden, None) => bail!("{NEEDS_HEAD}"),
+            (Keep::Hidden, None) => {}
             (Keep::Hidden, Some(teacher)) => cache.check_head(teacher)?,
             (Keep::TopK(_), Some(_)) => {
                 bail!("the cache keeps the likeliest tokens, so no teacher is needed: remove the input `teacher`")
@@ -298,8 +308,8 @@ impl Distilling {
                  stages the same, or let the cache `keep: hidden`"
             ),
         }
-        self.cache_is_checked = true;
-        Ok(())
+        let head = cache.head(&self.device)?.map(|head| head.computed_in(self.config.dtype)).transpose()?;
+        Ok(self.cached.insert(head).clone())
     }
 }
 

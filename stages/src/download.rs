@@ -20,8 +20,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -31,7 +30,7 @@ use contract::{
     About, AnyValue, Bounds, Cause, ConfigError, Dataset, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs,
     PortType, Ports, Sink, Source, Stage, Step, TokenizerFile,
 };
-use safetensors::tensor::Metadata;
+use lm::ModelFolder;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
@@ -87,7 +86,8 @@ pub struct Config {
     /// `train.jsonl` (the texts) beside where it is there. Needs `tokenizer`.
     #[serde(default)]
     pub bin: Option<String>,
-    /// A Hugging Face model folder: `config.json`, `*.safetensors` and a tokenizer.
+    /// A Hugging Face model folder: `config.json`, weights (`model.safetensors`, `pytorch_model.bin`, or several files that an
+    /// index names) and a tokenizer.
     #[serde(default)]
     pub model: Option<String>,
 }
@@ -176,8 +176,8 @@ impl Stage for Download {
         About {
             name: "download",
             // 2: rows with a key twice, or two columns for the same thing, are refused. 3: a tokenizer is read from all its files
-            // and kept with them.
-            version: 3,
+            // and kept with them. 4: all values of a model are looked at.
+            version: 4,
             numerics: None,
             summary: "brings a corpus, a tokenizer, token files or a model into the pipeline",
             example: "corpus:\n  kind: download\n  with: {source: builtin:instruct, rows: 8000}\n",
@@ -269,7 +269,9 @@ impl Stage for Download {
         let bin = config.bin.as_ref().map(|path| source(&["bin"], path).only(&token_files));
         let tokenizer = config.tokenizer.as_ref();
         let tokenizer = tokenizer.map(|path| source(&["tokenizer"], path).only(&crate::tokenizer::sources()));
-        let model = config.model.as_ref().map(|path| source(&["model"], path));
+        // Neither a page about the model nor what is left of its training.
+        let model_files: Vec<&str> = lm::MODEL_FILES.into_iter().chain(crate::tokenizer::sources()).collect();
+        let model = config.model.as_ref().map(|path| source(&["model"], path).only(&model_files));
         corpus.into_iter().chain(bin).chain(tokenizer).chain(model).collect()
     }
 
@@ -284,16 +286,17 @@ impl Stage for Download {
             outlook.output("corpus", Facts { rows: rows.to_vec(), ..Facts::default() });
             return;
         }
-        let [tokenizer, model] = [("tokenizer", tokenizer), ("model", model)].map(|(field, path)| {
-            let path = Path::new(path.as_ref()?);
-            // A path that leads nowhere is an error of its own.
-            path.exists().then(|| foresee_tokenizer(path, end_token.as_deref(), field, outlook)).flatten()
-        });
-        if let Some(facts) = tokenizer.filter(|_| bin.is_none()) {
-            outlook.output("tokenizer", facts);
+        // A path that leads nowhere is an error of its own.
+        let there = |path: &'_ Option<String>| path.as_ref().map(PathBuf::from).filter(|path| path.exists());
+        if let Some(path) = there(tokenizer)
+            && let Some(tokenizer) = foresee_tokenizer(&path, end_token.as_deref(), "tokenizer", outlook)
+            && bin.is_none()
+        {
+            let (vocabulary, ends) = (Some(tokenizer.vocabulary()), Some(vec![tokenizer.end]));
+            outlook.output("tokenizer", Facts { vocabulary, ends, ..Facts::default() });
         }
-        if let Some(facts) = model {
-            outlook.output("model", facts);
+        if let Some(path) = there(model) {
+            foresee_model(&path, end_token.as_deref(), outlook);
         }
     }
 
@@ -325,13 +328,34 @@ fn foresee_rows(rows: u64, outlook: &mut Outlook) {
     outlook.needs_bytes(&format!("{rows} rows of {ROW} bytes or more"), rows * ROW, cause);
 }
 
-/// What is known of all that carries the tokenizer at `path`, which `field` names.
-fn foresee_tokenizer(path: &Path, end_token: Option<&str>, field: &str, outlook: &mut Outlook) -> Option<Facts> {
-    match open_tokenizer(path, end_token) {
-        Ok(Opened { tokenizer, .. }) => {
-            let (vocabulary, ends) = (Some(tokenizer.vocabulary()), Some(vec![tokenizer.end]));
-            Some(Facts { vocabulary, ends, ..Facts::default() })
+/// Looks into the model at `path`, all but the values of its weights.
+fn foresee_model(path: &Path, end_token: Option<&str>, outlook: &mut Outlook) {
+    let field = || [Cause::Field("model".into())];
+    let hint = "`pipeline stages download` says what a model folder holds";
+    match ModelFolder::open(path) {
+        Err(error) => outlook.error(field(), format!("{error:#}"), hint),
+        Ok(model) => {
+            let Some(tokenizer) = foresee_tokenizer(path, end_token, "model", outlook) else { return };
+            if let Err(error) = model.check_tokenizer(&tokenizer) {
+                return outlook.error(field(), format!("{error:#}"), hint);
+            }
+            for odd in model.oddities(&tokenizer) {
+                outlook.warn(field(), odd, "`end_token` chooses the token that ends a text");
+            }
+            outlook.output("model", model.facts(&tokenizer));
         }
+    }
+}
+
+/// The tokenizer at `path`, which `field` names.
+fn foresee_tokenizer(
+    path: &Path,
+    end_token: Option<&str>,
+    field: &str,
+    outlook: &mut Outlook,
+) -> Option<TokenizerFile> {
+    match open_tokenizer(path, end_token) {
+        Ok(Opened { tokenizer, .. }) => Some(tokenizer),
         Err(error) => {
             let hint = "it is read as `AutoTokenizer` of `transformers` reads it: save it anew from there if in doubt";
             outlook.error([Cause::Field(field.into())], format!("{error:#}"), hint);
@@ -358,8 +382,13 @@ impl Operator for Run {
         }
         if let Some(model) = model {
             let folder = self.folder("model")?;
-            copy_model(Path::new(model), &folder)?;
-            take_in(Path::new(model), end_token, sink)?.save(&folder)?;
+            let path = Path::new(model);
+            let model = ModelFolder::open(path)?;
+            let tokenizer = take_in(path, end_token, sink)?;
+            model.check_tokenizer(&tokenizer)?;
+            model.check_values()?.iter().for_each(|odd| sink.warn(odd));
+            model.copy(&folder)?;
+            tokenizer.save(&folder)?;
             return Ok(Outputs::new().with("model", Folder::new(PortType::Model, folder)));
         }
         let path = tokenizer.as_ref().context("`download` has nothing to bring in")?;
@@ -587,56 +616,6 @@ fn take_in(path: &Path, end_token: Option<&str>, sink: &mut dyn Sink) -> Result<
     let Opened { tokenizer, notes } = open_tokenizer(path, end_token)?;
     notes.iter().for_each(|note| sink.warn(note));
     Ok(tokenizer)
-}
-
-/// Copies what makes a model without its tokenizer: configuration and weights.
-fn copy_model(from: &Path, to: &Path) -> Result<()> {
-    let entries = fs::read_dir(from).with_context(|| format!("cannot read folder `{}`", from.display()))?;
-    let mut names = Vec::new();
-    for entry in entries {
-        let name = entry.with_context(|| format!("cannot read folder `{}`", from.display()))?.file_name();
-        names.push(name.into_string().ok().with_context(|| format!("a name in `{}` is not UTF-8", from.display()))?);
-    }
-    ensure!(names.iter().any(|name| name == "config.json"), "`{}` holds no `config.json`", from.display());
-    ensure!(
-        names.iter().any(|name| name.ends_with(".safetensors")),
-        "`{}` holds no `.safetensors` file; save the model with safe serialization first",
-        from.display()
-    );
-    let wanted = |name: &&String| {
-        name.ends_with(".safetensors")
-            || ["config.json", "generation_config.json", "model.safetensors.index.json"].contains(&name.as_str())
-    };
-    for name in names.iter().filter(wanted) {
-        let source = from.join(name);
-        if name.ends_with(".safetensors") {
-            check_whole(&source)?;
-        }
-        fs::copy(&source, to.join(name)).with_context(|| format!("cannot copy `{}`", source.display()))?;
-    }
-    Ok(())
-}
-
-/// Compares the length of a safetensors file with what its header says, so that a copy cut short is found here and not by
-/// whoever reads it later.
-fn check_whole(path: &Path) -> Result<()> {
-    let name = path.display();
-    let mut file = File::open(path).with_context(|| format!("cannot read `{name}`"))?;
-    let bytes = file.metadata().with_context(|| format!("cannot look at `{name}`"))?.len();
-    let mut prefix = [0; 8];
-    let begun = file.read_exact(&mut prefix).is_ok();
-    let header_length = u64::from_le_bytes(prefix);
-    ensure!(
-        begun && header_length <= bytes - 8,
-        "`{name}` is no safetensors file, or its beginning is all there is of it ({bytes} bytes); copy it again"
-    );
-    let mut header = Vec::new();
-    file.take(header_length).read_to_end(&mut header).with_context(|| format!("cannot read `{name}`"))?;
-    let header: Metadata =
-        serde_json::from_slice(&header).with_context(|| format!("`{name}` is no safetensors file"))?;
-    let expected = 8 + header_length + header.data_len() as u64;
-    ensure!(bytes == expected, "`{name}` is not whole: expected {expected} bytes, got {bytes}; copy it again");
-    Ok(())
 }
 
 impl Serialize for Place {
@@ -987,25 +966,6 @@ mod tests {
     }
 
     #[test]
-    fn weights_that_are_not_whole_are_named() {
-        let scratch = Scratch::new();
-        let values = [0; 24];
-        let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 3], &values).unwrap();
-        let whole = safetensors::serialize([("w", tensor)], None).unwrap();
-        let check = |bytes: &[u8]| check_whole(&scratch.file("a.safetensors", bytes)).map_err(|e| format!("{e:#}"));
-        assert_eq!(check(&whole), Ok(()));
-        for length in [0, 5, 8, 20] {
-            let error = check(&whole[..length]).unwrap_err();
-            assert!(error.contains("a.safetensors` is no safetensors file"), "{error}");
-        }
-        let error = check(&whole[..whole.len() - 1]).unwrap_err();
-        let (expected, got) = (whole.len(), whole.len() - 1);
-        assert!(error.contains(&format!("not whole: expected {expected} bytes, got {got}")), "{error}");
-        assert!(check(&[&whole[..], &[0]].concat()).unwrap_err().contains("not whole"));
-        assert!(check(b"version https://example.org/pointer").unwrap_err().contains("is no safetensors file"));
-    }
-
-    #[test]
     fn a_model_comes_with_its_tokenizer() {
         let Some(model) = shared_data("weights/tinystories-656k-llama") else { return };
         let scratch = Scratch::new();
@@ -1017,6 +977,6 @@ mod tests {
         assert_eq!(TokenizerFile::load(&copied).unwrap().end, 2);
         let empty = Scratch::new();
         let error = scratch.run(&Download, json!({"model": empty.path()}), vec![]).err().unwrap().to_string();
-        assert!(error.contains("holds no `config.json`"), "{error}");
+        assert!(error.contains("config.json"), "{error}");
     }
 }

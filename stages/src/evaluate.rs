@@ -165,7 +165,7 @@ impl Stage for Evaluate {
     fn about(&self) -> About {
         About {
             name: "evaluate",
-            version: 2,
+            version: 3,
             numerics: Some(lm::NUMERICS),
             summary: "scores a model's answers (ROUGE-L, exact match), its loss, and its distance to a teacher",
             example: "kind: evaluate\nin: {model: train.student, data: data.test}\nwith: {max_new_tokens: 48, seeds: [10, 20, 30, 40, 50]}",
@@ -309,7 +309,7 @@ impl Operator for Evaluating {
         let rows = evaluated_rows(&data, config)?;
         ensure!(!rows.is_empty(), "the data to evaluate on has no rows");
         if let Some(teacher) = &teacher {
-            self.padding.say("model", &model, "teacher", teacher, sink);
+            self.padding.say("model", &model.output_head(), "teacher", &teacher.output_head(), sink);
         }
 
         let mut metrics = Map::new();
@@ -369,7 +369,7 @@ impl Evaluating {
     fn warn_of_answers(&mut self, answers: &[(u64, Vec<Generated>)], sink: &mut dyn Sink) {
         let all: usize = answers.iter().map(|(_, generated)| generated.len()).sum();
         let mut written = answers.iter().flat_map(|(_, generated)| generated);
-        let says_nothing = |it: &Generated| it.ids.len() <= usize::from(it.end == End::Stop);
+        let says_nothing = |it: &Generated| it.answer().is_empty();
         if written.all(says_nothing) && self.warned.insert("answers".to_owned()) {
             sink.warn(&format!("all {all} answers are empty: the model ends a text where it should begin"));
         }
@@ -447,7 +447,7 @@ impl Evaluating {
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
         let mut distances = Vec::with_capacity(rows.len());
-        let head = teacher.head_beside(model)?;
+        let head = teacher.output_head().beside(model)?;
         let written: Vec<Row> = rows
             .iter()
             .zip(generated)
@@ -524,10 +524,9 @@ impl<'a> Scores<'a> {
         predictions: &mut Vec<Map<String, Json>>,
     ) -> Result<()> {
         let tokenizer = Text::new(&data.tokenizer, SpecialTokens::Text)?;
-        let scored = rows
-            .par_iter()
-            .zip(generated)
-            .map(|(row, generated)| Ok(Scored::of(&tokenizer.decode(&generated.ids)?, &row.references, self.config)));
+        let scored = rows.par_iter().zip(generated).map(|(row, generated)| {
+            Ok(Scored::of(&tokenizer.decode(generated.answer())?, &row.references, self.config))
+        });
         let scored: Vec<Scored> = scored.collect::<Result<_>>()?;
         for ((row, generated), Scored { text, rouge_l, exact_match, strict_match }) in
             rows.iter().zip(generated).zip(&scored)

@@ -159,7 +159,7 @@ fn write_dataset(dataset: &Dataset, name: &str, folder: &Path) -> Result<()> {
     let mut lines = Vec::new();
     for row in &dataset.rows {
         let output = match row.references.as_slice() {
-            [] => json!(text.decode(&row.response)?.trim()),
+            [] => json!(text.decode(row.answer())?.trim()),
             [only] => json!(only),
             several => json!(several),
         };

@@ -199,7 +199,7 @@ impl Operator for Tuning {
         let teacher = teacher.with_activation_checkpointing(config.activation_checkpointing);
         let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
-        self.padding.say("teacher", &teacher, "student", &student, sink);
+        self.padding.say("teacher", &teacher.output_head(), "student", &student.output_head(), sink);
 
         // A new variable: whoever else holds the old prompt keeps it as it was.
         let vectors = Var::from_tensor(&prompt.vectors.copy()?)?.into_inner();
@@ -245,7 +245,7 @@ impl Config {
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
-        let student_head = student.head_beside(teacher)?;
+        let student_head = student.output_head().beside(teacher)?;
         let guide = Target {
             source: Source::Head { hidden: &student_hidden, head: &student_head },
             divergence: *divergence,

@@ -88,7 +88,7 @@ impl Stage for StudentGenerate {
     fn about(&self) -> About {
         About {
             name: "student-generate",
-            version: 2,
+            version: 3,
             numerics: Some(lm::NUMERICS),
             summary: "lets the student answer prompts, to be taught on its own text",
             example: "kind: student-generate\nin: {model: carry.student, data: windows.batch}\nwith: {max_new_tokens: 48, seed: 10}",

@@ -8,14 +8,13 @@
 //! ```
 //!
 //! `distill` with this on its port `cache` never runs the teacher: however many epochs, variants and runs learn from the
-//! text, its forward pass was paid once. `keep: hidden` keeps the final hidden state of every response token, from which
-//! the teacher's head, the only part that still runs, gives the same bits as the whole teacher would. `keep: {top_k: K}`
-//! keeps the K likeliest tokens and the mass of the rest, needs no teacher at all, and biases the loss downwards: see
-//! `TopK` of `lm`.
+//! text, its forward pass was paid once. `keep: hidden` keeps the final hidden state of every response token, and the
+//! teacher's output head, the only part that still runs: it gives the same bits as the whole teacher would. `keep: {top_k: K}`
+//! keeps the K likeliest tokens and the mass of the rest, and biases the loss downwards: see `TopK` of `lm`.
 //! Inputs: `teacher`, `data`, and the teacher's soft prompt. Rows are found by id, and must have the prompt and the response
 //! that the student reads; with `cache_prompts: any` in `distill` the teacher may read another prompt (response priming).
 //! Outputs: `cache`. Cost: one forward pass of the teacher. Disk, per response token: 4 bytes a channel (`storage: bf16`: 2),
-//! or 8 bytes a kept token.
+//! or 8 bytes a kept token; beside hidden states once the head, 4 bytes a channel for each token of the vocabulary.
 
 use anyhow::ensure;
 use contract::limits;
@@ -25,7 +24,7 @@ use contract::{
     Result, Row, Sink, Stage, Step,
 };
 use lm::loss::TopK;
-use lm::{CacheFacts, Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
+use lm::{Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, TeacherCacheWriter};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +76,8 @@ impl Stage for TeacherCaching {
     fn about(&self) -> About {
         About {
             name: "teacher-cache",
-            version: 2,
+            // 2: fingerprints of prompts. 3: the head is kept beside hidden states.
+            version: 3,
             numerics: Some(lm::NUMERICS),
             summary: "keeps what a frozen teacher says of a fixed text, so that it never runs twice",
             example: "kind: teacher-cache\nin: {teacher: teacher, data: data.train}\nwith: {keep: hidden}",
@@ -162,10 +162,10 @@ impl Operator for Caching {
         let responses: Vec<Response<'_>> = (rows.iter())
             .map(|row| Response { row: row.id, prompt: Aligned::prompt_of(row), tokens: Aligned::response_of(row) })
             .collect();
-        let facts = CacheFacts::of(&teacher, keep, storage, temperature)?;
+        // Of the model as it came: its head is kept exactly.
+        let mut cache = TeacherCacheWriter::new(&self.env.scratch, &teacher, keep, storage, temperature, &responses)?;
         let teacher = teacher.frozen().computed_in(dtype)?;
-        let mut cache = TeacherCacheWriter::new(&self.env.scratch, facts, data.tokenizer.clone(), &responses)?;
-        let head = teacher.head_of_tokens()?;
+        let head = teacher.output_head().of_tokens()?;
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {
             let text = Aligned::of(rows.iter().copied());
@@ -290,10 +290,13 @@ mod tests {
                 let mut plain = vec![("teacher", teacher())];
                 plain.extend(prompted.then(|| ("prompt", soft_prompt())));
                 let right = learn(&scratch, &config, &plain).unwrap();
-                let kept = [("teacher", teacher()), ("cache", cache(&scratch, json!({"batch": batch}), prompted))];
-                let found = learn(&scratch, &config, &kept).unwrap();
-                assert!(files(&found.0) == files(&right.0), "{config}: other weights");
-                assert_eq!(found.1, right.1, "{config}");
+                let kept = cache(&scratch, json!({"batch": batch}), prompted);
+                // A teacher beside it is no use, and no harm.
+                for inputs in [vec![("cache", kept.clone())], vec![("teacher", teacher()), ("cache", kept)]] {
+                    let found = learn(&scratch, &config, &inputs).unwrap();
+                    assert!(files(&found.0) == files(&right.0), "{config}: other weights");
+                    assert_eq!(found.1, right.1, "{config}");
+                }
             }
         }
     }
@@ -333,7 +336,7 @@ mod tests {
         let norm = |storage: &str| {
             let made = cache(&scratch, json!({"storage": storage}), false);
             let bytes = files(&made).iter().find(|(name, _)| name.starts_with("shard")).unwrap().1.len();
-            let (_, rows) = learn(&scratch, &config, &[("teacher", teacher()), ("cache", made)]).unwrap();
+            let (_, rows) = learn(&scratch, &config, &[("cache", made)]).unwrap();
             (bytes, rows[0]["gradient_norm"].as_f64().unwrap())
         };
         let ((whole, right), (half, found)) = (norm("f32"), norm("bf16"));
@@ -354,7 +357,6 @@ mod tests {
         let warm = json!({"divergence": "forward-kl", "learning_rate": 1e-2, "temperature": 2.0});
         for (inputs, config, said) in [
             (vec![], &config, "connect `teacher`, or `cache`"),
-            (vec![hidden()], &config, "connect `teacher`, the model that made the cache"),
             (vec![hidden(), ("teacher", model(2, 64, 5))], &config, "was made by another model than this teacher"),
             (vec![hidden(), ("teacher", model(1, 16, 5))], &config, "was made by another model than this teacher"),
             (
@@ -379,7 +381,7 @@ mod tests {
         primed.rows.iter_mut().filter(|row| !row.prompt.is_empty()).for_each(|row| row.prompt.insert(0, 9));
         let inputs = vec![("teacher", teacher()), ("data", Arc::new(primed) as AnyValue)];
         let cache = scratch.run(&TeacherCaching, json!({}), inputs).unwrap().0;
-        let inputs = [("teacher", teacher()), ("cache", cache.0["cache"].clone())];
+        let inputs = [("cache", cache.0["cache"].clone())];
         let mut config = json!({"divergence": "forward-kl", "learning_rate": 1e-2});
         let error = learn(&scratch, &config, &inputs).err().map(|error| format!("{error:#}")).expect("an error");
         assert!(

@@ -57,6 +57,21 @@ pub struct Row {
     pub references: Vec<String>,
 }
 
+impl Row {
+    /// The response without the token that ended it.
+    pub fn answer(&self) -> &[u32] {
+        answer(&self.response, self.end)
+    }
+}
+
+/// A response without the token that ended it.
+pub fn answer(response: &[u32], end: End) -> &[u32] {
+    match (end, response.split_last()) {
+        (End::Stop, Some((_, said))) => said,
+        _ => response,
+    }
+}
+
 /// Rows with their tokenizer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {

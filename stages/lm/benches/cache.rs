@@ -16,8 +16,8 @@ use candle_core::{Device, Tensor};
 use contract::TokenizerFile;
 use lm::loss::{Divergence, Source, Target, TopK, head_loss};
 use lm::{
-    AdamW, AdamWOptions, Architecture, CacheFacts, Family, Keep, LanguageModel, Packed, Prompts, Response, Said,
-    Storage, TeacherCache, TeacherCacheWriter, gradients, norm,
+    AdamW, AdamWOptions, Architecture, Family, Keep, LanguageModel, Packed, Prompts, Response, Said, Storage,
+    TeacherCache, TeacherCacheWriter, gradients, norm,
 };
 
 #[global_allocator]
@@ -98,8 +98,7 @@ fn cache(
     keep: Keep,
     scratch: &std::path::Path,
 ) -> anyhow::Result<TeacherCache> {
-    let facts = CacheFacts::of(teacher, keep, Storage::F32, 1.0)?;
-    let mut writer = TeacherCacheWriter::new(scratch, facts, teacher.tokenizer.clone(), responses)?;
+    let mut writer = TeacherCacheWriter::new(scratch, teacher, keep, Storage::F32, 1.0, responses)?;
     let hidden = teacher.hidden(batch, None, None)?;
     let said = match keep {
         Keep::Hidden => Said::Hidden(hidden),

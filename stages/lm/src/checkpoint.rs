@@ -1,23 +1,23 @@
-//! Models as Hugging Face folders.
+//! Files of tensors: safetensors, in and out, and what `torch.save` writes, in.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::{Read, Seek, SeekFrom};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
 use contract::Result;
-use contract::files::{self, in_words};
+use contract::files::{self, cannot, in_words};
 use contract::value::write;
 use half::{bf16, f16};
-use indexmap::IndexMap;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
-use crate::config::Config;
+use crate::ends;
 use crate::model::LanguageModel;
 
 /// Writes everything that [`LanguageModel::load`] and `transformers` read.
@@ -25,70 +25,8 @@ pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {
     let config = model.config.to_json()?;
     write_json(&folder.join("config.json"), &config)?;
     write_tensors(&folder.join("model.safetensors"), model.parameters().iter(), None)?;
-    let generation = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| (key.to_owned(), config[key].clone()));
-    write_json(&folder.join("generation_config.json"), &Json::Object(generation.into_iter().collect()))?;
+    write_json(&folder.join(ends::FILE), &model.generation().beside(&config, model.ends()))?;
     model.tokenizer.save(folder)
-}
-
-/// The parameters of a model folder as f32, in the order of [`Config::parameter_shapes`].
-pub(crate) fn parameters(folder: &Path, config: &Config, device: &Device) -> Result<IndexMap<String, Tensor>> {
-    let shapes = config.parameter_shapes();
-    let wanted: HashMap<&str, &[usize]> =
-        shapes.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
-    let mut found: HashMap<String, Tensor> = HashMap::new();
-    let mut head = None;
-    let files = weight_files(folder)?;
-    for file in &files {
-        let mut keep = |stored: &str, shape: &[usize], values: &dyn Fn() -> Result<Vec<f32>>| -> Result<()> {
-            let name = canonical(stored, config);
-            match wanted.get(name.as_str()) {
-                Some(expected) => {
-                    ensure!(
-                        *expected == shape,
-                        "tensor `{stored}` in `{}` has shape {shape:?}, expected {expected:?} by `config.json`",
-                        file.display()
-                    );
-                    let values = values().with_context(|| format!("in `{}`", file.display()))?;
-                    found.insert(name, Tensor::from_vec(values, shape, device)?);
-                }
-                // A tied model that was saved with its head alone.
-                None if name == HEAD && !found.contains_key(config.embedding()) => {
-                    ensure!(
-                        wanted[config.embedding()] == shape,
-                        "tensor `{stored}` in `{}` has shape {shape:?}, expected {:?} by `config.json`",
-                        file.display(),
-                        wanted[config.embedding()]
-                    );
-                    let values = values().with_context(|| format!("in `{}`", file.display()))?;
-                    head = Some(Tensor::from_vec(values, shape, device)?);
-                }
-                None if is_ignored(&name) => {}
-                None => {
-                    bail!("tensor `{stored}` in `{}` is none of the model that `config.json` describes", file.display())
-                }
-            }
-            Ok(())
-        };
-        if file.extension().is_some_and(|e| e == "bin") {
-            read_pickle(file, &mut keep)?;
-        } else {
-            read_safetensors(file, &mut keep)?;
-        }
-    }
-    if let Some(head) = head {
-        found.entry(config.embedding().to_owned()).or_insert(head);
-    }
-    let missing: Vec<&str> =
-        shapes.iter().map(|(name, _)| name.as_str()).filter(|name| !found.contains_key(*name)).collect();
-    if let Some(first) = missing.first() {
-        let files: Vec<String> = files.iter().map(|f| format!("`{}`", f.display())).collect();
-        bail!("tensor `{first}` is missing ({} of {} are) in {}", missing.len(), shapes.len(), files.join(", "));
-    }
-    let in_order = shapes.into_iter().map(|(name, _)| {
-        let tensor = found.remove(&name).expect("checked to be there");
-        (name, tensor)
-    });
-    Ok(in_order.collect())
 }
 
 /// Writes tensors as f32 to a safetensors file, with the metadata that PyTorch's readers ask for.
@@ -116,12 +54,12 @@ pub(crate) fn read_tensors(
     path: &Path,
     device: &Device,
 ) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>)> {
-    let mut tensors = BTreeMap::new();
-    let header = read_safetensors(path, &mut |name, shape, values| {
-        tensors.insert(name.to_owned(), Tensor::from_vec(values()?, shape, device)?);
-        Ok(())
-    })?;
-    Ok((tensors, header.metadata().clone().unwrap_or_default()))
+    let file = TensorFile::open(path)?;
+    let read = |Stored { name, shape, .. }: &Stored| {
+        Ok((name.clone(), Tensor::from_vec(file.values(name)?, shape.as_slice(), device)?))
+    };
+    let tensors = file.tensors()?.iter().map(read).collect::<Result<_>>()?;
+    Ok((tensors, file.metadata()))
 }
 
 /// Writes JSON for people and programs.
@@ -135,69 +73,152 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     files::read(path, files::WEIGHTS)
 }
 
-/// The files that hold a folder's weights.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    for (single, index) in
-        [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")]
-    {
-        let path = folder.join(single);
-        if path.exists() {
-            return Ok(vec![path]);
-        }
-        let path = folder.join(index);
-        if path.exists() {
-            let json: Json = files::read_json(&path, files::SETTINGS)?;
-            let map = json["weight_map"]
-                .as_object()
-                .ok_or_else(|| anyhow!("`{}` has no object `weight_map`", path.display()))?;
-            let shards: BTreeSet<&str> = map.values().filter_map(Json::as_str).collect();
-            return Ok(shards.into_iter().map(|shard| folder.join(shard)).collect());
+/// A file of tensors whose values stay on disk until they are asked for.
+pub(crate) struct TensorFile {
+    path: PathBuf,
+    format: Format,
+}
+
+enum Format {
+    Safetensors { file: RefCell<File>, start: u64, header: Metadata },
+    Pickle(PthTensors),
+}
+
+/// What a file says of a tensor before its values are read.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Stored {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    dtype: Dtype,
+}
+
+impl TensorFile {
+    /// Reads what is in a file, and no values. A file that ends in `.bin` is one of PyTorch's.
+    ///
+    /// Errors when it is cut short, or not what its ending says.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let format = if path.extension().is_some_and(|e| e == "bin") { pickle(path)? } else { safetensors(path)? };
+        Ok(TensorFile { path: path.to_owned(), format })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it has to be unpacked by PyTorch's rules.
+    pub(crate) fn is_pickle(&self) -> bool {
+        matches!(self.format, Format::Pickle(_))
+    }
+
+    fn metadata(&self) -> HashMap<String, String> {
+        match &self.format {
+            Format::Safetensors { header, .. } => header.metadata().clone().unwrap_or_default(),
+            Format::Pickle(_) => HashMap::new(),
         }
     }
-    bail!(
-        "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json` or `pytorch_model.bin`",
-        folder.display()
-    )
-}
 
-/// The name with which a checkpoint of the bare model would have been saved with its head.
-fn canonical(name: &str, config: &Config) -> String {
-    if name.starts_with(config.prefix()) || name == HEAD {
-        name.to_owned()
-    } else {
-        format!("{}{name}", config.prefix())
+    /// Its tensors by name, or in the order of their values.
+    ///
+    /// Errors where one is not of floating-point numbers that this crate reads.
+    pub(crate) fn tensors(&self) -> Result<Vec<Stored>> {
+        let tensors = match &self.format {
+            Format::Safetensors { header, .. } => header
+                .offset_keys()
+                .into_iter()
+                .map(|name| {
+                    let info = header.info(&name).context("a tensor without a place")?;
+                    Ok(Stored { name, shape: info.shape.clone(), dtype: info.dtype })
+                })
+                .collect::<Result<Vec<_>>>()?,
+            Format::Pickle(file) => {
+                let infos: BTreeMap<_, _> = file.tensor_infos().iter().collect();
+                let stored = infos.into_iter().map(|(name, info)| {
+                    let dtype = match info.dtype {
+                        DType::F32 => Dtype::F32,
+                        DType::F16 => Dtype::F16,
+                        DType::BF16 => Dtype::BF16,
+                        DType::F64 => Dtype::F64,
+                        DType::I64 => Dtype::I64,
+                        DType::U8 => Dtype::U8,
+                        other => bail!("tensor `{name}` in `{}` has type {other:?}", self.path.display()),
+                    };
+                    Ok(Stored { name: name.clone(), shape: info.layout.shape().dims().to_vec(), dtype })
+                });
+                stored.collect::<Result<_>>()?
+            }
+        };
+        Ok(tensors)
+    }
+
+    /// The values of a tensor as f32, in row-major order.
+    pub(crate) fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let values = match &self.format {
+            Format::Safetensors { file, start, header } => {
+                let info = header.info(name).context("a tensor without a place")?;
+                let (from, to) = info.data_offsets;
+                let mut file = file.borrow_mut();
+                file.seek(SeekFrom::Start(start + from as u64))
+                    .map_err(anyhow::Error::from)
+                    .and_then(|_| to_f32(info.dtype, &mut *file, to - from))
+            }
+            Format::Pickle(file) => unpack(file, name),
+        };
+        values.with_context(|| format!("cannot read tensor `{name}` in `{}`", self.path.display()))
+    }
+
+    /// Writes all of it as a safetensors file, a tensor at a time.
+    pub(crate) fn convert(&self, to: &Path) -> Result<()> {
+        let tensors = self.tensors()?;
+        let mut infos = Vec::with_capacity(tensors.len());
+        let mut end = 0;
+        for Stored { name, shape, dtype } in &tensors {
+            let start = end;
+            let dtype = kept(*dtype);
+            end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            infos.push((name.clone(), TensorInfo { dtype, shape: shape.clone(), data_offsets: (start, end) }));
+        }
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), infos)?)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let failed = |error| cannot("write", to, error);
+        let mut file = BufWriter::new(File::create(to).map_err(failed)?);
+        file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).map_err(failed)?;
+        for Stored { name, dtype, .. } in &tensors {
+            let values = self.values(name)?;
+            let bytes: Vec<u8> = match kept(*dtype) {
+                Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+                Dtype::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+                _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            };
+            file.write_all(&bytes).map_err(failed)?;
+        }
+        file.flush().map_err(failed)
     }
 }
 
-/// The output head, where it is not the input embedding.
-const HEAD: &str = "lm_head.weight";
-
-/// Causal masks and rotary frequencies that old checkpoints hold, and a head that is the embedding anyway.
-fn is_ignored(name: &str) -> bool {
-    let constants = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
-    constants.iter().any(|constant| name.ends_with(constant)) || name == HEAD
+impl Stored {
+    /// Errors where its numbers are none that this crate reads.
+    pub(crate) fn check_dtype(&self) -> Result<()> {
+        let known = matches!(self.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64);
+        ensure!(known, "has type {:?}, expected F32, F16, BF16 or F64", self.dtype);
+        Ok(())
+    }
 }
 
-/// What is done with each tensor of a file: its name, its shape, and how to get its elements.
-type Keep<'a> = dyn FnMut(&str, &[usize], &dyn Fn() -> Result<Vec<f32>>) -> Result<()> + 'a;
+/// The type in which numbers of a type are kept: all that is read of them fits.
+fn kept(dtype: Dtype) -> Dtype {
+    match dtype {
+        Dtype::F16 | Dtype::BF16 => dtype,
+        _ => Dtype::F32,
+    }
+}
 
-/// Gives the header. Of the values, one tensor's are in memory at a time.
-fn read_safetensors(path: &Path, keep: &mut Keep<'_>) -> Result<Metadata> {
+fn safetensors(path: &Path) -> Result<Format> {
     let file = files::open(path, files::WEIGHTS)?;
     let (length, mut file) = (file.size(), file.into_file());
     let (start, header) = read_header(&mut file, length)
         .map_err(|e| anyhow!("`{}` is not a whole safetensors file ({e:#}): get it again", path.display()))?;
-    let file = RefCell::new(file);
-    for name in header.offset_keys() {
-        let info = header.info(&name).context("a tensor without a place")?;
-        keep(&name, &info.shape, &|| {
-            let (from, to) = info.data_offsets;
-            let mut file = file.borrow_mut();
-            file.seek(SeekFrom::Start(start + from as u64))?;
-            to_f32(&name, info.dtype, &mut *file, to - from)
-        })?;
-    }
-    Ok(header)
+    Ok(Format::Safetensors { file: RefCell::new(file), start, header })
 }
 
 /// Most bytes of a header: what the format allows.
@@ -206,7 +227,7 @@ const HEADER: u64 = 100_000_000;
 /// Where the values begin, and what the header says of them.
 fn read_header(file: &mut impl Read, length: u64) -> Result<(u64, Metadata)> {
     let mut size = [0; 8];
-    file.read_exact(&mut size)?;
+    file.read_exact(&mut size).map_err(|_| anyhow!("it has {length} bytes"))?;
     let size = u64::from_le_bytes(size);
     ensure!(size <= length.saturating_sub(8), "its header is cut off");
     ensure!(size <= HEADER, "its header has {}, and at most {} are read", in_words(size), in_words(HEADER));
@@ -218,24 +239,22 @@ fn read_header(file: &mut impl Read, length: u64) -> Result<(u64, Metadata)> {
     Ok((8 + size, header))
 }
 
-fn read_pickle(path: &Path, keep: &mut Keep<'_>) -> Result<()> {
+fn pickle(path: &Path) -> Result<Format> {
     let advice = "expected what `torch.save` of PyTorch 1.6 or later writes; convert the model to safetensors";
+    // For what is no regular file, or none that can be read.
+    files::open(path, files::WEIGHTS)?;
     let file = PthTensors::new(path, None).with_context(|| format!("cannot read `{}`: {advice}", path.display()))?;
-    let mut names: Vec<&String> = file.tensor_infos().keys().collect();
-    names.sort();
-    ensure!(!names.is_empty(), "no tensors in `{}`: {advice}", path.display());
-    for name in names {
-        let shape = file.tensor_infos()[name].layout.shape().dims().to_vec();
-        keep(name, &shape, &|| {
-            let tensor = file.get(name)?.with_context(|| format!("tensor `{name}` cannot be read"))?;
-            Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-        })?;
-    }
-    Ok(())
+    ensure!(!file.tensor_infos().is_empty(), "no tensors in `{}`: {advice}", path.display());
+    Ok(Format::Pickle(file))
+}
+
+fn unpack(file: &PthTensors, name: &str) -> Result<Vec<f32>> {
+    let tensor = file.get(name)?.context("its values are not there")?;
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
 /// The values that the next `bytes` of a file hold.
-fn to_f32(name: &str, dtype: Dtype, file: &mut impl Read, bytes: usize) -> Result<Vec<f32>> {
+fn to_f32(dtype: Dtype, file: &mut impl Read, bytes: usize) -> Result<Vec<f32>> {
     fn words<const N: usize>(file: &mut impl Read, bytes: usize, parse: impl Fn([u8; N]) -> f32) -> Result<Vec<f32>> {
         /// Bytes read at a time, a multiple of every size of a number.
         const PIECE: usize = 1 << 20;
@@ -255,6 +274,6 @@ fn to_f32(name: &str, dtype: Dtype, file: &mut impl Read, bytes: usize) -> Resul
         Dtype::F16 => words(file, bytes, |b| f16::from_le_bytes(b).to_f32()),
         Dtype::BF16 => words(file, bytes, |b| bf16::from_le_bytes(b).to_f32()),
         Dtype::F64 => words(file, bytes, |b| f64::from_le_bytes(b) as f32),
-        other => bail!("tensor `{name}` has type {other:?}, expected F32, F16, BF16 or F64"),
+        other => bail!("it has type {other:?}, expected F32, F16, BF16 or F64"),
     }
 }

@@ -5,15 +5,17 @@ mod llama;
 
 use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use contract::limits;
 use contract::{Bounds, Facts, Result, Vocabulary, files};
 use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
 pub use self::gpt2::Gpt2Config;
 pub use self::llama::{LlamaConfig, RopeScaling};
+use crate::ends::EndTokens;
 
 /// Families of models this crate can compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -198,24 +200,16 @@ pub enum Config {
     Llama(LlamaConfig),
 }
 
-/// The tokens that end a text, as configurations have them: one or several.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum EndTokens {
-    /// The only one.
-    One(u32),
-    /// All of them; the first is the one this crate uses.
-    Several(Vec<u32>),
-}
-
 impl Config {
     /// Reads `config.json` from a folder. The families this crate cannot compute are an error.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let json: Json = files::read_json(&path, files::SETTINGS)?;
+        ensure!(json.is_object(), "`{}` is not a JSON object", path.display());
         let family = json.get("model_type").and_then(Json::as_str).unwrap_or("gpt2").to_owned();
+        refuse_options(&json).with_context(|| format!("`{}` asks for what is not computed", path.display()))?;
         let config = match family.as_str() {
-            "gpt2" => serde_json::from_value(json).map(Config::Gpt2).map_err(Into::into),
+            "gpt2" => from_json(json).map(Config::Gpt2),
             "llama" => LlamaConfig::from_json(json).map(Config::Llama),
             _ => bail!("`{}` describes a model of type `{family}`: expected `gpt2` or `llama`", path.display()),
         };
@@ -346,15 +340,29 @@ impl Config {
         }
     }
 
-    /// Token that ends a text.
-    pub fn end(&self) -> Option<u32> {
+    /// Token that begins a text.
+    pub fn begin(&self) -> Option<u32> {
         match self {
-            Config::Gpt2(config) => config.eos_token_id,
-            Config::Llama(config) => match config.eos_token_id.as_ref()? {
-                EndTokens::One(end) => Some(*end),
-                EndTokens::Several(ends) => ends.first().copied(),
-            },
+            Config::Gpt2(config) => config.bos_token_id,
+            Config::Llama(config) => config.bos_token_id,
         }
+    }
+
+    /// Lets the output head be a matrix of its own.
+    pub(crate) fn untie(&mut self) {
+        match self {
+            Config::Gpt2(config) => config.tie_word_embeddings = false,
+            Config::Llama(config) => config.tie_word_embeddings = false,
+        }
+    }
+
+    /// Tokens that end a text.
+    pub fn ends(&self) -> &[u32] {
+        let ends = match self {
+            Config::Gpt2(config) => &config.eos_token_id,
+            Config::Llama(config) => &config.eos_token_id,
+        };
+        ends.as_ref().map_or(&[], EndTokens::as_slice)
     }
 
     /// Name of the input embedding, `[V, C]`.
@@ -397,9 +405,47 @@ impl Config {
     }
 }
 
+/// Options that change what `transformers` computes and are not known here, each with the values that change nothing.
+/// Options that neither knows are nobody's.
+fn refuse_options(config: &Json) -> Result<()> {
+    let off = [Json::Null, json!(false), json!({}), json!([])];
+    for option in
+        ["quantization_config", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "pruned_heads"]
+    {
+        let value = config.get(option).unwrap_or(&Json::Null);
+        ensure!(off.contains(value), "`{option}` is {}", short(value));
+    }
+    for option in ["partial_rotary_factor"] {
+        let value = config.get(option).unwrap_or(&Json::Null);
+        ensure!(value.is_null() || value.as_f64() == Some(1.0), "`{option}` is {}: expected 1", short(value));
+    }
+    Ok(())
+}
+
+fn short(value: &Json) -> String {
+    let text = value.to_string();
+    if text.chars().count() <= 80 { text } else { format!("{}...", text.chars().take(80).collect::<String>()) }
+}
+
+/// A configuration from its JSON. Errors name the field.
+fn from_json<T: DeserializeOwned>(json: Json) -> Result<T> {
+    serde_path_to_error::deserialize(json).map_err(|error| {
+        let path = error.path().to_string();
+        let what = error.into_inner();
+        if path == "." { anyhow!("{what}") } else { anyhow!("`{path}`: {what}") }
+    })
+}
+
 fn at_least_one(sizes: &[(&str, usize)]) -> Result<()> {
     for (name, size) in sizes {
-        ensure!(*size > 0, "number of {name} is 0: expected at least 1");
+        ensure!(*size > 0, "{name} is 0: expected at least 1");
+    }
+    Ok(())
+}
+
+fn not_negative(numbers: &[(&str, f64)]) -> Result<()> {
+    for (name, number) in numbers {
+        ensure!(number.is_finite() && *number >= 0.0, "{name} is {number}: expected at least 0");
     }
     Ok(())
 }
@@ -513,7 +559,8 @@ mod tests {
     #[test]
     fn published_oddities_of_token_ids_are_read() {
         let config = llama(r#""eos_token_id": [7, 8], "pad_token_id": -1"#).unwrap();
-        assert_eq!(Config::Llama(config).end(), Some(7));
-        assert_eq!(Config::Llama(llama(r#""eos_token_id": 5"#).unwrap()).end(), Some(5));
+        assert_eq!(Config::Llama(config).ends(), [7, 8]);
+        assert_eq!(Config::Llama(llama(r#""eos_token_id": 5"#).unwrap()).ends(), [5]);
+        assert!(Config::Llama(llama(r#""eos_token_id": null"#).unwrap()).ends().is_empty());
     }
 }

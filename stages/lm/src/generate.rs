@@ -7,7 +7,7 @@
 
 use anyhow::{Context, bail, ensure};
 use candle_core::{Result as TensorResult, Tensor};
-use contract::dataset::row_name;
+use contract::dataset::{answer, row_name};
 use contract::random::{philox, uniform};
 use contract::{End, Result};
 use rayon::prelude::*;
@@ -69,7 +69,18 @@ pub struct Generated {
     pub end: End,
 }
 
-/// Continues every prompt until the model's end token, `max_new_tokens`, `longest`, or the end of the model's positions.
+impl Generated {
+    /// What was said, without the token that ended it.
+    pub fn answer(&self) -> &[u32] {
+        answer(&self.ids, self.end)
+    }
+}
+
+fn how_ended(response: &[u32], ends: &[u32]) -> End {
+    if response.last().is_some_and(|last| ends.contains(last)) { End::Stop } else { End::Length }
+}
+
+/// Continues every prompt until one of the model's end tokens, `max_new_tokens`, `longest`, or the end of the model's positions.
 ///
 /// The vectors of `soft_prompt`, `[n, C]`, stand before every prompt. The draw for the `k`th token of a response (from 0)
 /// is keyed by `(seed, [k, row, time, purpose])`. `progress` is told how many rows are finished.
@@ -97,7 +108,7 @@ pub fn generate(
         };
     }
     let prompt_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
-    let end = model.tokenizer.end;
+    let ends = model.ends();
     let mut waiting: Vec<usize> = (0..prompts.len()).collect();
     // Rows of one length take turns: those admitted together tend to need caches of one size. The longest come last
     // here, so that they are taken first.
@@ -114,9 +125,9 @@ pub fn generate(
             rows.push(row);
         }
         rows.retain_mut(|row| {
-            let finished_now = row.is_finished(end);
+            let finished_now = row.is_finished(ends);
             if finished_now {
-                finished[row.index] = Some(row.finish(end));
+                finished[row.index] = Some(row.finish(ends));
                 done += 1;
                 progress(done);
             }
@@ -222,13 +233,13 @@ impl Row {
         self.log_probs.push(if all_finite(logits) { log_prob } else { f32::NAN });
     }
 
-    fn is_finished(&self, end: u32) -> bool {
-        self.log_probs.len() >= self.limit || (!self.log_probs.is_empty() && self.ids.last() == Some(&end))
+    fn is_finished(&self, ends: &[u32]) -> bool {
+        self.log_probs.len() >= self.limit || how_ended(&self.ids[self.prompt..], ends) == End::Stop
     }
 
-    fn finish(&mut self, end: u32) -> Generated {
+    fn finish(&mut self, ends: &[u32]) -> Generated {
         let ids = self.ids.split_off(self.prompt);
-        let end = if ids.last() == Some(&end) { End::Stop } else { End::Length };
+        let end = how_ended(&ids, ends);
         Generated { ids, log_probs: std::mem::take(&mut self.log_probs), end }
     }
 }

@@ -17,9 +17,12 @@ mod checkpoint;
 mod config;
 mod device;
 mod dtype;
+mod ends;
 mod finite;
+mod folder;
 mod generate;
 mod gpt2;
+mod head;
 mod kernels;
 mod llama;
 pub mod loss;
@@ -34,20 +37,21 @@ mod teacher_cache;
 mod tokenizer;
 mod top_k;
 
-pub use config::{Activation, Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling};
+pub use config::{Activation, Architecture, Config, Family, Gpt2Config, LlamaConfig, RopeScaling};
 pub use device::{device, gpus};
 pub use dtype::Dtype;
+pub use ends::EndTokens;
 pub use finite::{NotFinite, is_finite};
+pub use folder::{MODEL_FILES, ModelFolder};
 pub use generate::{Generate, Generated, Prompt, generate};
+pub use head::Head;
 pub use model::LanguageModel;
 pub use ops::Dropout;
 pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, gradients, norm};
 pub use packed::Packed;
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
-pub use teacher_cache::{
-    Facts as CacheFacts, Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter,
-};
+pub use teacher_cache::{Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter};
 
 /// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
 /// give other bits on the same machine.

@@ -18,8 +18,11 @@ use rayon::prelude::*;
 use crate::checkpoint;
 use crate::config::{Architecture, Config};
 use crate::dtype::Dtype;
+use crate::ends::{self, GenerationConfig};
 use crate::finite::{first_not_finite, is_finite};
+use crate::folder::{HEAD, ModelFolder};
 use crate::gpt2::Gpt2;
+use crate::head::Head;
 use crate::llama::{Angles, Llama};
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
@@ -29,7 +32,6 @@ use crate::ops::plain::Plain;
 use crate::ops::tape::Tape;
 use crate::ops::{Dropout, Ops, Rows};
 use crate::packed::Packed;
-use crate::tokenizer;
 
 /// A model with its tokenizer.
 ///
@@ -39,6 +41,8 @@ pub struct LanguageModel {
     pub config: Config,
     /// What gives ids their meaning. Its `json` is empty where the checkpoint had no `tokenizer.json`.
     pub tokenizer: TokenizerFile,
+    generation: GenerationConfig,
+    ends: Vec<u32>,
     parameters: IndexMap<String, Tensor>,
     device: Device,
     angles: Angles,
@@ -68,32 +72,34 @@ impl LanguageModel {
             };
             parameters.insert(name, Tensor::from_vec(values, shape, device)?);
         }
-        Ok(LanguageModel::of(config, tokenizer, parameters, device.clone()))
+        Ok(LanguageModel::of(config, tokenizer, GenerationConfig::default(), parameters, device.clone()))
     }
 
     /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
     /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one. Names may lack
-    /// the prefix `transformer.` or `model.`. Weights of any float type become f32. The model is frozen.
+    /// the prefix `transformer.` or `model.`; `generation_config.json` for the tokens it stops at. Weights of any float type become f32. The model is frozen.
     ///
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
-        let config = Config::load(folder)?;
-        let tokenizer = tokenizer::load(folder, &config)?;
-        ensure!(
-            tokenizer.size as usize <= config.vocab_size(),
-            "`{}` has a tokenizer of {} ids and a model of {}: expected at least as many",
-            folder.display(),
-            tokenizer.size,
-            config.vocab_size()
-        );
-        let parameters = checkpoint::parameters(folder, &config, device)?;
-        Ok(LanguageModel::of(config, tokenizer, parameters, device.clone()))
+        let mut folder = ModelFolder::open(folder)?;
+        let tokenizer = folder.tokenizer()?;
+        let parameters = folder.parameters(device)?;
+        let ModelFolder { config, generation, .. } = folder;
+        Ok(LanguageModel::of(config, tokenizer, generation, parameters, device.clone()))
     }
 
-    fn of(config: Config, tokenizer: TokenizerFile, parameters: IndexMap<String, Tensor>, device: Device) -> Self {
+    fn of(
+        config: Config,
+        tokenizer: TokenizerFile,
+        generation: GenerationConfig,
+        parameters: IndexMap<String, Tensor>,
+        device: Device,
+    ) -> Self {
         LanguageModel {
+            ends: ends::all(&tokenizer, &config, &generation),
             config,
             tokenizer,
+            generation,
             parameters,
             device,
             angles: Angles::default(),
@@ -143,6 +149,16 @@ impl LanguageModel {
         &self.parameters
     }
 
+    /// The tokens at which it stops when it writes, the tokenizer's first: all that its folder names.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// What its folder said of how it writes.
+    pub(crate) fn generation(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
     /// Where the parameters are.
     pub fn device(&self) -> &Device {
         &self.device
@@ -167,20 +183,14 @@ impl LanguageModel {
     ///
     /// The one rule for padding: its ids are in no text, so they are never read, drawn, or a label, nor among the likeliest
     /// tokens of a cache. A model's own softmax is over all its rows, as in `transformers`. Two models are compared over all
-    /// rows where they have equally many, else over the tokens: see [`LanguageModel::head_beside`].
+    /// rows where they have equally many, else over the tokens: see [`Head::beside`].
     pub fn vocabulary(&self) -> usize {
         (self.tokenizer.size as usize).min(self.vocab_size())
     }
 
-    /// The rows of the head that there are tokens for.
-    pub fn head_of_tokens(&self) -> Result<Tensor> {
-        Ok(self.head().narrow(0, 0, self.vocabulary())?)
-    }
-
-    /// The rows of the head by which this model, as a target, is compared with `trainee`: families pad their sizes
-    /// differently.
-    pub fn head_beside(&self, trainee: &LanguageModel) -> Result<Tensor> {
-        if self.vocab_size() == trainee.vocab_size() { Ok(self.head().clone()) } else { self.head_of_tokens() }
+    /// The output head by itself, of the same storage.
+    pub fn output_head(&self) -> Head {
+        Head { weight: self.head().clone(), tokens: self.vocabulary() }
     }
 
     /// The input embedding `[V, C]`.
@@ -190,7 +200,7 @@ impl LanguageModel {
 
     /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
     pub fn head(&self) -> &Tensor {
-        self.parameters.get("lm_head.weight").unwrap_or_else(|| self.embedding())
+        self.parameters.get(HEAD).unwrap_or_else(|| self.embedding())
     }
 
     /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
@@ -333,6 +343,8 @@ impl LanguageModel {
         Ok(LanguageModel {
             config: self.config.clone(),
             tokenizer: self.tokenizer.clone(),
+            generation: self.generation.clone(),
+            ends: self.ends.clone(),
             parameters: parameters.collect::<Result<_>>()?,
             device: self.device.clone(),
             angles: self.angles.clone(),
@@ -352,11 +364,7 @@ impl Value for LanguageModel {
     }
 
     fn facts(&self) -> Facts {
-        Facts {
-            vocabulary: Some(self.tokenizer.vocabulary()),
-            ends: Some(vec![self.tokenizer.end]),
-            ..self.config.facts()
-        }
+        Facts { vocabulary: Some(self.tokenizer.vocabulary()), ends: Some(self.ends.clone()), ..self.config.facts() }
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
@@ -405,7 +413,7 @@ mod tests {
             (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
         });
         let tokenizer = TokenizerFile::new("", 0, 17);
-        LanguageModel::of(config, tokenizer, parameters.collect(), Device::Cpu)
+        LanguageModel::of(config, tokenizer, GenerationConfig::default(), parameters.collect(), Device::Cpu)
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - `cache.json`: what is kept, and of which model;
 //! - `rows.safetensors`: per row, in order, its id, fingerprints and numbers of tokens of prompt and response, and shard;
 //! - `shard-NNNNN.safetensors`: the values of whole rows, one after the other, `[tokens, ...]`;
+//! - `head.safetensors`, beside hidden states: the model's output head, which turns them into probabilities;
 //! - the model's tokenizer.
 //!
 //! Writing needs the memory of one row, reading that of the rows asked for.
@@ -29,8 +30,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::checkpoint::{read, write_json};
+use crate::checkpoint::{read, read_tensors, write_json, write_tensors};
 use crate::finite::NotFinite;
+use crate::head::Head;
 use crate::model::LanguageModel;
 use crate::top_k::TopK;
 
@@ -38,7 +40,8 @@ use crate::top_k::TopK;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Keep {
-    /// The final hidden state: exact, and enough for every divergence and temperature. A user multiplies it with the head.
+    /// The final hidden state, and once the head that it is multiplied with: exact, and enough for every divergence and
+    /// temperature.
     #[default]
     Hidden,
     /// So many of the likeliest tokens with their log-probabilities, and the mass of all others; see [`TopK`].
@@ -68,13 +71,13 @@ pub struct Facts {
     pub temperature: f64,
     /// Channels of a hidden state.
     pub width: usize,
-    /// Fingerprint of the model's output head: hidden states mean nothing to another one.
+    /// Fingerprint of the model's output head.
     pub head: u64,
 }
 
 impl Facts {
     /// Of a cache of what `model` says.
-    pub fn of(model: &LanguageModel, keep: Keep, storage: Storage, temperature: f64) -> Result<Self> {
+    fn of(model: &LanguageModel, keep: Keep, storage: Storage, temperature: f64) -> Result<Self> {
         Ok(Facts { keep, storage, temperature, width: model.width(), head: fingerprint_of_head(model)? })
     }
 
@@ -230,6 +233,18 @@ impl TeacherCache {
         })
     }
 
+    /// The output head of the model, as f32; `None` where hidden states are not kept.
+    pub fn head(&self, device: &Device) -> Result<Option<Head>> {
+        if self.facts.keep != Keep::Hidden {
+            return Ok(None);
+        }
+        let path = self.folder.join(HEAD);
+        let (mut tensors, _) = read_tensors(&path, device)?;
+        let weight = tensors.remove("head").with_context(|| format!("`{}` holds no `head`", path.display()))?;
+        let tokens = (self.tokenizer.size as usize).min(weight.dims2()?.0);
+        Ok(Some(Head { weight, tokens }))
+    }
+
     /// Errors when hidden states are kept that another model computed.
     pub fn check_head(&self, model: &LanguageModel) -> Result<()> {
         ensure!(
@@ -314,7 +329,8 @@ impl Value for TeacherCache {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        let shards = (0..self.shards.len()).map(shard_name);
+        let shards =
+            (0..self.shards.len()).map(shard_name).chain(self.folder.join(HEAD).exists().then(|| HEAD.to_owned()));
         let others = ["cache.json", "rows.safetensors"];
         for name in others.map(str::to_owned).into_iter().chain(shards) {
             let (from, to) = (self.folder.join(&name), folder.join(&name));
@@ -381,6 +397,9 @@ impl ShardLayout {
 /// Bytes of values that a shard has at most, unless one row has more.
 const SHARD_BYTES: usize = 1 << 30;
 
+/// Where the output head is.
+const HEAD: &str = "head.safetensors";
+
 fn shard_name(index: usize) -> String {
     format!("shard-{index:05}.safetensors")
 }
@@ -406,11 +425,25 @@ pub struct TeacherCacheWriter {
 }
 
 impl TeacherCacheWriter {
-    /// A cache of `rows` in a folder of its own below `scratch`.
+    /// A cache of what `model` says of `rows`, in a folder of its own below `scratch`. `temperature` is that of the
+    /// probabilities that [`Keep::TopK`] keeps.
     ///
     /// Errors when two rows have the same id, or the disk refuses.
-    pub fn new(scratch: &Path, facts: Facts, tokenizer: TokenizerFile, rows: &[Response<'_>]) -> Result<Self> {
-        Self::with_shards_of(SHARD_BYTES, scratch, facts, tokenizer, rows)
+    pub fn new(
+        scratch: &Path,
+        model: &LanguageModel,
+        keep: Keep,
+        storage: Storage,
+        temperature: f64,
+        rows: &[Response<'_>],
+    ) -> Result<Self> {
+        let facts = Facts::of(model, keep, storage, temperature)?;
+        let writer = Self::with_shards_of(SHARD_BYTES, scratch, facts, model.tokenizer.clone(), rows)?;
+        if keep == Keep::Hidden {
+            let path = writer.scratch.path().join(HEAD);
+            write_tensors(&path, [(&"head".to_owned(), model.head())].into_iter(), None)?;
+        }
+        Ok(writer)
     }
 
     fn with_shards_of(
@@ -681,7 +714,10 @@ mod tests {
     fn what_is_written_must_be_what_was_announced() {
         let scratch = tempfile::tempdir().unwrap();
         let facts = facts(Keep::Hidden, Storage::F32);
-        let writer = || TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &RESPONSES).unwrap();
+        let new = |rows: &[Response<'_>]| {
+            TeacherCacheWriter::with_shards_of(SHARD_BYTES, scratch.path(), facts, tokenizer(), rows)
+        };
+        let writer = || new(&RESPONSES).unwrap();
         let error = |rows, said: &Said| writer().push(rows, said).unwrap_err().to_string();
         let all = Said::Hidden(hidden());
         assert_eq!(error(3, &all), "`hidden` of 6 tokens has 264 bytes, expected 144");
@@ -690,7 +726,7 @@ mod tests {
         let broken = Said::Hidden((hidden() * f64::NAN).unwrap());
         assert_eq!(error(4, &broken), "what the model says at place 0 is not finite");
         assert_eq!(writer().finish().err().unwrap().to_string(), "0 of 4 rows were written");
-        let twice = TeacherCacheWriter::new(scratch.path(), facts, tokenizer(), &[response(4, &[1]); 2]);
+        let twice = new(&[response(4, &[1]); 2]);
         assert!(twice.err().unwrap().to_string().starts_with("rows 0 and 1 of the text have the same id 4"));
     }
 

@@ -16,7 +16,7 @@ pub(crate) fn load(folder: &Path, config: &Config) -> Result<TokenizerFile> {
     if TokenizerFile::is_saved_in(folder) {
         return TokenizerFile::load(folder);
     }
-    let end = config.end().with_context(|| {
+    let end = *config.ends().first().with_context(|| {
         format!("`{}` names no end token: set `eos_token_id`", folder.join("config.json").display())
     })?;
     let path = folder.join("tokenizer.json");

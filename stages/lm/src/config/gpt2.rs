@@ -4,7 +4,8 @@ use anyhow::ensure;
 use contract::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{Activation, Architecture, at_least_one, multiple};
+use super::{Activation, Architecture, at_least_one, multiple, not_negative};
+use crate::ends::EndTokens;
 
 /// A Hugging Face `config.json` of the GPT-2 family. Keys this crate has no use for are dropped when it is read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,9 +59,9 @@ pub struct Gpt2Config {
     /// Token that begins a text.
     #[serde(default)]
     pub bos_token_id: Option<u32>,
-    /// Token that ends a text.
+    /// Tokens that end a text.
     #[serde(default)]
-    pub eos_token_id: Option<u32>,
+    pub eos_token_id: Option<EndTokens>,
     /// Token that pads.
     #[serde(default)]
     pub pad_token_id: Option<u32>,
@@ -89,7 +90,7 @@ impl Gpt2Config {
             scale_attn_by_inverse_layer_idx: false,
             tie_word_embeddings: architecture.tied.unwrap_or(true),
             bos_token_id: Some(end),
-            eos_token_id: Some(end),
+            eos_token_id: Some(EndTokens::One(end)),
             pad_token_id: Some(end),
         }
     }
@@ -150,7 +151,10 @@ impl Gpt2Config {
         for rate in [self.resid_pdrop, self.embd_pdrop, self.attn_pdrop] {
             ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
         }
-        Ok(())
+        not_negative(&[
+            ("`layer_norm_epsilon`", self.layer_norm_epsilon),
+            ("`initializer_range`", self.initializer_range),
+        ])
     }
 }
 

@@ -5,7 +5,8 @@ use contract::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use super::{Architecture, EndTokens, at_least_one, multiple};
+use super::{Architecture, at_least_one, multiple, not_negative};
+use crate::ends::EndTokens;
 
 /// A Hugging Face `config.json` of the Llama family (1, 2, 3). Keys this crate has no use for are dropped when it is read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,7 +32,7 @@ pub struct LlamaConfig {
     /// Channels `D` of a head; `None` is `C / H`.
     #[serde(default)]
     pub head_dim: Option<usize>,
-    /// Nonlinearity of the gate; this crate computes `silu` alone.
+    /// Nonlinearity of the gate; this crate computes `silu` alone, also called `swish`.
     #[serde(default = "default_activation")]
     pub hidden_act: String,
     /// Longest sequence in tokens.
@@ -64,7 +65,7 @@ pub struct LlamaConfig {
     /// Token that begins a text.
     #[serde(default)]
     pub bos_token_id: Option<u32>,
-    /// Tokens that end a text; the first is the one this crate uses.
+    /// Tokens that end a text.
     #[serde(default)]
     pub eos_token_id: Option<EndTokens>,
     /// Token that pads; some published configurations say -1 for none.
@@ -93,6 +94,27 @@ pub enum RopeScaling {
         /// The original length in tokens.
         original_max_position_embeddings: usize,
     },
+}
+
+impl RopeScaling {
+    fn validate(&self) -> Result<()> {
+        let above = |name: &str, number: f64, least: f64| {
+            ensure!(
+                number.is_finite() && number > least,
+                "`{name}` of the rotary scaling is {number}: expected more than {least}"
+            );
+            Ok(())
+        };
+        match *self {
+            RopeScaling::Linear { factor } => above("factor", factor, 0.0),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                above("factor", factor, 0.0)?;
+                above("low_freq_factor", low_freq_factor, 0.0)?;
+                above("high_freq_factor", high_freq_factor, low_freq_factor)?;
+                above("original_max_position_embeddings", original_max_position_embeddings as f64, 0.0)
+            }
+        }
+    }
 }
 
 impl LlamaConfig {
@@ -144,7 +166,7 @@ impl LlamaConfig {
             Some(kind @ ("linear" | "llama3")) => scaling["rope_type"] = kind.into(),
             Some(other) => bail!("rotary positions of type `{other}`: expected `default`, `linear` or `llama3`"),
         }
-        Ok(serde_json::from_value(json)?)
+        super::from_json(json)
     }
 
     /// Heads of keys and values `G`.
@@ -245,14 +267,15 @@ impl LlamaConfig {
             self.head_width()
         );
         ensure!(
-            self.hidden_act == "silu",
+            ["silu", "swish"].contains(&self.hidden_act.as_str()),
             "the feed-forward layer's activation is `{}`: expected `silu`",
             self.hidden_act
         );
         let rate = self.attention_dropout;
         ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
         ensure!(self.rope_theta > 0.0, "base of the rotary angles is {}: expected more than 0", self.rope_theta);
-        Ok(())
+        not_negative(&[("`rms_norm_eps`", self.rms_norm_eps), ("`initializer_range`", self.initializer_range)])?;
+        self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::validate)
     }
 }
 

@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr
 use candle_core::{CudaDevice, Result as TensorResult, Tensor};
 use contract::{End, Result};
 
-use super::{Generate, Generated, Prompt};
+use super::{Generate, Generated, Prompt, how_ended};
 use crate::config::Activation;
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::decode;
@@ -143,6 +143,7 @@ impl<'a, T: Number> Writer<'a, T> {
         let slots = sizes.slots;
         let zeros = || device.alloc_zeros::<u32>(slots);
         let writing = Writing {
+            ends: upload(device, model.ends().to_vec())?,
             ids: zeros()?,
             prompts: zeros()?,
             limits: zeros()?,
@@ -274,7 +275,7 @@ impl<'a, T: Number> Writer<'a, T> {
             let head = Matrix::new(head, width).transposed();
             product(self.device, &mut logits, Matrix::new(&hidden, width), head, false)
         })?;
-        let draws = Draws { seed: *seed, time: *time, purpose: *purpose, end: self.model.tokenizer.end };
+        let draws = Draws { seed: *seed, time: *time, purpose: *purpose };
         Ok(sample(self.device, &logits, [vocabulary, self.model.vocabulary()], &mut self.writing, sampling, draws)?)
     }
 
@@ -295,7 +296,7 @@ impl<'a, T: Number> Writer<'a, T> {
             let ids = self.writing.history.slice(slot * room + prompt..slot * room + count);
             let log_probs = self.writing.log_probs.slice(slot * most..slot * most + count - prompt);
             let (ids, log_probs) = (self.device.clone_dtoh(&ids)?, self.device.clone_dtoh(&log_probs)?);
-            let end = if ids.last() == Some(&self.model.tokenizer.end) { End::Stop } else { End::Length };
+            let end = how_ended(&ids, self.model.ends());
             rows.push((index, Generated { ids, log_probs, end }));
         }
         Ok(rows)
@@ -317,7 +318,7 @@ impl<'a, T: Number> Writer<'a, T> {
             let Some(index) = self.occupied[from] else { continue };
             let Some(to) = free.next() else { break };
             let device = self.device;
-            let Writing { ids, prompts, limits, counts, positions, next, finished, history, log_probs } =
+            let Writing { ends: _, ids, prompts, limits, counts, positions, next, finished, history, log_probs } =
                 &mut self.writing;
             for vector in [ids, prompts, limits, counts, positions, finished] {
                 shift(device, vector, from, to, 1)?;

@@ -122,7 +122,10 @@ fn shards_and_names_without_a_prefix_are_read() {
 #[test]
 fn broken_folders_are_explained() {
     let empty = folder(&[]);
-    assert!(error(empty.path()).contains("expected `model.safetensors`, `model.safetensors.index.json` or"));
+    assert!(
+        error(empty.path())
+            .contains("expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` or")
+    );
 
     let truncated = folder(&[("model.safetensors", "model.safetensors")]);
     let path = truncated.path().join("model.safetensors");

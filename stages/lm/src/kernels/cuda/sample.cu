@@ -151,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(512)
     sample(const float *all_logits, int vocabulary, int tokens, const unsigned *ids, const unsigned *prompts,
            const unsigned *limits, unsigned *counts, unsigned *positions, int *next, unsigned *finished,
            unsigned *histories, int room, float *log_probs, int most, float temperature, int top_k, float top_p,
-           float penalty, int ngram, unsigned long long seed, unsigned time, unsigned purpose, unsigned end) {
+           float penalty, int ngram, unsigned long long seed, unsigned time, unsigned purpose, const unsigned *ends,
+           int end_count) {
     extern __shared__ __align__(16) unsigned char memory[];
     int row = blockIdx.x, words = (vocabulary + 31) / 32, blocks = (vocabulary + BLOCK - 1) / BLOCK;
     if (finished[row]) return;
@@ -243,5 +244,7 @@ extern "C" __global__ void __launch_bounds__(512)
     counts[row] = count + 1;
     positions[row] += 1;
     next[row] = token;
-    finished[row] = static_cast<unsigned>(token) == end || written + 1 >= static_cast<int>(limits[row]);
+    bool ended = written + 1 >= static_cast<int>(limits[row]);
+    for (int i = 0; i < end_count; i++) ended |= ends[i] == static_cast<unsigned>(token);
+    finished[row] = ended;
 }

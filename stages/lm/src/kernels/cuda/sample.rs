@@ -15,6 +15,8 @@ const THREADS: u32 = 512;
 
 /// Sequences that are being written, on the device. `[B]` where nothing else is said.
 pub(crate) struct Writing {
+    /// The tokens that end a response, however many.
+    pub(crate) ends: CudaSlice<u32>,
     /// Folded row ids: what draws are keyed by.
     pub(crate) ids: CudaSlice<u32>,
     /// Tokens of each prompt.
@@ -27,7 +29,7 @@ pub(crate) struct Writing {
     pub(crate) positions: CudaSlice<u32>,
     /// The token to be fed next, coded as an input of an embedding.
     pub(crate) next: CudaSlice<i32>,
-    /// Whether a sequence has ended, by its end token or its limit: 1, else 0. Nothing changes in one that has.
+    /// Whether a sequence has ended, by an end token or its limit: 1, else 0. Nothing changes in one that has.
     pub(crate) finished: CudaSlice<u32>,
     /// Prompt and response, `[B, room]`.
     pub(crate) history: CudaSlice<u32>,
@@ -35,13 +37,12 @@ pub(crate) struct Writing {
     pub(crate) log_probs: CudaSlice<f32>,
 }
 
-/// What draws are keyed by beside row and position, and the token that ends a response.
+/// What draws are keyed by beside row and position.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Draws {
     pub(crate) seed: u64,
     pub(crate) time: u32,
     pub(crate) purpose: u32,
-    pub(crate) end: u32,
 }
 
 /// Chooses a token for each of the first rows of `writing` from `logits`, `[rows, V]`, and extends it by that.
@@ -85,7 +86,8 @@ pub(crate) fn sample(
         .size(draws.seed as usize)
         .size(draws.time as usize)
         .size(draws.purpose as usize)
-        .size(draws.end as usize)
+        .read(&writing.ends)
+        .size(writing.ends.len())
         .launch(rows as u32, THREADS, shared_bytes(vocabulary))
 }
 

@@ -680,9 +680,11 @@ fn sampling_chooses_as_on_the_cpu() {
             for (to, from) in history.chunks_mut(ROOM).zip(&histories) {
                 to[..from.len()].copy_from_slice(from);
             }
-            let end = 2;
+            // One that does not come beside one that does, as a list has them.
+            let ends = vec![9999, 2];
             let up = |numbers: Vec<u32>| upload(&device, numbers).unwrap();
             let mut writing = super::sample::Writing {
+                ends: up(ends.clone()),
                 ids: up(ids.iter().map(|id| fold(*id)).collect()),
                 prompts: up(prompts.clone()),
                 limits: up(limits.clone()),
@@ -711,9 +713,9 @@ fn sampling_chooses_as_on_the_cpu() {
                         choose(logits, tokens, &histories[r], sampling, uniform(word), scratch);
                     histories[r].push(token);
                     log_probs[r].push(log_prob);
-                    done[r] = token == end || log_probs[r].len() == limits[r] as usize;
+                    done[r] = ends.contains(&token) || log_probs[r].len() == limits[r] as usize;
                 }
-                let draws = super::sample::Draws { seed: 9, time: 5, purpose: 2, end };
+                let draws = super::sample::Draws { seed: 9, time: 5, purpose: 2 };
                 let logits = put::<f32>(&device, &logits);
                 super::sample::sample(&device, &logits, [vocabulary, tokens], &mut writing, sampling, draws).unwrap();
             }
