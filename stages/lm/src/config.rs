@@ -415,10 +415,12 @@ fn refuse_options(config: &Json) -> Result<()> {
         let value = config.get(option).unwrap_or(&Json::Null);
         ensure!(off.contains(value), "`{option}` is {}", short(value));
     }
-    for option in ["partial_rotary_factor"] {
-        let value = config.get(option).unwrap_or(&Json::Null);
-        ensure!(value.is_null() || value.as_f64() == Some(1.0), "`{option}` is {}: expected 1", short(value));
-    }
+    let turned = config.get("partial_rotary_factor").unwrap_or(&Json::Null);
+    ensure!(
+        turned.is_null() || turned.as_f64() == Some(1.0),
+        "`partial_rotary_factor` is {}: expected 1",
+        short(turned)
+    );
     Ok(())
 }
 
