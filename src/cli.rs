@@ -10,7 +10,7 @@ use crate::language::Request;
 #[derive(Parser)]
 #[command(name = "pipeline", version, max_term_width = 110, propagate_version = true)]
 #[command(after_help = "Example: pipeline run promptkd.yaml --variant no-prompt\n\
-    Exit status: 0 done, 1 a stage failed, 2 wrong request, 3 `plan --check` found work, 4 store or disk trouble, \
+    Exit status: 0 done, 1 a stage failed, 2 wrong request, 3 `plan --check` or `compare` found work, 4 store or disk trouble, \
     130/143 interrupted: the same command goes on")]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -22,9 +22,10 @@ pub(crate) enum Command {
     /// Run a pipeline; what is cached is not run again
     #[command(after_help = "Example: pipeline run promptkd.yaml --variant no-prompt,forward-kl --set params.seed=20")]
     Run(RunArgs),
-    /// Run what a pipeline's report compares, and print its table
-    #[command(after_help = "Example: pipeline compare promptkd.yaml --markdown > results.md")]
-    Compare(RunArgs),
+    /// Print the table of what a pipeline's report compares, as far as there are results
+    #[command(after_help = "Example: pipeline compare promptkd.yaml --markdown > results.md\n\
+        Exit status 3 where results are missing: `--run` computes them")]
+    Compare(CompareArgs),
     /// Check a pipeline without running it
     #[command(after_help = "Example: pipeline check promptkd.yaml --all --origin")]
     Check(CheckArgs),
@@ -148,6 +149,15 @@ pub(crate) struct RunArgs {
     /// Save and load everything after every stage run of a loop: slow, with the same results; keeps no checkpoint by itself
     #[arg(long)]
     pub(crate) unroll: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CompareArgs {
+    /// Run what has no result yet
+    #[arg(long)]
+    pub(crate) run: bool,
+    #[command(flatten)]
+    pub(crate) how: RunArgs,
 }
 
 #[derive(Args)]

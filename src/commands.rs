@@ -11,7 +11,7 @@ mod why;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use contract::{Registry, Scoring};
 use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
 
-use crate::cli::{Cli, Command, Format, Target};
+use crate::cli::{Cli, Command, Format, StoreArgs, Target};
 use crate::device;
 use crate::foresee::Foresight;
 use crate::graph::Graph;
@@ -148,15 +148,40 @@ fn eprint(diagnostics: &Diagnostics) {
     tell(&if language::colours() { format!("{diagnostics:#}") } else { diagnostics.to_string() });
 }
 
-/// Opens the store that the flags name. Its path is made absolute, for workers and for links.
-pub(crate) fn open_store(root: &Path) -> Result<Arc<Store>> {
+/// Opens the store that the flags name, and makes it where there is none.
+pub(crate) fn open_store(args: &StoreArgs) -> Result<Arc<Store>> {
+    Ok(Arc::new(Store::open(&store_path(args)?)?))
+}
+
+/// Opens the store that the flags name, to read. Where there is none that is said, and it is as if it were empty: a
+/// pipeline that never ran has none yet.
+pub(crate) fn read_store(args: &StoreArgs) -> Result<Store> {
+    let store = Store::open_to_read(&store_path(args)?)?;
+    if !store.exists()? {
+        tell(&format!("note: there is no store at `{}` yet; `--store` names another", args.store.display()));
+    }
+    Ok(store)
+}
+
+/// Opens the store that the flags name, for a command that is of no use without.
+pub(crate) fn existing_store(args: &StoreArgs) -> Result<Store> {
+    let store = Store::open_to_read(&store_path(args)?)?;
+    if store.exists()? {
+        return Ok(store);
+    }
+    Err(BadRequest(format!("there is no store at `{}`; name it with `--store`", args.store.display())).into())
+}
+
+/// Absolute, for workers and for links.
+fn store_path(args: &StoreArgs) -> Result<PathBuf> {
+    let root = &args.store;
     let root = std::path::absolute(root).with_context(|| format!("cannot find `{}`", root.display()))?;
     if root.to_str().is_none() {
         let message =
             format!("the path of the store, `{}`, is not UTF-8; choose another with `--store`", root.display());
         return Err(BadRequest(message).into());
     }
-    Ok(Arc::new(Store::open(&root)?))
+    Ok(root)
 }
 
 pub(crate) fn pretty(value: &Json) -> String {

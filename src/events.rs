@@ -209,23 +209,28 @@ pub trait Reporter {
 
 /// Writes every event to `events.jsonl` and hands it to a reporter.
 pub struct EventLog<'a> {
-    file: File,
+    /// None where nothing is kept of the run.
+    file: Option<File>,
     /// Whether a write has failed; said once.
     failed: bool,
     reporter: &'a mut dyn Reporter,
 }
 
 impl<'a> EventLog<'a> {
-    /// Makes `events.jsonl` in the folder of a run.
-    pub fn create(run: &Path, reporter: &'a mut dyn Reporter) -> Result<Self> {
-        let path = run.join("events.jsonl");
-        let file = File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
+    /// Makes `events.jsonl` in the folder of a run, if there is one.
+    pub fn create(run: Option<&Path>, reporter: &'a mut dyn Reporter) -> Result<Self> {
+        let create = |run: &Path| {
+            let path = run.join("events.jsonl");
+            File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))
+        };
+        let file = run.map(create).transpose()?;
         Ok(EventLog { file, failed: false, reporter })
     }
 
     /// Writes and shows an event. A full disk does not stop a run over its diary: the store will notice by itself.
     pub fn send(&mut self, event: &Event) {
-        if let Err(error) = self.file.write_all(line(event).as_bytes())
+        if let Some(file) = &mut self.file
+            && let Err(error) = file.write_all(line(event).as_bytes())
             && !std::mem::replace(&mut self.failed, true)
         {
             tracing::warn!(%error, "cannot write events; the run goes on without");

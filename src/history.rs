@@ -2,11 +2,13 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cache::{Key, Store, Why};
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
@@ -14,16 +16,33 @@ use crate::graph::{Loop, Operator, Place, Subgraph};
 use crate::key::{self, Action};
 use crate::selection::Alias;
 
-/// `plan.json` of a run: the key of every stage, as far as it came to be known.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct PlanFile {
-    /// Pipeline file as given.
+/// `plan.jsonl` of a run: first which pipeline it is, then a line for each key that came to be known. What is said later of
+/// a stage counts.
+pub struct PlanLog(File);
+
+/// Which pipeline a plan is of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipeline {
+    /// The file as given.
     pub pipeline: String,
-    /// A stage that several cells share stands here once for each.
-    pub stages: Vec<PlannedStage>,
+    /// Where it is, links resolved; as given where there is no such file.
+    pub path: String,
 }
 
-/// One stage of `plan.json`.
+impl Pipeline {
+    /// Of the file that a command names.
+    pub fn of(file: &Path) -> Self {
+        let path = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
+        Pipeline { pipeline: file.display().to_string(), path: path.display().to_string() }
+    }
+
+    /// The name of the file without its folder: what is left when a project moves.
+    fn file_name(&self) -> Option<&std::ffi::OsStr> {
+        Path::new(&self.path).file_name()
+    }
+}
+
+/// One stage of a plan. A stage that several cells share stands there once for each.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PlannedStage {
     /// Top-level name, and the cell that calls it so.
@@ -36,13 +55,54 @@ pub struct PlannedStage {
     pub names: BTreeMap<String, String>,
 }
 
-impl PlanFile {
-    /// Writes `plan.json` into the folder of a run, all at once.
-    pub fn write(&self, run: &Path) -> Result<()> {
-        let (draft, path) = (run.join("plan.json.tmp"), run.join("plan.json"));
-        let text = serde_json::to_vec_pretty(self)?;
-        fs::write(&draft, text).with_context(|| format!("cannot write `{}`", draft.display()))?;
-        fs::rename(&draft, &path).with_context(|| format!("cannot write `{}`", path.display()))
+/// Name of the file in the folder of a run.
+const PLAN: &str = "plan.jsonl";
+
+impl PlanLog {
+    /// Makes the file in the folder of a run.
+    pub fn create(run: &Path, pipeline: &Pipeline) -> Result<Self> {
+        let path = run.join(PLAN);
+        let mut file = File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
+        file.write_all(&line(pipeline)?).with_context(|| format!("cannot write `{}`", path.display()))?;
+        Ok(PlanLog(file))
+    }
+
+    /// Adds stages.
+    pub fn add(&mut self, stages: impl IntoIterator<Item = PlannedStage>) -> Result<()> {
+        let mut text = Vec::new();
+        for stage in stages {
+            text.extend(line(&stage)?);
+        }
+        self.0.write_all(&text).context("cannot write the plan of this run")
+    }
+}
+
+fn line(value: &impl Serialize) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// A plan as it was read.
+struct Plan {
+    /// Identifier of the run.
+    run: String,
+    pipeline: Pipeline,
+    stages: Vec<PlannedStage>,
+}
+
+impl Plan {
+    /// Nothing where there is none. A line that is not whole is the last one of a run that was killed.
+    fn read(run: &Path) -> Option<Plan> {
+        let text = fs::read_to_string(run.join(PLAN)).ok()?;
+        let mut lines = text.lines();
+        let pipeline = serde_json::from_str(lines.next()?).ok()?;
+        let mut stages: IndexMap<Alias, PlannedStage> = IndexMap::new();
+        for stage in lines.map_while(|line| serde_json::from_str::<PlannedStage>(line).ok()) {
+            stages.insert(stage.alias.clone(), stage);
+        }
+        let stages = stages.into_values().collect();
+        Some(Plan { run: run.file_name()?.to_string_lossy().into_owned(), pipeline, stages })
     }
 }
 
@@ -69,33 +129,34 @@ pub struct Change {
 
 /// Plans of earlier runs, newest first; read when first asked for.
 pub struct History {
+    pipeline: Pipeline,
     runs: Vec<PathBuf>,
-    plans: OnceCell<Vec<(String, PlanFile)>>,
+    plans: OnceCell<Vec<Plan>>,
 }
 
 /// How many runs are looked back at: what changed longer ago explains nothing any more.
 const REACH: usize = 200;
 
 impl History {
-    /// Lists the runs of a store.
-    pub fn open(store: &Store) -> Self {
+    /// Lists the runs of a store, for a pipeline.
+    pub fn open(store: &Store, pipeline: Pipeline) -> Self {
         let entries = fs::read_dir(store.runs()).into_iter().flatten().flatten();
         let mut runs: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
         // Identifiers begin with the time.
         runs.sort_unstable_by(|a, b| b.cmp(a));
         runs.truncate(REACH);
-        History { runs, plans: OnceCell::new() }
+        History { pipeline, runs, plans: OnceCell::new() }
     }
 
-    /// The newest run in which the stage had another key: preferably the stage of the same cell, else one of the same
-    /// name, so that a variant that is new is compared with what it varies.
+    /// The newest run of the same pipeline in which the stage had another key: preferably the stage of the same cell, else
+    /// one of the same name, so that a variant that is new is compared with what it varies.
     pub fn before(&self, aliases: &[Alias], key: &Key) -> Option<Earlier> {
         let same_cell = |stage: &PlannedStage| aliases.contains(&stage.alias);
         let same_name = |stage: &PlannedStage| aliases.iter().any(|alias| alias.name == stage.alias.name);
         let find = |fits: &dyn Fn(&PlannedStage) -> bool| {
-            self.plans().iter().find_map(|(run, plan)| {
+            self.plans().iter().find_map(|plan| {
                 let stage = plan.stages.iter().find(|stage| fits(stage) && stage.key != *key)?;
-                Some(Earlier { run: run.clone(), stage: stage.clone() })
+                Some(Earlier { run: plan.run.clone(), stage: stage.clone() })
             })
         };
         find(&same_cell).or_else(|| find(&same_name))
@@ -105,7 +166,7 @@ impl History {
     pub fn knows(&self, aliases: &[Alias], key: &Key) -> bool {
         let same =
             |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
-        self.plans().iter().any(|(_, plan)| plan.stages.iter().any(same))
+        self.plans().iter().any(|plan| plan.stages.iter().any(same))
     }
 
     /// What has changed about a stage since it last had another key, with the run of that time. `None` when it never had.
@@ -138,13 +199,18 @@ impl History {
         }
     }
 
-    /// Plans that can be read: one that was cut off in the middle is none.
-    fn plans(&self) -> &[(String, PlanFile)] {
-        let read = |run: &PathBuf| {
-            let plan = serde_json::from_slice(&fs::read(run.join("plan.json")).ok()?).ok()?;
-            Some((run.file_name()?.to_string_lossy().into_owned(), plan))
-        };
-        self.plans.get_or_init(|| self.runs.iter().filter_map(read).collect())
+    /// Plans of this pipeline that can be read. Where none is of this very file, those of files with its name: a project may
+    /// have moved.
+    fn plans(&self) -> &[Plan] {
+        self.plans.get_or_init(|| {
+            let plans: Vec<Plan> = self.runs.iter().filter_map(|run| Plan::read(run)).collect();
+            let own = plans.iter().any(|plan| plan.pipeline.path == self.pipeline.path);
+            let fits = |plan: &Plan| match own {
+                true => plan.pipeline.path == self.pipeline.path,
+                false => plan.pipeline.file_name() == self.pipeline.file_name(),
+            };
+            plans.into_iter().filter(fits).collect()
+        })
     }
 }
 
@@ -217,9 +283,22 @@ pub fn show_value(value: Option<&Json>, default: &str) -> String {
         (Some(digest), _) => digest.chars().take(12).collect(),
         (None, Json::String(text)) => text.clone(),
         (None, other) => {
-            let text = other.to_string();
+            let text = flow(other);
             if text.chars().count() > 60 { text.chars().take(57).chain("...".chars()).collect() } else { text }
         }
+    }
+}
+
+/// A value as one line of YAML.
+fn flow(value: &Json) -> String {
+    match value {
+        Json::String(text) => text.clone(),
+        Json::Array(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),
+        Json::Object(fields) => {
+            let fields: Vec<_> = fields.iter().map(|(name, value)| format!("{name}: {}", flow(value))).collect();
+            format!("{{{}}}", fields.join(", "))
+        }
+        other => other.to_string(),
     }
 }
 

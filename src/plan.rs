@@ -114,8 +114,15 @@ pub fn plan(graph: &Graph, selection: &Selection, registry: &Registry, store: &S
                 Err(error) => Decision::Impossible { error: format!("{error:#}") },
             },
         };
-        if let Decision::Cached(found) = &decision {
-            settled.insert(node, found.clone());
+        match &decision {
+            Decision::Cached(found) => drop(settled.insert(node, found.clone())),
+            // Files that are damaged or gone do not take with them what was made from them.
+            Decision::Run { action, why: Why::ArtifactMissing { .. } | Why::ArtifactCorrupt { .. } } => {
+                if let Some(record) = store.record(&action.key)? {
+                    settled.insert(node, Settled { action: action.clone(), record });
+                }
+            }
+            _ => {}
         }
         steps.push((node, decision));
     }

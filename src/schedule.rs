@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
-use cache::{Store, StoreError};
+use cache::Store;
 use contract::Registry;
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
@@ -24,7 +24,7 @@ use crate::attempt::{Attempt, Control, Ended, Update, log_end};
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::foresee::Foresight;
 use crate::graph::{Entry, Graph, Node, Subgraph};
-use crate::history::{History, PlanFile, PlannedStage};
+use crate::history::{History, Pipeline, PlanLog, PlannedStage};
 use crate::key::{self, Action, InputDigests};
 use crate::plan::{self, Decision, Settled};
 use crate::protocol::Message;
@@ -33,7 +33,7 @@ use crate::run_folder::{log_path, new_run};
 use crate::selection::{Alias, Selection};
 use crate::signals::{self, GRACE};
 use crate::slots::{self, Slot, Slots};
-use crate::trouble::{Blamed, Fault, is_store_trouble};
+use crate::trouble::{Blamed, Fault, is_damage, is_store_trouble};
 
 /// How to run. Nothing here is in a key.
 #[derive(Clone, Debug)]
@@ -83,22 +83,27 @@ struct Decided {
 const LAST_BREATH: Duration = Duration::from_millis(400);
 
 /// Runs what is selected and not in the store, of which `foresight` may have seen something before. `name` is the pipeline
-/// file as given.
+/// file as given. A store that cannot be written serves a run whose results are all there; nothing is kept of such a run.
 ///
 /// Errors when the store or the run's folder cannot be used; a stage that fails is no error here but part of the summary.
 pub(crate) fn run(
     foresight: Foresight<'_>,
     store: Arc<Store>,
     settings: &Settings,
-    name: &str,
+    pipeline: &Pipeline,
     reporter: &mut dyn crate::events::Reporter,
 ) -> Result<Summary> {
     let (sender, news) = mpsc::channel();
     let signal_sender = sender.clone();
     let signals = signals::take(move |signal| drop(signal_sender.send(News::Signal(signal))));
-    store.sweep()?;
-    let history = History::open(&store);
-    let folder = new_run(&store)?;
+    let history = History::open(&store, pipeline.clone());
+    let diary = if store.can_be_written()? {
+        store.sweep()?;
+        let folder = new_run(&store)?;
+        Some(Diary { plan: PlanLog::create(&folder, pipeline)?, folder })
+    } else {
+        None
+    };
     let Foresight { graph, selection, registry, .. } = foresight;
     let mut coordinator = Coordinator {
         graph,
@@ -110,9 +115,9 @@ pub(crate) fn run(
         foresight,
         foreseen: BTreeSet::new(),
         looked_with: None,
-        events: EventLog::create(&folder, reporter)?,
-        plan_file: PlanFile { pipeline: name.to_owned(), stages: Vec::new() },
-        folder,
+        events: EventLog::create(diary.as_ref().map(|diary| diary.folder.as_path()), reporter)?,
+        pipeline: pipeline.pipeline.clone(),
+        diary,
         slots: Slots::new(&settings.devices, settings.threads, settings.jobs),
         open: selection.order.iter().copied().collect(),
         deciding: false,
@@ -148,8 +153,10 @@ struct Coordinator<'a> {
     /// How many results there were when it was last looked ahead.
     looked_with: Option<usize>,
     events: EventLog<'a>,
-    plan_file: PlanFile,
-    folder: PathBuf,
+    /// The pipeline file as given.
+    pipeline: String,
+    /// Where the run is written down; nothing in a store that cannot be written.
+    diary: Option<Diary>,
     slots: Slots,
     /// Selected, and neither settled, being decided about, queued, running nor given up.
     open: BTreeSet<NodeIndex>,
@@ -168,6 +175,12 @@ struct Coordinator<'a> {
     failed: Vec<(String, anyhow::Error)>,
     stopping: Option<Stopping>,
     sender: Sender<News>,
+}
+
+/// The folder of a run, and its plan there.
+struct Diary {
+    folder: PathBuf,
+    plan: PlanLog,
 }
 
 /// The run was told to stop.
@@ -199,8 +212,8 @@ impl Coordinator<'_> {
     fn start(&mut self) {
         let event = Event::RunStarted {
             schema: SCHEMA,
-            run: self.folder.file_name().unwrap_or_default().to_string_lossy().into(),
-            pipeline: self.plan_file.pipeline.clone(),
+            run: self.run_name(),
+            pipeline: self.pipeline.clone(),
             devices: self.settings.devices.clone(),
             threads: self.slots.threads(),
             stages: self.selection.order.iter().map(|&node| self.label(node)).collect(),
@@ -318,16 +331,13 @@ impl Coordinator<'_> {
         action
     }
 
-    /// Notes a key in `plan.json`, for `why` of later runs.
+    /// Notes a key in the run's plan, for `why` of later runs.
     fn note(&mut self, node: NodeIndex, action: &Action) -> Result<()> {
+        let Some(diary) = &mut self.diary else { return Ok(()) };
         self.store.keep_preimage(&action.preimage)?;
         let names = key::names_of(&action.subgraph);
         let stage = |alias: &Alias| PlannedStage { alias: alias.clone(), key: action.key, names: names.clone() };
-        // A stage whose result was damaged is decided about again.
-        let aliases = &self.selection.aliases[&node];
-        self.plan_file.stages.retain(|stage| !aliases.contains(&stage.alias));
-        self.plan_file.stages.extend(aliases.iter().map(stage));
-        self.plan_file.write(&self.folder)
+        diary.plan.add(self.selection.aliases[&node].iter().map(stage))
     }
 
     /// Starts what is queued and finds what it needs free. The same key twice, in two variants that the front end could not
@@ -351,8 +361,18 @@ impl Coordinator<'_> {
 
     fn begin(&mut self, ready: Ready, slot: Slot) -> Result<()> {
         let node = ready.node;
+        let Some(diary) = &self.diary else {
+            // What the file system says to that is the reason.
+            let reason =
+                self.store.begin(&ready.action.key).err().map_or_else(|| anyhow!("it is read-only"), Into::into);
+            return Err(reason.context(format!(
+                "stage `{}` has to run, and the store `{}` cannot be written",
+                self.label(node),
+                self.store.root().display()
+            )));
+        };
         let control = Arc::new(Control::default());
-        let log = log_path(&self.folder, &self.label(node));
+        let log = log_path(&diary.folder, &self.label(node));
         let sender = self.sender.clone();
         let attempt = Attempt {
             stage: self.label(node),
@@ -554,6 +574,12 @@ impl Coordinator<'_> {
     fn label(&self, node: NodeIndex) -> String {
         self.selection.labels[&node].clone()
     }
+
+    /// Identifier of the run; empty where nothing is kept of it.
+    fn run_name(&self) -> String {
+        let name = self.diary.as_ref().and_then(|diary| diary.folder.file_name());
+        name.map_or_else(String::new, |name| name.to_string_lossy().into())
+    }
 }
 
 /// Decides about a subgraph, and reads what a result that is there measured. One whose figures turn out to be damaged is no
@@ -568,10 +594,6 @@ fn decide_and_measure(node: &Node, inputs: &InputDigests, registry: &Registry, s
         }
     }
     Ok(Box::new(Decided { decision, metrics: Map::new() }))
-}
-
-fn is_damage(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(StoreError::Corrupt { .. }))
 }
 
 /// For a thread of the coordinator's own that did not come back.

@@ -30,7 +30,7 @@ impl Selection {
 }
 
 /// What a cell calls a subgraph.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Alias {
     /// Top-level name.
     pub name: String,

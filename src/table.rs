@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
-use cache::Store;
+use cache::{Digest, Store};
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle, presets};
 use indexmap::IndexMap;
 use petgraph::graph::NodeIndex;
@@ -72,6 +72,15 @@ pub fn table(graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Stor
     Ok(Some(ReportTable { headings, rows, caption: caption(report, &intervals) }))
 }
 
+/// The stages whose figures a report shows.
+pub fn stages(graph: &Graph) -> BTreeSet<NodeIndex> {
+    let Some(report) = graph.cells.iter().find_map(|cell| cell.report.as_ref()) else { return BTreeSet::new() };
+    let metrics = report.metrics.values().chain(report.rows.values().flat_map(|row| row.values()));
+    let names: BTreeSet<&String> = metrics.map(|metric| &metric.stage).chain(&report.seconds).collect();
+    let of_cell = |cell: &Cell| names.iter().filter_map(|name| cell.names.get(*name).copied()).collect::<Vec<_>>();
+    graph.cells.iter().flat_map(of_cell).collect()
+}
+
 /// Headings that only further rows have.
 fn further_headings(report: &Report) -> impl Iterator<Item = &String> {
     let mut seen: Vec<&String> = report.metrics.keys().collect();
@@ -91,6 +100,9 @@ fn caption(report: &Report, intervals: &Intervals) -> Vec<String> {
         let over = counts.join(" or ");
         caption.push(format!("±: half the width of the 95 % t-interval of the mean over {over} repeats{paired}"));
     }
+    caption.extend(intervals.same.iter().map(|(row, stage)| {
+        format!("`{row}`: some of its repeats are none, for `{stage}` has the same result in them; it counts once")
+    }));
     if intervals.own {
         caption.push("[low, high]: 95 % interval, as the stage measured it".to_owned());
     }
@@ -104,6 +116,8 @@ struct Intervals {
     /// Over how many repeats there are figures.
     repeats: BTreeSet<usize>,
     own: bool,
+    /// Rows, and stages that have one result in several repeats.
+    same: BTreeSet<(String, String)>,
 }
 
 /// Cells of one row each, in the order that the report compares variants in.
@@ -148,11 +162,20 @@ impl Numbers<'_> {
     /// One figure of the table; `-` when the stage has not run or is not there.
     fn figure(&self, cells: &[&Cell], metric: &MetricRef, intervals: &mut Intervals) -> Result<String> {
         let mut found = Vec::new();
-        let mut seen = BTreeSet::new();
+        let mut seen: BTreeMap<Vec<Digest>, &Cell> = BTreeMap::new();
         for cell in cells {
-            // A stage that all repeats share, such as a teacher's score, is one measurement.
-            if cell.names.get(&metric.stage).is_some_and(|node| seen.insert(*node)) {
-                found.extend(self.measured(cell, metric)?);
+            // A stage that all repeats share, such as a teacher's score, is one measurement. What was made with another
+            // setting and has the same bytes is no other.
+            let Some(settled) = self.stage(cell, &metric.stage) else { continue };
+            match seen.insert(digests(settled), cell) {
+                None => found.extend(self.measured(cell, metric)?),
+                Some(other) => {
+                    let is_meant = other.names.get(&metric.stage) == cell.names.get(&metric.stage)
+                        && other.names.values().ne(cell.names.values());
+                    if !is_meant {
+                        intervals.same.insert((row_label(cell), metric.stage.clone()));
+                    }
+                }
             }
         }
         Ok(match found.as_slice() {
@@ -185,9 +208,13 @@ impl Numbers<'_> {
         intervals: &mut Intervals,
     ) -> Result<String> {
         let mut differences = Vec::new();
+        let mut seen = BTreeSet::new();
         for cell in cells {
             let Some(other) = baseline.iter().find(|other| other.repeat == cell.repeat) else { continue };
-            if let (Some(own), Some(other)) = (self.measured(cell, metric)?, self.measured(other, metric)?) {
+            let results = [cell, *other].map(|cell| self.stage(cell, &metric.stage).map(digests));
+            if let (Some(own), Some(other)) = (self.measured(cell, metric)?, self.measured(other, metric)?)
+                && seen.insert(results)
+            {
                 differences.push(own.mean - other.mean);
             }
         }
@@ -235,6 +262,11 @@ impl Numbers<'_> {
     fn stage(&self, cell: &Cell, name: &str) -> Option<&Settled> {
         self.settled.get(cell.names.get(name)?)
     }
+}
+
+/// What a stage gave, by content.
+fn digests(settled: &Settled) -> Vec<Digest> {
+    settled.outputs().values().map(|artifact| artifact.digest).collect()
 }
 
 /// A number with as many digits as a table needs: two after the point, four below 1.

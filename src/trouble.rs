@@ -100,6 +100,11 @@ pub(crate) fn is_store_trouble(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref::<StoreError>()).any(StoreError::is_io)
 }
 
+/// Whether something in the store turned out to be damaged: who asks again hears that it is not there.
+pub(crate) fn is_damage(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(StoreError::Corrupt { .. }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -171,6 +171,11 @@ impl Store {
         Ok(Lookup::Hit(record))
     }
 
+    /// What was published under a key, whether or not its files are still whole; none if its record is not.
+    pub fn record(&self, key: &Key) -> Result<Option<Record>> {
+        Ok(self.read_record(key)?.ok())
+    }
+
     /// The keys that have a record, in order, whole or not.
     pub fn keys(&self) -> Result<Vec<Key>> {
         let mut keys = Vec::new();

@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use anyhow::Result;
 use contract::files::in_words as bytes;
 
-use super::{open_store, pretty, say, status};
+use super::{existing_store, pretty, say, status};
 use crate::cli::CacheCommand;
 
 pub(crate) fn cache(command: &CacheCommand) -> Result<ExitCode> {
     match command {
         CacheCommand::Du(args) => {
-            let usage = open_store(&args.store.store)?.usage()?;
+            let usage = existing_store(&args.store)?.usage()?;
             if args.json {
                 say(&pretty(&serde_json::to_value(usage)?))?;
                 return Ok(ExitCode::SUCCESS);
@@ -38,7 +38,7 @@ pub(crate) fn cache(command: &CacheCommand) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         CacheCommand::Verify(args) => {
-            let found = open_store(&args.store.store)?.verify()?;
+            let found = existing_store(&args.store)?.verify()?;
             if args.json {
                 say(&pretty(&serde_json::to_value(&found)?))?;
             } else {

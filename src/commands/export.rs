@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use cache::{Artifact, Store};
 
-use super::{BadRequest, Workbench, open_store, say};
+use super::{BadRequest, Workbench, existing_store, say};
 use crate::cli::ExportArgs;
 use crate::graph::Graph;
 use crate::plan::{self, Settled};
@@ -22,7 +22,7 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
     let (stage, port) = split(&graph, name);
     let selection = selection::select(&graph, &[stage.to_owned()])?;
-    let store = open_store(&args.target.store.store)?;
+    let store = existing_store(&args.target.store)?;
     let settled = settled(&graph, &selection, stage, bench, &store)?;
     let outputs: BTreeMap<String, &Artifact> =
         settled.outputs().into_iter().map(|(output, artifact)| (output.to_string(), artifact)).collect();
@@ -37,10 +37,25 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
         let known: Vec<_> = outputs.keys().map(|port| format!("`{stage}.{port}`")).collect();
         BadRequest(format!("`{name}` names no single output; expected one of {}", known.join(", ")))
     })?;
+    refuse_inside(&args.to, &store)?;
     let from = store.open_artifact(artifact)?;
     copy(&from, &args.to, &signals::watch())?;
     say(&format!("{}\n", args.to.display()))?;
     tracing::info!(stage, port, digest = %artifact.digest, "exported");
+    Ok(())
+}
+
+/// What is copied into the store would be foreign there, and removed some day.
+fn refuse_inside(to: &Path, store: &Store) -> Result<()> {
+    let to = std::path::absolute(to).with_context(|| format!("cannot find `{}`", to.display()))?;
+    // The nearest folder that is there decides, wherever links lead.
+    let there = to.ancestors().find_map(|folder| fs::canonicalize(folder).ok());
+    let root = fs::canonicalize(store.root()).context("cannot find the store")?;
+    if there.is_some_and(|there| there.starts_with(root)) {
+        let message =
+            format!("`{}` is inside the store, which keeps its own files only; choose a folder outside", to.display());
+        return Err(BadRequest(message).into());
+    }
     Ok(())
 }
 

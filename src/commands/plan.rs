@@ -4,10 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{Workbench, open_store, say, status, warn_or_fail};
+use super::{Workbench, read_store, say, status, warn_or_fail};
 use crate::cli::PlanArgs;
 use crate::device;
-use crate::history::History;
+use crate::history::{History, Pipeline};
 use crate::plan::{self, Decision};
 use crate::report::duration;
 use crate::selection::{self, Selection};
@@ -15,11 +15,11 @@ use crate::selection::{self, Selection};
 pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let graph = bench.load(&args.target)?;
     let selection = selection::select(&graph, &args.target.stages)?;
-    let store = open_store(&args.target.store.store)?;
+    let store = read_store(&args.target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
     let devices = device::devices(&args.target.device, bench.gpus)?;
     let foreseen = warn_or_fail(&graph, &selection, bench, &devices, &plan.settled());
-    let history = History::open(&store);
+    let history = History::open(&store, Pipeline::of(&args.target.file));
     let width = selection.width();
     let mut text = String::new();
     for (node, decision) in &plan.steps {

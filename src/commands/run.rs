@@ -1,18 +1,21 @@
 //! `pipeline run` and `pipeline compare`.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use ::cache::Store;
 use anyhow::Result;
+use petgraph::graph::NodeIndex;
 
-use super::{BadRequest, Workbench, open_store, say};
-use crate::cli::RunArgs;
+use super::{BadRequest, Workbench, open_store, read_store, say, status};
+use crate::cli::{CompareArgs, RunArgs};
 use crate::device;
 use crate::foresee::Foresight;
 use crate::graph::Graph;
+use crate::history::Pipeline;
 use crate::language;
-use crate::plan;
+use crate::plan::{self, Decision, Settled};
 use crate::report::{self, tell};
 use crate::schedule::{self, Settings, Summary};
 use crate::selection;
@@ -26,8 +29,13 @@ pub(crate) fn run(args: &RunArgs, bench: &Workbench) -> Result<ExitCode> {
     run_graph(args, &graph, bench)
 }
 
-/// Runs the variants that the file's report compares, unless flags select others.
-pub(crate) fn compare(args: RunArgs, bench: &Workbench) -> Result<ExitCode> {
+/// Shows the variants that the file's report compares, unless flags select others, as far as their results are there; runs
+/// them first where that is asked for.
+pub(crate) fn compare(args: CompareArgs, bench: &Workbench) -> Result<ExitCode> {
+    let CompareArgs { run, how: args } = args;
+    if args.json && !run {
+        return Err(BadRequest("`--json` prints the events of a run: say `--run` as well".into()).into());
+    }
     let mut request = args.target.request();
     let mut graph = language::load(&request, bench.registry, bench.shipped)?;
     let Some(report) = graph.cells.iter().find_map(|cell| cell.report.clone()) else {
@@ -42,14 +50,34 @@ pub(crate) fn compare(args: RunArgs, bench: &Workbench) -> Result<ExitCode> {
         request.variants = report.compare;
         graph = language::load(&request, bench.registry, bench.shipped)?;
     }
-    run_graph(&args, &graph, bench)
+    if run { run_graph(&args, &graph, bench) } else { show_results(&args, &graph, bench) }
+}
+
+/// Prints the table of what is in the store, and says what of it is missing.
+fn show_results(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
+    let selection = selection::select(graph, &args.target.stages)?;
+    let store = read_store(&args.target.store)?;
+    let plan = plan::plan(graph, &selection, bench.registry, &store)?;
+    print_table(args.markdown, graph, &plan.settled(), &store)?;
+    let reported = table::stages(graph);
+    let missing: Vec<_> = plan
+        .steps
+        .iter()
+        .filter(|(node, decision)| reported.contains(node) && !matches!(decision, Decision::Cached(_)))
+        .map(|(node, _)| format!("`{}`", selection.labels[node]))
+        .collect();
+    if missing.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    tell(&format!("note: there is no result yet of {}; `--run` computes what is missing", missing.join(", ")));
+    Ok(ExitCode::from(status::WORK_FOUND))
 }
 
 fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
     let target = &args.target;
     let selection = selection::select(graph, &target.stages)?;
     let settings = settings(args, bench)?;
-    let store = open_store(&target.store.store)?;
+    let store = open_store(&target.store)?;
     // What cannot work is refused before anything runs; what is only odd is said by the run itself.
     let plan = plan::plan(graph, &selection, bench.registry, &store)?;
     let mut foresight = Foresight::new(graph, &selection, bench.registry, device::machine(&settings.devices));
@@ -58,17 +86,17 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
         return Err(errors.into());
     }
     let mut reporter = report::reporter(args.json, selection.width());
-    let name = target.file.display().to_string();
+    let pipeline = Pipeline::of(&target.file);
     let summary = {
-        let _span = tracing::info_span!("run", pipeline = name).entered();
-        schedule::run(foresight, Arc::clone(&store), &settings, &name, reporter.as_mut())?
+        let _span = tracing::info_span!("run", pipeline = pipeline.pipeline).entered();
+        schedule::run(foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
     };
-    let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary, &store) };
+    let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary.settled, &store) };
     conclude(&summary, args.json, shown)
 }
 
-fn print_table(markdown: bool, graph: &Graph, summary: &Summary, store: &Store) -> Result<()> {
-    match table::table(graph, &summary.settled, store)? {
+fn print_table(markdown: bool, graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Store) -> Result<()> {
+    match table::table(graph, settled, store)? {
         Some(table) => say(&if markdown { table.markdown() } else { table.text() }),
         None => Ok(()),
     }

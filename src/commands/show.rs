@@ -8,22 +8,23 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use cache::{Artifact, Store};
+use cache::{Artifact, Store, Why};
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value as Json, json};
 
 use super::plan::word;
-use super::{Workbench, open_store, pretty, say};
+use super::{Workbench, pretty, read_store, say};
 use crate::cli::ShowArgs;
 use crate::graph::{Cell, Exit, Graph, Subgraph};
 use crate::plan::{self, Decision, Settled};
 use crate::results;
 use crate::selection;
+use crate::trouble::is_damage;
 
 pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
     let selection = selection::select(&graph, &args.target.stages)?;
-    let store = open_store(&args.target.store.store)?;
+    let store = read_store(&args.target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
     let decisions: BTreeMap<NodeIndex, Decision> = plan.steps.into_iter().collect();
     let mut cells = Map::new();
@@ -47,7 +48,14 @@ fn stages(
     for (name, node) in &cell.names {
         let Some(decision) = decisions.get(node) else { continue };
         match decision {
-            Decision::Cached(settled) => add_settled(name, settled, store, &mut stages)?,
+            Decision::Cached(settled) => match add_settled(name, settled, store, &mut stages) {
+                // Found out only now, where all bytes are read: it has no result any more.
+                Err(error) if is_damage(&error) => {
+                    let decision = Decision::Run { action: settled.action.clone(), why: Why::NoRecord };
+                    add_missing(name, &graph.subgraphs[*node].subgraph, &decision, &mut stages);
+                }
+                added => added?,
+            },
             other => add_missing(name, &graph.subgraphs[*node].subgraph, other, &mut stages),
         }
     }

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 
 use super::plan::in_words;
-use super::{Workbench, open_store, say};
+use super::{Workbench, read_store, say};
 use crate::cli::Target;
-use crate::history::{Change, History};
+use crate::history::{Change, History, Pipeline};
 use crate::key::Action;
 use crate::plan::{self, Decision};
 use crate::selection;
@@ -15,14 +15,14 @@ use crate::selection;
 pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
     let graph = bench.load(target)?;
     let selection = selection::select(&graph, &target.stages)?;
-    let store = open_store(&target.store.store)?;
+    let store = read_store(&target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
     let named: BTreeSet<_> = graph
         .cells
         .iter()
         .flat_map(|cell| target.stages.iter().filter_map(|stage| selection::find(&graph, cell, stage)))
         .collect();
-    let history = History::open(&store);
+    let history = History::open(&store, Pipeline::of(&target.file));
     let mut text = String::new();
     for (node, decision) in plan.steps.iter().filter(|(node, _)| named.is_empty() || named.contains(node)) {
         let name = &selection.labels[node];
@@ -63,8 +63,8 @@ fn unknown(decision: &Decision, reason: &str) -> String {
 
 fn compared(changes: Option<(String, Vec<Change>)>, known: bool) -> String {
     match changes {
-        None if known => "  the same as in every earlier run\n".into(),
-        None => "  no earlier run had it\n".into(),
+        None if known => "  the same as in every earlier run of this pipeline\n".into(),
+        None => "  no earlier run of this pipeline had it\n".into(),
         Some((run, changes)) => {
             let mut text = format!("  compared with run {run}:\n");
             for change in &changes {

@@ -94,6 +94,8 @@ fn show_has_the_promised_form() {
 #[test]
 fn export_copies_verified_bytes_and_never_overwrites() {
     let project = Project::new(PROMPTKD);
+    project.run("export FILE teacher --to out").expect(2, &["there is no store at `.pipeline`"]);
+    project.run("run FILE data").expect(0, &[]);
     project.run("export FILE teacher --to out").expect(2, &["`teacher` has no result yet"]);
     project.run("run FILE").expect(0, &[]);
     project.run("export FILE train.student --to out").expect(0, &["out"]);
@@ -105,6 +107,55 @@ fn export_copies_verified_bytes_and_never_overwrites() {
     project.run("export FILE train --to other").expect(2, &["`train.prompt`", "`train.student`"]);
     project.run("export FILE teacher --to teacher").expect(0, &[]);
     assert!(project.path("teacher/numbers.bin").is_file());
+    std::os::unix::fs::symlink(".pipeline/cas", project.path("link")).unwrap();
+    for inside in [".pipeline/teacher", ".pipeline/cas/aa/teacher", "link/teacher"] {
+        project
+            .run(&format!("export FILE teacher --to {inside}"))
+            .expect(2, &["is inside the store", "a folder outside"]);
+    }
+    project.run("cache verify").expect(0, &[": 0 damaged"]);
+}
+
+#[test]
+fn who_only_reads_makes_no_store() {
+    let project = Project::new(PROMPTKD);
+    for reading in ["plan FILE", "why FILE", "show FILE"] {
+        project.run(&format!("{reading} --store mistyped")).expect(0, &["note: there is no store at `mistyped` yet"]);
+    }
+    for reading in ["export FILE teacher --to out", "cache du", "cache verify"] {
+        project.run(&format!("{reading} --store mistyped")).expect(2, &["error: there is no store at `mistyped`"]);
+    }
+    assert!(!project.path("mistyped").exists());
+}
+
+/// A stage is known by what it was made from, although that is damaged by now.
+#[test]
+fn what_is_below_damage_is_shown() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &[]);
+    let whole = project.show("score");
+    let path = whole["stages"]["teacher"]["outputs"].as_object().unwrap().values().next().unwrap()["path"].clone();
+    let file = std::fs::read_dir(path.as_str().unwrap()).unwrap().next().unwrap().unwrap().path();
+    std::fs::remove_file(&file).unwrap();
+    let digest = |name: &str| -> std::path::PathBuf {
+        let digest = whole["stages"][name]["outputs"].as_object().unwrap().values().next().unwrap();
+        digest["path"].as_str().unwrap().into()
+    };
+    assert!(digest("score").exists());
+    let store = cache::Store::open(&project.path(".pipeline")).unwrap();
+    let key: cache::Key = whole["stages"]["teacher"]["key"].as_str().unwrap().parse().unwrap();
+    let record = store.record(&key).unwrap().unwrap();
+    for artifact in record.outputs.values() {
+        for file in &artifact.files {
+            let name = file.digest.to_string();
+            std::fs::remove_file(project.path(".pipeline/cas").join(&name[..2]).join(&name[2..])).unwrap();
+        }
+    }
+    let shown = project.show("score");
+    assert_eq!(shown["stages"]["teacher"]["status"], "run");
+    assert_eq!(shown["stages"]["score"], whole["stages"]["score"]);
+    project.run("plan FILE").expect(0, &["run                 teacher", "cached              score"]);
+    project.run("run FILE").expect(0, &["ran      teacher", "done: 1 ran, 6 reused"]);
 }
 
 #[test]

@@ -468,7 +468,7 @@ fn events_are_json_lines_that_end_with_the_promised_one() {
     assert!(rows.clone().count() > 0 && rows.clone().all(|event| event["row"]["loss"].is_f64()));
     let run = fs::read_dir(project.path(".pipeline/runs")).unwrap().flatten().next().unwrap().path();
     assert_eq!(fs::read_to_string(run.join("events.jsonl")).unwrap(), ran.stdout);
-    assert!(run.join("plan.json").is_file() && run.join("train.1.log").is_file());
+    assert!(run.join("plan.jsonl").is_file() && run.join("train.1.log").is_file());
 }
 
 #[test]
@@ -537,7 +537,60 @@ fn a_later_stage_reads_where_a_stage_of_a_loop_ended() {
 }
 
 #[test]
-fn compare_runs_what_the_report_compares() {
+fn compare_shows_what_is_there_and_runs_nothing_by_itself() {
     let project = Project::new(PROMPTKD);
-    project.run("compare FILE").expect(0, &["done: 9 ran", "base", "slow"]);
+    let nothing =
+        project.run("compare FILE").expect(3, &["there is no store at `.pipeline`", "no result yet of `train`, `score`"]);
+    assert_eq!(nothing.stdout, "");
+    assert!(!project.path(".pipeline").exists());
+    project.run("run FILE").expect(0, &["done: 7 ran"]);
+    let some = project.run("compare FILE").expect(3, &["no result yet of `train (slow)`, `score (slow)`; `--run` computes"]);
+    assert!(some.stdout.contains("base") && !some.stdout.contains("slow"), "{}", some.stdout);
+    assert!(some.words().is_empty());
+    project.run("compare FILE --json").expect(2, &["say `--run` as well"]);
+    project.run("compare FILE --run").expect(0, &["done: 2 ran, 7 reused", "base", "slow"]);
+    let all = project.run("compare FILE").expect(0, &["base", "slow"]);
+    assert_eq!(all.stderr, "");
+}
+
+/// Repeats whose results are one and the same are no repeats, whether their keys are equal or not.
+#[test]
+fn repeats_without_effect_count_once_and_are_named() {
+    let ablations = "ablations:
+  keys: {repeat: {valid.seed: [2, 2]}}
+  bytes: {repeat: {train.learn.sleep: [10, 11, 12]}}
+";
+    let project = Project::new(&PROMPTKD.replace("ablations:\n", ablations));
+    for ablation in ["keys", "bytes"] {
+        let ran = project
+            .run(&format!("run FILE --ablation {ablation}"))
+            .expect(0, &["`base`: some of its repeats are none, for `score` has the same result in them"]);
+        assert!(!ran.stdout.contains('±'), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_store_that_cannot_be_written_serves_what_it_holds() {
+    let project = Project::new(PROMPTKD);
+    project.run("run FILE").expect(0, &["done: 7 ran"]);
+    let runs = || fs::read_dir(project.path(".pipeline/runs")).unwrap().count();
+    let before = runs();
+    // A superuser may write anywhere, and becomes nobody for this.
+    let is_superuser = rustix::process::getuid().is_root();
+    let folder = project.path("");
+    assert!(std::process::Command::new("chmod").args(["-R", "a-w,a+rX"]).arg(&folder).status().unwrap().success());
+    let as_reader = |arguments: &str| {
+        let mut command = project.command(arguments);
+        if is_superuser {
+            std::os::unix::process::CommandExt::uid(&mut command, 65534);
+        }
+        crate::harness::Ran::new(command.output().unwrap())
+    };
+    as_reader("run FILE").expect(0, &["done: 0 ran, 7 reused", "base"]);
+    as_reader("plan FILE --check").expect(0, &["cached"]);
+    as_reader("show FILE score").expect(0, &["score = "]);
+    as_reader("compare FILE --variant base").expect(0, &["base"]);
+    as_reader("run FILE --variant slow").expect(4, &["stage `train", "has to run, and the store", "cannot be written"]);
+    assert_eq!(runs(), before);
+    assert!(std::process::Command::new("chmod").args(["-R", "u+w"]).arg(&folder).status().unwrap().success());
 }
