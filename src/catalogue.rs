@@ -9,8 +9,10 @@ use contract::{Check, Conventions, Kind, Port, Ports, Registry};
 use serde_json::{Map, Value as Json, json};
 
 use crate::diagnostic::did_you_mean;
+use crate::history::flow;
 use crate::language::kinds::{Schema, WINDOW_FIELDS};
 use crate::language::read::limits_of;
+use crate::terminal::wrap;
 use crate::yaml::{self, Node, Source, Value};
 
 /// All kinds, a line each; or all about one of them.
@@ -43,16 +45,16 @@ fn describe(kind: &dyn Kind) -> String {
     collect_fields(&schema, &schema.0, "", &mut fields);
     section(&mut out, "fields of `with`", fields);
     if let Some(alone) = kind.alone() {
-        let _ = writeln!(
-            out,
-            "\nused alone: a loop over windows of `{}` that hands out `{}`; `with` then takes {} too",
+        let mut text = format!(
+            "used alone: a loop over windows of `{}` that hands out `{}`; `with` then takes {} too",
             alone.data,
             alone.next,
             crate::diagnostic::quoted(WINDOW_FIELDS)
         );
         if let Some(Check { valid, metric, .. }) = alone.check {
-            let _ = writeln!(out, "with a dataset on `{valid}`, the round with the least {metric} on it is kept");
+            text += &format!("; with a dataset on `{valid}`, the round with the least {metric} on it is kept");
         }
+        let _ = writeln!(out, "\n{}", wrap(&text, PAGE).join("\n"));
     }
     let _ = writeln!(out, "\nexample");
     for line in about.example.trim_matches('\n').lines() {
@@ -64,15 +66,27 @@ fn describe(kind: &dyn Kind) -> String {
 /// Name, what it is, what it is for.
 type Row = [String; 3];
 
+/// Columns that a page takes.
+const PAGE: usize = 100;
+
+/// A table where its rows fit, else a paragraph for each.
 fn section(out: &mut String, title: &str, rows: Vec<Row>) {
     if rows.is_empty() {
         return;
     }
+    let _ = writeln!(out, "\n{title}");
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let (first, second) = (width(0), width(1));
-    let _ = writeln!(out, "\n{title}");
+    let fits = 4 + first + 2 + second + 2 + width(2) <= PAGE;
     for [name, what, doc] in &rows {
-        let _ = writeln!(out, "{}", format!("    {name:first$}  {what:second$}  {doc}").trim_end());
+        if fits {
+            let _ = writeln!(out, "{}", format!("    {name:first$}  {what:second$}  {doc}").trim_end());
+            continue;
+        }
+        let lines = wrap(&format!("{name}: {what}"), PAGE - 8).into_iter().chain(wrap(doc, PAGE - 8));
+        for (line, indent) in lines.zip(std::iter::once(4).chain(std::iter::repeat(8))) {
+            let _ = writeln!(out, "{:indent$}{line}", "");
+        }
     }
 }
 
@@ -85,15 +99,19 @@ fn port_row(port: &Port) -> Row {
 fn collect_fields(schema: &Schema, object: &Json, prefix: &str, rows: &mut Vec<Row>) {
     let required = object.get("required").and_then(Json::as_array);
     let properties = object.get("properties").and_then(Json::as_object);
+    // One of several forms of the field above, such as `{jsd: {beta: 0.5}}`.
+    let is_form = object.get("description").is_some() && properties.is_some_and(|fields| fields.len() == 1);
     for (name, field) in properties.into_iter().flatten() {
         let path = format!("{prefix}{name}");
         let is_required = required.is_some_and(|names| names.iter().any(|required| required == name));
         let default = match field.get("default") {
-            Some(Json::Null) | None if is_required => ", required".to_owned(),
-            Some(Json::Null) | None => String::new(),
-            Some(default) => format!(", default {default}"),
+            Some(Json::Null) | None if is_required && !is_form => ", required".to_owned(),
+            // Of a mapping, its fields have theirs.
+            Some(Json::Null | Json::Object(_)) | None => String::new(),
+            Some(default) => format!(", default {}", flow(default)),
         };
-        let doc = field.get("description").and_then(Json::as_str).unwrap_or_default();
+        let doc = [field, object].iter().find_map(|schema| schema.get("description").and_then(Json::as_str));
+        let doc = doc.unwrap_or_default();
         let doc = doc.split_whitespace().collect::<Vec<_>>().join(" ");
         rows.push([path.clone(), format!("{}{default}", type_in_words(schema, field)), doc]);
         // A schema may contain itself; two levels below are all that a page shows.

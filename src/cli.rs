@@ -1,6 +1,8 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -80,7 +82,7 @@ pub(crate) enum Command {
 /// Which pipeline, which of its cells and stages, and where its results are. The same on every command.
 #[derive(Args, Clone)]
 pub(crate) struct Target {
-    /// Pipeline: a path, or the name of one in `pipelines/` or of a shipped one
+    /// Pipeline: a path, the name of one in `pipelines/` or of a shipped one, or `-` for standard input
     pub(crate) file: PathBuf,
     /// Stages to look at, with all that they need; `LOOP.STAGE` too. Without any: all
     #[arg(value_name = "STAGE")]
@@ -126,10 +128,19 @@ impl Target {
     }
 }
 
+/// What a variable of the environment says, else `default`. Not left to the parser, which would name the flag in the usage of
+/// every command as if it had been given.
+fn from_environment(name: &str, default: &str) -> OsString {
+    std::env::var_os(name).filter(|value| !value.is_empty()).unwrap_or_else(|| default.into())
+}
+
+static CUT_SECONDS: LazyLock<String> =
+    LazyLock::new(|| from_environment("PIPELINE_CUT_SECONDS", "30").to_string_lossy().into_owned());
+
 #[derive(Args, Clone)]
 pub(crate) struct StoreArgs {
-    /// Folder of the store; may be shared between checkouts
-    #[arg(long, value_name = "DIR", env = "PIPELINE_STORE", default_value = ".pipeline")]
+    /// Folder of the store; may be shared between checkouts. PIPELINE_STORE says another than `.pipeline`
+    #[arg(long, value_name = "DIR", default_value_os_t = from_environment("PIPELINE_STORE", ".pipeline").into())]
     pub(crate) store: PathBuf,
 }
 
@@ -143,8 +154,8 @@ pub(crate) struct RunArgs {
     /// Print the table as Markdown
     #[arg(long, conflicts_with = "json")]
     pub(crate) markdown: bool,
-    /// Seconds between two checkpoints of a loop
-    #[arg(long, value_name = "SECONDS", env = "PIPELINE_CUT_SECONDS", default_value_t = 30.0)]
+    /// Seconds between two checkpoints of a loop. PIPELINE_CUT_SECONDS says others than 30
+    #[arg(long, value_name = "SECONDS", default_value = CUT_SECONDS.as_str())]
     pub(crate) cut_every: f64,
     /// Save and load everything after every stage run of a loop: slow, with the same results; keeps no checkpoint by itself
     #[arg(long)]

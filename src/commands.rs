@@ -32,6 +32,7 @@ use crate::plan::Settled;
 use crate::report::tell;
 use crate::selection::Selection;
 use crate::signals::{self, Interrupted};
+use crate::terminal::printable_lines;
 use crate::trouble::{BadRequest, is_store_trouble, status};
 
 /// What the stages give the command line besides their kinds.
@@ -118,7 +119,7 @@ fn complain(error: &anyhow::Error) -> u8 {
         tell("interrupted");
         return signals::status(*signal);
     }
-    tell(&format!("error: {error:#}"));
+    tell(&format!("error: {}", printable_lines(&format!("{error:#}"))));
     if is_store_trouble(error)
         || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>())
     {

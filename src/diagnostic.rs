@@ -6,9 +6,10 @@
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal as _;
 
+use crate::terminal::{self, printable, printable_in_place};
 use crate::yaml::Span;
 
-/// Longest excerpt of a line that is shown, in characters.
+/// Longest excerpt of a line that is shown, in characters, where no terminal is narrower.
 const WIDTH: usize = 140;
 
 /// One thing wrong, or odd.
@@ -212,7 +213,7 @@ fn write_excerpt(f: &mut fmt::Formatter<'_>, label: &Label, at_fault: bool, styl
     let (line, column, length) = excerpt(&label.span);
     let Style { frame, off, .. } = style;
     let (arrow, mark, colour) = if at_fault { ("-->", "^", style.caret) } else { (":::", "-", style.other) };
-    writeln!(f, "{gutter}{frame}{arrow}{off} {}:{}:{}", place.file, place.line, place.column)?;
+    writeln!(f, "{gutter}{frame}{arrow}{off} {}:{}:{}", printable(&place.file), place.line, place.column)?;
     writeln!(f, "{gutter} {frame}|{off}")?;
     writeln!(f, "{frame}{} |{off} {line}", place.line)?;
     let (blank, marks) = (" ".repeat(column), mark.repeat(length));
@@ -225,23 +226,20 @@ fn excerpt(span: &Span) -> (String, usize, usize) {
     let text = &span.source.text;
     let from = text[..span.start].rfind('\n').map_or(0, |i| i + 1);
     let to = text[span.start..].find('\n').map_or(text.len(), |i| span.start + i);
-    let line: Vec<char> = printable(&text[from..to]).chars().collect();
+    let line: Vec<char> = printable_in_place(&text[from..to]).chars().collect();
     let column = text[from..span.start].chars().count();
     let length = text[span.start..span.end.clamp(span.start, to)].chars().count().max(1);
-    if line.len() <= WIDTH {
+    // What stands before a line, and dots, have their place, too.
+    let width = terminal::width().map_or(WIDTH, |columns| columns.saturating_sub(12).clamp(20, WIDTH));
+    if line.len() <= width {
         return (line.into_iter().collect(), column, length);
     }
-    let first = column.saturating_sub(WIDTH / 3).min(line.len().saturating_sub(WIDTH));
-    let last = (first + WIDTH).min(line.len());
+    let first = column.saturating_sub(width / 3).min(line.len().saturating_sub(width));
+    let last = (first + width).min(line.len());
     let dots = if first > 0 { "..." } else { "" };
     let shown: String = line[first..last].iter().collect();
     let column = column - first + dots.len();
-    (format!("{dots}{shown}{}", if last < line.len() { "..." } else { "" }), column, length.min(WIDTH))
-}
-
-/// Without control characters, which a terminal would obey.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c == '\n' || !c.is_control() { c } else { ' ' }).collect()
+    (format!("{dots}{shown}{}", if last < line.len() { "..." } else { "" }), column, length.min(width))
 }
 
 #[cfg(test)]

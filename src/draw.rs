@@ -3,10 +3,13 @@
 //! A loop is a box with its round inside; other subgraphs are single shapes. A thick line is a handoff through the store, a
 //! thin one a value in memory, a dotted one what the next round begins with. Types stand on the lines.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
+
+use contract::files::counted;
 
 use crate::graph::{Entry, Every, Exit, Graph, Loop, Node, Origin, Subgraph};
 
@@ -27,7 +30,7 @@ pub fn draw_mermaid(graph: &Graph) -> String {
                 };
                 let _ = writeln!(out, "    {id}{open}{}{close}", mermaid_text(&label));
             }
-            Part::Line { from, to, label, line } => {
+            Part::Line { from, to, label, line, .. } => {
                 let arrow = match line {
                     Line::Handoff => "==>",
                     Line::Memory => "-->",
@@ -57,7 +60,7 @@ pub fn draw_dot(graph: &Graph) -> String {
                 };
                 let _ = writeln!(out, "    {id} [label={}, shape={shape}];", dot_text(&label));
             }
-            Part::Line { from, to, label, line } => {
+            Part::Line { from, to, label, line, .. } => {
                 let style = match line {
                     Line::Handoff => "style=bold, penwidth=2",
                     Line::Memory => "style=solid",
@@ -72,10 +75,33 @@ pub fn draw_dot(graph: &Graph) -> String {
 
 /// A piece of a drawing, in the order in which it is written.
 enum Part {
-    Open { id: String, label: String },
+    Open {
+        id: String,
+        label: String,
+    },
     Close,
-    Shape { id: String, label: String, shape: Shape },
-    Line { from: String, to: String, label: String, line: Line },
+    Shape {
+        id: String,
+        label: String,
+        shape: Shape,
+    },
+    /// `ports` are what it leaves and what it enters.
+    Line {
+        from: String,
+        to: String,
+        label: String,
+        ports: [String; 2],
+        line: Line,
+    },
+}
+
+impl Part {
+    fn ports(&self) -> Option<&[String; 2]> {
+        match self {
+            Part::Line { ports, .. } => Some(ports),
+            _ => None,
+        }
+    }
 }
 
 enum Shape {
@@ -114,16 +140,47 @@ fn drawing(graph: &Graph) -> Vec<Part> {
             from: leaves(edge.source(), &graph.subgraphs[edge.source()], &handoff.output),
             to: enters(edge.target(), &graph.subgraphs[edge.target()], &handoff.input),
             label: handoff.port_type.name().to_owned(),
+            ports: [handoff.output.to_string(), entered(&handoff.input)],
             line: Line::Handoff,
         });
     }
+    name_ports(&mut parts);
     parts
+}
+
+/// Lines between the same two shapes would all say the same: each says what it brings, or as what where they bring the same.
+fn name_ports(parts: &mut [Part]) {
+    let mut lines: BTreeMap<(String, String), Vec<&mut Part>> = BTreeMap::new();
+    for part in parts {
+        if let Part::Line { from, to, .. } = part {
+            lines.entry((from.clone(), to.clone())).or_default().push(part);
+        }
+    }
+    for mut same in lines.into_values().filter(|lines| lines.len() > 1) {
+        let left: BTreeSet<String> =
+            same.iter().filter_map(|part| part.ports().map(|[from, _]| from.clone())).collect();
+        let which = usize::from(left.len() < same.len());
+        for part in &mut same {
+            if let Part::Line { label, ports, .. } = part {
+                let word = if which == 0 { "" } else { "as " };
+                *label = format!("{label} ({word}{})", ports[which]);
+            }
+        }
+    }
+}
+
+/// The port that a handoff enters, as a person wrote it.
+fn entered(entry: &Entry) -> String {
+    match entry {
+        Entry::Outside(read) => read.port.clone(),
+        entry => entry.to_string(),
+    }
 }
 
 fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
     parts.push(Part::Open { id: id.to_owned(), label: format!("{name}: {}", rounds(body)) });
     for (window, spec) in &body.windows {
-        let label = format!("{window}\n{} rows a round", spec.take);
+        let label = format!("{window}\n{} a round", counted(spec.take, "row"));
         parts.push(Part::Shape { id: inner(id, "windows", window), label, shape: Shape::Window });
     }
     for carried in body.carry.keys() {
@@ -147,12 +204,18 @@ fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
                 Origin::Stage(read) => inner(id, "stage", &read.stage),
             };
             let label = spec.operator.ports.find_input(port).map_or(String::new(), |port| port.port_type.to_string());
-            parts.push(Part::Line { from, to: inner(id, "stage", stage), label, line: Line::Memory });
+            let to = inner(id, "stage", stage);
+            let left = match origin {
+                Origin::Stage(read) => read.port.clone(),
+                Origin::Outside | Origin::Window(_) | Origin::Carry(_) => String::new(),
+            };
+            parts.push(Part::Line { from, to, label, ports: [left, port.clone()], line: Line::Memory });
         }
     }
     for (carried, spec) in &body.carry {
         let (from, to) = (inner(id, "stage", &spec.next.stage), inner(id, "carry", carried));
-        parts.push(Part::Line { from, to, label: spec.port_type.to_string(), line: Line::NextRound });
+        let ports = [spec.next.port.clone(), carried.clone()];
+        parts.push(Part::Line { from, to, label: spec.port_type.to_string(), ports, line: Line::NextRound });
     }
     parts.push(Part::Close);
 }
@@ -161,15 +224,11 @@ fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
 fn rounds(body: &Loop) -> String {
     let epochs = body.windows.values().find_map(|window| window.epochs);
     match (epochs, body.rounds) {
-        (Some(epochs), Some(rounds)) => format!("{}, {} at most", count(epochs, "epoch"), count(rounds, "round")),
-        (Some(epochs), None) => count(epochs, "epoch"),
-        (None, Some(rounds)) => count(rounds, "round"),
+        (Some(epochs), Some(rounds)) => format!("{}, {} at most", counted(epochs, "epoch"), counted(rounds, "round")),
+        (Some(epochs), None) => counted(epochs, "epoch"),
+        (None, Some(rounds)) => counted(rounds, "round"),
         (None, None) => "rounds".to_owned(),
     }
-}
-
-fn count(number: u64, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// The name of a subgraph, with the first cell that has it where the name stands for several.

@@ -158,7 +158,7 @@ fn look_at_window(window: &Window, data: Facts) -> (Facts, Vec<Finding>) {
     if rows.most == 0 {
         outlook.error(at("take"), "the dataset has no rows to take", "choose another split, or give it rows");
     } else if *last == Last::Drop && rows.most < *take {
-        let message = format!("{take} rows are taken a round, and there are {}", rows.most);
+        let message = format!("{take} rows are taken a round, and there are only {}", rows.most);
         outlook.error(at("take"), message, "lower `take`, or set `last: short`");
     } else if let (Last::Drop, Order::Given, Some(rows)) = (last, order, rows.exact())
         && !rows.is_multiple_of(*take)
@@ -411,10 +411,7 @@ impl<'a> Foresight<'a> {
     /// The word that is written at a place.
     fn span(&self, place: &Place) -> Option<Span> {
         let source = self.graph.sources.iter().find(|source| source.name == place.file)?;
-        let line_start = match place.line {
-            1 => 0,
-            line => source.text.match_indices('\n').nth(line - 2)?.0 + 1,
-        };
+        let line_start = source.line_start(place.line)?;
         let rest = &source.text[line_start..];
         let start = line_start + rest.char_indices().nth(place.column - 1).map_or(rest.len(), |(at, _)| at);
         let word = source.text[start..].find(|c: char| c.is_whitespace() || ",:}]#".contains(c));

@@ -290,7 +290,7 @@ pub fn show_value(value: Option<&Json>, default: &str) -> String {
 }
 
 /// A value as one line of YAML.
-fn flow(value: &Json) -> String {
+pub(crate) fn flow(value: &Json) -> String {
     match value {
         Json::String(text) => text.clone(),
         Json::Array(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),

@@ -36,6 +36,7 @@ mod signals;
 mod slots;
 mod sources;
 pub mod table;
+mod terminal;
 pub mod trouble;
 mod worker;
 pub mod yaml;

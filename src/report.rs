@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, Reporter, Status, line};
 use crate::output;
+use crate::terminal::{self, printable, printable_lines};
 
 /// The reporter for where standard error goes; with `json`, events to standard output.
 pub fn reporter(json: bool, width: usize) -> Box<dyn Reporter> {
@@ -104,10 +105,27 @@ impl Bars {
         let (width, all) = (self.words.width, &self.all);
         self.running.entry(stage.to_owned()).or_insert_with(|| {
             let bar = all.add(ProgressBar::no_length().with_prefix(format!("{stage:width$}")));
-            bar.set_style(style("{spinner} running  {prefix}  {elapsed:>6}  {msg}"));
+            bar.set_style(style(UNKNOWN));
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         })
+    }
+}
+
+/// The line of a stage that does not say how long it takes. A message takes what is left of the width.
+const UNKNOWN: &str = "{spinner} running  {prefix}  {elapsed:>6}  {wide_msg}";
+
+/// The line of a stage whose names take up to `names` columns: on a narrow terminal it says less, for a line that does not fit
+/// is drawn again and again.
+fn template(names: usize, columns: Option<usize>) -> &'static str {
+    let left = columns.map_or(usize::MAX, |columns| columns.saturating_sub(names));
+    match left {
+        95.. => {
+            "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {rate}, {eta} left  {wide_msg}"
+        }
+        72.. => "{spinner} running  {prefix}  {elapsed:>6}  {pos}/{len} {unit}, {rate}, {eta} left  {wide_msg}",
+        42.. => "{spinner} running  {prefix}  {pos}/{len}, {eta} left  {wide_msg}",
+        _ => "{prefix}  {percent:>3} %",
     }
 }
 
@@ -128,13 +146,10 @@ impl Reporter for Bars {
                 self.bar(stage).set_message(text);
             }
             Event::StageProgress { stage, part: None, done, total, unit } => {
+                let width = self.words.width;
                 let bar = self.bar(stage);
                 if bar.length() != Some(*total) {
-                    bar.set_style(style(
-                        "{spinner} running  {prefix}  {elapsed:>6}  [{bar:20}] {pos}/{len} {unit}, {rate}, {eta} left  {msg}"
-                            .replace("{unit}", unit)
-                            .as_str(),
-                    ));
+                    bar.set_style(style(&template(width, terminal::width()).replace("{unit}", unit)));
                     bar.set_length(*total);
                     // What was done by earlier attempts says nothing about the rate of this one.
                     bar.set_position(*done);
@@ -196,10 +211,10 @@ impl Words {
             Event::StageFailed { stage, error, log, log_end, .. } => {
                 let mut text = self.row("failed", stage, "", error);
                 for line in log_end {
-                    text += &format!("\n    | {line}");
+                    text += &format!("\n    | {}", printable(line));
                 }
                 if !log_end.is_empty() {
-                    text += &format!("\n    log: {log}");
+                    text += &format!("\n    log: {}", printable(log));
                 }
                 text
             }
@@ -229,7 +244,7 @@ impl Words {
     }
 
     fn row(&self, word: &str, stage: &str, time: &str, what: &str) -> String {
-        let width = self.width;
+        let (width, what) = (self.width, printable_lines(what));
         let padded = format!("{word:<7}");
         let word = if self.colours { format!("\u{1b}[{}m{padded}\u{1b}[0m", colour(word)) } else { padded };
         format!("{word}  {stage:width$}  {time:>7}  {what}").trim_end().to_owned()

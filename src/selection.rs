@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use anyhow::Result;
 use petgraph::Direction;
-use petgraph::graph::NodeIndex;
+use petgraph::graph::{DiGraph, NodeIndex};
 use serde::{Deserialize, Serialize};
 
 use crate::graph::{Cell, Graph, Subgraph};
@@ -54,7 +54,7 @@ pub fn select(graph: &Graph, stages: &[String]) -> Result<Selection> {
         wanted.extend(graph.subgraphs.node_indices());
     }
     let wanted = with_needs(graph, wanted);
-    let order = in_order(graph).into_iter().filter(|node| wanted.contains(node)).collect();
+    let order = in_order(&graph.subgraphs).into_iter().filter(|node| wanted.contains(node)).collect();
     Ok(Selection { order, labels: labels(graph), aliases: aliases(graph) })
 }
 
@@ -106,24 +106,27 @@ fn with_needs(graph: &Graph, wanted: BTreeSet<NodeIndex>) -> BTreeSet<NodeIndex>
 }
 
 /// Topological order, and within it as close to the file as the handoffs allow.
-fn in_order(graph: &Graph) -> Vec<NodeIndex> {
-    let mut open: BTreeMap<NodeIndex, usize> = BTreeMap::new();
-    for node in graph.subgraphs.node_indices() {
-        let before: BTreeSet<_> = graph.subgraphs.neighbors_directed(node, Direction::Incoming).collect();
-        open.insert(node, before.len());
+pub(crate) fn in_order<N, E>(graph: &DiGraph<N, E>) -> Vec<NodeIndex> {
+    let neighbours = |node, direction| -> BTreeSet<NodeIndex> { graph.neighbors_directed(node, direction).collect() };
+    let mut needs: BTreeMap<NodeIndex, usize> = BTreeMap::new();
+    for node in graph.node_indices() {
+        needs.insert(node, neighbours(node, Direction::Incoming).len());
     }
-    let mut order = Vec::with_capacity(open.len());
-    while let Some(next) = open.iter().find_map(|(node, needs)| (*needs == 0).then_some(*node)) {
-        open.remove(&next);
-        let after: BTreeSet<_> = graph.subgraphs.neighbors_directed(next, Direction::Outgoing).collect();
-        for node in after {
-            if let Some(needs) = open.get_mut(&node) {
-                *needs -= 1;
+    let ready = needs.iter().filter(|(_, needs)| **needs == 0).map(|(node, _)| *node);
+    let mut ready: BTreeSet<NodeIndex> = ready.collect();
+    let mut order = Vec::with_capacity(needs.len());
+    while let Some(next) = ready.pop_first() {
+        for node in neighbours(next, Direction::Outgoing) {
+            if let Some(left) = needs.get_mut(&node) {
+                *left -= 1;
+                if *left == 0 {
+                    ready.insert(node);
+                }
             }
         }
         order.push(next);
     }
-    assert!(open.is_empty(), "a graph is free of cycles");
+    assert!(order.len() == needs.len(), "a graph is free of cycles");
     order
 }
 

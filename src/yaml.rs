@@ -16,9 +16,6 @@ use serde_saphyr::{DuplicateKeyPolicy, Location, Options, Spanned, UserMessageFo
 use crate::diagnostic::Diagnostic;
 use crate::graph::Place;
 
-/// Longest text that is read, in bytes.
-const MAX_TEXT: usize = 1 << 20;
-
 /// A text with the name it goes by in messages.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Source {
@@ -26,12 +23,21 @@ pub struct Source {
     pub name: String,
     /// All of it.
     pub text: String,
+    /// Where each line begins, in bytes.
+    lines: Vec<usize>,
 }
 
 impl Source {
     /// A text that spans can share.
     pub fn new(name: impl Into<String>, text: impl Into<String>) -> Arc<Self> {
-        Arc::new(Source { name: name.into(), text: text.into() })
+        let text = text.into();
+        let lines = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
+        Arc::new(Source { name: name.into(), text, lines })
+    }
+
+    /// The byte at which a line begins, counted from 1; none where there is no such line.
+    pub fn line_start(&self, line: usize) -> Option<usize> {
+        self.lines.get(line.checked_sub(1)?).copied()
     }
 }
 
@@ -54,13 +60,10 @@ impl Span {
 
     /// File, line and column of the first character.
     pub fn place(&self) -> Place {
-        let before = &self.source.text[..self.start];
-        let line_start = before.rfind('\n').map_or(0, |i| i + 1);
-        Place {
-            file: self.source.name.clone(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-        }
+        let Source { name, text, lines } = &*self.source;
+        let line = lines.partition_point(|begin| *begin <= self.start);
+        let column = text[lines[line - 1]..self.start].chars().count() + 1;
+        Place { file: name.clone(), line, column }
     }
 }
 
@@ -197,12 +200,6 @@ pub fn parse(source: &Arc<Source>) -> Result<Node, Diagnostic> {
 
 /// Reads the document that begins at byte `start` of a source: the value of `--set path=value`.
 pub fn parse_from(source: &Arc<Source>, start: usize) -> Result<Node, Diagnostic> {
-    if source.text.len() > MAX_TEXT {
-        return Err(Diagnostic::new(
-            format!("`{}` has {} bytes, which is more than {MAX_TEXT}", source.name, source.text.len()),
-            "split it with `include:`",
-        ));
-    }
     let text = &source.text[start..];
     let built = Builder { source, start };
     match serde_saphyr::from_str_with_options::<Spanned<Raw>>(text, options(DuplicateKeyPolicy::Error)) {
@@ -218,7 +215,7 @@ fn options(duplicate_keys: DuplicateKeyPolicy) -> Options {
         strict_booleans: true,
         reject_unsupported_tags: true,
         with_snippet: false,
-        budget: serde_saphyr::budget! { max_depth: 40, max_nodes: 100_000, max_aliases: 2_000, max_anchors: 1_000 },
+        budget: serde_saphyr::budget! { max_depth: 40, max_nodes: 1_000_000, max_aliases: 2_000, max_anchors: 1_000 },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 50_000, max_replay_stack_depth: 16 },
     }
 }

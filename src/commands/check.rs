@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use contract::files::counted;
 use serde_json::Value as Json;
 
 use super::{Workbench, say, warn_or_fail};
@@ -28,7 +29,8 @@ pub(crate) fn check(args: &CheckArgs, bench: &Workbench) -> Result<()> {
             }
         }
     }
-    let (cells, stages) = (counted(graph.cells.len(), "cell"), counted(selection.order.len(), "distinct stage"));
+    let (cells, stages) =
+        (counted(graph.cells.len() as u64, "cell"), counted(selection.order.len() as u64, "distinct stage"));
     say(&format!("{text}ok: {cells}, {stages}\n"))
 }
 
@@ -67,8 +69,4 @@ fn place<'p>(places: &'p BTreeMap<String, Place>, path: &str) -> Option<&'p Plac
         }
         path = path.rsplit_once('.')?.0;
     }
-}
-
-fn counted(count: usize, word: &str) -> String {
-    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }

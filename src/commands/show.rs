@@ -6,6 +6,8 @@
 //! verified and can be read in place.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use anyhow::Result;
 use cache::{Artifact, Store, Why};
@@ -123,8 +125,16 @@ fn stage_text(name: &str, stage: &Json) -> String {
     for (port, output) in stage["outputs"].as_object().into_iter().flatten() {
         text += &format!("  {port}: {}\n", output["path"].as_str().unwrap_or_default());
     }
+    let rows = last_of(stage).map(|rows| format!("   (the last of {rows} rows)")).unwrap_or_default();
     for (metric, value) in stage["metrics"].as_object().into_iter().flatten() {
-        text += &format!("  {metric} = {value}\n");
+        text += &format!("  {metric} = {value}{rows}\n");
     }
     text
+}
+
+/// How many rows of metrics a stage has, where it has several: what is shown is the last.
+fn last_of(stage: &Json) -> Option<usize> {
+    let folder = stage["outputs"]["metrics"]["path"].as_str()?;
+    let rows = fs::read_to_string(Path::new(folder).join("metrics.jsonl")).ok()?.lines().count();
+    (rows > 1).then_some(rows)
 }

@@ -1,8 +1,9 @@
 //! Finds the file and reads it with all that it includes into one tree.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use contract::files;
 
@@ -25,10 +26,15 @@ pub struct Found {
     pub shipped: bool,
 }
 
-/// Finds a pipeline: a path; a bare name that is not there is looked for in `pipelines/`, then among the shipped ones.
+/// Finds a pipeline: a path; a bare name that is not there is looked for in `pipelines/`, then among the shipped ones; `-` is
+/// standard input, as are the paths under which a shell hands on a pipe.
 ///
 /// Errors when it is nowhere or cannot be read.
 pub fn find_file(file: &Path, shipped: &[(&str, &str)]) -> Result<Found, Diagnostics> {
+    if is_stream(file) {
+        let text = read_stream(file)?;
+        return Ok(Found { path: file.to_owned(), text, shipped: false });
+    }
     let bare = file.components().count() == 1 && matches!(file.components().next(), Some(Component::Normal(_)));
     let places = [Some(file.to_owned()), bare.then(|| Path::new("pipelines").join(file))];
     if let Some(path) = places.into_iter().flatten().find(|path| path.is_file()) {
@@ -42,8 +48,44 @@ pub fn find_file(file: &Path, shipped: &[(&str, &str)]) -> Result<Found, Diagnos
     if file.exists() {
         return read_file(file).map(|text| Found { path: file.to_owned(), text, shipped: false });
     }
-    let hint = did_you_mean(&name, "pipeline", shipped.iter().map(|(name, _)| *name));
+    let near = Path::new("pipelines").read_dir().into_iter().flatten().flatten();
+    let near: Vec<String> = near.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let with_ending = format!("{name}.yaml");
+    let known: Vec<&str> = shipped.iter().map(|(name, _)| *name).chain(near.iter().map(String::as_str)).collect();
+    let hint = match known.contains(&with_ending.as_str()) || Path::new(&with_ending).is_file() {
+        true => format!("did you mean `{with_ending}`?"),
+        false => did_you_mean(&name, "pipeline", known.into_iter().filter(|name| name.ends_with(".yaml"))),
+    };
     Err(Diagnostic::new(format!("no pipeline `{name}`: there is no such file"), hint).into())
+}
+
+/// Whether a path leads to something that can be read once only.
+fn is_stream(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    let handed_on = path == Path::new("/dev/stdin") || path.starts_with("/dev/fd") || path.starts_with("/proc/self/fd");
+    path == Path::new("-") || handed_on && fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+}
+
+/// Streams are read to their end when they are first asked for: a command may look at its pipeline twice.
+fn read_stream(path: &Path) -> Result<String, Diagnostics> {
+    static READ: Mutex<BTreeMap<PathBuf, String>> = Mutex::new(BTreeMap::new());
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(text) = read.get(path) {
+        return Ok(text.clone());
+    }
+    let is_input = path == Path::new("-");
+    let name = if is_input { "standard input".to_owned() } else { path.display().to_string() };
+    let bytes = match is_input {
+        true => files::read_stream(std::io::stdin().lock(), &name, files::PIPELINE),
+        false => {
+            fs::File::open(path).map_err(Into::into).and_then(|file| files::read_stream(file, &name, files::PIPELINE))
+        }
+    };
+    let text = bytes.and_then(|bytes| files::text(bytes, &name));
+    let text = text
+        .map_err(|error| Diagnostics::from(Diagnostic::new(format!("{error:#}"), "a pipeline is a text in UTF-8")))?;
+    read.insert(path.to_owned(), text.clone());
+    Ok(text)
 }
 
 fn read_file(path: &Path) -> Result<String, Diagnostics> {

@@ -144,10 +144,16 @@ pub(crate) fn check_keys(map: &Map, what: &str, known: &[&str], problems: &mut P
 
 /// Reports a name that cannot be used.
 pub(crate) fn check_name(name: &str, span: &Span, problems: &mut Problems) {
-    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    // On the command line, what begins with `-` is a flag.
+    let plain = !name.is_empty()
+        && !name.starts_with('-')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
     if !plain {
         let message = format!("`{name}` cannot be a name");
-        problems.push(Diagnostic::new(message, "use letters, digits, `_` and `-`").at(span.clone(), "not a name"));
+        problems.push(
+            Diagnostic::new(message, "use letters, digits, `_` and, but for the first, `-`")
+                .at(span.clone(), "not a name"),
+        );
     } else if RESERVED.contains(&name) {
         let message = format!("`{name}` is a reserved name");
         problems

@@ -23,14 +23,7 @@ pub(super) fn order(reading: &Reading, hint: &str) -> Result<Vec<NodeIndex>, Vec
     if !circles.is_empty() {
         return Err(circles);
     }
-    let mut order = Vec::with_capacity(reading.node_count());
-    let mut waiting: Vec<NodeIndex> = reading.node_indices().collect();
-    while !waiting.is_empty() {
-        let free = |node: &NodeIndex| reading.neighbors_directed(*node, petgraph::Incoming).all(|n| order.contains(&n));
-        let next = waiting.iter().position(free).expect("without a circle some stage reads none of the others");
-        order.push(waiting.remove(next));
-    }
-    Ok(order)
+    Ok(crate::selection::in_order(reading))
 }
 
 fn describe(reading: &Reading, members: &[NodeIndex], hint: &str) -> Diagnostic {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{anyhow, bail, ensure};
+use contract::files::counted;
 use contract::{AnyValue, Dataset, Result, random};
 
 use crate::graph::{Last, Loop, Order, Window};
@@ -38,7 +39,8 @@ impl Slicer {
         let slicer = Slicer { dataset, window: window.clone(), rows, order: None };
         ensure!(
             slicer.rounds_per_epoch() > 0,
-            "window `{name}` has {rows} rows, fewer than the {} it takes a round; lower `take` or set `last: short`",
+            "window `{name}` has {}, fewer than the {} it takes a round; lower `take` or set `last: short`",
+            counted(rows as u64, "row"),
             window.take
         );
         Ok(slicer)

@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use contract::dataset::SPLIT_ROWS;
+use contract::files::counted;
 use contract::limits;
 use contract::{
     About, AnyValue, Bounds, Cause, ConfigError, Dataset, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs,
@@ -604,9 +605,9 @@ fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<
     })?;
     ensure!(
         references.len() == rows,
-        "`{}` has {} rows, but the token files beside it have {rows}",
+        "`{}` has {}, but the token files beside it have {rows}",
         path.display(),
-        references.len()
+        counted(references.len() as u64, "row")
     );
     Ok(Some(references))
 }

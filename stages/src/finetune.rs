@@ -4,7 +4,7 @@
 //! teacher:
 //!   kind: finetune
 //!   in: {data: data.train, valid: data.valid}
-//!   with: {init: {architecture: gpt2, layers: 4, width: 192}, take: 16, epochs: 4, learning_rate: 2e-3}
+//!   with: {init: {architecture: gpt2, layers: 4, width: 192}, take: 16, learning_rate: 2e-3}
 //! ```
 //!
 //! Loss: cross-entropy of the response tokens, the end token included, given the prompt and the tokens before.
@@ -55,7 +55,7 @@ impl Stage for Finetune {
             version: 1,
             numerics: Some(lm::NUMERICS),
             summary: "trains a model on given text, from a checkpoint or from random weights",
-            example: "kind: finetune\nin: {data: data.train, valid: data.valid}\nwith: {init: {architecture: gpt2, layers: 4, width: 192}, take: 16, epochs: 4, learning_rate: 2e-3}",
+            example: "kind: finetune\nin: {data: data.train, valid: data.valid}\nwith: {init: {architecture: gpt2, layers: 4, width: 192}, take: 16, learning_rate: 2e-3}",
             reads_clock: true,
         }
     }

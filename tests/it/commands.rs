@@ -1,6 +1,9 @@
 //! The other commands.
 
-use crate::harness::Project;
+use std::io::Write;
+use std::process::Stdio;
+
+use crate::harness::{Project, Ran};
 use crate::runs::PROMPTKD;
 
 #[test]
@@ -205,4 +208,46 @@ fn drawing_and_catalogue_come_from_the_same_definitions() {
     project.run("graph FILE --format dot").expect(0, &["digraph"]);
     project.run("stages learn").expect(0, &["learn"]);
     project.run("schema").expect(0, &["\"stages\""]);
+}
+
+#[test]
+fn a_pipeline_may_come_through_a_pipe() {
+    let project = Project::new("");
+    let through = |arguments: &str, text: &str| {
+        let mut command = project.command(arguments);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        Ran::new(child.wait_with_output().unwrap())
+    };
+    for name in ["-", "/dev/stdin"] {
+        through(&format!("check {name}"), PROMPTKD).expect(0, &["ok: 1 cell, 7 distinct stages"]);
+        through(&format!("check {name}"), "version: 2\n").expect(2, &["`version: 1`, got"]);
+    }
+    through("run - score", PROMPTKD).expect(0, &["done: 7 ran"]);
+    // Read once, looked at twice.
+    through("compare - --run", PROMPTKD).expect(0, &["done: 2 ran, 7 reused", "slow"]);
+    project.run("check p").expect(2, &["no pipeline `p`: there is no such file", "did you mean `p.yaml`?"]);
+}
+
+/// What a name can hold must not be obeyed by a terminal, nor be taken for what the program says.
+#[test]
+fn names_are_shown_and_not_obeyed() {
+    let project = Project::new("version: 1\nname: n\nstages:\n  \"a\\u202Eb\\nok: 1 cell\\u001b[31m\": {kind: rows}\n");
+    let ran = project.run("check FILE").expect(2, &["`a\\u{202e}b\\nok: 1 cell\\u{1b}[31m` cannot be a name"]);
+    let said = format!("{}{}", ran.stdout, ran.stderr);
+    assert!(!said.contains(['\u{202e}', '\u{1b}']) && !said.lines().any(|line| line.starts_with("ok: ")), "{said}");
+    let name = "x\u{202e}\nok: 1 cell.yaml";
+    let ran = Ran::new(project.command("check").arg(name).output().unwrap());
+    assert!(
+        !ran.stderr.contains('\u{202e}') && !ran.stderr.lines().any(|line| line.starts_with("ok: ")),
+        "{}",
+        ran.stderr
+    );
+    let usage = Ran::new(project.command("run").env("PIPELINE_STORE", "s").output().unwrap());
+    assert!(
+        usage.stderr.contains("Usage: fake-stages run <FILE> [STAGE]...")
+            || usage.stderr.contains("run [OPTIONS] <FILE>"),
+        "{}",
+        usage.stderr
+    );
 }

@@ -106,3 +106,28 @@ fn pipeline_command(line: &str) -> Option<String> {
     let command = command.split("   ").next().unwrap_or(command).trim();
     ["run ", "compare "].iter().any(|verb| command.starts_with(verb)).then(|| command.to_owned())
 }
+
+/// Pages that fit a terminal, on which every field says what it is and what it is for.
+#[test]
+fn every_kind_has_a_page_that_can_be_read() {
+    let project = Project::with_program("", env!("CARGO_BIN_EXE_pipeline"));
+    let kinds = project.run("stages").expect(0, &[]).stdout;
+    for kind in kinds.lines().map(|line| line.split_whitespace().next().unwrap()) {
+        let page = project.run(&format!("stages {kind}")).expect(0, &["fields of `with`", "example"]).stdout;
+        let wide = page.lines().find(|line| line.chars().count() > 100 && !line.starts_with("      "));
+        assert_eq!(wide, None, "{kind}");
+        assert!(!page.contains("list of ,") && !page.contains("list of any") && !page.contains(": any"), "{page}");
+        let fields = page.split("fields of `with`\n").nth(1).unwrap().split("\n\n").next().unwrap();
+        let lines: Vec<&str> = fields.lines().collect();
+        let is_name = |line: &str| line.starts_with("    ") && !line.starts_with("     ");
+        let is_table = lines.iter().all(|line| is_name(line));
+        for (line, next) in lines.iter().zip(lines.iter().skip(1).chain([&""])) {
+            let has_text =
+                if is_table { line.split("  ").filter(|part| !part.is_empty()).count() >= 3 } else { !is_name(next) };
+            assert!(
+                !is_name(line) || (has_text && *next != "" || is_table),
+                "{kind}: `{line}` says not what it is for"
+            );
+        }
+    }
+}

@@ -539,12 +539,14 @@ fn a_later_stage_reads_where_a_stage_of_a_loop_ended() {
 #[test]
 fn compare_shows_what_is_there_and_runs_nothing_by_itself() {
     let project = Project::new(PROMPTKD);
-    let nothing =
-        project.run("compare FILE").expect(3, &["there is no store at `.pipeline`", "no result yet of `train`, `score`"]);
+    let nothing = project
+        .run("compare FILE")
+        .expect(3, &["there is no store at `.pipeline`", "no result yet of `train`, `score`"]);
     assert_eq!(nothing.stdout, "");
     assert!(!project.path(".pipeline").exists());
     project.run("run FILE").expect(0, &["done: 7 ran"]);
-    let some = project.run("compare FILE").expect(3, &["no result yet of `train (slow)`, `score (slow)`; `--run` computes"]);
+    let some =
+        project.run("compare FILE").expect(3, &["no result yet of `train (slow)`, `score (slow)`; `--run` computes"]);
     assert!(some.stdout.contains("base") && !some.stdout.contains("slow"), "{}", some.stdout);
     assert!(some.words().is_empty());
     project.run("compare FILE --json").expect(2, &["say `--run` as well"]);

@@ -171,6 +171,11 @@ pub fn text(mut bytes: Vec<u8>, name: &str) -> Result<String> {
 /// What some editors begin a file in UTF-8 with. It is no part of the text.
 pub const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
+/// A number of things as people say it: `1 row`, `2 rows`.
+pub fn counted(number: u64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
 /// A number of bytes as people say it: `1.5 KiB`.
 pub fn in_words(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use crate::dataset::row_name;
 use crate::facts::{Bounds, Facts, Longest, Peak, Vocabulary};
-use crate::files::in_words;
+use crate::files::{counted, in_words};
 use crate::tokenizer::is_other_meaning;
 
 /// Where a stage is going to run.
@@ -349,7 +349,7 @@ fn prompt_too_long(peak: Peak, model: &str, words: &str) -> String {
 /// `rows` asked for where there are fewer.
 pub fn more_than_there_are(field: &str, rows: u64, data: &str, known: Bounds) -> String {
     let at_most = if known.exact().is_some() { "" } else { "at most " };
-    format!("`{field}` asks for {rows} rows, and `{data}` has {at_most}{}", known.most)
+    format!("`{field}` asks for {}, and `{data}` has {at_most}{}", counted(rows, "row"), known.most)
 }
 
 /// The field of a model's shape that is furthest above what is usual.

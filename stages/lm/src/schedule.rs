@@ -111,18 +111,28 @@ impl JsonSchema for Schedule {
     }
 
     fn json_schema(_generator: &mut SchemaGenerator) -> Schema {
-        let shape = json_schema!({
-            "type": "object",
-            "properties": {"floor": {"type": "number", "minimum": 0.0, "maximum": 1.0}},
-            "additionalProperties": false
-        });
+        let shape = |description: &str| {
+            json_schema!({
+                "description": description,
+                "type": "object",
+                "properties": {"floor": {
+                    "description": "Rate after the last update, as a fraction of the peak.",
+                    "type": "number",
+                    "minimum": 0.0,
+                    "maximum": 1.0
+                }},
+                "additionalProperties": false
+            })
+        };
+        let cosine = shape("Half a cosine from the peak to `floor`.");
+        let linear = shape("A straight line from the peak to `floor`.");
         json_schema!({
             "description": "How the learning rate falls from its peak; `floor` is a fraction of the peak.",
             "oneOf": [
                 {"type": "string", "enum": NAMES},
                 {
                     "type": "object",
-                    "properties": {"cosine": shape, "linear": shape},
+                    "properties": {"cosine": cosine, "linear": linear},
                     "additionalProperties": false,
                     "minProperties": 1,
                     "maxProperties": 1

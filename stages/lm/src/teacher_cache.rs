@@ -21,6 +21,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use contract::dataset::row_name;
+use contract::files::counted;
 use contract::value::write;
 use contract::{PortType, Result, TokenizerFile, Value};
 use half::bf16;
@@ -263,9 +264,9 @@ impl TeacherCache {
         let row = row_name(response.row);
         let Some(place) = self.places.get(&response.row) else {
             bail!(
-                "{row} is not in the teacher cache, which holds {} rows: make the cache of the dataset that is learnt from, \
+                "{row} is not in the teacher cache, which holds {}: make the cache of the dataset that is learnt from, \
                  and of all its rows that are used (`rows` of `teacher-cache`)",
-                self.places.len()
+                counted(self.places.len() as u64, "row")
             );
         };
         let (prompt, tokens) = (Print::of(response.prompt), Print::of(response.tokens));
