@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr
 use candle_core::{CudaDevice, Result as TensorResult, Tensor};
 use contract::{End, Result};
 
-use super::{Generate, Generated, Prompt, how_ended};
+use super::{Generate, Generated, Prompt, how_ended, room};
 use crate::config::Activation;
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::decode;
