@@ -255,7 +255,7 @@ fn tokenize(
     text: &Text,
     begin: &[u32],
 ) -> Result<(Vec<Row>, Counts)> {
-    let fate = |row: &CorpusRow| fate(row, split, config, text, begin).with_context(|| row_name(row.id));
+    let fate = |row: &CorpusRow| fate(row, split, config, text, begin);
     let fates: Vec<Fate> = rows.par_iter().map(fate).collect::<Result<_>>()?;
     let mut counts = Counts { read: rows.len(), ..Counts::default() };
     let mut kept = Vec::with_capacity(rows.len());
@@ -279,12 +279,14 @@ fn fate(row: &CorpusRow, split: Split, config: &Config, text: &Text, begin: &[u3
     if let Some(line) = config.personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id)) {
         prompt_text.insert_str(0, &line);
     }
-    let plain = text.encode(&prompt_text)?;
+    let in_row = || row_name(row.id);
+    let plain = text.encode(&prompt_text).with_context(in_row)?;
     let prompt = begun(begin, plain.clone());
     if train && (prompt.len() > config.max_prompt_length || prompt.len() >= config.max_length) {
         return Ok(Fate::LongPrompt);
     }
-    let mut response = after(&prompt_text, &plain, &config.template.response(&row.output), text)?;
+    let mut response =
+        after(&prompt_text, &plain, &config.template.response(&row.output), text).with_context(in_row)?;
     let room = config.max_length.saturating_sub(prompt.len());
     let too_long = response.len() > room;
     if too_long && train && config.too_long == TooLong::Drop {
