@@ -11,15 +11,15 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
-use crate::trouble::Fault;
+use crate::ground::trouble::Fault;
 
 /// Version of the schema.
-pub const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// Something that happened. `stage` is the name for people, `part` the stage within a loop.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
+pub(crate) enum Event {
     /// The first one.
     RunStarted {
         /// [`SCHEMA`].
@@ -187,7 +187,7 @@ pub enum Event {
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Status {
+pub(crate) enum Status {
     /// Every selected stage has its result.
     Done,
     /// A stage went wrong.
@@ -197,7 +197,7 @@ pub enum Status {
 }
 
 /// Shows events to someone.
-pub trait Reporter {
+pub(crate) trait Reporter {
     /// Shows one. What cannot be shown does not stop a run, whose results are in the store.
     fn show(&mut self, event: &Event);
 
@@ -208,7 +208,7 @@ pub trait Reporter {
 }
 
 /// Writes every event to `events.jsonl` and hands it to a reporter.
-pub struct EventLog<'a> {
+pub(crate) struct EventLog<'a> {
     /// None where nothing is kept of the run.
     file: Option<File>,
     /// Whether a write has failed; said once.
@@ -218,7 +218,7 @@ pub struct EventLog<'a> {
 
 impl<'a> EventLog<'a> {
     /// Makes `events.jsonl` in the folder of a run, if there is one.
-    pub fn create(run: Option<&Path>, reporter: &'a mut dyn Reporter) -> Result<Self> {
+    pub(crate) fn create(run: Option<&Path>, reporter: &'a mut dyn Reporter) -> Result<Self> {
         let create = |run: &Path| {
             let path = run.join("events.jsonl");
             File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))
@@ -228,7 +228,7 @@ impl<'a> EventLog<'a> {
     }
 
     /// Writes and shows an event. A full disk does not stop a run over its diary: the store will notice by itself.
-    pub fn send(&mut self, event: &Event) {
+    pub(crate) fn send(&mut self, event: &Event) {
         if let Some(file) = &mut self.file
             && let Err(error) = file.write_all(line(event).as_bytes())
             && !std::mem::replace(&mut self.failed, true)
@@ -240,7 +240,7 @@ impl<'a> EventLog<'a> {
 }
 
 /// An event as a line of JSON.
-pub fn line(event: &Event) -> String {
+pub(crate) fn line(event: &Event) -> String {
     let mut text = serde_json::to_string(event).expect("an event is JSON");
     text.push('\n');
     text

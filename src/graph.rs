@@ -5,17 +5,18 @@
 //! one subgraph, and a training stage used alone is a loop with one stage. A subgraph that several variants share is one
 //! node here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
 use contract::{PortType, Ports};
 use indexmap::IndexMap;
+use petgraph::Direction;
 use petgraph::graph::{DiGraph, NodeIndex};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::yaml::Source;
+use crate::ground::source::{Place, Source};
 
 /// All that is to be run, for every selected cell.
 #[derive(Clone, Debug, Default)]
@@ -54,17 +55,6 @@ pub struct Node {
     pub subgraph: Subgraph,
     /// Where it is written.
     pub place: Place,
-}
-
-/// A place in a file, for messages.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
-    /// The file as given.
-    pub file: String,
-    /// From 1.
-    pub line: usize,
-    /// From 1.
-    pub column: usize,
 }
 
 /// A value that crosses from one subgraph to another.
@@ -348,4 +338,29 @@ pub struct MetricRef {
     pub stage: String,
     /// Name in its metrics.
     pub metric: String,
+}
+
+/// Topological order, and within it as close to the file as the handoffs allow.
+pub(crate) fn in_order<N, E>(graph: &DiGraph<N, E>) -> Vec<NodeIndex> {
+    let neighbours = |node, direction| -> BTreeSet<NodeIndex> { graph.neighbors_directed(node, direction).collect() };
+    let mut needs: BTreeMap<NodeIndex, usize> = BTreeMap::new();
+    for node in graph.node_indices() {
+        needs.insert(node, neighbours(node, Direction::Incoming).len());
+    }
+    let ready = needs.iter().filter(|(_, needs)| **needs == 0).map(|(node, _)| *node);
+    let mut ready: BTreeSet<NodeIndex> = ready.collect();
+    let mut order = Vec::with_capacity(needs.len());
+    while let Some(next) = ready.pop_first() {
+        for node in neighbours(next, Direction::Outgoing) {
+            if let Some(left) = needs.get_mut(&node) {
+                *left -= 1;
+                if *left == 0 {
+                    ready.insert(node);
+                }
+            }
+        }
+        order.push(next);
+    }
+    assert!(order.len() == needs.len(), "a graph is free of cycles");
+    order
 }

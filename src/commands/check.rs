@@ -8,9 +8,10 @@ use serde_json::Value as Json;
 
 use super::{Workbench, say, warn_or_fail};
 use crate::cli::CheckArgs;
-use crate::device;
-use crate::graph::{Operator, Place, Subgraph};
-use crate::selection;
+use crate::graph::{Operator, Subgraph};
+use crate::ground::source::Place;
+use crate::plan::selection;
+use crate::run::device;
 
 pub(crate) fn check(args: &CheckArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;

@@ -11,9 +11,9 @@ use cache::{Artifact, Store};
 use super::{BadRequest, Workbench, existing_store, say};
 use crate::cli::ExportArgs;
 use crate::graph::Graph;
+use crate::ground::signals::{self, Watch};
+use crate::plan::selection::{self, Selection};
 use crate::plan::{self, Settled};
-use crate::selection::{self, Selection};
-use crate::signals::{self, Watch};
 
 pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let [name] = args.target.stages.as_slice() else {

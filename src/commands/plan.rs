@@ -6,11 +6,11 @@ use anyhow::Result;
 
 use super::{Workbench, read_store, say, status, warn_or_fail};
 use crate::cli::PlanArgs;
-use crate::device;
-use crate::history::{History, Pipeline};
+use crate::plan::history::{History, Pipeline};
+use crate::plan::selection::{self, Selection};
 use crate::plan::{self, Decision};
 use crate::report::duration;
-use crate::selection::{self, Selection};
+use crate::run::device;
 
 pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let graph = bench.load(&args.target)?;

@@ -10,18 +10,19 @@ use petgraph::graph::NodeIndex;
 
 use super::{BadRequest, Workbench, open_store, read_store, say, status};
 use crate::cli::{CompareArgs, RunArgs};
-use crate::device;
-use crate::foresee::Foresight;
 use crate::graph::Graph;
-use crate::history::Pipeline;
+use crate::ground::output::tell;
+use crate::ground::signals;
+use crate::ground::trouble::Fault;
 use crate::language;
+use crate::plan::foresee::Foresight;
+use crate::plan::history::Pipeline;
+use crate::plan::selection;
 use crate::plan::{self, Decision, Settled};
-use crate::report::{self, tell};
-use crate::schedule::{self, Settings, Summary};
-use crate::selection;
-use crate::signals;
-use crate::table;
-use crate::trouble::Fault;
+use crate::report;
+use crate::report::table;
+use crate::run::device;
+use crate::run::{self, Settings, Summary};
 
 /// Runs what the flags select.
 pub(crate) fn run(args: &RunArgs, bench: &Workbench) -> Result<ExitCode> {
@@ -89,7 +90,7 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
     let pipeline = Pipeline::of(&target.file);
     let summary = {
         let _span = tracing::info_span!("run", pipeline = pipeline.pipeline).entered();
-        schedule::run(foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
+        run::run(foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
     };
     let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary.settled, &store) };
     conclude(&summary, args.json, shown)

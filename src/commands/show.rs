@@ -18,10 +18,10 @@ use super::plan::word;
 use super::{Workbench, pretty, read_store, say};
 use crate::cli::ShowArgs;
 use crate::graph::{Cell, Exit, Graph, Subgraph};
+use crate::ground::trouble::is_damage;
+use crate::plan::results;
+use crate::plan::selection;
 use crate::plan::{self, Decision, Settled};
-use crate::results;
-use crate::selection;
-use crate::trouble::is_damage;
 
 pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;

@@ -7,10 +7,10 @@ use anyhow::Result;
 use super::plan::in_words;
 use super::{Workbench, read_store, say};
 use crate::cli::Target;
-use crate::history::{Change, History, Pipeline};
-use crate::key::Action;
+use crate::plan::history::{Change, History, Pipeline};
+use crate::plan::key::Action;
+use crate::plan::selection;
 use crate::plan::{self, Decision};
-use crate::selection;
 
 pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
     let graph = bench.load(target)?;

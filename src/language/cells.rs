@@ -3,12 +3,13 @@
 use indexmap::IndexMap;
 use serde_json::Value as Json;
 
-use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
+use crate::ground::source::{Source, Span};
 use crate::language::Request;
+use crate::language::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::language::edit::{Action, Edit, Owner};
 use crate::language::read::{self, Text, check_keys};
 use crate::language::variants::{Layers, covers};
-use crate::yaml::{self, Node, Source, Span};
+use crate::language::yaml::{self, Node};
 
 /// Most cells of one ablation: more is a slip of the pen.
 const MAX_CELLS: usize = 10_000;

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use contract::files;
 
-use crate::diagnostic::{Diagnostic, Diagnostics, Problems, did_you_mean};
+use crate::ground::source::{Source, Span};
+use crate::language::diagnostic::{Diagnostic, Diagnostics, Problems, did_you_mean};
 use crate::language::read;
-use crate::yaml::{self, Entry, Map, Node, Source, Span};
+use crate::language::yaml::{self, Entry, Map, Node};
 
 /// Sections of a pipeline file.
 pub(crate) const SECTIONS: [&str; 10] =

@@ -5,9 +5,10 @@
 
 use std::fmt;
 
-use crate::diagnostic::{Diagnostic, did_you_mean, nearest};
+use crate::ground::source::Span;
+use crate::language::diagnostic::{Diagnostic, did_you_mean, nearest};
 use crate::language::kinds::{Kinds, WINDOW_FIELDS};
-use crate::yaml::{Entry, Map, Node, Span, Value};
+use crate::language::yaml::{Entry, Map, Node, Value};
 
 /// Fields of a window inside a loop.
 pub(crate) const LOOP_WINDOW_FIELDS: [&str; 8] = ["of", "rows", "take", "epochs", "repeat", "order", "seed", "last"];

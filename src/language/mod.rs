@@ -4,30 +4,33 @@
 //! are applied to that tree in a fixed order (profile, variant, ablation cell, command line), parameters are put in, and
 //! what results is read as a typed spec and resolved. Everything that is wrong is said in one pass.
 
+pub(crate) mod catalogue;
 mod cells;
+pub(crate) mod diagnostic;
 mod document;
 mod edit;
 pub(crate) mod kinds;
 mod params;
 pub(crate) mod read;
+mod resolve;
 pub(crate) mod spec;
 mod variants;
+pub(crate) mod yaml;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use contract::Registry;
 
-pub use crate::catalogue::{catalogue, json_schema};
-pub use crate::diagnostic::{Diagnostic, Diagnostics, colours};
-pub use crate::draw::{draw_dot, draw_mermaid};
+pub use crate::language::catalogue::{catalogue, json_schema};
+pub use crate::language::diagnostic::{Diagnostic, Diagnostics, colours};
 pub use document::{Found, find_file, init};
 pub(crate) use edit::{Removed, removal};
 
-use crate::diagnostic::Problems;
 use crate::graph::{Cell, Graph};
-use crate::resolve::{self, Assembly};
-use crate::yaml::Node;
+use crate::language::diagnostic::Problems;
+use crate::language::resolve::Assembly;
+use crate::language::yaml::Node;
 use cells::CellPlan;
 use edit::{Edit, Owner};
 use kinds::Kinds;

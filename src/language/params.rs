@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
+use crate::ground::source::Span;
+use crate::language::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::language::read;
-use crate::yaml::{Map, Node, Span, Value};
+use crate::language::yaml::{Map, Node, Value};
 
 /// Puts the parameters of `tree` in where they are used, and gives the names of those that were.
 ///
@@ -133,7 +134,7 @@ fn moved(value: &Value, span: &Span, from: &Span) -> Value {
         Value::Map(map) => Value::Map(
             map.iter()
                 .map(|(key, entry)| {
-                    (key.clone(), crate::yaml::Entry { key: entry.key.clone(), node: node(&entry.node) })
+                    (key.clone(), crate::language::yaml::Entry { key: entry.key.clone(), node: node(&entry.node) })
                 })
                 .collect(),
         ),
@@ -144,7 +145,8 @@ fn moved(value: &Value, span: &Span, from: &Span) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::yaml::{Source, parse};
+    use crate::ground::source::Source;
+    use crate::language::yaml::parse;
     use serde_json::json;
 
     fn substituted(text: &str) -> (Node, BTreeSet<String>, Problems) {

@@ -4,9 +4,10 @@ use std::ops::RangeInclusive;
 
 use contract::limits;
 
-use crate::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
+use crate::ground::source::Span;
+use crate::language::diagnostic::{Diagnostic, Problems, did_you_mean, quoted};
 use crate::language::edit::{Removed, removal};
-use crate::yaml::{Entry, Map, Node, Span, Value};
+use crate::language::yaml::{Entry, Map, Node, Value};
 
 /// Names that paths give a meaning.
 const RESERVED: [&str; 11] =

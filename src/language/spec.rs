@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use contract::Conventions;
 use indexmap::IndexMap;
 
-use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
-use crate::graph::{Every, Last, Mode, Order, Place};
+use crate::graph::{Every, Last, Mode, Order};
+use crate::ground::source::Place;
+use crate::ground::source::Span;
+use crate::language::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::language::edit::{CARRY_FIELDS, LOOP_WINDOW_FIELDS, Removed};
 use crate::language::read::{self, Text, check_keys, check_name, mapping};
-use crate::yaml::{Map, Node, Span, Value};
+use crate::language::yaml::{Map, Node, Value};
 
 /// One cell of a pipeline: all edits applied, all parameters put in.
 pub(crate) struct Spec {

@@ -5,6 +5,7 @@ use serde_json::json;
 use super::*;
 use crate::fake::registry;
 use crate::graph::{Keep, Mode, Node as GraphNode, Origin, PortRef, Subgraph};
+use crate::report::draw::{draw_dot, draw_mermaid};
 
 const EXAMPLE: &str = include_str!("../../tests/fixtures/promptkd.yaml");
 
@@ -131,7 +132,7 @@ fn meaning(graph: &Graph) -> serde_json::Value {
                     })
                     .collect();
                 reads.sort_unstable();
-                let subgraph = crate::resolve::identity(&graph.subgraphs[*node].subgraph);
+                let subgraph = crate::language::resolve::identity(&graph.subgraphs[*node].subgraph);
                 (name.clone(), json!([subgraph, reads]))
             })
             .collect();
@@ -159,7 +160,7 @@ proptest::proptest! {
 
     #[test]
     fn the_order_of_keys_does_not_matter(seed in proptest::prelude::any::<u32>()) {
-        let tree = crate::yaml::parse(&crate::yaml::Source::new("example", EXAMPLE)).unwrap().to_json();
+        let tree = crate::language::yaml::parse(&crate::ground::source::Source::new("example", EXAMPLE)).unwrap().to_json();
         let request = Request { all_variants: true, ..Request::default() };
         let text = shuffled(&tree, u64::from(seed)).to_string();
         let sorted = |graph: &Graph| {

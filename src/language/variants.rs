@@ -2,10 +2,11 @@
 
 use indexmap::IndexMap;
 
-use crate::diagnostic::{Diagnostic, Problems, did_you_mean};
+use crate::ground::source::Span;
+use crate::language::diagnostic::{Diagnostic, Problems, did_you_mean};
 use crate::language::edit::{Action, Edit, Owner};
 use crate::language::read::{self, Text, check_keys};
-use crate::yaml::{Map, Node, Span};
+use crate::language::yaml::{Map, Node};
 
 /// The profiles or the variants of a file, as written.
 pub(crate) struct Layers {

@@ -125,7 +125,7 @@ fn every_kind_has_a_page_that_can_be_read() {
             let has_text =
                 if is_table { line.split("  ").filter(|part| !part.is_empty()).count() >= 3 } else { !is_name(next) };
             assert!(
-                !is_name(line) || (has_text && *next != "" || is_table),
+                !is_name(line) || (has_text && !next.is_empty() || is_table),
                 "{kind}: `{line}` says not what it is for"
             );
         }

@@ -5,6 +5,7 @@ mod commands;
 #[cfg(feature = "stages")]
 mod docs;
 #[cfg(feature = "stages")]
+mod floors;
 mod foreseen;
 mod harness;
 mod interrupts;

@@ -15,7 +15,7 @@ use cache::{Artifact, Digest, FileEntry, Key, Store};
 use contract::Conventions;
 use contract::random::{below, philox};
 use promptkd::graph::{Entry, Operator, Subgraph};
-use promptkd::key::{self, InputDigests};
+use promptkd::plan::key::{self, InputDigests};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value as Json, json};
 
