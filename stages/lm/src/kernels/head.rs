@@ -443,3 +443,48 @@ fn by_rule<R: Rule>(
     }
     value
 }
+
+/// Number of a divergence in `head.cu`, and its parameters.
+#[cfg(any(feature = "cuda", test))]
+pub(crate) fn code(divergence: Divergence) -> (usize, f64, f64) {
+    match divergence {
+        Divergence::ForwardKl => (0, 0.0, 0.0),
+        Divergence::ReverseKl => (1, 0.0, 0.0),
+        Divergence::Jsd { beta } => (2, beta, 0.0),
+        Divergence::SkewedForwardKl { alpha } => (3, alpha, 0.0),
+        Divergence::SkewedReverseKl { alpha } => (4, alpha, 0.0),
+        Divergence::TotalVariation => (5, 0.0, 0.0),
+        Divergence::AlphaBeta { alpha, beta } => (6, alpha, beta),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The compiler of one language does not see the other.
+    #[test]
+    fn every_divergence_has_its_number_in_the_cuda_code() {
+        let cuda = include_str!("cuda/head.cu");
+        let (alpha, beta) = (0.25, 0.5);
+        let all = [
+            Divergence::ForwardKl,
+            Divergence::ReverseKl,
+            Divergence::Jsd { beta },
+            Divergence::SkewedForwardKl { alpha },
+            Divergence::SkewedReverseKl { alpha },
+            Divergence::TotalVariation,
+            Divergence::AlphaBeta { alpha, beta },
+        ];
+        for divergence in all {
+            // `AlphaBeta { .. }` is called `AlphaBeta` there.
+            let text = format!("{divergence:?}");
+            let name = text.split_whitespace().next().unwrap();
+            let (number, ..) = code(divergence);
+            let (_, case) = cuda.split_once(&format!("case {number}:")).unwrap_or_else(|| panic!("no case {number}"));
+            let found = case.split("diverge<typename R::").nth(1).unwrap().split('>').next().unwrap();
+            assert_eq!(found, name, "case {number}");
+        }
+        assert_eq!(cuda.matches("case ").count(), all.len(), "a case without a divergence");
+    }
+}

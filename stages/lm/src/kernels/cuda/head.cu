@@ -201,6 +201,7 @@ template <class T> struct Row {
         case 3: return diverge<typename R::SkewedForwardKl>();
         case 4: return diverge<typename R::SkewedReverseKl>();
         case 5: return diverge<typename R::TotalVariation>();
+        case 6:
         default: return diverge<typename R::AlphaBeta>();
         }
     }

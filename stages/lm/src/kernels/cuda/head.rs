@@ -6,6 +6,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut};
 
 use super::{Call, Element, Module, module, rows_of};
+use crate::kernels::head::code;
 use crate::loss::Divergence;
 
 static MODULE: Module = module!("head");
@@ -91,17 +92,4 @@ pub(crate) fn head_terms<T: Element>(
         .size(column)
         .size(vocabulary)
         .launch(rows as u32, THREADS, 0)
-}
-
-/// Number of a divergence in `head.cu`, and its parameters.
-fn code(divergence: Divergence) -> (usize, f64, f64) {
-    match divergence {
-        Divergence::ForwardKl => (0, 0.0, 0.0),
-        Divergence::ReverseKl => (1, 0.0, 0.0),
-        Divergence::Jsd { beta } => (2, beta, 0.0),
-        Divergence::SkewedForwardKl { alpha } => (3, alpha, 0.0),
-        Divergence::SkewedReverseKl { alpha } => (4, alpha, 0.0),
-        Divergence::TotalVariation => (5, 0.0, 0.0),
-        Divergence::AlphaBeta { alpha, beta } => (6, alpha, beta),
-    }
 }
