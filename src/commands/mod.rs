@@ -27,7 +27,7 @@ use crate::graph::Graph;
 use crate::ground::output::tell;
 use crate::ground::output::{say, say_help};
 use crate::ground::signals::{self, Interrupted};
-use crate::ground::terminal::printable_lines;
+use crate::ground::terminal::{has_colours, printable_lines};
 use crate::ground::trouble::{BadRequest, is_store_trouble, status};
 use crate::language::{self, Diagnostics};
 use crate::plan::Settled;
@@ -147,7 +147,7 @@ pub(crate) fn warn_or_fail(
 }
 
 fn eprint(diagnostics: &Diagnostics) {
-    tell(&if language::colours() { format!("{diagnostics:#}") } else { diagnostics.to_string() });
+    tell(&if has_colours(&io::stderr()) { format!("{diagnostics:#}") } else { diagnostics.to_string() });
 }
 
 /// Opens the store that the flags name, and makes it where there is none.

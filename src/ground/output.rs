@@ -1,12 +1,14 @@
 //! Standard output, data for people and programs: all of it is written here, so that none is lost in silence. And standard
 //! error, for the rest.
 
-use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::io::{self, ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use ctor::ctor;
 use rustix::io::Errno;
+
+use crate::ground::terminal::has_colours;
 
 /// Whether standard output was closed when the program began.
 static CLOSED: AtomicBool = AtomicBool::new(false);
@@ -37,9 +39,8 @@ pub(crate) fn say_help(help: &clap::Error) -> Result<()> {
     if help.use_stderr() {
         help.exit();
     }
-    let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let text = help.render();
-    say(&if colours { text.ansi().to_string() } else { text.to_string() })
+    say(&if has_colours(&io::stdout()) { text.ansi().to_string() } else { text.to_string() })
 }
 
 /// Says a line on standard error. A terminal that is gone does not stop a run, nor how it stops.

@@ -1,6 +1,6 @@
 //! What people see: text that a terminal may be given, and how wide it is.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use serde_json::Value as Json;
 
@@ -43,6 +43,11 @@ pub(crate) fn printable_lines(text: &str) -> String {
 fn is_obeyed(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
+/// Whether a stream shows colours: a terminal, and `NO_COLOR` unset or empty.
+pub(crate) fn has_colours(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Columns of the terminal behind standard error; `None` where that is no terminal.

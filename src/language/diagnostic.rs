@@ -4,7 +4,6 @@
 //! understood.
 
 use std::fmt::{self, Write as _};
-use std::io::IsTerminal as _;
 
 use crate::ground::source::Span;
 use crate::ground::terminal::{self, printable, printable_in_place};
@@ -68,7 +67,7 @@ impl Diagnostic {
 
 /// All that is wrong with a request or a pipeline. Ends a command with status 2.
 ///
-/// `{}` prints plain text, `{:#}` with colours; [`colours`] says which of the two standard error can show.
+/// `{}` prints plain text, `{:#}` with colours; [`terminal::has_colours`] says which of the two standard error can show.
 #[derive(Clone, Debug, Default)]
 pub struct Diagnostics {
     /// In the order of the files.
@@ -134,11 +133,6 @@ impl Problems {
     pub(crate) fn finish<T>(self, value: T) -> Result<T, Diagnostics> {
         if self.0.is_empty() { Ok(value) } else { Err(Diagnostics { diagnostics: self.0 }) }
     }
-}
-
-/// Whether standard error shows colours: a terminal, and `NO_COLOR` unset or empty.
-pub fn colours() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stderr().is_terminal()
 }
 
 /// The candidate that `name` was most likely meant to be.

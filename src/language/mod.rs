@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use contract::Registry;
 
 pub use crate::language::catalogue::{catalogue, json_schema};
-pub use crate::language::diagnostic::{Diagnostic, Diagnostics, colours};
+pub use crate::language::diagnostic::{Diagnostic, Diagnostics};
 pub use document::{Found, find_file, init};
 pub(crate) use edit::{Removed, removal};
 

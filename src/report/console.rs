@@ -23,11 +23,6 @@ pub(crate) fn reporter(json: bool, width: usize) -> Box<dyn Reporter> {
     }
 }
 
-/// Whether standard error takes colours.
-fn has_colours() -> bool {
-    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-}
-
 /// One event a line to standard output, up to the first that cannot be written.
 #[derive(Default)]
 struct JsonLines {
@@ -60,7 +55,7 @@ const STILL_RUNNING: Duration = Duration::from_secs(30);
 
 impl Lines {
     fn new(width: usize) -> Self {
-        Lines { words: Words { width, colours: has_colours() }, last: BTreeMap::new() }
+        Lines { words: Words { width, colours: terminal::has_colours(&io::stderr()) }, last: BTreeMap::new() }
     }
 }
 
@@ -93,7 +88,7 @@ struct Bars {
 impl Bars {
     fn new(width: usize) -> Self {
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-        Bars { words: Words { width, colours: has_colours() }, all, running: BTreeMap::new() }
+        Bars { words: Words { width, colours: terminal::has_colours(&io::stderr()) }, all, running: BTreeMap::new() }
     }
 
     fn bar(&mut self, stage: &str) -> &ProgressBar {

@@ -117,9 +117,10 @@ impl TensorFile {
         }
     }
 
-    /// Its tensors by name, or in the order of their values.
+    /// Its tensors, in the order of their values or of their names.
     ///
-    /// Errors where one is not of floating-point numbers that this crate reads.
+    /// Errors where one is of a type that has no name here; whether its numbers can be read is asked of
+    /// [`Stored::check_dtype`].
     pub(crate) fn tensors(&self) -> Result<Vec<Stored>> {
         let tensors = match &self.format {
             Format::Safetensors { header, .. } => header

@@ -59,9 +59,7 @@ impl GenerationConfig {
     }
 
     fn ends(&self) -> Vec<u32> {
-        let ends = self.0.as_ref().and_then(|json| json.get("eos_token_id"));
-        let ends = ends.and_then(|ends| serde_json::from_value::<EndTokens>(ends.clone()).ok());
-        ends.map_or_else(Vec::new, |ends| ends.as_slice().to_vec())
+        self.0.as_ref().map_or_else(Vec::new, named)
     }
 
     /// What is written beside the model's `config`: what was read, with all of `ends`.
@@ -70,7 +68,7 @@ impl GenerationConfig {
             let roles = ["bos_token_id", "eos_token_id", "pad_token_id"];
             Json::Object(roles.into_iter().map(|role| (role.to_owned(), config[role].clone())).collect())
         });
-        let known = self.0.as_ref().map_or_else(|| named(&config["eos_token_id"]), |_| self.ends());
+        let known = named(self.0.as_ref().unwrap_or(config));
         if ends.iter().any(|end| !known.contains(end)) {
             json["eos_token_id"] = if let [end] = ends { json!(end) } else { json!(ends) };
         }
@@ -78,8 +76,10 @@ impl GenerationConfig {
     }
 }
 
-fn named(ends: &Json) -> Vec<u32> {
-    serde_json::from_value::<EndTokens>(ends.clone()).map_or_else(|_| Vec::new(), |ends| ends.as_slice().to_vec())
+/// The end tokens that a configuration names.
+fn named(config: &Json) -> Vec<u32> {
+    let ends = serde_json::from_value::<EndTokens>(config["eos_token_id"].clone());
+    ends.map_or_else(|_| Vec::new(), |ends| ends.as_slice().to_vec())
 }
 
 /// All tokens at which a model stops, the tokenizer's first: those there are tokens for.

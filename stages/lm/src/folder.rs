@@ -203,14 +203,15 @@ impl ModelFolder {
                 bail!("tensor `{}` in `{path}` holds {found}: get the model again", place.stored.name);
             }
         }
-        let odd = self.unlike_head(&Device::Cpu)?.map(|_| {
-            format!(
-                "`{}` says `tie_word_embeddings: true`, and its weights hold a head that is not the embedding: they are \
-                 taken as two matrices",
-                self.path.join("config.json").display()
-            )
-        });
-        Ok(odd.into_iter().collect())
+        let embedding = &self.places[self.config.embedding()];
+        if self.second_head.is_none() || self.unlike_head(&self.read(embedding, &Device::Cpu)?)?.is_none() {
+            return Ok(Vec::new());
+        }
+        Ok(vec![format!(
+            "`{}` says `tie_word_embeddings: true`, and its weights hold a head that is not the embedding: they are taken as \
+             two matrices",
+            self.path.join("config.json").display()
+        )])
     }
 
     /// The parameters as f32, in the order of [`Config::parameter_shapes`]. A head that was to be the embedding and is another
@@ -220,7 +221,7 @@ impl ModelFolder {
         for (name, place) in &self.places {
             parameters.insert(name.clone(), self.read(place, device)?);
         }
-        if let Some(head) = self.unlike_head(device)? {
+        if let Some(head) = self.unlike_head(&parameters[self.config.embedding()])? {
             parameters.insert(HEAD.to_owned(), head);
             self.config.untie();
         }
@@ -228,12 +229,11 @@ impl ModelFolder {
     }
 
     /// The second head, where it is not the embedding.
-    fn unlike_head(&self, device: &Device) -> Result<Option<Tensor>> {
+    fn unlike_head(&self, embedding: &Tensor) -> Result<Option<Tensor>> {
         let Some(place) = &self.second_head else { return Ok(None) };
-        let embedding = &self.places[self.config.embedding()];
-        let own = self.files[place.file].values(&place.stored.name)?;
-        let same = own == self.files[embedding.file].values(&embedding.stored.name)?;
-        if same { Ok(None) } else { Ok(Some(Tensor::from_vec(own, place.stored.shape.as_slice(), device)?)) }
+        let head = self.read(place, embedding.device())?;
+        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        Ok((values(&head)? != values(embedding)?).then_some(head))
     }
 
     fn read(&self, place: &Place, device: &Device) -> Result<Tensor> {

@@ -76,8 +76,9 @@ impl LanguageModel {
     }
 
     /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
-    /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one. Names may lack
-    /// the prefix `transformer.` or `model.`; `generation_config.json` for the tokens it stops at. Weights of any float type become f32. The model is frozen.
+    /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one;
+    /// `generation_config.json` for the tokens it stops at. Names may lack the prefix `transformer.` or `model.`. Weights of
+    /// any float type become f32. The model is frozen.
     ///
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
