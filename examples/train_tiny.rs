@@ -53,10 +53,10 @@ fn train(model: &LanguageModel) -> Result<()> {
         if update % 20 == 0 || update + 1 == UPDATES {
             println!("update {update:3}  loss {:.3}", loss.to_scalar::<f32>()?);
         }
-        let gradients = lm::gradients(&loss, model.parameters())?;
+        let gradients = lm::gradients(&loss, &model.parameters())?;
         let warmup = Warmup { updates: 5, from_zero: false };
         let rate = lm::learning_rate(1e-2, Schedule::Cosine { floor: 0.1 }, warmup, update, UPDATES);
-        optimizer.step(model.parameters(), &gradients, rate, 1.0)?;
+        optimizer.step(&model.parameters(), &gradients, rate, 1.0)?;
     }
     Ok(())
 }

@@ -14,6 +14,8 @@ pub struct Aligned {
     /// Prompt and response without the last id, which is only predicted. Wanted are the tokens before each response
     /// token: those that predict one.
     pub packed: Packed,
+    /// The ids of its sequences, one behind the other.
+    ids: Vec<u32>,
     /// The response tokens.
     pub labels: Vec<u32>,
     /// Where the response tokens of each sequence lie in `labels`.
@@ -23,7 +25,7 @@ pub struct Aligned {
 impl Aligned {
     /// Lays out `rows`. A row without response tokens adds nothing; one without a prompt cannot predict its first token.
     pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
-        let mut text = Aligned { packed: Packed::new(), labels: Vec::new(), responses: Vec::new() };
+        let mut text = Aligned { packed: Packed::new(), ids: Vec::new(), labels: Vec::new(), responses: Vec::new() };
         let mut predicts = Vec::new();
         for row in rows {
             let ids: Vec<u32> = row.prompt.iter().chain(&row.response).copied().collect();
@@ -32,7 +34,8 @@ impl Aligned {
                 continue;
             }
             let first = ids.len() - tokens;
-            let start = text.packed.ids.len();
+            let start = text.ids.len();
+            text.ids.extend(&ids[..ids.len() - 1]);
             text.packed.push(row.id, &ids[..ids.len() - 1]);
             predicts.extend((first..ids.len()).map(|at| (start + at - 1) as u32));
             let before = text.labels.len();
@@ -70,7 +73,7 @@ impl Aligned {
         let response = |((id, segment), response): ((&u64, &Range<usize>), &Range<usize>)| {
             // The last response token is predicted and not read.
             let prompt = segment.start..segment.end + 1 - response.len();
-            Response { row: *id, prompt: &self.packed.ids[prompt], tokens: &self.labels[response.clone()] }
+            Response { row: *id, prompt: &self.ids[prompt], tokens: &self.labels[response.clone()] }
         };
         rows.map(response).collect()
     }
@@ -90,7 +93,7 @@ mod tests {
     fn every_response_token_is_predicted_from_the_place_before_it() {
         let rows = [row(0, &[1, 2, 3], &[4, 5]), row(1, &[6], &[]), row(2, &[], &[7, 8])];
         let text = Aligned::of(&rows);
-        assert_eq!(text.packed.ids, [1, 2, 3, 4, 7]);
+        assert_eq!(text.ids, [1, 2, 3, 4, 7]);
         assert_eq!(text.packed.wanted, Some(vec![2, 3, 4]));
         assert_eq!(text.labels, [4, 5, 8]);
         let found: Vec<_> = text.rows().iter().map(|it| (it.row, it.prompt, it.tokens)).collect();

@@ -235,7 +235,7 @@ impl Operator for Distilling {
             let port = if cache.is_some() { "cache" } else { "teacher" };
             self.padding.say("student", &student.output_head(), port, head, sink);
         }
-        let head = head.map(|head| head.beside(&student)).transpose()?;
+        let head = head.map(|head| head.beside(student.vocab_size())).transpose()?;
 
         let name = config.divergence.name();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
@@ -243,7 +243,7 @@ impl Operator for Distilling {
         let behind = [Behind::new("student", &student, None)].into_iter();
         let behind: Vec<Behind<'_>> =
             behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, teaching.as_ref()))).collect();
-        let row = self.trainer.update(student.parameters(), &data, step, sink, &behind, |batch, parts| {
+        let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let text = &batch.text;
             let said = match (&cache, &teacher) {
                 (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,

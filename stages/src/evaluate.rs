@@ -447,7 +447,7 @@ impl Evaluating {
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
         let mut distances = Vec::with_capacity(rows.len());
-        let head = teacher.output_head().beside(model)?;
+        let head = teacher.output_head().beside(model.vocab_size())?;
         let written: Vec<Row> = rows
             .iter()
             .zip(generated)

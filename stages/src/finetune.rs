@@ -122,7 +122,7 @@ impl Operator for Finetuning {
         let model = model.computed_in(*dtype)?.with_activation_checkpointing(*activation_checkpointing);
         let dropout = training::dropout(*dropout, *seed, step, purpose::DROPOUT);
         let behind = [Behind::new("model", &model, None)];
-        let row = self.trainer.update(model.parameters(), &data, step, sink, &behind, |batch, parts| {
+        let row = self.trainer.update(&model.parameters(), &data, step, sink, &behind, |batch, parts| {
             let hidden = batch.text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
             let labels = Some((batch.text.labels.as_slice(), 1.0));
             let loss = head_loss(&hidden, model.head(), labels, &[], &batch.weights())?;
@@ -196,7 +196,7 @@ mod tests {
             let path = fixtures().join(format!("conventions/final_{name}.safetensors"));
             let finals: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
             assert_eq!(finals.len(), model.parameters().len());
-            for (parameter, found) in model.parameters() {
+            for (parameter, found) in &model.parameters() {
                 let difference = (found.detach() - &finals[parameter]).unwrap().abs().unwrap();
                 let difference = difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
                 assert!(difference < 1e-4, "{name}: `{parameter}` is off by {difference}");

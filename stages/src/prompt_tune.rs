@@ -245,7 +245,7 @@ impl Config {
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
-        let student_head = student.output_head().beside(teacher)?;
+        let student_head = student.output_head().beside(teacher.vocab_size())?;
         let guide = Target {
             source: Source::Head { hidden: &student_hidden, head: &student_head },
             divergence: *divergence,

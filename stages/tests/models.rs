@@ -455,7 +455,7 @@ fn two_matrices_that_are_to_be_one_stay_two() {
     let scratch = tempfile::tempdir().unwrap();
     assert!(download(folder.path(), scratch.path()).1.is_empty());
     assert_ne!(logits(folder.path()), untied);
-    assert!(LanguageModel::load(folder.path(), &Device::Cpu).unwrap().config.tied());
+    assert!(LanguageModel::load(folder.path(), &Device::Cpu).unwrap().config.sizes().tied);
 }
 
 #[test]

@@ -154,7 +154,7 @@ fn six_rounds(conventions: Conventions, name: &str) {
         candle_core::safetensors::load(finals, &Device::Cpu).unwrap().into_iter().collect();
     compare_weights("prompt", &prompt.vectors, &finals["prompt"]);
     let mut compared = 0;
-    for (name, tensor) in student.parameters() {
+    for (name, tensor) in &student.parameters() {
         if let Some(expected) = finals.get(name) {
             compare_weights(name, tensor, expected);
             compared += 1;

@@ -125,7 +125,7 @@ fn load(folder: &Path, task: &Task) -> Result<LanguageModel> {
 /// Clipping at norm 1, AdamW.
 fn update(optimizer: &mut AdamW, model: &LanguageModel, gradients: &Gradients, task: &Task) -> Result<()> {
     let scale = (1.0 / (lm::norm(gradients)? + 1e-6)).min(1.0);
-    optimizer.step(model.parameters(), gradients, task.learning_rate, scale)
+    optimizer.step(&model.parameters(), gradients, task.learning_rate, scale)
 }
 
 /// Forward, backward, update; every token of a row predicts the next.
@@ -142,7 +142,7 @@ fn step(task: Task) -> Result<Work> {
     Ok(Box::new(move |_| {
         let hidden = model.hidden(&batch, None, None)?; // [N, C]
         let loss = head_loss(&hidden, model.head(), Some((&labels, 1.0)), &[], &weights)?;
-        let gradients = lm::gradients(&loss.loss, model.parameters())?;
+        let gradients = lm::gradients(&loss.loss, &model.parameters())?;
         update(&mut optimizer, &model, &gradients, &task)?;
         Ok((labels.len(), vec![loss.cross_entropy.expect("there are labels")]))
     }))
@@ -182,7 +182,7 @@ fn cached(task: Task) -> Result<Work> {
             temperature: 1.0,
         };
         let loss = head_loss(&hidden, student.head(), Some((&text.labels, 0.5)), &[target], &weights)?;
-        let gradients = lm::gradients(&loss.loss, student.parameters())?;
+        let gradients = lm::gradients(&loss.loss, &student.parameters())?;
         update(&mut optimizer, &student, &gradients, &task)?;
         let cross_entropy = loss.cross_entropy.expect("there are labels");
         Ok((text.tokens(), vec![0.5 * cross_entropy + 0.5 * loss.divergences[0]]))

@@ -45,10 +45,11 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn line(name: &str, teacher: &LanguageModel, student: &LanguageModel, keep: Keep) -> anyhow::Result<()> {
-    let batch = batch();
-    let rows = batch.segments.iter().zip(&batch.rows);
+    let texts: Vec<Vec<u32>> = (0..ROWS as u32).map(text).collect();
+    let mut batch = Packed::new();
+    texts.iter().zip(0..).for_each(|(ids, row)| batch.push(row, ids));
     let responses: Vec<Response<'_>> =
-        rows.map(|(segment, row)| Response { row: *row, prompt: &[], tokens: &batch.ids[segment.clone()] }).collect();
+        texts.iter().zip(0..).map(|(ids, row)| Response { row, prompt: &[], tokens: ids }).collect();
     let scratch = tempfile::tempdir()?;
     let cache = cache(teacher, &batch, &responses, keep, scratch.path())?;
     let read = || cache.read(&responses, Prompts::Same, &Device::Cpu);
@@ -63,10 +64,10 @@ fn line(name: &str, teacher: &LanguageModel, student: &LanguageModel, keep: Keep
         let hidden = student.hidden(&batch, None, None)?;
         let weights = vec![1.0 / (ROWS * LENGTH) as f32; ROWS * LENGTH];
         let loss = head_loss(&hidden, student.head(), None, &[target], &weights)?;
-        let gradients = gradients(&loss.loss, student.parameters())?;
+        let gradients = gradients(&loss.loss, &student.parameters())?;
         drop(loss);
         let scale = (1.0 / norm(&gradients)?).min(1.0);
-        optimizer.step(student.parameters(), &gradients, 1e-5, scale)
+        optimizer.step(&student.parameters(), &gradients, 1e-5, scale)
     };
     let (mut plain, mut cached, mut reading) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
     for _ in 0..6 {
@@ -108,13 +109,8 @@ fn cache(
     writer.finish()
 }
 
-fn batch() -> Packed {
-    let mut batch = Packed::new();
-    for row in 0..ROWS as u32 {
-        let ids: Vec<u32> = (0..LENGTH as u32).map(|t| (row * 977 + t * 31) % VOCABULARY as u32).collect();
-        batch.push(u64::from(row), &ids);
-    }
-    batch
+fn text(row: u32) -> Vec<u32> {
+    (0..LENGTH as u32).map(|t| (row * 977 + t * 31) % VOCABULARY as u32).collect()
 }
 
 fn model(layers: usize, width: usize, heads: usize) -> anyhow::Result<LanguageModel> {

@@ -4,7 +4,6 @@ use candle_core::Tensor;
 use contract::Result;
 
 use crate::dtype::Dtype;
-use crate::model::LanguageModel;
 
 /// An output head: logits are `hidden weight^T`.
 #[derive(Clone, Debug)]
@@ -26,9 +25,9 @@ impl Head {
         Ok(self.weight.narrow(0, 0, self.tokens)?)
     }
 
-    /// The rows by which a target is compared with `trainee`: families pad their sizes differently.
-    pub fn beside(&self, trainee: &LanguageModel) -> Result<Tensor> {
-        if self.rows() == trainee.vocab_size() { Ok(self.weight.clone()) } else { self.of_tokens() }
+    /// The rows by which a target is compared with a trainee whose head has `rows`: families pad their sizes differently.
+    pub fn beside(&self, rows: usize) -> Result<Tensor> {
+        if self.rows() == rows { Ok(self.weight.clone()) } else { self.of_tokens() }
     }
 
     /// The head, to be computed in `dtype`.

@@ -13,45 +13,41 @@
 //! The operations are fused by hand (`kernels`), on the CPU, where they give the same bits with any number of threads, and on
 //! NVIDIA's GPUs.
 
-mod checkpoint;
-mod config;
+mod batch;
 mod device;
 mod dtype;
-mod ends;
+mod families;
+mod files;
 mod finite;
-mod folder;
 mod generate;
-mod gpt2;
 mod head;
+mod host;
 mod kernels;
-mod llama;
 pub mod loss;
 mod model;
 mod ops;
 mod optim;
-mod packed;
 mod prompt;
-pub mod sample;
 mod schedule;
 mod teacher_cache;
-mod tokenizer;
-mod top_k;
+mod terms;
+mod weights;
 
-pub use config::{Activation, Architecture, Config, Family, Gpt2Config, LlamaConfig, RopeScaling};
+pub use batch::{Input, Packed};
 pub use device::{device, gpus};
 pub use dtype::Dtype;
-pub use ends::EndTokens;
+pub use families::{Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling, Sizes};
+pub use files::folder::{MODEL_FILES, ModelFolder};
 pub use finite::{NotFinite, is_finite};
-pub use folder::{MODEL_FILES, ModelFolder};
-pub use generate::{Generate, Generated, Prompt, generate};
+pub use generate::{Generate, Generated, Prompt, generate, sample};
 pub use head::Head;
 pub use model::LanguageModel;
-pub use ops::Dropout;
 pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, gradients, norm};
-pub use packed::Packed;
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
 pub use teacher_cache::{Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter};
+pub use terms::activation::Activation;
+pub use terms::dropout::Dropout;
 
 /// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
 /// give other bits on the same machine.

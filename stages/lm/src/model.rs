@@ -8,30 +8,31 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use candle_core::{Device, Result as TensorResult, Tensor};
 use contract::dataset::row_name;
 use contract::random::{normal, philox, purpose};
 use contract::{Facts, PortType, Result, TokenizerFile, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
-use crate::checkpoint;
-use crate::config::{Architecture, Config};
+use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
-use crate::ends::{self, GenerationConfig};
+use crate::families::{Architecture, Config, HEAD, Weights};
+use crate::files::folder::ModelFolder;
+use crate::files::generation::{self, GenerationConfig};
+use crate::files::tensors::{write_json, write_tensors};
 use crate::finite::{first_not_finite, is_finite};
-use crate::folder::{HEAD, ModelFolder};
-use crate::gpt2::Gpt2;
 use crate::head::Head;
-use crate::llama::{Angles, Llama};
+use crate::ops::Ops;
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::Cuda;
 use crate::ops::plain::Plain;
+use crate::ops::rotary::Angles;
 use crate::ops::tape::Tape;
-use crate::ops::{Dropout, Ops, Rows};
-use crate::packed::Packed;
+use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
 
 /// A model with its tokenizer.
 ///
@@ -43,7 +44,7 @@ pub struct LanguageModel {
     pub tokenizer: TokenizerFile,
     generation: GenerationConfig,
     ends: Vec<u32>,
-    parameters: IndexMap<String, Tensor>,
+    weights: IndexMap<String, Weight>,
     device: Device,
     angles: Angles,
     activation_checkpointing: bool,
@@ -68,7 +69,7 @@ impl LanguageModel {
                 vec![1.0; count]
             } else {
                 let scale = if config.ends_branch(&name) { residual } else { 1.0 };
-                random_values(seed, index as u32, count, (config.initializer_range() * scale) as f32)
+                random_values(seed, index as u32, count, (config.sizes().initializer_range * scale) as f32)
             };
             parameters.insert(name, Tensor::from_vec(values, shape, device)?);
         }
@@ -97,11 +98,11 @@ impl LanguageModel {
         device: Device,
     ) -> Self {
         LanguageModel {
-            ends: ends::all(&tokenizer, &config, &generation),
+            ends: generation::ends(&tokenizer, &config, &generation),
             config,
             tokenizer,
             generation,
-            parameters,
+            weights: parameters.into_iter().map(|(name, values)| (name, Weight::new(values))).collect(),
             device,
             angles: Angles::default(),
             activation_checkpointing: false,
@@ -111,17 +112,17 @@ impl LanguageModel {
 
     /// An independent, frozen copy with storage of its own.
     pub fn deep_clone(&self) -> Result<Self> {
-        self.map(|parameter| parameter.detach().copy())
+        self.map(Weight::deep_clone)
     }
 
     /// The model with variables as parameters. Those that are variables already are taken as they are.
     pub fn trainable(self) -> Result<Self> {
-        self.map(|parameter| Ok(Var::from_tensor(parameter)?.into_inner()))
+        self.map(Weight::trainable)
     }
 
     /// A view of the same weights through which no gradient flows. It sees later updates of the model.
     pub fn frozen(&self) -> Self {
-        self.map(|parameter| Ok(parameter.detach())).expect("detaching a tensor cannot fail")
+        self.map(|weight| Ok(weight.frozen())).expect("a view cannot fail")
     }
 
     /// The model with activation checkpointing on or off (as it begins): in passes that will be differentiated each block
@@ -136,28 +137,17 @@ impl LanguageModel {
     /// Errors when its device does not compute in that type.
     pub fn computed_in(self, dtype: Dtype) -> Result<Self> {
         dtype.check(&self.device)?;
-        let convert = |parameter: &Tensor| {
-            if parameter.rank() == 2 && !parameter.is_variable() {
-                return parameter.to_dtype(dtype.candle());
-            }
-            Ok(parameter.clone())
-        };
-        Ok(LanguageModel { dtype, ..self.map(convert)? })
+        Ok(LanguageModel { dtype, ..self.map(|weight| weight.read_in(dtype.candle()))? })
     }
 
     /// All parameters, by their names in Hugging Face checkpoints, in a fixed order.
-    pub fn parameters(&self) -> &IndexMap<String, Tensor> {
-        &self.parameters
+    pub fn parameters(&self) -> IndexMap<String, Tensor> {
+        self.weights.iter().map(|(name, weight)| (name.clone(), weight.master().clone())).collect()
     }
 
     /// The tokens at which it stops when it writes, the tokenizer's first: all that its folder names.
     pub fn ends(&self) -> &[u32] {
         &self.ends
-    }
-
-    /// What its folder said of how it writes.
-    pub(crate) fn generation(&self) -> &GenerationConfig {
-        &self.generation
     }
 
     /// Where the parameters are.
@@ -196,12 +186,12 @@ impl LanguageModel {
 
     /// The input embedding `[V, C]`.
     pub fn embedding(&self) -> &Tensor {
-        &self.parameters[self.config.embedding()]
+        self.weights[self.config.embedding()].tensor()
     }
 
     /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
     pub fn head(&self) -> &Tensor {
-        self.parameters.get(HEAD).unwrap_or_else(|| self.embedding())
+        self.weights.get(HEAD).map_or_else(|| self.embedding(), Weight::tensor)
     }
 
     /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
@@ -214,8 +204,8 @@ impl LanguageModel {
     /// wanted are not in order or not there.
     pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         let prompt_length = self.check(batch, prompt)?;
-        let rows = Rows::new(batch, prompt_length);
-        if rows.inputs.is_empty() || rows.text.as_ref().is_some_and(Vec::is_empty) {
+        let rows = batch.behind_prompt(prompt_length);
+        if rows.inputs.is_empty() || rows.wanted.as_ref().is_some_and(Vec::is_empty) {
             return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
         }
         let dropout = dropout.copied();
@@ -237,7 +227,7 @@ impl LanguageModel {
     fn hidden_by<B: Backend>(
         &self,
         backend: B,
-        rows: Rows,
+        rows: Packed,
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
@@ -246,14 +236,15 @@ impl LanguageModel {
         let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
         let mut tape = new(backend, rows, dropout);
         let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
-        let anchor = self.parameters.values().find(|p| p.is_variable()).unwrap_or_else(|| self.embedding());
+        let mut read = self.weights.values().map(Weight::tensor);
+        let anchor = read.find(|weight| weight.is_variable()).unwrap_or_else(|| self.embedding());
         Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
     }
 
     /// [`LanguageModel::hidden`] by candle's own operations.
     pub(crate) fn hidden_plain(
         &self,
-        rows: &Rows,
+        rows: &Packed,
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
@@ -265,19 +256,19 @@ impl LanguageModel {
     ///
     /// Slow: for the message of an error that is certain. Errors as [`LanguageModel::hidden`] does.
     pub fn find_not_finite(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<Option<String>> {
-        for (name, parameter) in &self.parameters {
-            if let Some(found) = first_not_finite(parameter)? {
+        for (name, weight) in &self.weights {
+            if let Some(found) = first_not_finite(weight.tensor())? {
                 return Ok(Some(format!("its weight `{name}` holds {found}")));
             }
         }
         if let Some(found) = prompt.map(first_not_finite).transpose()?.flatten() {
             return Ok(Some(format!("its soft prompt holds {found}")));
         }
-        let rows = Rows::new(batch, self.check(batch, prompt)?);
+        let rows = batch.behind_prompt(self.check(batch, prompt)?);
         if rows.inputs.is_empty() {
             return Ok(None);
         }
-        let model = self.map(|parameter| parameter.detach().to_dtype(candle_core::DType::F32))?;
+        let model = self.frozen().computed_in(Dtype::F32)?;
         let mut plain = Plain::watching(&rows);
         let hidden = model.forward(&mut plain, prompt, rows.positions_in_use())?;
         if let Some(block) = plain.broken_block() {
@@ -301,13 +292,8 @@ impl LanguageModel {
         prompt: Option<&Tensor>,
         positions: usize,
     ) -> TensorResult<O::Array> {
-        match &self.config {
-            Config::Gpt2(config) => Gpt2::new(config, |name| self.parameters.get(name)).forward(ops, prompt),
-            Config::Llama(config) => {
-                let angles = self.angles.table(config, positions, &self.device)?;
-                Llama::new(config, &angles, |name| self.parameters.get(name)).forward(ops, prompt)
-            }
-        }
+        let weights = Weights { parameters: &self.weights, angles: &self.angles, positions };
+        self.config.forward(&weights, ops, prompt)
     }
 
     fn check(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<usize> {
@@ -328,25 +314,30 @@ impl LanguageModel {
                 self.config.positions()
             );
         }
-        if let Some(id) = batch.ids.iter().find(|id| **id as usize >= self.vocabulary()) {
-            anyhow::bail!("token id {id} is not in the model's vocabulary of {}", self.vocabulary());
+        for input in &batch.inputs {
+            let Input::Token(id) = *input else { anyhow::bail!("a batch has a soft prompt of its own") };
+            ensure!(
+                (id as usize) < self.vocabulary(),
+                "token id {id} is not in the model's vocabulary of {}",
+                self.vocabulary()
+            );
         }
         let wanted = batch.wanted.as_deref().unwrap_or_default();
         ensure!(wanted.is_sorted_by(|a, b| a < b), "the tokens that are wanted must be in order");
-        if let Some(token) = wanted.last().filter(|token| **token as usize >= batch.ids.len()) {
-            anyhow::bail!("token {token} is wanted of a batch of {}", batch.ids.len());
+        if let Some(token) = wanted.last().filter(|token| **token as usize >= batch.inputs.len()) {
+            anyhow::bail!("token {token} is wanted of a batch of {}", batch.inputs.len());
         }
         Ok(prompt_length)
     }
 
-    fn map(&self, f: impl Fn(&Tensor) -> TensorResult<Tensor>) -> Result<Self> {
-        let parameters = self.parameters.iter().map(|(name, parameter)| Ok((name.clone(), f(parameter)?)));
+    fn map(&self, f: impl Fn(&Weight) -> TensorResult<Weight>) -> Result<Self> {
+        let weights = self.weights.iter().map(|(name, weight)| Ok((name.clone(), f(weight)?)));
         Ok(LanguageModel {
             config: self.config.clone(),
             tokenizer: self.tokenizer.clone(),
             generation: self.generation.clone(),
             ends: self.ends.clone(),
-            parameters: parameters.collect::<Result<_>>()?,
+            weights: weights.collect::<Result<_>>()?,
             device: self.device.clone(),
             angles: self.angles.clone(),
             dtype: self.dtype,
@@ -361,7 +352,12 @@ impl Value for LanguageModel {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        checkpoint::save(self, folder)
+        let config = self.config.to_json()?;
+        write_json(&folder.join("config.json"), &config)?;
+        let weights = self.weights.iter().map(|(name, weight)| (name, weight.master()));
+        write_tensors(&folder.join("model.safetensors"), weights, None)?;
+        write_json(&folder.join(generation::FILE), &self.generation.beside(&config, &self.ends))?;
+        self.tokenizer.save(folder)
     }
 
     fn facts(&self) -> Facts {
@@ -386,10 +382,13 @@ fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Var;
+
     use super::*;
-    use crate::config::{Activation, Family, Gpt2Config, LlamaConfig, RopeScaling};
+    use crate::families::{Family, Gpt2Config, LlamaConfig, RopeScaling};
     use crate::kernels::testing::numbers;
     use crate::optim::gradients;
+    use crate::terms::activation::Activation;
 
     fn gpt2(change: impl FnOnce(&mut Gpt2Config)) -> LanguageModel {
         let dropout = Some(0.2);
@@ -445,10 +444,10 @@ mod tests {
             for (prompt, dropout) in
                 [(None, None), (Some(&prompt), None), (None, Some(dropout)), (Some(&prompt), Some(dropout))]
             {
-                let rows = Rows::new(&batch, if prompt.is_some() { 4 } else { 0 });
+                let rows = batch.behind_prompt(if prompt.is_some() { 4 } else { 0 });
                 let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
                 let plain = model.hidden_plain(&rows, prompt, dropout).unwrap();
-                let mut parameters = model.parameters.clone();
+                let mut parameters = model.parameters();
                 parameters.shift_remove("lm_head.weight");
                 parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
                 let factors = Tensor::from_vec(numbers(7, 41 * 24), (41, 24), &Device::Cpu).unwrap();
@@ -493,7 +492,7 @@ mod tests {
                 let hidden = model.hidden(&batch, Some(&prompt), Some(&dropout)).unwrap();
                 let factors = Tensor::from_vec(numbers(7, 40 * 24), (40, 24), &Device::Cpu).unwrap();
                 let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
-                let mut parameters = model.parameters.clone();
+                let mut parameters = model.parameters();
                 parameters.insert("prompt".to_owned(), prompt.clone());
                 let gradients = gradients(&loss, &parameters).unwrap();
                 let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -510,8 +509,9 @@ mod tests {
         let architecture = Architecture::new(Family::Gpt2, 8, 64);
         let tokenizer = TokenizerFile::new("", 0, 300);
         let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
-        let values =
-            |model: &LanguageModel, name: &str| model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values = |model: &LanguageModel, name: &str| {
+            model.weights[name].master().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
         let model = init(1);
         for (name, expected) in [
             ("transformer.wte.weight", 0.02),
@@ -544,11 +544,11 @@ mod tests {
             ("model.layers.7.mlp.up_proj.weight", 0.02),
             ("model.layers.7.mlp.down_proj.weight", 0.005),
         ] {
-            let values = model.parameters[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let values = model.weights[name].master().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
             assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
         }
-        let norm = model.parameters["model.layers.0.post_attention_layernorm.weight"].to_vec1::<f32>().unwrap();
+        let norm = model.weights["model.layers.0.post_attention_layernorm.weight"].master().to_vec1::<f32>().unwrap();
         assert!(norm.iter().all(|x| *x == 1.0));
     }
 }

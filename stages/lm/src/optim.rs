@@ -14,14 +14,15 @@ use contract::{PortType, Result, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
-use crate::checkpoint::{read_tensors, write_tensors};
+use crate::files::tensors::{read_tensors, write_tensors};
+use crate::host::{change, elements};
 #[cfg(feature = "cuda")]
 use crate::kernels;
 use crate::kernels::BLOCK;
 use crate::kernels::adamw::{self, Update};
+use crate::ops::collect;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda;
-use crate::ops::{change, collect, elements};
 
 /// Gradients by parameter name, in the order of the parameters. Each has storage of its own.
 pub type Gradients = IndexMap<String, Tensor>;

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use contract::{Facts, PortType, Result, Value};
 use serde_json::{Value as Json, json};
 
-use crate::checkpoint::{read, read_tensors, write_json, write_tensors};
+use crate::files::tensors::{read, read_tensors, write_json, write_tensors};
 use crate::model::LanguageModel;
 
 /// Vectors that stand before a text, in place of tokens (Lester et al., 2021).
@@ -29,7 +29,7 @@ impl SoftPrompt {
     pub fn new(vectors: Tensor, model: &LanguageModel) -> Result<Self> {
         let (_, width) = vectors.dims2().context("a soft prompt has shape [length, width]")?;
         ensure!(width == model.width(), "soft prompt of width {width} for a model of width {}", model.width());
-        Ok(SoftPrompt { vectors, layers: model.config.layers(), heads: model.config.heads() })
+        Ok(SoftPrompt { vectors, layers: model.config.layers(), heads: model.config.sizes().heads })
     }
 
     /// Number of vectors `n`.

@@ -31,11 +31,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::checkpoint::{read, read_tensors, write_json, write_tensors};
+use crate::files::tensors::{read, read_tensors, write_json, write_tensors};
 use crate::finite::NotFinite;
 use crate::head::Head;
+use crate::loss::TopK;
 use crate::model::LanguageModel;
-use crate::top_k::TopK;
 
 /// What is kept of every token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

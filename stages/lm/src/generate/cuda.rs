@@ -15,7 +15,7 @@ use candle_core::{CudaDevice, Result as TensorResult, Tensor};
 use contract::{End, Result};
 
 use super::{Generate, Generated, Prompt, how_ended, room};
-use crate::config::Activation;
+use crate::batch::{Input, Packed};
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::decode;
 use crate::kernels::cuda::embed::code;
@@ -26,8 +26,9 @@ use crate::kernels::rope::Turn;
 use crate::model::LanguageModel;
 use crate::ops::backend::Backend;
 use crate::ops::cuda::{Cuda, Number};
-use crate::ops::{Attend, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
-use crate::packed::Packed;
+use crate::ops::rotary::Rotary;
+use crate::ops::{Attend, Layer, LayerNorm, Ops, Positions, RmsNorm};
+use crate::terms::activation::Activation;
 
 /// Steps between two looks at who has finished.
 const STEPS: usize = 8;
@@ -161,7 +162,7 @@ impl<'a, T: Number> Writer<'a, T> {
             soft_prompt: soft_prompt.map(|prompt| prompt.detach().contiguous()).transpose()?,
             options,
             sizes,
-            backend: Cuda::new(device, &Rows::default())?,
+            backend: Cuda::new(device, &Packed::new())?,
             cache: Cache::new(device, model, slots, sizes.capacity())?,
             writing,
             occupied: vec![None; slots],
@@ -219,13 +220,13 @@ impl<'a, T: Number> Writer<'a, T> {
         for row in rows {
             batch.push(row.prompt.row, &row.prompt.ids[..row.prompt.ids.len() - 1]);
         }
-        let fed = Rows::new(&batch, self.sizes.soft_length);
+        let fed = batch.behind_prompt(self.sizes.soft_length);
         if fed.inputs.is_empty() {
             return Ok(());
         }
         let slots = fed.segments.iter().zip(rows).flat_map(|(segment, row)| vec![row.slot as u32; segment.len()]);
         let slots = upload(self.device, slots.collect())?;
-        let sequences = Sequences::new(self.device, &fed.segments, &fed.ids)?;
+        let sequences = Sequences::new(self.device, &fed.segments, &fed.rows)?;
         let backend = self.backend.over(&fed)?;
         let feed = Feed::Prompts { rows: &fed, slots, sequences };
         let mut pass = Pass { device: self.device, backend, cache: &mut self.cache, feed };
@@ -366,7 +367,7 @@ struct Cache<T> {
 
 impl<T: Number> Cache<T> {
     fn new(device: &CudaDevice, model: &LanguageModel, slots: usize, capacity: usize) -> Result<Self> {
-        let row = model.config.kv_width() * capacity;
+        let row = model.config.sizes().kv_width * capacity;
         // Zeros, since slots without a row are computed too.
         let half = || {
             device.alloc_zeros::<T>(slots * row).with_context(|| {
@@ -390,7 +391,7 @@ struct Pass<'a, T: Number> {
 enum Feed<'a> {
     /// Of slots that were empty.
     Prompts {
-        rows: &'a Rows,
+        rows: &'a Packed,
         /// The slot of each token.
         slots: CudaSlice<u32>,
         sequences: Sequences,
@@ -405,7 +406,7 @@ impl<T: Number> Ops for Pass<'_, T> {
     fn embed(
         &mut self,
         tokens: &Tensor,
-        positions: Option<&Tensor>,
+        positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> TensorResult<CudaSlice<T>> {
         match &self.feed {
@@ -417,23 +418,19 @@ impl<T: Number> Ops for Pass<'_, T> {
         }
     }
 
-    fn layer_norm(&mut self, x: &CudaSlice<T>, norm: Norm<'_>, eps: f32) -> TensorResult<CudaSlice<T>> {
-        Ok(self.backend.layer_norm(x, norm, eps)?.0)
+    fn layer_norm(&mut self, x: &CudaSlice<T>, norm: &LayerNorm) -> TensorResult<CudaSlice<T>> {
+        Ok(self.backend.layer_norm(x, norm)?.0)
     }
 
-    fn rms_norm(&mut self, x: &CudaSlice<T>, weight: &Tensor, eps: f32) -> TensorResult<CudaSlice<T>> {
-        Ok(self.backend.rms_norm(x, weight, eps)?.0)
+    fn rms_norm(&mut self, x: &CudaSlice<T>, norm: &RmsNorm) -> TensorResult<CudaSlice<T>> {
+        Ok(self.backend.rms_norm(x, norm)?.0)
     }
 
-    fn linear(&mut self, x: &CudaSlice<T>, linear: Linear<'_>) -> TensorResult<CudaSlice<T>> {
-        self.backend.linear(x, linear)
+    fn side_by_side(&mut self, x: &CudaSlice<T>, layers: &[Layer]) -> TensorResult<CudaSlice<T>> {
+        self.backend.linear(x, layers)
     }
 
-    fn project(&mut self, x: &CudaSlice<T>, layers: &[Projection<'_>]) -> TensorResult<CudaSlice<T>> {
-        self.backend.project(x, layers)
-    }
-
-    fn rotary(&mut self, mut x: CudaSlice<T>, rotary: Rotary<'_>) -> TensorResult<CudaSlice<T>> {
+    fn rotary(&mut self, mut x: CudaSlice<T>, rotary: &Rotary) -> TensorResult<CudaSlice<T>> {
         match &self.feed {
             Feed::Prompts { rows, .. } => {
                 let width = x.len() / rows.positions.len();
@@ -491,7 +488,7 @@ impl<T: Number> Ops for Pass<'_, T> {
     }
 
     /// Of prompts nothing is wanted but what is in the cache.
-    fn text(&mut self, x: CudaSlice<T>) -> TensorResult<CudaSlice<T>> {
+    fn wanted(&mut self, x: CudaSlice<T>) -> TensorResult<CudaSlice<T>> {
         Ok(x)
     }
 }

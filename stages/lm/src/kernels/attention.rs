@@ -15,7 +15,7 @@ use super::buffer::transposed;
 use super::elementary::{exp, max, sum_of};
 use super::masks;
 use super::tile::{self, Left};
-use crate::ops::Dropout;
+use crate::terms::dropout::Dropout;
 
 /// Queries handled together.
 const QUERIES: usize = 32;

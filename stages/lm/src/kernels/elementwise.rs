@@ -8,7 +8,7 @@ use super::buffer::{map, matrix};
 use super::elementary::{exp, tanh};
 use super::vector::widen;
 use super::{BLOCK, ROW_BLOCK, sum_in_order};
-use crate::config::Activation;
+use crate::terms::activation::Activation;
 
 /// sqrt(2 / pi), of the tanh approximation of GELU.
 const ROOT: f32 = 0.797_884_6;
@@ -60,13 +60,8 @@ pub(crate) fn add_to_row(matrix: &mut [f32], place: usize, row: &[f32]) {
     to.iter_mut().zip(row).for_each(|(to, x)| *to += x);
 }
 
-/// The sum of all rows: the gradient of a bias.
-pub(crate) fn sum_rows(x: &[f32], width: usize) -> Vec<f32> {
-    sum_rows_of(x, width, 0..width)
-}
-
-/// The sums of some of the `width` columns.
-pub(crate) fn sum_rows_of(x: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
+/// The sums of some of the `width` columns: the gradient of a bias.
+pub(crate) fn sum_rows(x: &[f32], width: usize, columns: Range<usize>) -> Vec<f32> {
     let parts = x.par_chunks(ROW_BLOCK * width).map(|block| {
         let mut total = vec![0.0; columns.len()];
         for row in block.chunks_exact(width) {

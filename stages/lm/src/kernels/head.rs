@@ -15,7 +15,9 @@ use rayon::prelude::*;
 use super::elementary::{BLOCK, Normaliser, all_finite, exp, ln, sum};
 use super::matmul::{Matrix, product, product_in, product_into};
 use super::top_k;
-use crate::loss::{Divergence, TopK};
+use crate::terms::divergence::{Divergence, Rule, Token, for_rule};
+use crate::terms::formula::Number;
+use crate::terms::top_k::TopK;
 
 /// What is asked for. Matrices are dense and row-major; their lengths must fit together.
 pub(crate) struct Input<'a> {
@@ -288,133 +290,50 @@ pub(crate) fn divergence(
     factor: f64,
     slopes: &mut [f32],
 ) -> f64 {
-    match divergence {
-        Divergence::ForwardKl => by_rule(&ForwardKl, logits, target, temperature, factor, slopes),
-        Divergence::ReverseKl => by_rule(&ReverseKl, logits, target, temperature, factor, slopes),
-        Divergence::Jsd { beta } => by_rule(&Jsd(beta as f32), logits, target, temperature, factor, slopes),
-        Divergence::SkewedForwardKl { alpha } => {
-            by_rule(&SkewedForwardKl(alpha as f32), logits, target, temperature, factor, slopes)
-        }
-        Divergence::SkewedReverseKl { alpha } => {
-            by_rule(&SkewedReverseKl(alpha as f32), logits, target, temperature, factor, slopes)
-        }
-        Divergence::TotalVariation => by_rule(&TotalVariation, logits, target, temperature, factor, slopes),
-        Divergence::AlphaBeta { alpha, beta } => {
-            let rule = AlphaBeta { alpha: alpha as f32, beta: beta as f32 };
-            by_rule(&rule, logits, target, temperature, factor, slopes)
-        }
-    }
+    for_rule!(divergence, R(a, b) => by_rule::<R>([a, b], logits, target, temperature, factor, slopes))
 }
 
-/// One summand of a divergence `D = sum_v f(s_v, t_v)`, with `s` the trainee's and `t` the target's probability of a
-/// token.
-pub(super) trait Rule {
-    /// `f`, and `h = s df/ds`, up to a multiple of `s`, which drops out of the derivative by the logits.
-    fn terms(&self, token: Token) -> (f32, f32);
-}
-
-/// Probabilities of one token. Logarithms are finite; a probability may be 0.
-#[derive(Clone, Copy)]
-pub(super) struct Token {
-    pub(super) s: f32,
-    pub(super) log_s: f32,
-    pub(super) t: f32,
-    pub(super) log_t: f32,
-}
-
-pub(super) struct ForwardKl;
-pub(super) struct ReverseKl;
-pub(super) struct Jsd(pub(super) f32);
-pub(super) struct SkewedForwardKl(pub(super) f32);
-pub(super) struct SkewedReverseKl(pub(super) f32);
-pub(super) struct TotalVariation;
-pub(super) struct AlphaBeta {
-    pub(super) alpha: f32,
-    pub(super) beta: f32,
-}
-
-impl Rule for ForwardKl {
+impl Number for f32 {
     #[inline(always)]
-    fn terms(&self, Token { log_s, t, log_t, .. }: Token) -> (f32, f32) {
-        (t * (log_t - log_s), -t)
+    fn half(self) -> f32 {
+        0.5 * self
     }
-}
 
-impl Rule for ReverseKl {
     #[inline(always)]
-    fn terms(&self, Token { s, log_s, log_t, .. }: Token) -> (f32, f32) {
-        let value = s * (log_s - log_t);
-        (value, value)
+    fn complement(self) -> f32 {
+        1.0 - self
     }
-}
 
-impl Rule for Jsd {
     #[inline(always)]
-    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
-        let beta = self.0;
-        let mixture = mix(beta, t, s);
-        let slope = (1.0 - beta) * s * log_ratio(s, mixture);
-        (beta * t * log_ratio(t, mixture) + slope, slope)
+    fn abs(self) -> f32 {
+        f32::abs(self)
     }
-}
 
-impl Rule for SkewedForwardKl {
     #[inline(always)]
-    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
-        let alpha = self.0;
-        let mixture = mix(alpha, t, s);
-        (t * log_ratio(t, mixture), -(1.0 - alpha) * t * (s / mixture))
+    fn sign(self) -> f32 {
+        let sign = if self > 0.0 { 1.0 } else { -1.0 };
+        if self == 0.0 { 0.0 } else { sign }
     }
-}
 
-impl Rule for SkewedReverseKl {
     #[inline(always)]
-    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
-        let alpha = self.0;
-        let mixture = mix(alpha, s, t);
-        let value = s * log_ratio(s, mixture);
-        (value, value - alpha * s * (s / mixture))
+    fn exp(self) -> f32 {
+        exp(self)
     }
-}
 
-impl Rule for TotalVariation {
     #[inline(always)]
-    fn terms(&self, Token { s, t, .. }: Token) -> (f32, f32) {
-        let difference = s - t;
-        let sign = if difference > 0.0 { 0.5 } else { -0.5 };
-        (0.5 * difference.abs(), if difference == 0.0 { 0.0 } else { sign * s })
+    fn above_zero(self) -> f32 {
+        if self < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { self }
     }
-}
 
-impl Rule for AlphaBeta {
     #[inline(always)]
-    fn terms(&self, Token { log_s, log_t, .. }: Token) -> (f32, f32) {
-        let (alpha, beta) = (self.alpha, self.beta);
-        let both = alpha + beta;
-        let cross = exp(alpha * log_t + beta * log_s);
-        let (pure_t, pure_s) = (exp(both * log_t), exp(both * log_s));
-        let inner = cross - alpha / both * pure_t - beta / both * pure_s;
-        (-inner / (alpha * beta), (pure_s - cross) / alpha)
+    fn log_ratio(self, y: f32) -> f32 {
+        ln((self / y).above_zero())
     }
-}
-
-/// `weight * a + (1 - weight) * b`, kept above 0 so that it can be divided by.
-#[inline(always)]
-fn mix(weight: f32, a: f32, b: f32) -> f32 {
-    let mixture = weight * a + (1.0 - weight) * b;
-    if mixture < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { mixture }
-}
-
-/// `ln(probability / mixture)`, finite for a probability of 0.
-#[inline(always)]
-fn log_ratio(probability: f32, mixture: f32) -> f32 {
-    let ratio = probability / mixture;
-    ln(if ratio < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { ratio })
 }
 
 /// Value and slopes for one rule: `dD/dz = (h - s sum(h)) / temperature`.
 fn by_rule<R: Rule>(
-    rule: &R,
+    parameters: [f64; 2],
     logits: &[f32],
     target: &mut [f32],
     temperature: f64,
@@ -424,6 +343,7 @@ fn by_rule<R: Rule>(
     if !(all_finite(logits) && all_finite(target)) {
         return f64::NAN;
     }
+    let [a, b] = parameters.map(|parameter| parameter as f32);
     let scale = (1.0 / temperature) as f32;
     let (of_logits, of_target) = (Normaliser::of(logits, scale), Normaliser::of(target, scale));
     let mut values = [0.0_f32; BLOCK];
@@ -432,7 +352,8 @@ fn by_rule<R: Rule>(
         let values = &mut values[..logits.len()];
         for ((logit, target), value) in logits.iter().zip(target.iter_mut()).zip(values.iter_mut()) {
             let (log_s, log_t) = (of_logits.log_probability(*logit), of_target.log_probability(*target));
-            (*value, *target) = rule.terms(Token { s: exp(log_s), log_s, t: exp(log_t), log_t });
+            let summand = R::summand(Token { s: exp(log_s), log_s, t: exp(log_t), log_t }, a, b);
+            (*value, *target) = (summand.value, summand.slope);
         }
         value += f64::from(sum(values));
         slope_sum += f64::from(sum(target));
@@ -442,49 +363,4 @@ fn by_rule<R: Rule>(
         *slope += factor * (h - exp(of_logits.log_probability(*logit)) * slope_sum);
     }
     value
-}
-
-/// Number of a divergence in `head.cu`, and its parameters.
-#[cfg(any(feature = "cuda", test))]
-pub(crate) fn code(divergence: Divergence) -> (usize, f64, f64) {
-    match divergence {
-        Divergence::ForwardKl => (0, 0.0, 0.0),
-        Divergence::ReverseKl => (1, 0.0, 0.0),
-        Divergence::Jsd { beta } => (2, beta, 0.0),
-        Divergence::SkewedForwardKl { alpha } => (3, alpha, 0.0),
-        Divergence::SkewedReverseKl { alpha } => (4, alpha, 0.0),
-        Divergence::TotalVariation => (5, 0.0, 0.0),
-        Divergence::AlphaBeta { alpha, beta } => (6, alpha, beta),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The compiler of one language does not see the other.
-    #[test]
-    fn every_divergence_has_its_number_in_the_cuda_code() {
-        let cuda = include_str!("cuda/head.cu");
-        let (alpha, beta) = (0.25, 0.5);
-        let all = [
-            Divergence::ForwardKl,
-            Divergence::ReverseKl,
-            Divergence::Jsd { beta },
-            Divergence::SkewedForwardKl { alpha },
-            Divergence::SkewedReverseKl { alpha },
-            Divergence::TotalVariation,
-            Divergence::AlphaBeta { alpha, beta },
-        ];
-        for divergence in all {
-            // `AlphaBeta { .. }` is called `AlphaBeta` there.
-            let text = format!("{divergence:?}");
-            let name = text.split_whitespace().next().unwrap();
-            let (number, ..) = code(divergence);
-            let (_, case) = cuda.split_once(&format!("case {number}:")).unwrap_or_else(|| panic!("no case {number}"));
-            let found = case.split("diverge<typename R::").nth(1).unwrap().split('>').next().unwrap();
-            assert_eq!(found, name, "case {number}");
-        }
-        assert_eq!(cuda.matches("case ").count(), all.len(), "a case without a divergence");
-    }
 }

@@ -2,7 +2,7 @@
 
 use contract::random::philox;
 
-use crate::ops::Dropout;
+use crate::terms::dropout::Dropout;
 
 /// Counters drawn side by side; each gives four words.
 const SIDE: usize = 8;

@@ -6,20 +6,8 @@
 use std::collections::BinaryHeap;
 
 use super::elementary::{LOG_FLOOR, Normaliser, all_finite, exp, max};
-use super::head::{Rule, Token};
-use crate::loss::Divergence;
-use crate::sample::{rank, token_of};
-
-/// One row of a coarse distribution.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Classes<'a> {
-    /// `[K]`, distinct and below V.
-    pub(crate) tokens: &'a [u32],
-    /// `[K]`.
-    pub(crate) log_probs: &'a [f32],
-    /// Logarithm of the rest's mass.
-    pub(crate) log_rest: f32,
-}
+use crate::terms::divergence::{Divergence, Rule, Token, for_rule};
+use crate::terms::top_k::Classes;
 
 /// Finds the `tokens.len()` most likely tokens of `softmax(logits * scale)`, best first and of equal ones the lower id
 /// first, with their log-probabilities. Returns the logarithm of the mass of the others. `logits` are used up.
@@ -105,10 +93,11 @@ pub(crate) fn divergence(
     let mut class = |log_s: f32, log_t: f32| {
         let log_t = floored(log_t);
         let s = exp(log_s);
-        let (summand, slope) = divergence.terms(Token { s, log_s, t: exp(log_t), log_t });
-        value += f64::from(summand);
-        slope_sum += f64::from(slope);
-        (s, slope)
+        let token = Token { s, log_s, t: exp(log_t), log_t };
+        let summand = for_rule!(divergence, R(a, b) => R::summand(token, a as f32, b as f32));
+        value += f64::from(summand.value);
+        slope_sum += f64::from(summand.slope);
+        (s, summand.slope)
     };
     let log_s = |token: &u32| all.log_probability(logits[*token as usize]);
     let of_tokens: Vec<(f32, f32)> =
@@ -141,17 +130,15 @@ fn normaliser(logits: &[f32], tokens: &[u32], rest: Option<Rest>, scale: f32) ->
     Normaliser { max, scale, log_sum: sum.ln() as f32 }
 }
 
-impl Rule for Divergence {
-    fn terms(&self, token: Token) -> (f32, f32) {
-        use super::head::{AlphaBeta, ForwardKl, Jsd, ReverseKl, SkewedForwardKl, SkewedReverseKl, TotalVariation};
-        match *self {
-            Divergence::ForwardKl => ForwardKl.terms(token),
-            Divergence::ReverseKl => ReverseKl.terms(token),
-            Divergence::Jsd { beta } => Jsd(beta as f32).terms(token),
-            Divergence::SkewedForwardKl { alpha } => SkewedForwardKl(alpha as f32).terms(token),
-            Divergence::SkewedReverseKl { alpha } => SkewedReverseKl(alpha as f32).terms(token),
-            Divergence::TotalVariation => TotalVariation.terms(token),
-            Divergence::AlphaBeta { alpha, beta } => AlphaBeta { alpha: alpha as f32, beta: beta as f32 }.terms(token),
-        }
-    }
+/// A number that is greater for a better token: by logit, and of equal ones the lower id.
+pub(crate) fn rank(token: usize, logit: f32) -> u64 {
+    // Adding 0 makes the negative zero equal to the positive one. The bits of floats then only need their sign
+    // repaired.
+    let bits = (logit + 0.0).to_bits();
+    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(ordered) << 32 | u64::from(!(token as u32))
+}
+
+pub(crate) fn token_of(rank: u64) -> usize {
+    !(rank as u32) as usize
 }

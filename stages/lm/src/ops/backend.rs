@@ -7,10 +7,13 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Storage, Tensor};
 
-use super::{Dropout, Linear, Norm, Projection, Rotary, Rows};
-use crate::config::Activation;
+use super::rotary::Rotary;
+use super::{Layer, LayerNorm, Positions, RmsNorm};
+use crate::batch::Packed;
 use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
+use crate::terms::activation::Activation;
+use crate::terms::dropout::Dropout;
 
 /// Loops over buffers of a device. A buffer is `[rows, channels]`, row after row; weights are tensors on that device.
 pub(crate) trait Backend: Clone + Send + Sync + 'static {
@@ -34,15 +37,15 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     /// The vectors of tokens, prompt and, where they have some, positions, added.
     fn embed(
         &self,
-        rows: &Rows,
+        batch: &Packed,
         tokens: &Tensor,
-        positions: Option<&Tensor>,
+        positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Self::Buffer>;
     /// The gradient of the prompt, of `shape` and in f32: the sums of the rows where each of its vectors stands.
-    fn embed_backward_prompt(&self, rows: &Rows, dy: &Self::Buffer, width: usize, shape: Shape) -> Result<Tensor>;
+    fn embed_backward_prompt(&self, batch: &Packed, dy: &Self::Buffer, width: usize, shape: Shape) -> Result<Tensor>;
 
-    fn layer_norm(&self, x: &Self::Buffer, norm: Norm<'_>, eps: f32) -> Result<(Self::Buffer, Self::Moments)>;
+    fn layer_norm(&self, x: &Self::Buffer, norm: &LayerNorm) -> Result<(Self::Buffer, Self::Moments)>;
     /// Adds the gradient of `x` to `dx`; gives those of weight and bias where `parameters`.
     fn layer_norm_backward(
         &self,
@@ -55,7 +58,7 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     ) -> Result<Option<(Tensor, Tensor)>>;
 
     /// Root mean square norm; its moments have a mean of 0.
-    fn rms_norm(&self, x: &Self::Buffer, weight: &Tensor, eps: f32) -> Result<(Self::Buffer, Self::Moments)>;
+    fn rms_norm(&self, x: &Self::Buffer, norm: &RmsNorm) -> Result<(Self::Buffer, Self::Moments)>;
     /// Adds the gradient of `x` to `dx`; gives that of the weight where `parameters`.
     fn rms_norm_backward(
         &self,
@@ -67,36 +70,24 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         parameters: bool,
     ) -> Result<Option<Tensor>>;
 
-    /// `x weight + bias`.
-    fn linear(&self, x: &Self::Buffer, linear: Linear<'_>) -> Result<Self::Buffer>;
-    /// `dy weight^T`.
-    fn linear_backward_input(&self, dy: &Self::Buffer, weight: &Tensor) -> Result<Self::Buffer>;
-    /// `x^T dy`, `[depth, width]`, and the sum of the rows of `dy`, `[width]`.
+    /// What linear layers make of `x`, side by side.
+    fn linear(&self, x: &Self::Buffer, layers: &[Layer]) -> Result<Self::Buffer>;
+    /// The gradient of `x`: the sum over the layers, whose gradients stand side by side in `dy`.
+    fn linear_backward_input(&self, dy: &Self::Buffer, layers: &[Layer]) -> Result<Self::Buffer>;
+    /// The gradient of a layer's matrix, in its layout, and that of its bias where `bias`. Its columns of the `channels` of
+    /// `dy` begin at `first`.
     fn linear_backward_weight(
-        &self,
-        x: &Self::Buffer,
-        dy: &Self::Buffer,
-        depth: usize,
-        width: usize,
-    ) -> Result<(Tensor, Tensor)>;
-
-    /// `x weight^T + bias` of each layer, side by side.
-    fn project(&self, x: &Self::Buffer, layers: &[Projection<'_>]) -> Result<Self::Buffer>;
-    /// The sum of `dy_i weight_i`, where `dy` holds the gradients `dy_i` of the layers side by side.
-    fn project_backward_input(&self, dy: &Self::Buffer, weights: &[Tensor]) -> Result<Self::Buffer>;
-    /// `dy_i^T x` of columns of `dy`, `[out, in]`, and the sum of their rows where `bias`. `weight` is the layer's, for its
-    /// shape; its columns of the `channels` begin at `first`.
-    fn project_backward_weight(
         &self,
         x: &Self::Buffer,
         dy: &Self::Buffer,
         channels: usize,
         first: usize,
-        weight: &Tensor,
+        layer: &Layer,
         bias: bool,
     ) -> Result<(Tensor, Option<Tensor>)>;
+
     /// Turns heads in place.
-    fn rotate(&self, x: &mut Self::Buffer, width: usize, rotary: Rotary<'_>, rows: &Rows, turn: Turn) -> Result<()>;
+    fn rotate(&self, x: &mut Self::Buffer, width: usize, rotary: &Rotary, batch: &Packed, turn: Turn) -> Result<()>;
 
     /// `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`; `width` is `H D`.
     fn attention(
@@ -131,7 +122,7 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         &self,
         x: &mut Self::Buffer,
         width: usize,
-        rows: &Rows,
+        batch: &Packed,
         dropout: &Dropout,
         rate: f32,
         site: u32,

@@ -11,7 +11,7 @@ use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, bail};
 
-use super::{change, elements};
+use crate::host::{change, elements};
 use crate::kernels::elementwise;
 
 /// One contribution to the gradient of a parameter.

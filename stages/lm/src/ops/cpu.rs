@@ -6,13 +6,17 @@ use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 use super::backend::Backend;
-use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, elements, joined};
-use crate::config::Activation;
+use super::rotary::Rotary;
+use super::{Layer, LayerNorm, Layout, Positions, RmsNorm, side_by_side};
+use crate::batch::{Input, Packed};
+use crate::host::elements;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
-use crate::kernels::matmul::{Matrix, product, product_into, product_into_columns};
+use crate::kernels::matmul::{Matrix, product, product_in, product_into, product_into_columns};
 use crate::kernels::rope::{self, Turn};
 use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks, rms_norm, swiglu};
+use crate::terms::activation::Activation;
+use crate::terms::dropout::Dropout;
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -49,17 +53,17 @@ impl Backend for Cpu {
 
     fn embed(
         &self,
-        rows: &Rows,
+        batch: &Packed,
         tokens: &Tensor,
-        positions: Option<&Tensor>,
+        positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Vec<f32>> {
-        embed(&rows.inputs, &rows.positions, tokens, positions, prompt)
+        embed(&batch.inputs, &batch.positions, tokens, positions, prompt)
     }
 
-    fn embed_backward_prompt(&self, rows: &Rows, dy: &Vec<f32>, width: usize, shape: Shape) -> Result<Tensor> {
+    fn embed_backward_prompt(&self, batch: &Packed, dy: &Vec<f32>, width: usize, shape: Shape) -> Result<Tensor> {
         let mut gradient = vec![0.0; shape.elem_count()];
-        for (input, dy) in rows.inputs.iter().zip(dy.chunks_exact(width)) {
+        for (input, dy) in batch.inputs.iter().zip(dy.chunks_exact(width)) {
             if let Input::Prompt(i) = input {
                 elementwise::add_to_row(&mut gradient, *i as usize, dy);
             }
@@ -67,8 +71,8 @@ impl Backend for Cpu {
         Tensor::from_vec(gradient, shape, &Device::Cpu)
     }
 
-    fn layer_norm(&self, x: &Vec<f32>, norm: Norm<'_>, eps: f32) -> Result<(Vec<f32>, Vec<Moments>)> {
-        Ok(layer_norm::forward(x, &elements(norm.weight)?, &elements(norm.bias)?, eps))
+    fn layer_norm(&self, x: &Vec<f32>, norm: &LayerNorm) -> Result<(Vec<f32>, Vec<Moments>)> {
+        Ok(layer_norm::forward(x, &elements(&norm.weight)?, &elements(&norm.bias)?, norm.eps))
     }
 
     fn layer_norm_backward(
@@ -85,8 +89,8 @@ impl Backend for Cpu {
         gradients.map(|(weight, bias)| Ok((tensor(weight)?, tensor(bias)?))).transpose()
     }
 
-    fn rms_norm(&self, x: &Vec<f32>, weight: &Tensor, eps: f32) -> Result<(Vec<f32>, Vec<Moments>)> {
-        Ok(rms_norm::forward(x, &elements(weight)?, eps))
+    fn rms_norm(&self, x: &Vec<f32>, norm: &RmsNorm) -> Result<(Vec<f32>, Vec<Moments>)> {
+        Ok(rms_norm::forward(x, &elements(&norm.weight)?, norm.eps))
     }
 
     fn rms_norm_backward(
@@ -102,39 +106,20 @@ impl Backend for Cpu {
         gradient.map(|gradient| Tensor::from_vec(gradient, weight.shape(), &Device::Cpu)).transpose()
     }
 
-    fn linear(&self, x: &Vec<f32>, linear: Linear<'_>) -> Result<Vec<f32>> {
-        let (depth, width) = linear.weight.dims2()?;
-        let mut out = elementwise::rows_of(&elements(linear.bias)?, x.len() / depth);
-        product_into(&mut out, Matrix::new(x, depth), Matrix::new(&elements(linear.weight)?, width), true);
-        Ok(out)
-    }
-
-    fn linear_backward_input(&self, dy: &Vec<f32>, weight: &Tensor) -> Result<Vec<f32>> {
-        let width = weight.dim(1)?;
-        Ok(product(Matrix::new(dy, width), Matrix::new(&elements(weight)?, width).transposed()))
-    }
-
-    fn linear_backward_weight(
-        &self,
-        x: &Vec<f32>,
-        dy: &Vec<f32>,
-        depth: usize,
-        width: usize,
-    ) -> Result<(Tensor, Tensor)> {
-        let weight = product(Matrix::new(x, depth).transposed(), Matrix::new(dy, width));
-        let bias = elementwise::sum_rows(dy, width);
-        Ok((Tensor::from_vec(weight, (depth, width), &Device::Cpu)?, Tensor::from_vec(bias, width, &Device::Cpu)?))
-    }
-
-    fn project(&self, x: &Vec<f32>, layers: &[Projection<'_>]) -> Result<Vec<f32>> {
-        let (width, depth) = joined(layers.iter().map(|layer| layer.weight))?;
+    fn linear(&self, x: &Vec<f32>, layers: &[Layer]) -> Result<Vec<f32>> {
+        let (width, depth) = side_by_side(layers)?;
         let x = Matrix::new(x, depth);
-        let mut out = vec![0.0; x.rows() * width];
+        let mut out = match layers {
+            [Layer { bias: Some(bias), .. }] => elementwise::rows_of(&elements(bias)?, x.rows()),
+            _ => vec![0.0; x.rows() * width],
+        };
         let mut first = 0;
         for layer in layers {
-            let weight = elements(layer.weight)?;
-            let weight = Matrix::new(&weight, depth).transposed();
-            if let Some(bias) = layer.bias {
+            let values = elements(layer.weight.tensor())?;
+            let weight = matrix(&values, layer)?;
+            if let Some(bias) = &layer.bias
+                && layers.len() > 1
+            {
                 let bias = elements(bias)?;
                 out.chunks_exact_mut(width).for_each(|row| row[first..][..bias.len()].copy_from_slice(&bias));
             }
@@ -144,38 +129,47 @@ impl Backend for Cpu {
         Ok(out)
     }
 
-    fn project_backward_input(&self, dy: &Vec<f32>, weights: &[Tensor]) -> Result<Vec<f32>> {
-        let (width, depth) = joined(weights.iter())?;
-        let mut out = vec![0.0; dy.len() / width * depth];
+    fn linear_backward_input(&self, dy: &Vec<f32>, layers: &[Layer]) -> Result<Vec<f32>> {
+        let (width, _) = side_by_side(layers)?;
+        let mut out = Vec::new();
         let mut first = 0;
-        for weight in weights {
-            let weight = elements(weight)?;
-            let weight = Matrix::new(&weight, depth);
-            product_into(&mut out, Matrix::part(dy, width, first, weight.rows()), weight, first > 0);
-            first += weight.rows();
+        for layer in layers {
+            let values = elements(layer.weight.tensor())?;
+            let weight = matrix(&values, layer)?;
+            let dy = Matrix::part(dy, width, first, weight.columns());
+            if first == 0 {
+                product_in(&mut out, dy, weight.transposed());
+            } else {
+                product_into(&mut out, dy, weight.transposed(), true);
+            }
+            first += weight.columns();
         }
         Ok(out)
     }
 
-    fn project_backward_weight(
+    fn linear_backward_weight(
         &self,
         x: &Vec<f32>,
         dy: &Vec<f32>,
         channels: usize,
         first: usize,
-        weight: &Tensor,
+        layer: &Layer,
         bias: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let (width, depth) = weight.dims2()?;
-        let gradient = product(Matrix::part(dy, channels, first, width).transposed(), Matrix::new(x, depth));
-        let bias = bias.then(|| elementwise::sum_rows_of(dy, channels, first..first + width));
-        let tensor = |values: Vec<f32>| Tensor::from_vec(values, width, &Device::Cpu);
-        Ok((Tensor::from_vec(gradient, (width, depth), &Device::Cpu)?, bias.map(tensor).transpose()?))
+        let (width, depth) = (layer.outputs()?, layer.inputs()?);
+        let (x, gradient) = (Matrix::new(x, depth), Matrix::part(dy, channels, first, width));
+        let weight = match layer.layout {
+            Layout::InOut => product(x.transposed(), gradient),
+            Layout::OutIn => product(gradient.transposed(), x),
+        };
+        let bias = bias.then(|| elementwise::sum_rows(dy, channels, first..first + width));
+        let bias = bias.map(|values| Tensor::from_vec(values, width, &Device::Cpu)).transpose()?;
+        Ok((Tensor::from_vec(weight, layer.weight.tensor().shape(), &Device::Cpu)?, bias))
     }
 
-    fn rotate(&self, x: &mut Vec<f32>, width: usize, rotary: Rotary<'_>, rows: &Rows, turn: Turn) -> Result<()> {
-        let Rotary { heads, head_width, angles } = rotary;
-        rope::rotate(x, width, heads, head_width, &elements(angles)?, &rows.positions, turn);
+    fn rotate(&self, x: &mut Vec<f32>, width: usize, rotary: &Rotary, batch: &Packed, turn: Turn) -> Result<()> {
+        let Rotary { heads, head_width, ref angles } = *rotary;
+        rope::rotate(x, width, heads, head_width, &elements(angles)?, &batch.positions, turn);
         Ok(())
     }
 
@@ -221,12 +215,12 @@ impl Backend for Cpu {
         &self,
         x: &mut Vec<f32>,
         width: usize,
-        rows: &Rows,
+        batch: &Packed,
         dropout: &Dropout,
         rate: f32,
         site: u32,
     ) -> Result<()> {
-        let keys = rows.keys(x.len() / width);
+        let keys = batch.keys(x.len() / width);
         x.par_chunks_mut(ROW_BLOCK * width).zip(keys.par_chunks(ROW_BLOCK)).for_each(|(data, keys)| {
             let mut mask = vec![0.0; width];
             for (row, (id, line)) in data.chunks_exact_mut(width).zip(keys) {
@@ -252,19 +246,27 @@ impl Backend for Cpu {
     }
 }
 
+/// The matrix of a layer as what `x` is multiplied by, `[in, out]`.
+fn matrix<'a>(values: &'a [f32], layer: &Layer) -> Result<Matrix<'a>> {
+    Ok(match layer.layout {
+        Layout::InOut => Matrix::new(values, layer.outputs()?),
+        Layout::OutIn => Matrix::new(values, layer.inputs()?).transposed(),
+    })
+}
+
 /// The vectors of tokens, prompt and, where they have some, positions, added: `[rows, C]`.
 pub(crate) fn embed(
     inputs: &[Input],
     at: &[u32],
     tokens: &Tensor,
-    positions: Option<&Tensor>,
+    positions: Option<Positions<'_>>,
     prompt: Option<&Tensor>,
 ) -> Result<Vec<f32>> {
     let width = tokens.dim(1)?;
     if inputs.len() != at.len() {
         bail!("{} positions for {} rows", at.len(), inputs.len());
     }
-    let (tokens, positions) = (elements(tokens)?, positions.map(elements).transpose()?);
+    let tokens = elements(tokens)?;
     let prompt = prompt.map(elements).transpose()?;
     let (tokens, prompt): (&[f32], &[f32]) = (&tokens, prompt.as_deref().unwrap_or(&[]));
     let vector = |row: usize| {
@@ -274,16 +276,17 @@ pub(crate) fn embed(
         };
         &table[place * width..][..width]
     };
-    let Some(positions) = positions else {
+    let Some(Positions { table, first }) = positions else {
         return Ok(buffer::matrix(inputs.len(), width, |row| {
             let vector = vector(row);
             move |c| vector[c]
         }));
     };
-    let positions: &[f32] = &positions;
+    let table = elements(table)?;
+    let table: &[f32] = &table;
     Ok(buffer::matrix(inputs.len(), width, |row| {
         let vector = vector(row);
-        let position = &positions[at[row] as usize * width..][..width];
+        let position = &table[(first + at[row] as usize) * width..][..width];
         move |c| vector[c] + position[c]
     }))
 }

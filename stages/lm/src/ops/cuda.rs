@@ -16,8 +16,10 @@ use candle_core::{
 };
 
 use super::backend::Backend;
-use super::{Dropout, Input, Linear, Norm, Projection, Rotary, Rows, contiguous, joined};
-use crate::config::Activation;
+use super::rotary::Rotary;
+use super::{Layer, LayerNorm, Layout, Positions, RmsNorm, side_by_side};
+use crate::batch::{Input, Packed};
+use crate::host::contiguous;
 use crate::kernels::attention::Attention;
 use crate::kernels::cuda::attention::{self, Heads, Sequences};
 use crate::kernels::cuda::embed::{self, Groups, Tables};
@@ -25,6 +27,8 @@ use crate::kernels::cuda::matmul::{Matrix, Scalar, product, product_into_columns
 use crate::kernels::cuda::norm::{self, Kind};
 use crate::kernels::cuda::{Mask, elementwise, rope, row_keys, rows as row_kernels, unset, upload};
 use crate::kernels::rope::Turn;
+use crate::terms::activation::Activation;
+use crate::terms::dropout::Dropout;
 
 /// What a GPU computes in.
 pub(crate) trait Number: Scalar + CudaDType + WithDType {}
@@ -50,28 +54,28 @@ struct Batch {
     wanted_keys: Option<CudaSlice<u32>>,
     sequences: Sequences,
     /// Rows that are wanted.
-    text: Option<CudaSlice<u32>>,
+    wanted: Option<CudaSlice<u32>>,
 }
 
 impl<T: Number> Cuda<T> {
-    /// For passes over `rows`.
-    pub(crate) fn new(device: &CudaDevice, rows: &Rows) -> Result<Self> {
-        let keys = row_keys(&rows.segments, &rows.ids);
+    /// For passes over a batch.
+    pub(crate) fn new(device: &CudaDevice, rows: &Packed) -> Result<Self> {
+        let keys = row_keys(&rows.segments, &rows.rows);
         let key = |row: &u32| [keys[2 * *row as usize], keys[2 * *row as usize + 1]];
-        let wanted_keys = rows.text.as_ref().map(|text| text.iter().flat_map(key).collect());
+        let wanted_keys = rows.wanted.as_ref().map(|wanted| wanted.iter().flat_map(key).collect());
         let batch = Batch {
             wanted_keys: wanted_keys.map(|keys| upload(device, keys)).transpose()?,
             inputs: upload(device, rows.inputs.iter().map(|input| embed::code(*input)).collect())?,
             positions: upload(device, rows.positions.clone())?,
             keys: upload(device, keys)?,
-            sequences: Sequences::new(device, &rows.segments, &rows.ids)?,
-            text: rows.text.clone().map(|text| upload(device, text)).transpose()?,
+            sequences: Sequences::new(device, &rows.segments, &rows.rows)?,
+            wanted: rows.wanted.clone().map(|wanted| upload(device, wanted)).transpose()?,
         };
         Ok(Cuda { device: device.clone(), batch: Arc::new(batch), converted: Arc::default() })
     }
 
     /// For passes over other rows, with the same weights.
-    pub(crate) fn over(&self, rows: &Rows) -> Result<Self> {
+    pub(crate) fn over(&self, rows: &Packed) -> Result<Self> {
         Ok(Cuda { converted: self.converted.clone(), ..Cuda::new(&self.device, rows)? })
     }
 
@@ -86,15 +90,18 @@ impl<T: Number> Cuda<T> {
         inputs: &impl DevicePtr<i32>,
         at: &impl DevicePtr<u32>,
         tokens: &Tensor,
-        positions: Option<&Tensor>,
+        positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<CudaSlice<T>> {
         let width = tokens.dim(1)?;
         let mut out = self.unset(inputs.len() * width)?;
         self.matrix(tokens, |tokens| {
-            self.matrix_if(positions, |positions| {
+            self.matrix_if(positions.map(|positions| positions.table), |table| {
+                // From the row of position 0 on.
+                let first = positions.map_or(0, |positions| positions.first);
+                let table = table.map(|table| table.slice(first * width..));
                 self.matrix_if(prompt, |prompt| {
-                    let tables = Tables { tokens, prompt, positions };
+                    let tables = Tables { tokens, prompt, positions: table.as_ref() };
                     embed::embed(&self.device, &mut out, inputs, at, tables, width)
                 })
             })
@@ -119,10 +126,10 @@ impl<T: Number> Cuda<T> {
         x: &mut CudaSlice<T>,
         at: &impl DevicePtr<u32>,
         width: usize,
-        rotary: Rotary<'_>,
+        rotary: &Rotary,
         turn: Turn,
     ) -> Result<()> {
-        let Rotary { heads, head_width, angles } = rotary;
+        let Rotary { heads, head_width, ref angles } = *rotary;
         view(angles, |angles: &CudaView<'_, f32>| {
             rope::rope(&self.device, x, at, angles, heads, head_width, width, turn == Turn::Back)
         })
@@ -132,9 +139,9 @@ impl<T: Number> Cuda<T> {
         unset(&self.device, length)
     }
 
-    fn text(&self) -> Result<&CudaSlice<u32>> {
-        match &self.batch.text {
-            Some(text) => Ok(text),
+    fn wanted(&self) -> Result<&CudaSlice<u32>> {
+        match &self.batch.wanted {
+            Some(wanted) => Ok(wanted),
             None => bail!("rows selected from a batch of which all are wanted"),
         }
     }
@@ -184,6 +191,22 @@ impl<T: Number> Cuda<T> {
         norm::backward_parameters(&self.device, &mut dweight, dbias.as_mut(), x, moments, dy)?;
         let vector = |values| tensor(&self.device, values, width);
         Ok(Some((vector(dweight), dbias.map(vector))))
+    }
+
+    /// The biases of layers side by side, zeros where one has none, `[width]`.
+    fn biases(&self, layers: &[Layer], width: usize) -> Result<CudaSlice<f32>> {
+        let mut all = self.device.alloc_zeros::<f32>(width)?;
+        let mut first = 0;
+        for layer in layers {
+            let outputs = layer.outputs()?;
+            if let Some(bias) = &layer.bias {
+                view(bias, |bias: &CudaView<'_, f32>| {
+                    self.device.memcpy_dtod(bias, &mut all.slice_mut(first..first + outputs))
+                })?;
+            }
+            first += outputs;
+        }
+        Ok(all)
     }
 
     /// Lets `f` read a matrix of weights in the type that is computed in.
@@ -242,15 +265,15 @@ impl<T: Number> Backend for Cuda<T> {
 
     fn embed(
         &self,
-        _rows: &Rows,
+        _batch: &Packed,
         tokens: &Tensor,
-        positions: Option<&Tensor>,
+        positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<CudaSlice<T>> {
         self.embed_inputs(&self.batch.inputs, &self.batch.positions, tokens, positions, prompt)
     }
 
-    fn embed_backward_prompt(&self, rows: &Rows, dy: &CudaSlice<T>, width: usize, shape: Shape) -> Result<Tensor> {
+    fn embed_backward_prompt(&self, rows: &Packed, dy: &CudaSlice<T>, width: usize, shape: Shape) -> Result<Tensor> {
         let places = rows.inputs.iter().zip(0u32..).filter_map(|(input, row)| match input {
             Input::Token(_) => None,
             Input::Prompt(i) => Some((row, *i)),
@@ -261,8 +284,8 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(tensor(&self.device, gradient, shape))
     }
 
-    fn layer_norm(&self, x: &CudaSlice<T>, norm: Norm<'_>, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        self.norm(x, norm.weight, Some(norm.bias), eps)
+    fn layer_norm(&self, x: &CudaSlice<T>, norm: &LayerNorm) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
+        self.norm(x, &norm.weight, Some(&norm.bias), norm.eps)
     }
 
     fn layer_norm_backward(
@@ -278,8 +301,8 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(gradients.and_then(|(dweight, dbias)| Some(dweight).zip(dbias)))
     }
 
-    fn rms_norm(&self, x: &CudaSlice<T>, weight: &Tensor, eps: f32) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
-        self.norm(x, weight, None, eps)
+    fn rms_norm(&self, x: &CudaSlice<T>, norm: &RmsNorm) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
+        self.norm(x, &norm.weight, None, norm.eps)
     }
 
     fn rms_norm_backward(
@@ -295,23 +318,46 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(gradients.map(|(dweight, _)| dweight))
     }
 
-    fn linear(&self, x: &CudaSlice<T>, linear: Linear<'_>) -> Result<CudaSlice<T>> {
-        let (depth, width) = linear.weight.dims2()?;
+    fn linear(&self, x: &CudaSlice<T>, layers: &[Layer]) -> Result<CudaSlice<T>> {
+        let (width, depth) = side_by_side(layers)?;
         let mut out = self.unset(x.len() / depth * width)?;
-        self.matrix(linear.weight, |weight| {
-            product(&self.device, &mut out, Matrix::new(x, depth), Matrix::new(weight, width), false)
-        })?;
-        view(linear.bias, |bias| elementwise::bias_dropout(&self.device, &mut out, Some(bias), None, width))?;
+        let mut first = 0;
+        for layer in layers {
+            let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
+            self.matrix(layer.weight.tensor(), |weight| {
+                let weight = match layer.layout {
+                    Layout::InOut => Matrix::new(weight, outputs),
+                    Layout::OutIn => Matrix::new(weight, inputs).transposed(),
+                };
+                product_into_columns(&self.device, &mut out, width, first, Matrix::new(x, depth), weight, false)
+            })?;
+            first += outputs;
+        }
+        if let [Layer { bias: Some(bias), .. }] = layers {
+            view(bias, |bias| elementwise::bias_dropout(&self.device, &mut out, Some(bias), None, width))?;
+        } else if layers.iter().any(|layer| layer.bias.is_some()) {
+            let biases = self.biases(layers, width)?;
+            elementwise::bias_dropout(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
+        }
         Ok(out)
     }
 
-    fn linear_backward_input(&self, dy: &CudaSlice<T>, weight: &Tensor) -> Result<CudaSlice<T>> {
-        let (depth, width) = weight.dims2()?;
+    fn linear_backward_input(&self, dy: &CudaSlice<T>, layers: &[Layer]) -> Result<CudaSlice<T>> {
+        let (width, depth) = side_by_side(layers)?;
         let mut dx = self.unset(dy.len() / width * depth)?;
-        self.matrix(weight, |weight| {
-            let weight = Matrix::new(weight, width).transposed();
-            product(&self.device, &mut dx, Matrix::new(dy, width), weight, false)
-        })?;
+        let mut first = 0;
+        for layer in layers {
+            let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
+            self.matrix(layer.weight.tensor(), |weight| {
+                let weight = match layer.layout {
+                    Layout::InOut => Matrix::new(weight, outputs).transposed(),
+                    Layout::OutIn => Matrix::new(weight, inputs),
+                };
+                let dy = Matrix::part(dy, width, first, outputs);
+                product(&self.device, &mut dx, dy, weight, first > 0)
+            })?;
+            first += outputs;
+        }
         Ok(dx)
     }
 
@@ -319,86 +365,33 @@ impl<T: Number> Backend for Cuda<T> {
         &self,
         x: &CudaSlice<T>,
         dy: &CudaSlice<T>,
-        depth: usize,
-        width: usize,
-    ) -> Result<(Tensor, Tensor)> {
-        let mut dweight = unset::<f32>(&self.device, depth * width)?;
-        let mut dbias = unset::<f32>(&self.device, width)?;
-        product(&self.device, &mut dweight, Matrix::new(x, depth).transposed(), Matrix::new(dy, width), false)?;
-        row_kernels::sum_rows(&self.device, &mut dbias, dy)?;
-        Ok((tensor(&self.device, dweight, (depth, width)), tensor(&self.device, dbias, width)))
-    }
-
-    fn project(&self, x: &CudaSlice<T>, layers: &[Projection<'_>]) -> Result<CudaSlice<T>> {
-        let (width, depth) = joined(layers.iter().map(|layer| layer.weight))?;
-        let mut out = self.unset(x.len() / depth * width)?;
-        // The biases side by side, where there are some.
-        let mut biases = None;
-        let mut first = 0;
-        for layer in layers {
-            let columns = layer.weight.dim(0)?;
-            self.matrix(layer.weight, |weight| {
-                let weight = Matrix::new(weight, depth).transposed();
-                product_into_columns(&self.device, &mut out, width, first, Matrix::new(x, depth), weight, false)
-            })?;
-            if let Some(bias) = layer.bias {
-                let mut all = match biases.take() {
-                    Some(all) => all,
-                    None => self.device.alloc_zeros::<f32>(width)?,
-                };
-                view(bias, |bias: &CudaView<'_, f32>| {
-                    self.device.memcpy_dtod(bias, &mut all.slice_mut(first..first + columns))
-                })?;
-                biases = Some(all);
-            }
-            first += columns;
-        }
-        if let Some(biases) = biases {
-            elementwise::bias_dropout(&self.device, &mut out, Some(&biases.as_view()), None, width)?;
-        }
-        Ok(out)
-    }
-
-    fn project_backward_input(&self, dy: &CudaSlice<T>, weights: &[Tensor]) -> Result<CudaSlice<T>> {
-        let (width, depth) = joined(weights.iter())?;
-        let mut dx = self.unset(dy.len() / width * depth)?;
-        let mut first = 0;
-        for weight in weights {
-            let columns = weight.dim(0)?;
-            self.matrix(weight, |weight| {
-                let dy = Matrix::part(dy, width, first, columns);
-                product(&self.device, &mut dx, dy, Matrix::new(weight, depth), first > 0)
-            })?;
-            first += columns;
-        }
-        Ok(dx)
-    }
-
-    fn project_backward_weight(
-        &self,
-        x: &CudaSlice<T>,
-        dy: &CudaSlice<T>,
         channels: usize,
         first: usize,
-        weight: &Tensor,
+        layer: &Layer,
         bias: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let (width, depth) = weight.dims2()?;
+        let (depth, width) = (layer.inputs()?, layer.outputs()?);
         let mut dweight = unset::<f32>(&self.device, width * depth)?;
-        let part = Matrix::part(dy, channels, first, width).transposed();
-        product(&self.device, &mut dweight, part, Matrix::new(x, depth), false)?;
-        let dweight = tensor(&self.device, dweight, (width, depth));
+        let (x, gradient) = (Matrix::new(x, depth), Matrix::part(dy, channels, first, width));
+        match layer.layout {
+            Layout::InOut => product(&self.device, &mut dweight, x.transposed(), gradient, false)?,
+            Layout::OutIn => product(&self.device, &mut dweight, gradient.transposed(), x, false)?,
+        }
+        let dweight = tensor(&self.device, dweight, layer.weight.tensor().shape());
         if !bias {
             return Ok((dweight, None));
         }
         let mut sums = unset::<f32>(&self.device, channels)?;
         row_kernels::sum_rows(&self.device, &mut sums, dy)?;
+        if width == channels {
+            return Ok((dweight, Some(tensor(&self.device, sums, width))));
+        }
         let mut dbias = unset::<f32>(&self.device, width)?;
         self.device.memcpy_dtod(&sums.slice(first..first + width), &mut dbias)?;
         Ok((dweight, Some(tensor(&self.device, dbias, width))))
     }
 
-    fn rotate(&self, x: &mut CudaSlice<T>, width: usize, rotary: Rotary<'_>, _rows: &Rows, turn: Turn) -> Result<()> {
+    fn rotate(&self, x: &mut CudaSlice<T>, width: usize, rotary: &Rotary, _batch: &Packed, turn: Turn) -> Result<()> {
         self.rotate_at(x, &self.batch.positions, width, rotary, turn)
     }
 
@@ -471,7 +464,7 @@ impl<T: Number> Backend for Cuda<T> {
         &self,
         x: &mut CudaSlice<T>,
         width: usize,
-        _rows: &Rows,
+        _batch: &Packed,
         dropout: &Dropout,
         rate: f32,
         site: u32,
@@ -482,13 +475,13 @@ impl<T: Number> Backend for Cuda<T> {
 
     fn select(&self, x: &CudaSlice<T>, width: usize, rows: &[u32]) -> Result<CudaSlice<T>> {
         let mut out = self.unset(rows.len() * width)?;
-        row_kernels::gather(&self.device, &mut out, x, &self.text()?.slice(..rows.len()), width)?;
+        row_kernels::gather(&self.device, &mut out, x, &self.wanted()?.slice(..rows.len()), width)?;
         Ok(out)
     }
 
     fn select_backward(&self, dy: &CudaSlice<T>, width: usize, rows: &[u32], count: usize) -> Result<CudaSlice<T>> {
         let mut dx = self.zeros(count * width)?;
-        row_kernels::scatter(&self.device, &mut dx, dy, &self.text()?.slice(..rows.len()), width)?;
+        row_kernels::scatter(&self.device, &mut dx, dy, &self.wanted()?.slice(..rows.len()), width)?;
         Ok(dx)
     }
 }

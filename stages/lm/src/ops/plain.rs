@@ -4,27 +4,30 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::{Attend, Block, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
-use crate::config::Activation;
+use super::rotary::Rotary;
+use super::{Attend, Block, Layer, LayerNorm, Layout, Ops, Positions, RmsNorm};
+use crate::batch::{Input, Packed};
 use crate::finite::is_finite;
 use crate::kernels::masks;
+use crate::terms::activation::Activation;
+use crate::terms::dropout::Dropout;
 
-/// Runs a forward pass over `rows`.
+/// Runs a forward pass over a batch.
 pub(crate) struct Plain<'a> {
-    rows: &'a Rows,
+    batch: &'a Packed,
     dropout: Option<Dropout>,
     /// Blocks run so far, where it is watched, and the first of them whose result was not finite.
     watch: Option<(usize, Option<usize>)>,
 }
 
 impl<'a> Plain<'a> {
-    pub(crate) fn new(rows: &'a Rows, dropout: Option<Dropout>) -> Self {
-        Plain { rows, dropout, watch: None }
+    pub(crate) fn new(batch: &'a Packed, dropout: Option<Dropout>) -> Self {
+        Plain { batch, dropout, watch: None }
     }
 
     /// One that notes which block's result is the first that is not finite.
-    pub(crate) fn watching(rows: &'a Rows) -> Self {
-        Plain { watch: Some((0, None)), ..Plain::new(rows, None) }
+    pub(crate) fn watching(batch: &'a Packed) -> Self {
+        Plain { watch: Some((0, None)), ..Plain::new(batch, None) }
     }
 
     /// That block, counted from 0.
@@ -32,22 +35,24 @@ impl<'a> Plain<'a> {
         self.watch.and_then(|(_, broken)| broken)
     }
 
-    /// The position of every row.
-    fn at(&self, device: &Device) -> Result<Tensor> {
-        Tensor::from_slice(&self.rows.positions, self.rows.positions.len(), device)
+    /// The position of every row, where position 0 is `first`.
+    fn at(&self, first: usize, device: &Device) -> Result<Tensor> {
+        let at: Vec<u32> = self.batch.positions.iter().map(|position| first as u32 + position).collect();
+        let count = at.len();
+        Tensor::from_vec(at, count, device)
     }
 }
 
 impl Ops for Plain<'_> {
     type Array = Tensor;
 
-    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Tensor> {
+    fn embed(&mut self, tokens: &Tensor, positions: Option<Positions<'_>>, prompt: Option<&Tensor>) -> Result<Tensor> {
         let device = tokens.device();
         let mut ids = Vec::new();
         // Where each row's vector is found in tokens ++ prompt.
-        let mut places = Vec::with_capacity(self.rows.inputs.len());
-        let texts = self.rows.inputs.iter().filter(|input| matches!(input, Input::Token(_))).count();
-        for input in &self.rows.inputs {
+        let mut places = Vec::with_capacity(self.batch.inputs.len());
+        let texts = self.batch.inputs.iter().filter(|input| matches!(input, Input::Token(_))).count();
+        for input in &self.batch.inputs {
             match input {
                 Input::Token(id) => {
                     places.push(ids.len() as u32);
@@ -64,39 +69,38 @@ impl Ops for Plain<'_> {
             vectors = Tensor::cat(&[&vectors, prompt], 0)?.index_select(&places, 0)?;
         }
         match positions {
-            Some(positions) => vectors + positions.index_select(&self.at(device)?, 0)?,
+            Some(Positions { table, first }) => vectors + table.index_select(&self.at(first, device)?, 0)?,
             None => Ok(vectors),
         }
     }
 
-    fn layer_norm(&mut self, x: &Tensor, norm: Norm<'_>, eps: f32) -> Result<Tensor> {
+    fn layer_norm(&mut self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let normal = centred.broadcast_div(&(variance + f64::from(eps))?.sqrt()?)?;
-        normal.broadcast_mul(norm.weight)?.broadcast_add(norm.bias)
+        let normal = centred.broadcast_div(&(variance + f64::from(norm.eps))?.sqrt()?)?;
+        normal.broadcast_mul(&norm.weight)?.broadcast_add(&norm.bias)
     }
 
-    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    fn rms_norm(&mut self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
         let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(mean_square + f64::from(eps))?.sqrt()?)?.broadcast_mul(weight)
+        x.broadcast_div(&(mean_square + f64::from(norm.eps))?.sqrt()?)?.broadcast_mul(&norm.weight)
     }
 
-    fn linear(&mut self, x: &Tensor, linear: Linear<'_>) -> Result<Tensor> {
-        x.matmul(linear.weight)?.broadcast_add(linear.bias)
-    }
-
-    fn project(&mut self, x: &Tensor, layers: &[Projection<'_>]) -> Result<Tensor> {
-        let project = |layer: &Projection<'_>| {
-            let y = x.matmul(&layer.weight.t()?)?;
-            layer.bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+    fn side_by_side(&mut self, x: &Tensor, layers: &[Layer]) -> Result<Tensor> {
+        let linear = |layer: &Layer| {
+            let y = match layer.layout {
+                Layout::InOut => x.matmul(layer.weight.tensor())?,
+                Layout::OutIn => x.matmul(&layer.weight.tensor().t()?)?,
+            };
+            layer.bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
         };
-        Tensor::cat(&layers.iter().map(project).collect::<Result<Vec<_>>>()?, 1)
+        Tensor::cat(&layers.iter().map(linear).collect::<Result<Vec<_>>>()?, 1)
     }
 
-    fn rotary(&mut self, x: Tensor, rotary: Rotary<'_>) -> Result<Tensor> {
-        let Rotary { heads, head_width, angles } = rotary;
+    fn rotary(&mut self, x: Tensor, rotary: &Rotary) -> Result<Tensor> {
+        let Rotary { heads, head_width, ref angles } = *rotary;
         let ((rows, width), half) = (x.dims2()?, head_width / 2);
-        let angles = angles.index_select(&self.at(x.device())?, 0)?.reshape((rows, 1, 2, half))?;
+        let angles = angles.index_select(&self.at(0, x.device())?, 0)?.reshape((rows, 1, 2, half))?;
         let (cosine, sine) = (angles.narrow(2, 0, 1)?, angles.narrow(2, 1, 1)?); // [N, 1, 1, D / 2]
         let turned = x.narrow(1, 0, heads * head_width)?.reshape((rows, heads, 2, half))?;
         let (a, b) = (turned.narrow(2, 0, 1)?, turned.narrow(2, 1, 1)?);
@@ -114,14 +118,14 @@ impl Ops for Plain<'_> {
         let device = qkv.device();
         // Sequences side by side, [B, T]. What stands behind a short one is never read: it comes later than all its
         // queries, and its own results are left out below.
-        let batch = self.rows.segments.len();
-        let longest = self.rows.segments.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        let batch = self.batch.segments.len();
+        let longest = self.batch.segments.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         if longest == 0 {
             return Tensor::zeros((count, width), qkv.dtype(), device);
         }
         let mut padded = vec![0u32; batch * longest];
         let mut back = Vec::with_capacity(count);
-        for (b, segment) in self.rows.segments.iter().enumerate() {
+        for (b, segment) in self.batch.segments.iter().enumerate() {
             for (t, row) in segment.clone().enumerate() {
                 padded[b * longest + t] = row as u32;
                 back.push((b * longest + t) as u32);
@@ -147,7 +151,7 @@ impl Ops for Plain<'_> {
             for (line, out) in mask.chunks_exact_mut(longest).enumerate() {
                 let (b, head, query) = (line / longest / heads, line / longest % heads, line % longest);
                 let site = attend.site + head as u32;
-                masks::fill(out, &dropout, attend.dropout, site, self.rows.ids[b], query as u32);
+                masks::fill(out, &dropout, attend.dropout, site, self.batch.rows[b], query as u32);
             }
             probabilities = (probabilities * Tensor::from_vec(mask, (batch, heads, longest, longest), device)?)?;
         }
@@ -175,16 +179,16 @@ impl Ops for Plain<'_> {
         let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
         let (rows, width) = x.dims2()?;
         let mut mask = vec![0.0; rows * width];
-        for (mask, (id, line)) in mask.chunks_exact_mut(width).zip(self.rows.keys(rows)) {
+        for (mask, (id, line)) in mask.chunks_exact_mut(width).zip(self.batch.keys(rows)) {
             masks::fill(mask, &dropout, rate, site, id, line);
         }
         let mask = Tensor::from_vec(mask, (rows, width), x.device())?;
         x * mask
     }
 
-    fn text(&mut self, x: Tensor) -> Result<Tensor> {
-        let Some(text) = &self.rows.text else { return Ok(x) };
-        x.index_select(&Tensor::from_slice(text, text.len(), x.device())?, 0)
+    fn wanted(&mut self, x: Tensor) -> Result<Tensor> {
+        let Some(wanted) = &self.batch.wanted else { return Ok(x) };
+        x.index_select(&Tensor::from_slice(wanted, wanted.len(), x.device())?, 0)
     }
 
     fn block<T: Block>(&mut self, x: Tensor, block: &T) -> Result<Tensor> {

@@ -15,15 +15,18 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor,
 
 use super::backend::Backend;
 use super::collect::{Contribution, deliver};
-use super::{Attend, Block, Dropout, Input, Linear, Norm, Ops, Projection, Rotary, Rows};
-use crate::config::Activation;
+use super::rotary::Rotary;
+use super::{Attend, Block, Layer, LayerNorm, Ops, Positions, RmsNorm, side_by_side};
+use crate::batch::{Input, Packed};
 use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
+use crate::terms::activation::Activation;
+use crate::terms::dropout::Dropout;
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
 pub(crate) struct Tape<B: Backend> {
     backend: B,
-    rows: Arc<Rows>,
+    batch: Arc<Packed>,
     dropout: Option<Dropout>,
     steps: Vec<Step<B>>,
     nodes: usize,
@@ -57,18 +60,18 @@ type Again<B> = Arc<dyn Fn(&B) -> Result<<B as Backend>::Buffer> + Send + Sync>;
 type Step<B> = Box<dyn FnOnce(&mut Backward<B>) -> Result<()> + Send>;
 
 impl<B: Backend> Tape<B> {
-    /// A tape for a forward pass over `rows`.
-    pub(crate) fn new(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
-        Tape::keeping(Keeping::Activations, backend, Arc::new(rows), dropout)
+    /// A tape for a forward pass over a batch.
+    pub(crate) fn new(backend: B, batch: Packed, dropout: Option<Dropout>) -> Self {
+        Tape::keeping(Keeping::Activations, backend, Arc::new(batch), dropout)
     }
 
     /// The same, keeping only the inputs of blocks: their insides are computed again on the way back.
-    pub(crate) fn checkpointing(backend: B, rows: Rows, dropout: Option<Dropout>) -> Self {
-        Tape::keeping(Keeping::BlockInputs, backend, Arc::new(rows), dropout)
+    pub(crate) fn checkpointing(backend: B, batch: Packed, dropout: Option<Dropout>) -> Self {
+        Tape::keeping(Keeping::BlockInputs, backend, Arc::new(batch), dropout)
     }
 
-    fn keeping(keeping: Keeping, backend: B, rows: Arc<Rows>, dropout: Option<Dropout>) -> Self {
-        Tape { backend, rows, dropout, steps: Vec::new(), nodes: 0, keeping }
+    fn keeping(keeping: Keeping, backend: B, batch: Arc<Packed>, dropout: Option<Dropout>) -> Self {
+        Tape { backend, batch, dropout, steps: Vec::new(), nodes: 0, keeping }
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
@@ -117,34 +120,40 @@ impl<B: Backend> Tape<B> {
 impl<B: Backend> Ops for Tape<B> {
     type Array = Array<B>;
 
-    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Array<B>> {
+    fn embed(
+        &mut self,
+        tokens: &Tensor,
+        positions: Option<Positions<'_>>,
+        prompt: Option<&Tensor>,
+    ) -> Result<Array<B>> {
         let width = tokens.dim(1)?;
-        let out = self.backend.embed(&self.rows, tokens, positions, prompt)?;
-        let (tokens, positions) = (leaf(tokens)?, positions.map(leaf).transpose()?.flatten());
+        let out = self.backend.embed(&self.batch, tokens, positions, prompt)?;
+        let first = positions.map_or(0, |positions| positions.first as u32);
+        let (tokens, positions) = (leaf(tokens)?, positions.map(|p| leaf(p.table)).transpose()?.flatten());
         let prompt = prompt.filter(|p| p.track_op()).map(|p| p.shape().clone());
         let out = self.array(out, width, tokens.is_some() || positions.is_some() || prompt.is_some());
         if let Some(node) = out.node {
-            let rows = self.rows.clone();
+            let batch = self.batch.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 if let Some(shape) = prompt {
-                    backward.prompt = Some(backward.backend.embed_backward_prompt(&rows, &dy, width, shape)?);
+                    backward.prompt = Some(backward.backend.embed_backward_prompt(&batch, &dy, width, shape)?);
                 }
                 if tokens.is_none() && positions.is_none() {
                     return Ok(());
                 }
                 let dy = take(&backward.backend, dy)?;
-                let gradient = backward.backend.tensor(dy, Shape::from((rows.inputs.len(), width)))?;
+                let gradient = backward.backend.tensor(dy, Shape::from((batch.inputs.len(), width)))?;
                 if let Some(tokens) = tokens {
                     let id = |(row, input): (usize, &Input)| match input {
                         Input::Token(id) => Some((row, *id)),
                         Input::Prompt(_) => None,
                     };
-                    let places = rows.inputs.iter().enumerate().filter_map(id).collect();
+                    let places = batch.inputs.iter().enumerate().filter_map(id).collect();
                     deliver(&tokens, Contribution::Rows { places, gradient: gradient.clone() })?;
                 }
                 if let Some(positions) = positions {
-                    let places = rows.positions.iter().copied().enumerate().collect();
+                    let places = batch.positions.iter().map(|position| first + position).enumerate().collect();
                     deliver(&positions, Contribution::Rows { places, gradient })?;
                 }
                 Ok(())
@@ -153,16 +162,13 @@ impl<B: Backend> Ops for Tape<B> {
         Ok(out)
     }
 
-    fn layer_norm(&mut self, x: &Array<B>, norm: Norm<'_>, eps: f32) -> Result<Array<B>> {
-        let (out, moments) = self.backend.layer_norm(&x.data, norm, eps)?;
-        let parameters = leaf(norm.weight)?.zip(leaf(norm.bias)?);
+    fn layer_norm(&mut self, x: &Array<B>, norm: &LayerNorm) -> Result<Array<B>> {
+        let (out, moments) = self.backend.layer_norm(&x.data, norm)?;
+        let parameters = leaf(&norm.weight)?.zip(leaf(&norm.bias)?);
         let mut out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
         if let Some(node) = out.node {
-            let (x_again, weight, bias) = (x.data.clone(), norm.weight.clone(), norm.bias.clone());
-            out.again = Some(Arc::new(move |backend| {
-                let norm = Norm { weight: &weight, bias: &bias };
-                Ok(backend.layer_norm(&x_again, norm, eps)?.0)
-            }));
+            let (x_again, norm_again) = (x.data.clone(), norm.clone());
+            out.again = Some(Arc::new(move |backend| Ok(backend.layer_norm(&x_again, &norm_again)?.0)));
             let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
@@ -182,14 +188,14 @@ impl<B: Backend> Ops for Tape<B> {
         Ok(out)
     }
 
-    fn rms_norm(&mut self, x: &Array<B>, weight: &Tensor, eps: f32) -> Result<Array<B>> {
-        let (out, moments) = self.backend.rms_norm(&x.data, weight, eps)?;
-        let parameter = leaf(weight)?;
+    fn rms_norm(&mut self, x: &Array<B>, norm: &RmsNorm) -> Result<Array<B>> {
+        let (out, moments) = self.backend.rms_norm(&x.data, norm)?;
+        let parameter = leaf(&norm.weight)?;
         let mut out = self.array(out, x.width, x.node.is_some() || parameter.is_some());
         if let Some(node) = out.node {
-            let (x_again, weight_again) = (x.data.clone(), weight.clone());
-            out.again = Some(Arc::new(move |backend| Ok(backend.rms_norm(&x_again, &weight_again, eps)?.0)));
-            let (weight, x_node, x) = (weight.clone(), x.node, x.data.clone());
+            let (x_again, norm_again) = (x.data.clone(), norm.clone());
+            out.again = Some(Arc::new(move |backend| Ok(backend.rms_norm(&x_again, &norm_again)?.0)));
+            let (weight, x_node, x) = (norm.weight.clone(), x.node, x.data.clone());
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let mut dx = backward.sum(x_node, B::len(&x))?;
@@ -207,68 +213,40 @@ impl<B: Backend> Ops for Tape<B> {
         Ok(out)
     }
 
-    fn linear(&mut self, x: &Array<B>, linear: Linear<'_>) -> Result<Array<B>> {
-        let (depth, width) = linear.weight.dims2()?;
+    fn side_by_side(&mut self, x: &Array<B>, layers: &[Layer]) -> Result<Array<B>> {
+        let (width, depth) = side_by_side(layers)?;
         if x.width != depth {
             bail!("a linear layer over {depth} channels got {}", x.width);
         }
-        let out = self.backend.linear(&x.data, linear)?;
-        let parameters = leaf(linear.weight)?.zip(leaf(linear.bias)?);
-        let out = self.array(out, width, x.node.is_some() || parameters.is_some());
-        if let Some(node) = out.node {
-            let (weight, x_node) = (linear.weight.clone(), x.node);
-            let kept = parameters.map(|parameters| (parameters, Kept::of(x)));
-            self.record(move |backward| {
-                let dy = backward.take(node)?;
-                if let Some(((weight, bias), x)) = kept {
-                    let x = x.get(&backward.backend)?;
-                    let (dweight, dbias) = backward.backend.linear_backward_weight(&x, &dy, depth, width)?;
-                    deliver(&weight, Contribution::Dense(dweight))?;
-                    deliver(&bias, Contribution::Dense(dbias))?;
-                }
-                if let Some(node) = x_node {
-                    let dx = backward.backend.linear_backward_input(&dy, &weight)?;
-                    backward.add(node, dx)?;
-                }
-                Ok(())
-            });
-        }
-        Ok(out)
-    }
-
-    fn project(&mut self, x: &Array<B>, layers: &[Projection<'_>]) -> Result<Array<B>> {
-        let mut width = 0;
-        // Of each layer: its first column, and the parameters that want a gradient.
-        let mut parameters = Vec::with_capacity(layers.len());
-        for layer in layers {
-            let (out, depth) = layer.weight.dims2()?;
-            if x.width != depth {
-                bail!("a linear layer over {depth} channels got {}", x.width);
-            }
-            parameters.push((width, leaf(layer.weight)?, layer.bias.map(leaf).transpose()?.flatten()));
-            width += out;
-        }
-        let out = self.backend.project(&x.data, layers)?;
-        let wanted = parameters.iter().any(|(_, weight, bias)| weight.is_some() || bias.is_some());
+        // The parameters of each layer that want a gradient.
+        let parameters = layers
+            .iter()
+            .map(|layer| Ok((leaf(layer.weight.tensor())?, layer.bias.as_ref().map(leaf).transpose()?.flatten())));
+        let parameters: Vec<_> = parameters.collect::<Result<_>>()?;
+        let out = self.backend.linear(&x.data, layers)?;
+        let wanted = parameters.iter().any(|(weight, bias)| weight.is_some() || bias.is_some());
         let out = self.array(out, width, x.node.is_some() || wanted);
         if let Some(node) = out.node {
-            let weights: Vec<Tensor> = layers.iter().map(|layer| layer.weight.clone()).collect();
+            let layers = layers.to_vec();
             let (x_node, kept) = (x.node, wanted.then(|| Kept::of(x)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let kept = kept.map(|x| x.get(&backward.backend)).transpose()?;
-                for (first, weight, bias) in parameters {
-                    let (Some(x), Some(weight)) = (&kept, weight) else { continue };
-                    let backend = &backward.backend;
-                    let (dweight, dbias) =
-                        backend.project_backward_weight(x, &dy, width, first, &weight, bias.is_some())?;
-                    deliver(&weight, Contribution::Dense(dweight))?;
-                    if let Some((bias, dbias)) = bias.zip(dbias) {
-                        deliver(&bias, Contribution::Dense(dbias))?;
+                let mut first = 0;
+                for (layer, (weight, bias)) in layers.iter().zip(parameters) {
+                    if let (Some(x), Some(weight)) = (&kept, weight) {
+                        let backend = &backward.backend;
+                        let (dweight, dbias) =
+                            backend.linear_backward_weight(x, &dy, width, first, layer, bias.is_some())?;
+                        deliver(&weight, Contribution::Dense(dweight))?;
+                        if let Some((bias, dbias)) = bias.zip(dbias) {
+                            deliver(&bias, Contribution::Dense(dbias))?;
+                        }
                     }
+                    first += layer.outputs()?;
                 }
                 if let Some(node) = x_node {
-                    let dx = backward.backend.project_backward_input(&dy, &weights)?;
+                    let dx = backward.backend.linear_backward_input(&dy, &layers)?;
                     backward.add(node, dx)?;
                 }
                 Ok(())
@@ -277,18 +255,16 @@ impl<B: Backend> Ops for Tape<B> {
         Ok(out)
     }
 
-    fn rotary(&mut self, x: Array<B>, rotary: Rotary<'_>) -> Result<Array<B>> {
+    fn rotary(&mut self, x: Array<B>, rotary: &Rotary) -> Result<Array<B>> {
         let (width, from) = (x.width, x.node);
         let mut data = take(&self.backend, x.data)?;
-        self.backend.rotate(&mut data, width, rotary, &self.rows, Turn::Forth)?;
+        self.backend.rotate(&mut data, width, rotary, &self.batch, Turn::Forth)?;
         let out = self.array(data, width, from.is_some());
         if let Some((node, from)) = out.node.zip(from) {
-            let (rows, angles) = (self.rows.clone(), rotary.angles.clone());
-            let (heads, head_width) = (rotary.heads, rotary.head_width);
+            let (batch, rotary) = (self.batch.clone(), rotary.clone());
             self.record(move |backward| {
                 let mut dy = backward.take_own(node)?;
-                let rotary = Rotary { heads, head_width, angles: &angles };
-                backward.backend.rotate(&mut dy, width, rotary, &rows, Turn::Back)?;
+                backward.backend.rotate(&mut dy, width, &rotary, &batch, Turn::Back)?;
                 backward.add(from, dy)
             });
         }
@@ -298,13 +274,13 @@ impl<B: Backend> Ops for Tape<B> {
     fn attention(&mut self, qkv: Array<B>, attend: Attend) -> Result<Array<B>> {
         let width = attend.heads * attend.head_width(qkv.width);
         let dropout = self.dropout.filter(|_| attend.dropout > 0.0).map(|d| (d, attend.dropout, attend.site));
-        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.rows, attend, dropout))?;
+        let (out, attended) = self.backend.attention(&qkv.data, width, &spec(&self.batch, attend, dropout))?;
         let out = self.shared(out, width, qkv.node.is_some());
         if let Some((node, from)) = out.node.zip(qkv.node) {
-            let rows = self.rows.clone();
+            let batch = self.batch.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let attention = spec(&rows, attend, dropout);
+                let attention = spec(&batch, attend, dropout);
                 let dx = backward.backend.attention_backward(&qkv.data, &attended, &dy, width, &attention)?;
                 backward.add(from, dx)
             });
@@ -370,30 +346,30 @@ impl<B: Backend> Ops for Tape<B> {
         let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
         let (width, from) = (x.width, x.node);
         let mut data = take(&self.backend, x.data)?;
-        self.backend.dropout(&mut data, width, &self.rows, &dropout, rate, site)?;
+        self.backend.dropout(&mut data, width, &self.batch, &dropout, rate, site)?;
         let out = self.array(data, width, from.is_some());
         if let Some((node, from)) = out.node.zip(from) {
-            let rows = self.rows.clone();
+            let batch = self.batch.clone();
             self.record(move |backward| {
                 let mut dy = backward.take_own(node)?;
-                backward.backend.dropout(&mut dy, width, &rows, &dropout, rate, site)?;
+                backward.backend.dropout(&mut dy, width, &batch, &dropout, rate, site)?;
                 backward.add(from, dy)
             });
         }
         Ok(out)
     }
 
-    fn text(&mut self, x: Array<B>) -> Result<Array<B>> {
-        let Some(text) = &self.rows.text else { return Ok(x) };
+    fn wanted(&mut self, x: Array<B>) -> Result<Array<B>> {
+        let Some(wanted) = &self.batch.wanted else { return Ok(x) };
         let width = x.width;
-        let out = self.backend.select(&x.data, width, text)?;
+        let out = self.backend.select(&x.data, width, wanted)?;
         let out = self.array(out, width, x.node.is_some());
         if let Some((node, from)) = out.node.zip(x.node) {
-            let rows = self.rows.clone();
+            let batch = self.batch.clone();
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let text = rows.text.as_deref().unwrap_or_default();
-                let dx = backward.backend.select_backward(&dy, width, text, rows.inputs.len())?;
+                let wanted = batch.wanted.as_deref().unwrap_or_default();
+                let dx = backward.backend.select_backward(&dy, width, wanted, batch.inputs.len())?;
                 backward.add(from, dx)
             });
         }
@@ -404,7 +380,7 @@ impl<B: Backend> Ops for Tape<B> {
         if self.keeping != Keeping::BlockInputs {
             return block.forward(self, x);
         }
-        let start = |keeping| Tape::keeping(keeping, self.backend.clone(), self.rows.clone(), self.dropout);
+        let start = |keeping| Tape::keeping(keeping, self.backend.clone(), self.batch.clone(), self.dropout);
         let (input, width, from) = (x.data.clone(), x.width, x.node);
         let out = block.forward(&mut start(Keeping::Nothing), x)?;
         let mut again = start(Keeping::Activations);
@@ -451,9 +427,9 @@ impl<B: Backend> Kept<B> {
     }
 }
 
-fn spec(rows: &Rows, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> Attention<'_> {
+fn spec(batch: &Packed, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> Attention<'_> {
     let Attend { heads, kv_heads, scale, .. } = attend;
-    Attention { segments: &rows.segments, rows: &rows.ids, heads, kv_heads, scale, dropout }
+    Attention { segments: &batch.segments, rows: &batch.rows, heads, kv_heads, scale, dropout }
 }
 
 /// The data itself where nobody else holds it, else a copy.

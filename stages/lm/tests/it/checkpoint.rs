@@ -192,14 +192,14 @@ fn a_clone_has_storage_of_its_own_and_a_frozen_view_has_not() {
     let gradients: Gradients =
         model.parameters().iter().map(|(name, p)| (name.clone(), p.detach().ones_like().unwrap())).collect();
     let mut optimizer = AdamW::new(AdamWOptions::default());
-    optimizer.step(model.parameters(), &gradients, 0.1, 1.0).unwrap();
+    optimizer.step(&model.parameters(), &gradients, 0.1, 1.0).unwrap();
     assert!(weights(&clone) == before);
     assert!(weights(&view) == weights(&model) && weights(&view) != before);
     assert!(view.parameters().values().all(|p| !p.is_variable()));
 
     let folder = tempfile::tempdir().unwrap();
     let state = optimizer.to_state().unwrap();
-    optimizer.step(model.parameters(), &gradients, 0.1, 1.0).unwrap();
+    optimizer.step(&model.parameters(), &gradients, 0.1, 1.0).unwrap();
     state.save(folder.path()).unwrap();
     let again = tempfile::tempdir().unwrap();
     OptimizerState::load(folder.path(), &Device::Cpu).unwrap().save(again.path()).unwrap();

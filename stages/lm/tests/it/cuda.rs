@@ -97,7 +97,7 @@ fn step(student: &LanguageModel, teacher: &LanguageModel, prompt: &Tensor, updat
     let targets =
         [target(&plain, Divergence::ReverseKl, 0.8, 1.0), target(&prompted, Divergence::Jsd { beta: 0.4 }, 0.5, 2.0)];
     let loss = head_loss(&hidden, student.head(), Some((&labels, 0.7)), &targets, &weights).unwrap();
-    let mut parameters = student.parameters().clone();
+    let mut parameters = student.parameters();
     parameters.extend([("prompt".to_owned(), prompt.clone())]);
     let mut values = vec![f64::from(flat(&loss.loss)[0])];
     values.extend(loss.cross_entropy);
@@ -212,7 +212,7 @@ fn cuda_training_follows_that_of_the_cpu() {
         let teacher = on(&device, &model());
         let student = teacher.deep_clone().unwrap().trainable().unwrap();
         let prompt = prompt(&device);
-        let mut parameters = student.parameters().clone();
+        let mut parameters = student.parameters();
         parameters.extend([("prompt".to_owned(), prompt.clone())]);
         // With such an eps an update is smooth in the gradient also where that is nothing but rounding.
         let options = AdamWOptions { eps: 1e-3, ..AdamWOptions::default() };

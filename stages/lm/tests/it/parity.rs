@@ -43,7 +43,7 @@ fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
     let (mut batch, mut places, mut labels) = (Packed::new(), Vec::new(), Vec::new());
     for (id, (prompt, response)) in rows.iter().enumerate() {
         let text = [prompt.as_slice(), response].concat();
-        let start = batch.ids.len();
+        let start = batch.inputs.len();
         batch.push(id as u64, &text[..text.len() - 1]);
         places.extend((0..response.len()).map(|i| (start + prompt.len() - 1 + i) as u32));
         labels.extend(response);
@@ -101,7 +101,7 @@ fn the_loss_and_gradients_of_llamas_are_those_of_pytorch() {
             (model(name).trainable().unwrap(), expected(name), json(name, "expected.json"));
         let rows = &batches(name)[0];
         let loss = loss(&model, rows, tokens(rows));
-        let gradients = gradients(&loss, model.parameters()).unwrap();
+        let gradients = gradients(&loss, &model.parameters()).unwrap();
         let near = |found: f64, expected: &Json| (found / expected[0].as_f64().unwrap() - 1.0).abs() < 1e-5;
         assert!(near(f64::from(loss.to_scalar::<f32>().unwrap()), &scalars["losses"]), "{name}");
         assert!(near(norm(&gradients).unwrap(), &scalars["grad_norms"]), "{name}");
@@ -125,7 +125,7 @@ fn loss_gradients_and_five_updates_are_those_of_pytorch() {
     for (step, rows) in batches("gpt2").iter().enumerate() {
         let loss = loss(&model, rows, tokens(rows));
         near("loss", f64::from(loss.to_scalar::<f32>().unwrap()), &scalars["losses"][step]);
-        let gradients = gradients(&loss, model.parameters()).unwrap();
+        let gradients = gradients(&loss, &model.parameters()).unwrap();
         if step == 0 {
             assert_eq!(gradients.len(), model.parameters().len());
             for (name, gradient) in &gradients {
@@ -137,10 +137,10 @@ fn loss_gradients_and_five_updates_are_those_of_pytorch() {
         let size = norm(&gradients).unwrap();
         near("gradient norm", size, &scalars["grad_norms"][step]);
         let rate = learning_rate(1e-3, Schedule::Cosine { floor: 0.0 }, Warmup::default(), step as u64, 5);
-        optimizer.step(model.parameters(), &gradients, rate, (1.0 / (size + 1e-6)).min(1.0)).unwrap();
+        optimizer.step(&model.parameters(), &gradients, rate, (1.0 / (size + 1e-6)).min(1.0)).unwrap();
     }
     assert_eq!(optimizer.updates(), 5);
-    for (name, parameter) in model.parameters() {
+    for (name, parameter) in &model.parameters() {
         let expected = without_key_bias(name, &expected[&format!("after5.{name}")]);
         let gap = gap(&without_key_bias(name, &flat(parameter)), &expected);
         assert!(gap < 1e-5, "{name} after five updates: {gap}");
@@ -177,7 +177,7 @@ fn gradients_do_not_depend_on_how_a_batch_is_split() {
     let by_parts = |size: usize| {
         let mut total = Gradients::new();
         for part in rows.chunks(size) {
-            let part = gradients(&loss(&model, part, count), model.parameters()).unwrap();
+            let part = gradients(&loss(&model, part, count), &model.parameters()).unwrap();
             accumulate(&mut total, part).unwrap();
         }
         total
@@ -195,8 +195,8 @@ fn gradients_do_not_depend_on_how_a_batch_is_split() {
 fn an_interrupted_training_ends_with_the_same_bits() {
     let train = |model: &LanguageModel, optimizer: &mut AdamW, batches: &[Vec<(Vec<u32>, Vec<u32>)>]| {
         for rows in batches {
-            let gradients = gradients(&loss(model, rows, tokens(rows)), model.parameters()).unwrap();
-            optimizer.step(model.parameters(), &gradients, 1e-3, 0.5).unwrap();
+            let gradients = gradients(&loss(model, rows, tokens(rows)), &model.parameters()).unwrap();
+            optimizer.step(&model.parameters(), &gradients, 1e-3, 0.5).unwrap();
         }
     };
     let bits = |model: &LanguageModel| model.parameters().values().map(flat).collect::<Vec<_>>();
@@ -236,10 +236,10 @@ fn learns_by_heart(architecture: &Architecture) {
     let rows: Vec<(Vec<u32>, Vec<u32>)> = (0..6).map(row).collect();
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..AdamWOptions::default() });
     for update in 0..150 {
-        let gradients = gradients(&loss(&model, &rows, tokens(&rows)), model.parameters()).unwrap();
+        let gradients = gradients(&loss(&model, &rows, tokens(&rows)), &model.parameters()).unwrap();
         let rate = learning_rate(5e-3, Schedule::Constant, Warmup { updates: 10, from_zero: false }, update, 150);
         let scale = (1.0 / norm(&gradients).unwrap()).min(1.0);
-        optimizer.step(model.parameters(), &gradients, rate, scale).unwrap();
+        optimizer.step(&model.parameters(), &gradients, rate, scale).unwrap();
     }
     let left = loss(&model, &rows, tokens(&rows)).to_scalar::<f32>().unwrap();
     assert!(left < 0.02, "{left}");

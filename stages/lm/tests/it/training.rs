@@ -39,7 +39,7 @@ fn values(gradients: &Gradients) -> Vec<Vec<f32>> {
 fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
     let model = small_model(0.1).trainable().unwrap();
     let dropout = Dropout { seed: 1, update: 0, purpose: purpose::DROPOUT };
-    let gradients = gradients(&loss(&model, &batch(), None, Some(&dropout)), model.parameters()).unwrap();
+    let gradients = gradients(&loss(&model, &batch(), None, Some(&dropout)), &model.parameters()).unwrap();
     assert!(gradients.keys().eq(model.parameters().keys()));
     for (name, gradient) in &gradients {
         let gradient = flat(gradient);
@@ -52,7 +52,7 @@ fn parameters_that_a_loss_does_not_depend_on_are_named() {
     let model = small_model(0.0).trainable().unwrap();
     let hidden = (model.embedding() * 2.0).unwrap();
     let loss = head_loss(&hidden, model.head(), Some((&[1; 40], 1.0)), &[], &[1.0; 40]).unwrap().loss;
-    let error = gradients(&loss, model.parameters()).unwrap_err().to_string();
+    let error = gradients(&loss, &model.parameters()).unwrap_err().to_string();
     assert!(error.contains("`transformer.wpe.weight`, `transformer.h.0.ln_1.weight`"), "{error}");
     assert!(!error.contains("wte"), "{error}");
 }
@@ -71,7 +71,7 @@ fn gradients_have_the_same_bits_with_any_number_of_threads() {
     // Long enough for several blocks of rows.
     let batch: Vec<(u64, Vec<u32>)> =
         (0..12).map(|i| (i, (0..30).map(|t| (i as u32 * 7 + t) % 40).collect())).collect();
-    let run = || values(&gradients(&loss(&model, &batch, None, Some(&dropout)), model.parameters()).unwrap());
+    let run = || values(&gradients(&loss(&model, &batch, None, Some(&dropout)), &model.parameters()).unwrap());
     let one = with_threads(1, run);
     for threads in [2, 3] {
         assert!(one == with_threads(threads, run), "{threads} threads");
@@ -83,13 +83,13 @@ fn dropout_does_not_change_with_the_split_of_a_batch() {
     let model = small_model(0.3).trainable().unwrap();
     let dropout = Dropout { seed: 4, update: 7, purpose: purpose::DROPOUT };
     let of = |rows: &[(u64, Vec<u32>)], dropout: Option<&Dropout>| {
-        values(&gradients(&loss(&model, rows, None, dropout), model.parameters()).unwrap())
+        values(&gradients(&loss(&model, rows, None, dropout), &model.parameters()).unwrap())
     };
     let whole = of(&batch(), Some(&dropout));
     for size in [1, 2] {
         let mut total = Gradients::new();
         for part in batch().chunks(size) {
-            accumulate(&mut total, gradients(&loss(&model, part, None, Some(&dropout)), model.parameters()).unwrap())
+            accumulate(&mut total, gradients(&loss(&model, part, None, Some(&dropout)), &model.parameters()).unwrap())
                 .unwrap();
         }
         for (part, whole) in values(&total).iter().zip(&whole) {
@@ -150,7 +150,7 @@ fn wanted_tokens_of(model: &LanguageModel) {
         let whole = model.hidden(&whole, prompt, Some(&dropout)).unwrap().index_select(&indices, 0).unwrap();
         let part = model.hidden(&part, prompt, Some(&dropout)).unwrap();
         assert_eq!(flat(&whole), flat(&part));
-        let mut parameters = model.parameters().clone();
+        let mut parameters = model.parameters();
         parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
         let [whole, part] = [whole, part].map(|hidden| {
             let loss = head_loss(&hidden, model.head(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
@@ -175,10 +175,13 @@ fn a_batch_that_does_not_fit_is_an_error() {
     assert!(error(&[1; 30], Some(&prompt(32))).contains("row 9 of `train` has 34 tokens with the soft prompt"));
     assert!(error(&[1, 40], None).contains("token id 40"));
     assert!(error(&[1], Some(&prompt(8))).contains("soft prompt of width 8 for a model of width 32"));
-    let wanted = Packed { wanted: Some(vec![1]), ids: vec![1], ..Packed::new() };
-    assert!(model.hidden(&wanted, None, None).unwrap_err().to_string().contains("token 1 is wanted of a batch of 1"));
-    let wanted = Packed { wanted: Some(vec![1, 0]), ids: vec![1, 2], ..Packed::new() };
-    assert!(model.hidden(&wanted, None, None).unwrap_err().to_string().contains("must be in order"));
+    let wanted = |ids: &[u32], wanted: &[u32]| {
+        let mut batch = Packed { wanted: Some(wanted.to_vec()), ..Packed::new() };
+        batch.push(8, ids);
+        model.hidden(&batch, None, None).unwrap_err().to_string()
+    };
+    assert!(wanted(&[1], &[1]).contains("token 1 is wanted of a batch of 1"));
+    assert!(wanted(&[1, 2], &[1, 0]).contains("must be in order"));
     let empty = model.hidden(&Packed::new(), None, None).unwrap();
     assert_eq!(empty.dims(), [0, 32]);
 }

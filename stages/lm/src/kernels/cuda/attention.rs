@@ -11,7 +11,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrM
 use candle_core::{Result, bail};
 
 use super::{Call, Element, Module, fold, module, rows_of, unset, upload};
-use crate::ops::Dropout;
+use crate::terms::dropout::Dropout;
 
 static MODULE: Module = module!("attention");
 

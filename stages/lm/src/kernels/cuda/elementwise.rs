@@ -5,7 +5,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 
 use super::{Call, Element, Mask, Module, THREADS, blocks, module, rows_of, threads_for_row};
-use crate::config::Activation;
+use crate::terms::activation::Activation;
 
 static MODULE: Module = module!("elementwise");
 

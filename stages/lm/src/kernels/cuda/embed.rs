@@ -5,7 +5,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut};
 
 use super::{Call, Element, Module, THREADS, module, rows_of, threads_for_row, upload};
-use crate::ops::Input;
+use crate::batch::Input;
 
 static MODULE: Module = module!("embed");
 

@@ -62,68 +62,11 @@ __device__ void normalise(const T *row, int vocabulary, float scale, Normaliser 
     }
 }
 
-// A summand f of a divergence, and h = s df/ds up to a multiple of s: the rules of `head.rs` on the CPU.
-struct Summand {
-    float value, slope;
-};
-template <class T> struct Rules {
-    static __device__ __forceinline__ float mix(float weight, float a, float b) {
-        float mixture = weight * a + (1.0f - weight) * b;
-        return mixture < FLT_MIN ? FLT_MIN : mixture;
-    }
-    static __device__ __forceinline__ float log_ratio(float probability, float mixture) {
-        float ratio = probability / mixture;
-        return logarithm<T>(ratio < FLT_MIN ? FLT_MIN : ratio);
-    }
+// What the rules of divergences are made of.
+__device__ __forceinline__ float above_zero(float x) { return x < FLT_MIN ? FLT_MIN : x; }
+__device__ __forceinline__ float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
 
-    struct ForwardKl {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float, float) {
-            return {t * (log_t - log_s), -t};
-        }
-    };
-    struct ReverseKl {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float, float) {
-            float value = s * (log_s - log_t);
-            return {value, value};
-        }
-    };
-    struct Jsd {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float beta, float) {
-            float mixture = mix(beta, t, s);
-            float slope = (1.0f - beta) * s * log_ratio(s, mixture);
-            return {beta * t * log_ratio(t, mixture) + slope, slope};
-        }
-    };
-    struct SkewedForwardKl {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float alpha, float) {
-            float mixture = mix(alpha, t, s);
-            return {t * log_ratio(t, mixture), -(1.0f - alpha) * t * (s / mixture)};
-        }
-    };
-    struct SkewedReverseKl {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float alpha, float) {
-            float mixture = mix(alpha, s, t);
-            float value = s * log_ratio(s, mixture);
-            return {value, value - alpha * s * (s / mixture)};
-        }
-    };
-    struct TotalVariation {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float, float) {
-            float difference = s - t;
-            float sign = difference > 0.0f ? 0.5f : -0.5f;
-            return {0.5f * fabsf(difference), difference == 0.0f ? 0.0f : sign * s};
-        }
-    };
-    struct AlphaBeta {
-        static __device__ Summand of(float s, float log_s, float t, float log_t, float alpha, float beta) {
-            float both = alpha + beta;
-            float cross = exponential<T>(alpha * log_t + beta * log_s);
-            float pure_t = exponential<T>(both * log_t), pure_s = exponential<T>(both * log_s);
-            float inner = cross - alpha / both * pure_t - beta / both * pure_s;
-            return {-inner / (alpha * beta), (pure_s - cross) / alpha};
-        }
-    };
-};
+#include "divergences.cuh"
 
 // One row, by a block.
 template <class T> struct Row {
@@ -193,17 +136,13 @@ template <class T> struct Row {
     }
 
     __device__ double diverge(int kind) const {
-        using R = Rules<T>;
         switch (kind) {
-        case 0: return diverge<typename R::ForwardKl>();
-        case 1: return diverge<typename R::ReverseKl>();
-        case 2: return diverge<typename R::Jsd>();
-        case 3: return diverge<typename R::SkewedForwardKl>();
-        case 4: return diverge<typename R::SkewedReverseKl>();
-        case 5: return diverge<typename R::TotalVariation>();
-        case 6:
-        default: return diverge<typename R::AlphaBeta>();
+#define CASE(number, name)                                                                                             \
+    case number: return diverge<typename Rules<T>::name>();
+            FOR_EVERY_RULE(CASE)
+#undef CASE
         }
+        return 0.0;
     }
 };
 

@@ -6,8 +6,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut};
 
 use super::{Call, Element, Module, module, rows_of};
-use crate::kernels::head::code;
-use crate::loss::Divergence;
+use crate::terms::divergence::{Divergence, Rule, for_rule};
 
 static MODULE: Module = module!("head");
 
@@ -75,7 +74,10 @@ pub(crate) fn head_terms<T: Element>(
             (call.write(logits).write(slopes), accumulate)
         }
     };
-    let (kind, a, b) = target.map_or((0, 0.0, 0.0), |target| code(target.divergence));
+    let (kind, a, b) = match target {
+        Some(target) => for_rule!(target.divergence, R(a, b) => (R::NUMBER, a, b)),
+        None => (0, 0.0, 0.0),
+    };
     let (coefficient, temperature) = target.map_or((0.0, 1.0), |target| (target.coefficient, target.temperature));
     call.size(usize::from(accumulate))
         .read_if(labels.map(|(labels, _)| labels))

@@ -37,7 +37,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use half::bf16;
 
-use crate::ops::Dropout;
+use crate::terms::dropout::Dropout;
 
 /// What a matrix on the device is made of.
 pub(crate) trait Element: DeviceRepr + ValidAsZeroBits + Copy + Send + Sync + 'static {

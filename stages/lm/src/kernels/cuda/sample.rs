@@ -6,7 +6,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::{Call, Module, module, rows_of};
-use crate::sample::Sampling;
+use crate::terms::sampling::Sampling;
 
 static MODULE: Module = module!("sample");
 

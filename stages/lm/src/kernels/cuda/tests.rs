@@ -9,12 +9,14 @@ use super::attention::{Heads, Sequences};
 use super::norm::Kind;
 use super::testing::device;
 use super::{Element, Mask, fold, row_keys, upload};
-use crate::config::Activation;
+use crate::batch::Input;
+use crate::generate::sample::{Choice, Scratch, choose};
 use crate::kernels::testing::numbers;
 use crate::kernels::{self, masks};
-use crate::loss::Divergence;
-use crate::ops::{Dropout, Input};
-use crate::sample::{Choice, Sampling, Scratch, choose};
+use crate::terms::activation::Activation;
+use crate::terms::divergence::Divergence;
+use crate::terms::dropout::Dropout;
+use crate::terms::sampling::Sampling;
 
 const DROPOUT: Dropout = Dropout { seed: 0x1234_5678_9abc, update: 3, purpose: 0x100 };
 

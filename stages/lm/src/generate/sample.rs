@@ -5,65 +5,9 @@
 //!
 //! The order is: repetition penalty, no-repeat n-gram, temperature, top-k, top-p, draw.
 
-use anyhow::{Result, ensure};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 use crate::kernels::elementary::{BLOCK, exp, max, sum_exp_block};
-
-/// How tokens are chosen. The default samples from the model's distribution as it is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Sampling {
-    /// Divides the logits; 0 takes the most likely token always (and then top-k and top-p have nothing to do).
-    pub temperature: f32,
-    /// Keeps this many of the most likely tokens, and those as likely as the last of them; 0 keeps all.
-    pub top_k: usize,
-    /// Keeps the fewest most likely tokens that together reach this probability, at least one; of equally likely ones
-    /// those with lower ids. 1 keeps all.
-    pub top_p: f32,
-    /// Divides positive logits of tokens that already occurred, prompt included, and multiplies negative ones; 1 is
-    /// off.
-    pub repetition_penalty: f32,
-    /// No run of this many tokens may occur twice, prompt included; 0 is off.
-    pub no_repeat_ngram: usize,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, no_repeat_ngram: 0 }
-    }
-}
-
-impl Sampling {
-    /// The most likely token always.
-    pub fn greedy() -> Self {
-        Sampling { temperature: 0.0, ..Self::default() }
-    }
-
-    /// Errors when a number is out of its range.
-    pub fn validate(&self) -> Result<()> {
-        let Sampling { temperature, top_p, repetition_penalty, .. } = *self;
-        ensure!(
-            temperature >= 0.0 && temperature.is_finite(),
-            "`temperature` is {temperature}, expected a number of at least 0"
-        );
-        ensure!(top_p > 0.0 && top_p <= 1.0, "`top_p` is {top_p}, expected a number above 0 and at most 1");
-        ensure!(
-            repetition_penalty > 0.0 && repetition_penalty.is_finite(),
-            "`repetition_penalty` is {repetition_penalty}, expected a number above 0"
-        );
-        Ok(())
-    }
-
-    fn changes_logits(&self) -> bool {
-        self.repetition_penalty != 1.0 || self.no_repeat_ngram > 0
-    }
-
-    fn filters(&self) -> bool {
-        self.top_k > 0 || self.top_p < 1.0
-    }
-}
+use crate::kernels::top_k::{rank, token_of};
+pub use crate::terms::sampling::Sampling;
 
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -291,19 +235,6 @@ fn nucleus(ranked: &mut [u64], needed: f64, weight: impl Fn(u64) -> f64) -> usiz
     }
 }
 
-/// A number that is greater for a better token: by logit, and of equal ones the lower id.
-pub(crate) fn rank(token: usize, logit: f32) -> u64 {
-    // Adding 0 makes the negative zero equal to the positive one. The bits of floats then only need their sign
-    // repaired.
-    let bits = (logit + 0.0).to_bits();
-    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-    u64::from(ordered) << 32 | u64::from(!(token as u32))
-}
-
-pub(crate) fn token_of(rank: u64) -> usize {
-    !(rank as u32) as usize
-}
-
 /// What logits are multiplied by. Finite also for the smallest temperature, so that the best token keeps its weight
 /// of 1.
 fn scale(temperature: f32) -> f32 {
@@ -313,6 +244,7 @@ fn scale(temperature: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use contract::random::{philox, uniform};
+    use serde::Deserialize;
 
     use super::*;
 

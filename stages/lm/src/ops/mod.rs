@@ -14,129 +14,88 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub(crate) mod plain;
+pub(crate) mod rotary;
 pub(crate) mod tape;
 
-use std::ops::{Deref, Range};
+use candle_core::{Result, Tensor, bail};
 
-use candle_core::{CpuStorage, InplaceOp1, Layout as TensorLayout, Result, Storage, Tensor, bail};
+use self::rotary::Rotary;
+use crate::terms::activation::Activation;
+use crate::weights::Weight;
 
-use crate::config::Activation;
-use crate::packed::Packed;
+/// Vectors of positions.
+#[derive(Clone, Copy)]
+pub(crate) struct Positions<'a> {
+    /// `[P, C]`.
+    pub(crate) table: &'a Tensor,
+    /// Row of the table that belongs to position 0.
+    pub(crate) first: usize,
+}
 
-/// Random dropping of elements in training. The rates are the model's.
+impl<'a> Positions<'a> {
+    /// A table that begins with position 0.
+    pub(crate) fn new(table: &'a Tensor) -> Self {
+        Positions { table, first: 0 }
+    }
+}
+
+/// A layer norm: weight and bias, `[C]` each.
+#[derive(Clone)]
+pub(crate) struct LayerNorm {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) eps: f32,
+}
+
+/// A root mean square norm: weight, `[C]`.
+#[derive(Clone)]
+pub(crate) struct RmsNorm {
+    pub(crate) weight: Tensor,
+    pub(crate) eps: f32,
+}
+
+/// A linear layer: its matrix, and its bias `[out]` if it has one.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    pub(crate) weight: Weight,
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) layout: Layout,
+}
+
+/// How the matrix of a linear layer lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[in, out]`, as in GPT-2's checkpoints.
+    InOut,
+    /// `[out, in]`, as in all others.
+    OutIn,
+}
+
+impl Layer {
+    /// Channels that come out.
+    pub(crate) fn outputs(&self) -> Result<usize> {
+        self.weight.tensor().dim(if self.layout == Layout::InOut { 1 } else { 0 })
+    }
+
+    /// Channels that go in.
+    pub(crate) fn inputs(&self) -> Result<usize> {
+        self.weight.tensor().dim(if self.layout == Layout::InOut { 0 } else { 1 })
+    }
+}
+
+/// Channels that come out of layers side by side, and that go into each.
 ///
-/// A mask is a function of the seed, the update, the purpose with the place in the model, the row id and the position:
-/// it does not change with the batch a row is in, nor with how a batch is split.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dropout {
-    /// The stage's seed.
-    pub seed: u64,
-    /// The update, from 0.
-    pub update: u32,
-    /// [`contract::random::purpose::DROPOUT`] or [`contract::random::purpose::TEACHER_DROPOUT`].
-    pub purpose: u32,
-}
-
-/// One vector of an embedding: what stands at a position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Input {
-    /// A token id.
-    Token(u32),
-    /// A vector of the soft prompt.
-    Prompt(u32),
-}
-
-/// The rows that a forward pass computes: those of a batch, and of a soft prompt before each of its sequences.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Rows {
-    pub(crate) inputs: Vec<Input>,
-    pub(crate) positions: Vec<u32>,
-    pub(crate) segments: Vec<Range<usize>>,
-    pub(crate) ids: Vec<u64>,
-    /// Which rows' final hidden states are wanted, where not all are, in order: never those of the prompt.
-    pub(crate) text: Option<Vec<u32>>,
-}
-
-impl Rows {
-    /// What dropout is keyed by, of all rows or of those that are wanted, whichever are `count`: a row's id, and its place
-    /// in its sequence.
-    pub(crate) fn keys(&self, count: usize) -> Vec<(u64, u32)> {
-        let sequences = self.segments.iter().zip(&self.ids);
-        let all = sequences.flat_map(|(segment, id)| (0..segment.len() as u32).map(|line| (*id, line)));
-        match &self.text {
-            Some(text) if text.len() == count => {
-                let all: Vec<(u64, u32)> = all.collect();
-                text.iter().map(|row| all[*row as usize]).collect()
-            }
-            _ => all.collect(),
+/// Errors when they do not take the same.
+pub(crate) fn side_by_side(layers: &[Layer]) -> Result<(usize, usize)> {
+    let (mut width, mut depth) = (0, None);
+    for layer in layers {
+        let inputs = layer.inputs()?;
+        if *depth.get_or_insert(inputs) != inputs {
+            bail!("linear layers over other channels stand side by side");
         }
+        width += layer.outputs()?;
     }
-
-    /// One more than the last position, or 0 without rows.
-    pub(crate) fn positions_in_use(&self) -> usize {
-        self.positions.iter().max().map_or(0, |last| *last as usize + 1)
-    }
-
-    /// The rows of a batch behind a soft prompt of `prompt` vectors.
-    pub(crate) fn new(batch: &Packed, prompt: usize) -> Self {
-        let mut rows = Rows { ids: batch.rows.clone(), ..Rows::default() };
-        let mut text = Vec::with_capacity(batch.ids.len());
-        for segment in &batch.segments {
-            let start = rows.inputs.len();
-            rows.inputs.extend((0..prompt as u32).map(Input::Prompt));
-            rows.positions.extend(0..prompt as u32);
-            text.extend((start + prompt..start + prompt + segment.len()).map(|row| row as u32));
-            rows.inputs.extend(batch.ids[segment.clone()].iter().map(|id| Input::Token(*id)));
-            rows.positions.extend(batch.positions[segment.clone()].iter().map(|p| p + prompt as u32));
-            rows.segments.push(start..rows.inputs.len());
-        }
-        rows.text = match &batch.wanted {
-            Some(wanted) => Some(wanted.iter().map(|token| text[*token as usize]).collect()),
-            None => (prompt > 0).then_some(text),
-        };
-        rows
-    }
-}
-
-/// Weight and bias of a layer norm, `[C]` each.
-#[derive(Clone, Copy)]
-pub(crate) struct Norm<'a> {
-    pub(crate) weight: &'a Tensor,
-    pub(crate) bias: &'a Tensor,
-}
-
-/// Weight `[in, out]` and bias `[out]` of a linear layer as GPT-2's checkpoints have it.
-#[derive(Clone, Copy)]
-pub(crate) struct Linear<'a> {
-    pub(crate) weight: &'a Tensor,
-    pub(crate) bias: &'a Tensor,
-}
-
-/// Weight `[out, in]` of a linear layer as Llama's checkpoints have it, and its bias `[out]` if it has one.
-#[derive(Clone, Copy)]
-pub(crate) struct Projection<'a> {
-    pub(crate) weight: &'a Tensor,
-    pub(crate) bias: Option<&'a Tensor>,
-}
-
-/// What rotary positions turn, and by how much.
-#[derive(Clone, Copy)]
-pub(crate) struct Rotary<'a> {
-    /// Heads at the beginning of each row that are turned.
-    pub(crate) heads: usize,
-    /// Channels `D` of a head.
-    pub(crate) head_width: usize,
-    /// Of each position `D / 2` cosines and then `D / 2` sines: `[positions, D]`.
-    pub(crate) angles: &'a Tensor,
-}
-
-/// Rows of all weights together, `[out, in]` each, and their columns.
-pub(crate) fn joined<'a>(weights: impl Iterator<Item = &'a Tensor>) -> Result<(usize, usize)> {
-    let (mut width, mut depth) = (0, 0);
-    for weight in weights {
-        (width, depth) = (width + weight.dim(0)?, weight.dim(1)?);
-    }
-    Ok((width, depth))
+    Ok((width, depth.unwrap_or(0)))
 }
 
 /// How one layer attends.
@@ -172,17 +131,24 @@ pub(crate) trait Ops: Sized {
     type Array;
 
     /// A token's (or the prompt's) vector for every row, plus its position's where positions have vectors.
-    fn embed(&mut self, tokens: &Tensor, positions: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Self::Array>;
+    fn embed(
+        &mut self,
+        tokens: &Tensor,
+        positions: Option<Positions<'_>>,
+        prompt: Option<&Tensor>,
+    ) -> Result<Self::Array>;
     /// Layer norm of each row.
-    fn layer_norm(&mut self, x: &Self::Array, norm: Norm<'_>, eps: f32) -> Result<Self::Array>;
-    /// Root mean square norm of each row, times `weight`, `[C]`.
-    fn rms_norm(&mut self, x: &Self::Array, weight: &Tensor, eps: f32) -> Result<Self::Array>;
-    /// `x weight + bias`.
-    fn linear(&mut self, x: &Self::Array, linear: Linear<'_>) -> Result<Self::Array>;
-    /// `x weight^T + bias` of several layers, side by side.
-    fn project(&mut self, x: &Self::Array, layers: &[Projection<'_>]) -> Result<Self::Array>;
+    fn layer_norm(&mut self, x: &Self::Array, norm: &LayerNorm) -> Result<Self::Array>;
+    /// Root mean square norm of each row, times the weight.
+    fn rms_norm(&mut self, x: &Self::Array, norm: &RmsNorm) -> Result<Self::Array>;
+    /// What linear layers make of `x`, side by side.
+    fn side_by_side(&mut self, x: &Self::Array, layers: &[Layer]) -> Result<Self::Array>;
+    /// What a linear layer makes of `x`.
+    fn linear(&mut self, x: &Self::Array, layer: &Layer) -> Result<Self::Array> {
+        self.side_by_side(x, std::slice::from_ref(layer))
+    }
     /// Turns heads by the positions of their rows.
-    fn rotary(&mut self, x: Self::Array, rotary: Rotary<'_>) -> Result<Self::Array>;
+    fn rotary(&mut self, x: Self::Array, rotary: &Rotary) -> Result<Self::Array>;
     /// Causal attention within each sequence, `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`.
     fn attention(&mut self, qkv: Self::Array, attend: Attend) -> Result<Self::Array>;
     /// The nonlinearity.
@@ -193,72 +159,11 @@ pub(crate) trait Ops: Sized {
     fn add(&mut self, x: Self::Array, y: Self::Array) -> Result<Self::Array>;
     /// Drops elements, where this pass has dropout.
     fn dropout(&mut self, x: Self::Array, rate: f32, site: u32) -> Result<Self::Array>;
-    /// The rows that are wanted: text, not prompt.
-    fn text(&mut self, x: Self::Array) -> Result<Self::Array>;
+    /// Of the rows of a batch those that are wanted: never those of a soft prompt.
+    fn wanted(&mut self, x: Self::Array) -> Result<Self::Array>;
     /// Runs a block.
     fn block<T: Block>(&mut self, x: Self::Array, block: &T) -> Result<Self::Array> {
         block.forward(self, x)
-    }
-}
-
-/// The elements of an `f32` tensor in main memory, without a copy.
-///
-/// Errors when it is elsewhere, of another type, or not contiguous.
-pub(crate) fn elements(tensor: &Tensor) -> Result<impl Deref<Target = [f32]> + '_> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let range = contiguous(layout)?;
-    if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
-        bail!("expected a tensor of f32 on the cpu, got {:?} on {:?}", tensor.dtype(), tensor.device().location());
-    }
-    Ok(Elements { storage, range })
-}
-
-/// Lets `f` change the elements of a tensor in place. All who share its storage see the change.
-pub(crate) fn change<T>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> Result<T> + Send) -> Result<T>
-where
-    T: Send,
-{
-    /// `InplaceOp1` is called through a shared reference, hence the cells.
-    struct Change<F, T>(std::sync::Mutex<(Option<F>, Option<T>)>);
-    impl<F: FnOnce(&mut [f32]) -> Result<T>, T> InplaceOp1 for Change<F, T> {
-        fn name(&self) -> &'static str {
-            "change"
-        }
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &TensorLayout) -> Result<()> {
-            let range = contiguous(layout)?;
-            let CpuStorage::F32(data) = storage else { bail!("expected a tensor of f32") };
-            let mut cells = self.0.lock().expect("nothing panics while it is held");
-            let f = cells.0.take().expect("an operation is applied once");
-            cells.1 = Some(f(&mut data[range])?);
-            Ok(())
-        }
-    }
-    let change = Change(std::sync::Mutex::new((Some(f), None)));
-    tensor.inplace_op1(&change)?;
-    let (_, result) = change.0.into_inner().expect("nothing panics while it is held");
-    Ok(result.expect("an operation that was applied has a result"))
-}
-
-struct Elements<S> {
-    storage: S,
-    range: Range<usize>,
-}
-
-impl<S: Deref<Target = Storage>> Deref for Elements<S> {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(data)) => &data[self.range.clone()],
-            _ => unreachable!("checked when it was made"),
-        }
-    }
-}
-
-fn contiguous(layout: &TensorLayout) -> Result<Range<usize>> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(start..end),
-        None => bail!("expected a contiguous tensor, got strides {:?}", layout.stride()),
     }
 }
 
@@ -270,7 +175,10 @@ mod tests {
     use super::cpu::Cpu;
     use super::plain::Plain;
     use super::*;
+    use crate::batch::{Input, Packed};
+    use crate::host::change;
     use crate::kernels::testing::{numbers, with_threads};
+    use crate::terms::dropout::Dropout;
 
     type Tape = tape::Tape<Cpu>;
 
@@ -282,26 +190,27 @@ mod tests {
         Var::from_vec(values, shape, &Device::Cpu).unwrap().into_inner()
     }
 
-    fn rows(lengths: &[usize], prompt: usize) -> Rows {
+    fn rows(lengths: &[usize], prompt: usize) -> Packed {
         let mut batch = Packed::new();
         for (i, length) in lengths.iter().enumerate() {
             let ids: Vec<u32> = (0..*length as u32).map(|t| (t * 7 + i as u32) % 5).collect();
             batch.push(i as u64 + 40, &ids);
         }
-        Rows::new(&batch, prompt)
+        batch.behind_prompt(prompt)
     }
 
     /// Value, gradient of the input vectors and gradients of `weights`, of a random weighted sum of what `pass` computes
     /// from embedded rows.
     fn run(
         fused: bool,
-        rows: &Rows,
+        rows: &Packed,
         dropout: Option<Dropout>,
         inputs: &[Tensor; 3],
         weights: &[Tensor],
         pass: &dyn Pass,
     ) -> (Vec<f32>, Vec<Vec<f32>>) {
-        let [tokens, positions, prompt] = inputs;
+        let [tokens, table, prompt] = inputs;
+        let positions = Positions { table, first: 2 };
         let prompted = rows.inputs.iter().any(|i| matches!(i, Input::Prompt(_))).then_some(prompt);
         let out = if fused {
             let mut tape = Tape::new(Cpu, rows.clone(), dropout);
@@ -316,7 +225,7 @@ mod tests {
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
         let loss = (&out * factors).unwrap().sum_all().unwrap();
         let (mut store, mut collected) = collect(&loss).unwrap();
-        let leaves = [tokens, positions].into_iter().chain(prompted).chain(weights);
+        let leaves = [tokens, table].into_iter().chain(prompted).chain(weights);
         let gradients = leaves.filter(|leaf| leaf.is_variable()).map(|leaf| {
             let parts = collected.remove(&leaf.id()).unwrap_or_default();
             let gradient = merge(store.remove(leaf), parts, leaf).unwrap().expect("a gradient");
@@ -359,7 +268,7 @@ mod tests {
 
     /// The fused operation has the value and the gradients of the plain one, the same bits with any number of threads,
     /// and the gradients that differences of its value give.
-    fn check(rows: &Rows, width: usize, dropout: Option<Dropout>, weights: &[Tensor], pass: &dyn Pass) {
+    fn check(rows: &Packed, width: usize, dropout: Option<Dropout>, weights: &[Tensor], pass: &dyn Pass) {
         let inputs = [variable(1, 5, width), variable(2, 64, width), variable(3, 3, width)];
         let (value, gradients) = run(true, rows, dropout, &inputs, weights, pass);
         let (expected, expected_gradients) = run(false, rows, dropout, &inputs, weights, pass);
@@ -403,7 +312,7 @@ mod tests {
     fn embeddings_with_and_without_a_prompt() {
         for prompt in [0, 3] {
             let rows = rows(&[4, 1, 9], prompt);
-            check(&rows, 12, None, &[], &pass!(|ops, x| ops.text(x),));
+            check(&rows, 12, None, &[], &pass!(|ops, x| ops.wanted(x),));
             check(&rows, 12, Some(DROPOUT), &[], &pass!(|ops, x| ops.dropout(x, 0.3, 2),));
         }
     }
@@ -412,22 +321,8 @@ mod tests {
     fn layer_norm() {
         for width in [8, 33, 192] {
             let (weight, bias) = (variable(4, 0, width), variable(5, 0, width));
-            let pass = pass!(
-                |ops, x| ops.layer_norm(&x, Norm { weight, bias }, 1e-5),
-                weight: Tensor = weight.clone(), bias: Tensor = bias.clone()
-            );
-            check(&rows(&[30, 17, 20], 0), width, None, &[weight, bias], &pass);
-        }
-    }
-
-    #[test]
-    fn linear() {
-        for (width, out) in [(8, 24), (33, 7), (64, 1)] {
-            let (weight, bias) = (variable(4, width, out), variable(5, 0, out));
-            let pass = pass!(
-                |ops, x| ops.linear(&x, Linear { weight, bias }),
-                weight: Tensor = weight.clone(), bias: Tensor = bias.clone()
-            );
+            let norm = LayerNorm { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 };
+            let pass = pass!(|ops, x| ops.layer_norm(&x, norm), norm: LayerNorm = norm);
             check(&rows(&[30, 17, 20], 0), width, None, &[weight, bias], &pass);
         }
     }
@@ -436,39 +331,56 @@ mod tests {
     fn rms_norm() {
         for width in [8, 33, 192] {
             let weight = variable(4, 0, width);
-            let pass = pass!(|ops, x| ops.rms_norm(&x, weight, 1e-5), weight: Tensor = weight.clone());
+            let norm = RmsNorm { weight: weight.clone(), eps: 1e-5 };
+            let pass = pass!(|ops, x| ops.rms_norm(&x, norm), norm: RmsNorm = norm);
             check(&rows(&[30, 17, 20], 0), width, None, &[weight], &pass);
         }
     }
 
-    #[test]
-    fn projections_side_by_side() {
-        for (width, outs) in [(8, [8, 4, 4]), (33, [7, 1, 5]), (64, [96, 32, 32])] {
-            let weights = [0, 1, 2].map(|i| variable(4 + i, outs[i as usize], width));
-            let bias = variable(7, 0, outs[1]);
-            let pass = pass!(
-                |ops, x| {
-                    let layer = |i: usize| Projection { weight: &weights[i], bias: (i == 1).then_some(bias) };
-                    ops.project(&x, &[layer(0), layer(1), layer(2)])
-                },
-                weights: [Tensor; 3] = weights.clone(), bias: Tensor = bias.clone()
-            );
-            let leaves: Vec<Tensor> = weights.into_iter().chain([bias]).collect();
-            check(&rows(&[30, 17, 20], 0), width, None, &leaves, &pass);
+    fn layer(weight: &Tensor, bias: Option<&Tensor>, layout: Layout) -> Layer {
+        Layer { weight: Weight::new(weight.clone()), bias: bias.cloned(), layout }
+    }
+
+    /// A matrix from `inputs` to `outputs` channels.
+    fn matrix(seed: u64, inputs: usize, outputs: usize, layout: Layout) -> Tensor {
+        match layout {
+            Layout::InOut => variable(seed, inputs, outputs),
+            Layout::OutIn => variable(seed, outputs, inputs),
         }
     }
 
     #[test]
-    fn a_projection_alone() {
-        let (weight, bias) = (variable(4, 11, 12), variable(5, 0, 11));
-        for biased in [false, true] {
-            let pass = pass!(
-                |ops, x| ops.project(&x, &[Projection { weight, bias: bias.as_ref() }]),
-                weight: Tensor = weight.clone(), bias: Option<Tensor> = biased.then(|| bias.clone())
-            );
-            let leaves: Vec<Tensor> = [weight.clone()].into_iter().chain(biased.then(|| bias.clone())).collect();
-            check(&rows(&[3, 5], 2), 12, None, &leaves, &pass);
+    fn a_layer_alone() {
+        for (width, out) in [(8, 24), (33, 7), (64, 1), (12, 11)] {
+            for (layout, biased) in [Layout::InOut, Layout::OutIn].into_iter().flat_map(|l| [(l, false), (l, true)]) {
+                let (weight, bias) = (matrix(4, width, out, layout), biased.then(|| variable(5, 0, out)));
+                let layer = layer(&weight, bias.as_ref(), layout);
+                let pass = pass!(|ops, x| ops.linear(&x, layer), layer: Layer = layer);
+                let leaves: Vec<Tensor> = [weight].into_iter().chain(bias).collect();
+                check(&rows(&[30, 17, 20], 2), width, None, &leaves, &pass);
+            }
         }
+    }
+
+    #[test]
+    fn layers_side_by_side() {
+        use Layout::{InOut, OutIn};
+        for (width, outs) in [(8, [8, 4, 4]), (33, [7, 1, 5]), (64, [96, 32, 32])] {
+            for layouts in [[OutIn; 3], [InOut; 3], [OutIn, InOut, OutIn]] {
+                let weights = [0, 1, 2].map(|i| matrix(4 + i, width, outs[i as usize], layouts[i as usize]));
+                let bias = variable(7, 0, outs[1]);
+                let layers = [0, 1, 2].map(|i| layer(&weights[i], (i == 1).then_some(&bias), layouts[i]));
+                let pass = pass!(|ops, x| ops.side_by_side(&x, layers), layers: [Layer; 3] = layers);
+                let leaves: Vec<Tensor> = weights.into_iter().chain([bias]).collect();
+                check(&rows(&[30, 17, 20], 0), width, None, &leaves, &pass);
+            }
+        }
+    }
+
+    #[test]
+    fn layers_over_other_channels_do_not_stand_side_by_side() {
+        let layers = [8, 9].map(|inputs| layer(&variable(1, 4, inputs), None, Layout::OutIn));
+        assert!(side_by_side(&layers).unwrap_err().to_string().contains("over other channels"));
     }
 
     #[test]
@@ -477,26 +389,24 @@ mod tests {
             let angles = (variable(9, 64, head_width) * 1.0).unwrap().detach();
             // Two heads more that stay as they are.
             let width = (heads + 2) * head_width;
-            let pass = pass!(
-                |ops, x| ops.rotary(x, Rotary { heads: *heads, head_width: *head_width, angles }),
-                heads: usize = heads, head_width: usize = head_width, angles: Tensor = angles
-            );
+            let rotary = Rotary { heads, head_width, angles };
+            let pass = pass!(|ops, x| ops.rotary(x, rotary), rotary: Rotary = rotary);
             check(&rows(&[4, 1, 40], 2), width, None, &[], &pass);
         }
     }
 
     #[test]
     fn swiglu() {
-        let [gate, up] = [4, 5].map(|seed| variable(seed, 20, 12));
+        let weights = [4, 5].map(|seed| variable(seed, 20, 12));
+        let layers = weights.each_ref().map(|weight| layer(weight, None, Layout::OutIn));
         let pass = pass!(
             |ops, x| {
-                let [gate, up] = [gate, up].map(|weight| Projection { weight, bias: None });
-                let (gate, up) = (ops.project(&x, &[gate]).unwrap(), ops.project(&x, &[up]).unwrap());
+                let [gate, up] = layers.each_ref().map(|layer| ops.linear(&x, layer).unwrap());
                 ops.swiglu(gate, up)
             },
-            gate: Tensor = gate.clone(), up: Tensor = up.clone()
+            layers: [Layer; 2] = layers
         );
-        check(&rows(&[4, 9, 40], 0), 12, None, &[gate, up], &pass);
+        check(&rows(&[4, 9, 40], 0), 12, None, &weights, &pass);
     }
 
     #[test]
@@ -512,11 +422,11 @@ mod tests {
         let (weight, bias) = (variable(4, 12, 12), variable(5, 0, 12));
         let pass = pass!(
             |ops, x| {
-                let branch = ops.linear(&x, Linear { weight, bias }).unwrap();
+                let branch = ops.linear(&x, layer).unwrap();
                 let branch = ops.dropout(branch, 0.2, 9).unwrap();
                 ops.add(x, branch)
             },
-            weight: Tensor = weight.clone(), bias: Tensor = bias.clone()
+            layer: Layer = layer(&weight, Some(&bias), Layout::InOut)
         );
         check(&rows(&[4, 1, 9], 3), 12, Some(DROPOUT), &[weight, bias], &pass);
     }
@@ -534,10 +444,10 @@ mod tests {
                     Attend { layer: 0, heads, kv_heads, scale: 1.0 / (d as f32).sqrt(), dropout: 0.2, site: 5 };
                 let pass = pass!(
                     |ops, x| {
-                        let qkv = ops.linear(&x, Linear { weight, bias }).unwrap();
+                        let qkv = ops.linear(&x, layer).unwrap();
                         ops.attention(qkv, *attend)
                     },
-                    weight: Tensor = weight.clone(), bias: Tensor = bias.clone(), attend: Attend = attend
+                    layer: Layer = layer(&weight, Some(&bias), Layout::InOut), attend: Attend = attend
                 );
                 check(&rows(&[1, 40, 16, 0, 33], 2), width, dropout, &[weight, bias], &pass);
             }
@@ -551,10 +461,10 @@ mod tests {
         let prompt = variable(3, 3, 8);
         let pass = pass!(
             |ops, x| {
-                let y = ops.linear(&x, Linear { weight, bias }).unwrap();
-                ops.text(y)
+                let y = ops.linear(&x, layer).unwrap();
+                ops.wanted(y)
             },
-            weight: Tensor = weight, bias: Tensor = bias
+            layer: Layer = layer(&weight, Some(&bias), Layout::InOut)
         );
         // Text rows see the prompt through attention only: here its gradient is zero, but it is there.
         let (_, gradients) = run(true, &rows(&[4, 2], 3), None, &[tokens, positions, prompt], &[], &pass);
@@ -566,8 +476,8 @@ mod tests {
         let weight = (variable(4, 8, 8) * 2.0).unwrap();
         let bias = variable(5, 0, 8);
         let mut tape = Tape::new(Cpu, rows(&[3], 0), None);
-        let x = tape.embed(&variable(1, 5, 8), Some(&variable(2, 64, 8)), None).unwrap();
-        let error = tape.linear(&x, Linear { weight: &weight, bias: &bias }).err().unwrap();
+        let x = tape.embed(&variable(1, 5, 8), Some(Positions::new(&variable(2, 64, 8))), None).unwrap();
+        let error = tape.linear(&x, &layer(&weight, Some(&bias), Layout::InOut)).err().unwrap();
         assert!(error.to_string().contains("computed from a variable"), "{error}");
     }
 }

@@ -13,11 +13,11 @@ use contract::{Facts, Result, TokenizerFile, files};
 use indexmap::IndexMap;
 use serde_json::Value as Json;
 
-use crate::checkpoint::{Stored, TensorFile};
-use crate::config::Config;
-use crate::ends::{self, GenerationConfig};
+use super::generation::{self, GenerationConfig};
+use super::tensors::{Stored, TensorFile, write_json};
+use super::tokenizer;
+use crate::families::{Config, HEAD};
 use crate::finite::first_not_finite;
-use crate::tokenizer;
 
 /// A folder that holds a model this crate computes.
 pub struct ModelFolder {
@@ -42,15 +42,12 @@ struct Place {
 /// Names of the files of a folder that make a model without its tokenizer, or their endings.
 pub const MODEL_FILES: [&str; 6] = [
     "config.json",
-    ends::FILE,
+    generation::FILE,
     "*.safetensors",
     "model.safetensors.index.json",
     "*.bin",
     "pytorch_model.bin.index.json",
 ];
-
-/// The output head, where it is not the input embedding.
-pub(crate) const HEAD: &str = "lm_head.weight";
 
 impl ModelFolder {
     /// Looks into a folder: `config.json`, `generation_config.json`, and the headers of the files that hold its weights,
@@ -110,7 +107,7 @@ impl ModelFolder {
                 found.insert(name, Place { file, stored });
             }
         }
-        if self.config.tied()
+        if self.config.sizes().tied
             && let Some(head) = found.swap_remove(HEAD)
         {
             if found.contains_key(embedding) {
@@ -184,7 +181,7 @@ impl ModelFolder {
 
     /// The tokens at which the model stops, that of its tokenizer first.
     pub fn ends(&self, tokenizer: &TokenizerFile) -> Vec<u32> {
-        ends::all(tokenizer, &self.config, &self.generation)
+        generation::ends(tokenizer, &self.config, &self.generation)
     }
 
     /// What follows from it for other stages.
@@ -248,8 +245,8 @@ impl ModelFolder {
             std::fs::copy(&from, to.join(name)).map(drop).with_context(|| format!("cannot copy `{}`", from.display()))
         };
         copy("config.json")?;
-        if self.path.join(ends::FILE).exists() {
-            copy(ends::FILE)?;
+        if self.path.join(generation::FILE).exists() {
+            copy(generation::FILE)?;
         }
         if let [file] = &self.files[..]
             && file.is_pickle()
@@ -280,7 +277,7 @@ impl ModelFolder {
             file.convert(&to.join(name.as_ref()))?;
         }
         let index = serde_json::json!({"metadata": {}, "weight_map": map});
-        crate::checkpoint::write_json(&to.join("model.safetensors.index.json"), &index)
+        write_json(&to.join("model.safetensors.index.json"), &index)
     }
 }
 

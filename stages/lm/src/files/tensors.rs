@@ -17,18 +17,6 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
-use crate::ends;
-use crate::model::LanguageModel;
-
-/// Writes everything that [`LanguageModel::load`] and `transformers` read.
-pub(crate) fn save(model: &LanguageModel, folder: &Path) -> Result<()> {
-    let config = model.config.to_json()?;
-    write_json(&folder.join("config.json"), &config)?;
-    write_tensors(&folder.join("model.safetensors"), model.parameters().iter(), None)?;
-    write_json(&folder.join(ends::FILE), &model.generation().beside(&config, model.ends()))?;
-    model.tokenizer.save(folder)
-}
-
 /// Writes tensors as f32 to a safetensors file, with the metadata that PyTorch's readers ask for.
 pub(crate) fn write_tensors<'a>(
     path: &Path,

@@ -1,4 +1,4 @@
-//! The tokens that end a text.
+//! How a model writes, as its folder says, and the tokens that end a text.
 //!
 //! Data is written with one, the tokenizer's. A model may have learnt to say others as well: chat models end a turn with
 //! their own. `config.json` names some and `generation_config.json` others, each one or a list, and `transformers` stops at
@@ -7,33 +7,12 @@
 use std::path::Path;
 
 use contract::{Result, TokenizerFile, files};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-use crate::config::Config;
+use crate::families::{Config, EndTokens};
 
 /// The file of a model folder that says how the model writes.
 pub(crate) const FILE: &str = "generation_config.json";
-
-/// The tokens that end a text, as configurations have them: one or several.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum EndTokens {
-    /// The only one.
-    One(u32),
-    /// All of them.
-    Several(Vec<u32>),
-}
-
-impl EndTokens {
-    /// All of them, in their order.
-    pub fn as_slice(&self) -> &[u32] {
-        match self {
-            EndTokens::One(end) => std::slice::from_ref(end),
-            EndTokens::Several(ends) => ends,
-        }
-    }
-}
 
 /// A `generation_config.json` as it was read; nothing where a folder has none.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -83,7 +62,7 @@ fn named(config: &Json) -> Vec<u32> {
 }
 
 /// All tokens at which a model stops, the tokenizer's first: those there are tokens for.
-pub(crate) fn all(tokenizer: &TokenizerFile, config: &Config, generation: &GenerationConfig) -> Vec<u32> {
+pub(crate) fn ends(tokenizer: &TokenizerFile, config: &Config, generation: &GenerationConfig) -> Vec<u32> {
     let mut ends = vec![tokenizer.end];
     for end in config.ends().iter().copied().chain(generation.ends()) {
         if !ends.contains(&end) && (end as usize) < config.vocab_size() {
@@ -98,7 +77,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::config::{Architecture, Family};
+    use crate::families::{Architecture, Family};
 
     #[test]
     fn every_end_counts_once_and_is_kept() {
@@ -106,18 +85,18 @@ mod tests {
         let tokenizer = TokenizerFile::new("", 3, 20);
         let config = Architecture::new(Family::Llama, 1, 32).config(20, 5).unwrap();
         let none = GenerationConfig::load(folder.path()).unwrap();
-        assert_eq!(all(&tokenizer, &config, &none), [3, 5]);
+        assert_eq!(ends(&tokenizer, &config, &none), [3, 5]);
         assert_eq!(none.beside(&config.to_json().unwrap(), &[3, 5])["eos_token_id"], json!([3, 5]));
         let write = |text: &str| fs::write(folder.path().join(FILE), text).unwrap();
         write(r#"{"eos_token_id": [7, 5, 99], "top_k": 4}"#);
         let some = GenerationConfig::load(folder.path()).unwrap();
         // There is no token 99.
-        assert_eq!(all(&tokenizer, &config, &some), [3, 5, 7]);
+        assert_eq!(ends(&tokenizer, &config, &some), [3, 5, 7]);
         let beside = some.beside(&config.to_json().unwrap(), &[3, 5, 7]);
         assert_eq!((&beside["eos_token_id"], &beside["top_k"]), (&json!([3, 5, 7]), &json!(4)));
         assert_eq!(some.beside(&config.to_json().unwrap(), &[7, 5])["eos_token_id"], json!([7, 5, 99]));
         write(r#"{"eos_token_id": null}"#);
-        assert_eq!(all(&tokenizer, &config, &GenerationConfig::load(folder.path()).unwrap()), [3, 5]);
+        assert_eq!(ends(&tokenizer, &config, &GenerationConfig::load(folder.path()).unwrap()), [3, 5]);
         for wrong in [r#"{"eos_token_id": "</s>"}"#, r#"{"eos_token_id": -1}"#, "[]"] {
             write(wrong);
             let error = GenerationConfig::load(folder.path()).unwrap_err().to_string();

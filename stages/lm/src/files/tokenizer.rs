@@ -8,7 +8,7 @@ use contract::tokenizer::tokens;
 use contract::{Result, TokenizerFile};
 use serde_json::Value as Json;
 
-use crate::config::Config;
+use crate::families::Config;
 
 /// The tokenizer that was saved with a model. Of a folder that is not ours, the `tokenizer.json` as it is, with the end
 /// token of the configuration.

@@ -1,0 +1,6 @@
+//! What is read and written: files of tensors, and the folders of models.
+
+pub(crate) mod folder;
+pub(crate) mod generation;
+pub(crate) mod tensors;
+pub(crate) mod tokenizer;
