@@ -1,8 +1,7 @@
-//! Preimages: everything that may change the result of a subgraph, and nothing else.
+//! Keys: how the preimage of a subgraph is made, everything that may change its result and nothing else.
 //!
-//! The key of a result is the hash of its preimage. A preimage names kinds and their versions, the configuration, the
-//! content of inputs and of local files, and whether the clock is read. Not in it: names of stages, paths, devices,
-//! threads, how often a loop is cut, and fields that a kind names as a matter of memory only.
+//! The key of a result is the hash of its [`Preimage`]. Not in it: names of stages, paths, devices, threads, how often
+//! a loop is cut, and fields that a kind names as a matter of memory only.
 //!
 //! Two rules keep old keys alive. A value equal to the `default` of its field in the kind's schema is left out, so a new
 //! field at its default changes no key. Turned around: *changing a default changes what old keys mean*, so it needs a new
@@ -17,7 +16,11 @@ use contract::{About, Kind, Registry, Source};
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
-use crate::graph::{BodyStage, Carry, Entry, Exit, Keep, Loop, Operator, Origin, PortRef, Subgraph, Window};
+use crate::graph::{BodyStage, Carry, Entry, Exit, Keep, Loop, Operator, Order, Origin, PortRef, Subgraph, Window};
+use crate::plan::preimage::{
+    CarryPart, ContentPart, KeepPart, LoopPart, OperatorPart, Preimage, ReadPart, SlicesPart, SourcePart, StagePart,
+    WindowPart,
+};
 use crate::rounds::find_kind;
 use crate::rounds::program::{Chosen, Program, Slot, Source as Read};
 
@@ -29,7 +32,7 @@ pub type InputDigests = BTreeMap<Entry, Artifact>;
 pub struct Action {
     /// Hash of the preimage.
     pub key: Key,
-    /// All that may change the result.
+    /// All that may change the result, as JSON: it is compared with those that the store kept.
     pub preimage: Json,
     /// The subgraph; a loop is in canonical order, so that a place in it is what the preimage calls it.
     pub subgraph: Subgraph,
@@ -62,27 +65,28 @@ pub fn action(
     let mut maker = Maker { registry, inputs, digest, sources: Vec::new() };
     let (subgraph, preimage) = match subgraph {
         Subgraph::Operator(operator) => {
-            let mut fields = maker.operator(operator)?;
-            fields.insert(
-                "inputs".into(),
-                inputs.iter().map(|(entry, value)| (entry.to_string(), content(value))).collect(),
-            );
-            (subgraph.clone(), json!({ "stage": fields }))
+            let read = |(entry, artifact): (&Entry, _)| {
+                (entry.to_string(), ReadPart::Content(Some(ContentPart::of(artifact))))
+            };
+            let inputs = inputs.iter().map(read).collect();
+            let stage = StagePart { operator: maker.operator(operator)?, every: None, inputs };
+            (subgraph.clone(), Preimage::Stage(stage))
         }
         Subgraph::Loop(body) => {
             let stages = body.stages.iter();
             let described = stages.map(|(name, stage)| Ok((name.clone(), maker.operator(&stage.operator)?)));
             let described: Described = described.collect::<Result<_>>()?;
             let body = in_canonical_order(body, inputs, &described);
-            let preimage = json!({ "loop": maker.body(&body, described)? });
+            let preimage = Preimage::Loop(maker.body(&body, described)?);
             (Subgraph::Loop(body), preimage)
         }
     };
+    let preimage = serde_json::to_value(preimage)?;
     Ok(Action { key: Key::of(&preimage), preimage, subgraph, sources: maker.sources })
 }
 
-/// Kind, version and configuration of each stage of a loop, by name.
-type Described = BTreeMap<String, Map<String, Json>>;
+/// What each stage of a loop does, by name.
+type Described = BTreeMap<String, OperatorPart>;
 
 struct Maker<'a> {
     registry: &'a Registry,
@@ -93,8 +97,15 @@ struct Maker<'a> {
 
 impl Maker<'_> {
     /// Kind, version and configuration.
-    fn operator(&mut self, operator: &Operator) -> Result<Map<String, Json>> {
+    fn operator(&mut self, operator: &Operator) -> Result<OperatorPart> {
         let kind = find_kind(self.registry, &operator.kind)?;
+        let config = without_defaults(&self.config(operator, kind)?, &kind.schema());
+        let About { name, version, numerics, reads_clock, summary: _, example: _ } = kind.about();
+        Ok(OperatorPart { kind: name, version, numerics, clock: reads_clock, config })
+    }
+
+    /// The configuration with the content of sources in the place of their paths, without what stays out of the key.
+    fn config(&mut self, operator: &Operator, kind: &dyn Kind) -> Result<Json> {
         let mut config = operator.config.clone();
         let known = self.sources.len();
         for source in kind.sources(&operator.config) {
@@ -103,7 +114,8 @@ impl Maker<'_> {
                 kind: operator.kind.clone(),
                 reason: format!("{error:#}"),
             })?;
-            put(&mut config, &source.field, json!({"content": digest.to_string()}), &operator.kind)?;
+            let part = serde_json::to_value(SourcePart { content: digest })?;
+            put(&mut config, &source.field, part, &operator.kind)?;
             self.sources.push((source, digest));
         }
         for field in kind.outside_key(&operator.config) {
@@ -117,47 +129,54 @@ impl Maker<'_> {
                 fields.shift_remove(field);
             }
         }
-        let mut fields = version_of(kind);
-        fields.insert("config".into(), without_defaults(&config, &kind.schema()));
-        Ok(fields)
+        Ok(config)
     }
 
-    fn body(&self, body: &Loop, mut described: Described) -> Result<Json> {
+    /// Everything about a loop, which is in canonical order.
+    fn body(&self, body: &Loop, described: Described) -> Result<LoopPart> {
+        // Whoever gives a loop another field decides here whether it changes results.
+        let Loop { windows, carry, stages: _, rounds, unroll: _, alone: _ } = body;
         let program = Program::of(body)?;
-        let mut stages = Map::new();
-        for (index, ((name, stage), by_place)) in body.stages.iter().zip(&program.stages).enumerate() {
-            let mut fields = described.remove(name).expect("every stage was described");
-            fields.insert("every".into(), serde_json::to_value(stage.every)?);
-            let sources = by_place.inputs.iter().map(|input| {
-                let from = match &input.source {
-                    Read::Outside(entry) => self.entry(entry),
-                    Read::Held(slot) => json!(slot.to_string()),
-                };
-                (input.port.clone(), from)
-            });
-            fields.insert("inputs".into(), Json::Object(sources.collect()));
-            stages.insert(format!("s{index}"), Json::Object(fields));
-        }
-        let windows = body.windows.iter().enumerate().map(|(index, (name, window))| {
-            let mut fields = window_fields(window);
-            fields.insert("from".into(), self.entry(&Entry::Window(name.clone())));
-            (Slot::Window(index).to_string(), Json::Object(fields))
+        let windows = windows.iter().enumerate().map(|(index, (name, window))| {
+            let from = self.entry(&Entry::Window(name.clone()));
+            (Slot::Window(index).to_string(), WindowPart { slices: slices(window), from })
         });
-        let carry = body.carry.values().zip(&program.carry).enumerate().map(|(index, (carry, by_place))| {
-            let fields = json!({
-                "type": carry.port_type.name(),
-                "from": self.entry(&by_place.entry),
-                "next": by_place.next.to_string(),
-                "keep": keep_fields(&by_place.keep),
-            });
-            (Slot::Carry(index).to_string(), fields)
+        let carry = carry.values().zip(&program.carry).enumerate().map(|(index, (carry, by_place))| {
+            let part = CarryPart {
+                port_type: carry.port_type,
+                from: self.entry(&by_place.entry),
+                next: by_place.next.to_string(),
+                keep: keep(&by_place.keep),
+            };
+            (Slot::Carry(index).to_string(), part)
         });
-        let (windows, carry): (Map<_, _>, Map<_, _>) = (windows.collect(), carry.collect());
-        Ok(json!({"windows": windows, "carry": carry, "rounds": body.rounds, "stages": stages}))
+        Ok(LoopPart {
+            windows: windows.collect(),
+            carry: carry.collect(),
+            rounds: *rounds,
+            stages: self.stages(body, &program, described),
+        })
     }
 
-    fn entry(&self, entry: &Entry) -> Json {
-        self.inputs.get(entry).map_or(Json::Null, content)
+    fn stages(&self, body: &Loop, program: &Program, mut described: Described) -> IndexMap<String, StagePart> {
+        let mut parts = IndexMap::new();
+        for (index, ((name, stage), by_place)) in body.stages.iter().zip(&program.stages).enumerate() {
+            let operator = described.remove(name).expect("every stage was described");
+            let inputs = by_place.inputs.iter().map(|input| {
+                let read = match &input.source {
+                    Read::Outside(entry) => ReadPart::Content(self.entry(entry)),
+                    Read::Held(slot) => ReadPart::Held(slot.to_string()),
+                };
+                (input.port.clone(), read)
+            });
+            let part = StagePart { operator, every: Some(stage.every), inputs: inputs.collect() };
+            parts.insert(format!("s{index}"), part);
+        }
+        parts
+    }
+
+    fn entry(&self, entry: &Entry) -> Option<ContentPart> {
+        self.inputs.get(entry).map(ContentPart::of)
     }
 }
 
@@ -193,9 +212,9 @@ struct Colours {
 
 impl Colours {
     fn first(body: &Loop, inputs: &InputDigests, described: &Described) -> Self {
-        let entry = |entry: Entry| inputs.get(&entry).map_or(Json::Null, content);
+        let entry = |entry: Entry| inputs.get(&entry).map(ContentPart::of);
         let windows = body.windows.iter().map(|(name, window)| {
-            (name.clone(), Key::of(&json!([window_fields(window), entry(Entry::Window(name.clone()))])))
+            (name.clone(), Key::of(&json!([slices(window), entry(Entry::Window(name.clone()))])))
         });
         let carry = body.carry.iter().map(|(name, carry)| {
             let keep = match &carry.keep {
@@ -207,8 +226,7 @@ impl Colours {
         });
         let stages = body.stages.iter().map(|(name, stage)| {
             let outside = stage.inputs.iter().filter(|(_, origin)| **origin == Origin::Outside);
-            let entries: Map<_, _> =
-                outside.map(|(port, _)| (port.clone(), entry(Entry::outside(name, port)))).collect();
+            let entries: BTreeMap<_, _> = outside.map(|(port, _)| (port, entry(Entry::outside(name, port)))).collect();
             (name.clone(), Key::of(&json!([described[name], stage.every, entries])))
         });
         Colours { windows: windows.collect(), carry: carry.collect(), stages: stages.collect() }
@@ -263,43 +281,20 @@ fn depths(body: &Loop) -> BTreeMap<String, usize> {
     depths
 }
 
-fn keep_fields(keep: &Chosen) -> Json {
+fn keep(keep: &Chosen) -> KeepPart {
     match keep {
-        Chosen::Last => json!("last"),
+        Chosen::Last => KeepPart::Last,
         Chosen::Best { stage, metric, mode } => {
-            json!({"best": Slot::Output(*stage, metric.clone()).to_string(), "mode": mode})
+            KeepPart::Best { best: Slot::Output(*stage, metric.clone()).to_string(), mode: *mode }
         }
-        Chosen::With(other) => json!({"with": Slot::Carry(*other).to_string()}),
+        Chosen::With(other) => KeepPart::With(Slot::Carry(*other).to_string()),
     }
 }
 
-fn window_fields(window: &Window) -> Map<String, Json> {
-    let Json::Object(mut fields) = serde_json::to_value(window).expect("a window is JSON") else {
-        unreachable!("a window is written as an object")
-    };
-    if window.order == crate::graph::Order::Given {
-        // Nothing is drawn, so the seed changes nothing.
-        fields.remove("seed");
-    }
-    fields
-}
-
-fn version_of(kind: &dyn Kind) -> Map<String, Json> {
-    let About { name, version, numerics, reads_clock, .. } = kind.about();
-    let mut fields = Map::new();
-    fields.insert("kind".into(), json!(name));
-    fields.insert("version".into(), json!(version));
-    if let Some(numerics) = numerics {
-        fields.insert("numerics".into(), json!(numerics));
-    }
-    if reads_clock {
-        fields.insert("clock".into(), json!(true));
-    }
-    fields
-}
-
-fn content(artifact: &Artifact) -> Json {
-    json!({"type": artifact.port_type, "digest": artifact.digest.to_string()})
+fn slices(window: &Window) -> SlicesPart {
+    let Window { rows, take, epochs, order, seed, last, places: _ } = window;
+    let seed = Some(*seed).filter(|_| *order != Order::Given);
+    SlicesPart { rows: *rows, take: *take, epochs: *epochs, order: *order, seed, last: *last }
 }
 
 /// Puts a value in the place of a source's field; an item of a list is called by its index.

@@ -5,6 +5,7 @@
 pub(crate) mod foresee;
 pub(crate) mod history;
 pub mod key;
+mod preimage;
 pub(crate) mod results;
 pub(crate) mod selection;
 
