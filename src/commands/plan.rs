@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use petgraph::graph::NodeIndex;
 
 use super::{Workbench, read_store, say, status, warn_or_fail};
 use crate::cli::PlanArgs;
 use crate::plan::history::{History, Pipeline};
 use crate::plan::selection::{self, Selection};
-use crate::plan::{self, Decision};
+use crate::plan::{self, Decision, Step};
 use crate::report::duration;
 use crate::run::device;
 
@@ -22,47 +23,49 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let history = History::open(&store, Pipeline::of(&args.target.file));
     let width = selection.width();
     let mut text = String::new();
-    for (node, decision) in &plan.steps {
+    for (node, step) in &plan.steps {
         let name = &selection.labels[node];
-        let reason = match decision {
-            Decision::Run { action, why } => history.reason(&selection.aliases[node], action, why, &store),
-            other => in_words(other, &selection),
+        let reason = match step {
+            Step::Decided(Decision::Cached(settled)) => {
+                settled.seconds().map(|seconds| format!("took {} when made", duration(seconds))).unwrap_or_default()
+            }
+            Step::Decided(Decision::Run { action, why }) => {
+                history.reason(&selection.aliases[node], action, why, &store)
+            }
+            Step::Decided(Decision::Resume { round, rounds, .. }) => {
+                format!("goes on after round {round} of {rounds}")
+            }
+            Step::Waits { on } => waits_on(on, &selection),
+            Step::Impossible { error } => error.clone(),
         };
-        text += format!("{:<18}  {name:width$}  {reason}", word(decision)).trim_end();
+        text += format!("{:<18}  {name:width$}  {reason}", word(step)).trim_end();
         text.push('\n');
     }
     say(&text)?;
     foreseen?;
-    if plan.steps.iter().any(|(_, decision)| matches!(decision, Decision::Impossible { .. })) {
+    if plan.steps.iter().any(|(_, step)| matches!(step, Step::Impossible { .. })) {
         return Ok(ExitCode::from(status::BAD_REQUEST));
     }
     let work = args.check && plan.has_work();
     Ok(if work { ExitCode::from(status::WORK_FOUND) } else { ExitCode::SUCCESS })
 }
 
-/// The word for a decision, here and in `show`.
-pub(crate) fn word(decision: &Decision) -> &'static str {
-    match decision {
-        Decision::Cached(_) => "cached",
-        Decision::Run { .. } => "run",
-        Decision::Resume { .. } => "resume",
-        Decision::DependsOnResult { .. } => "depends-on-result",
-        Decision::Impossible { .. } => "cannot-run",
+/// The word for a step, here and in `show`.
+pub(crate) fn word(step: &Step) -> &'static str {
+    match step {
+        Step::Decided(Decision::Cached(_)) => "cached",
+        Step::Decided(Decision::Run { .. }) => TO_RUN,
+        Step::Decided(Decision::Resume { .. }) => "resume",
+        Step::Waits { .. } => "depends-on-result",
+        Step::Impossible { .. } => "cannot-run",
     }
 }
 
-/// Why it was decided so; for what has to run, only what the store itself says.
-pub(crate) fn in_words(decision: &Decision, selection: &Selection) -> String {
-    match decision {
-        Decision::Cached(settled) => {
-            settled.seconds().map(|seconds| format!("took {} when made", duration(seconds))).unwrap_or_default()
-        }
-        Decision::Run { why, .. } => why.to_string(),
-        Decision::Resume { round, rounds, .. } => format!("goes on after round {round} of {rounds}"),
-        Decision::DependsOnResult { on } => {
-            let names: Vec<_> = on.iter().map(|node| format!("`{}`", selection.labels[node])).collect();
-            format!("on {}", names.join(", "))
-        }
-        Decision::Impossible { error } => error.clone(),
-    }
+/// The word for what has no result.
+pub(crate) const TO_RUN: &str = "run";
+
+/// The stages that have to run first, after "depends".
+pub(crate) fn waits_on(stages: &[NodeIndex], selection: &Selection) -> String {
+    let names: Vec<_> = stages.iter().map(|node| format!("`{}`", selection.labels[node])).collect();
+    format!("on {}", names.join(", "))
 }

@@ -18,7 +18,7 @@ use crate::language;
 use crate::plan::foresee::Foresight;
 use crate::plan::history::Pipeline;
 use crate::plan::selection;
-use crate::plan::{self, Decision, Settled};
+use crate::plan::{self, Settled};
 use crate::report;
 use crate::report::table;
 use crate::run::device;
@@ -64,7 +64,7 @@ fn show_results(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<Exit
     let missing: Vec<_> = plan
         .steps
         .iter()
-        .filter(|(node, decision)| reported.contains(node) && !matches!(decision, Decision::Cached(_)))
+        .filter(|(node, step)| reported.contains(node) && step.settled().is_none())
         .map(|(node, _)| format!("`{}`", selection.labels[node]))
         .collect();
     if missing.is_empty() {

@@ -10,28 +10,28 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use cache::{Artifact, Store, Why};
+use cache::{Artifact, Key, Store};
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value as Json, json};
 
-use super::plan::word;
+use super::plan::{TO_RUN, word};
 use super::{Workbench, pretty, read_store, say};
 use crate::cli::ShowArgs;
 use crate::graph::{Cell, Exit, Graph, Subgraph};
 use crate::ground::trouble::is_damage;
 use crate::plan::results;
 use crate::plan::selection;
-use crate::plan::{self, Decision, Settled};
+use crate::plan::{self, Settled, Step};
 
 pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
     let selection = selection::select(&graph, &args.target.stages)?;
     let store = read_store(&args.target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
-    let decisions: BTreeMap<NodeIndex, Decision> = plan.steps.into_iter().collect();
+    let steps: BTreeMap<NodeIndex, Step> = plan.steps.into_iter().collect();
     let mut cells = Map::new();
     for cell in &graph.cells {
-        cells.insert(cell.label.clone(), json!({ "stages": stages(&graph, cell, &decisions, &store)? }));
+        cells.insert(cell.label.clone(), json!({ "stages": stages(&graph, cell, &steps, &store)? }));
     }
     let shown = match cells.len() {
         1 => cells.into_iter().next().map_or(Json::Null, |(_, cell)| cell),
@@ -40,25 +40,19 @@ pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
     if args.json { say(&pretty(&shown)) } else { say(&text(&shown)) }
 }
 
-fn stages(
-    graph: &Graph,
-    cell: &Cell,
-    decisions: &BTreeMap<NodeIndex, Decision>,
-    store: &Store,
-) -> Result<Map<String, Json>> {
+fn stages(graph: &Graph, cell: &Cell, steps: &BTreeMap<NodeIndex, Step>, store: &Store) -> Result<Map<String, Json>> {
     let mut stages = Map::new();
     for (name, node) in &cell.names {
-        let Some(decision) = decisions.get(node) else { continue };
-        match decision {
-            Decision::Cached(settled) => match add_settled(name, settled, store, &mut stages) {
+        let Some(step) = steps.get(node) else { continue };
+        let key = step.decision().map(|decision| decision.action().key);
+        let subgraph = &graph.subgraphs[*node].subgraph;
+        match step.settled() {
+            Some(settled) => match add_settled(name, settled, store, &mut stages) {
                 // Found out only now, where all bytes are read: it has no result any more.
-                Err(error) if is_damage(&error) => {
-                    let decision = Decision::Run { action: settled.action.clone(), why: Why::NoRecord };
-                    add_missing(name, &graph.subgraphs[*node].subgraph, &decision, &mut stages);
-                }
+                Err(error) if is_damage(&error) => add_missing(name, subgraph, key, TO_RUN, &mut stages),
                 added => added?,
             },
-            other => add_missing(name, &graph.subgraphs[*node].subgraph, other, &mut stages),
+            None => add_missing(name, subgraph, key, word(step), &mut stages),
         }
     }
     Ok(stages)
@@ -93,12 +87,9 @@ fn add_settled(name: &str, settled: &Settled, store: &Store, stages: &mut Map<St
     Ok(())
 }
 
-fn add_missing(name: &str, subgraph: &Subgraph, decision: &Decision, stages: &mut Map<String, Json>) {
-    let key = match decision {
-        Decision::Run { action, .. } | Decision::Resume { action, .. } => json!(action.key.to_string()),
-        _ => Json::Null,
-    };
-    let shown = json!({"key": key, "status": word(decision), "outputs": {}, "metrics": {}});
+/// A stage without a result: its key, if that can be told, and the word for what is to be done.
+fn add_missing(name: &str, subgraph: &Subgraph, key: Option<Key>, status: &str, stages: &mut Map<String, Json>) {
+    let shown = json!({"key": key, "status": status, "outputs": {}, "metrics": {}});
     stages.insert(name.into(), shown.clone());
     for stage in subgraph.written_loop().into_iter().flat_map(|body| body.stages.keys()) {
         stages.insert(format!("{name}.{stage}"), shown.clone());

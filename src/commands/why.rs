@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 
-use super::plan::in_words;
+use super::plan::waits_on;
 use super::{Workbench, read_store, say};
 use crate::cli::Target;
 use crate::plan::history::{Change, History, Pipeline};
-use crate::plan::key::Action;
 use crate::plan::selection;
-use crate::plan::{self, Decision};
+use crate::plan::{self, Decision, Step};
 
 pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
     let graph = bench.load(target)?;
@@ -24,40 +23,30 @@ pub(crate) fn why(target: &Target, bench: &Workbench) -> Result<()> {
         .collect();
     let history = History::open(&store, Pipeline::of(&target.file));
     let mut text = String::new();
-    for (node, decision) in plan.steps.iter().filter(|(node, _)| named.is_empty() || named.contains(node)) {
+    for (node, step) in plan.steps.iter().filter(|(node, _)| named.is_empty() || named.contains(node)) {
         let name = &selection.labels[node];
-        text += &match action_of(decision) {
-            None => format!("{name}: {}\n", unknown(decision, &in_words(decision, &selection))),
-            Some(action) => {
-                let state = match decision {
-                    Decision::Cached(_) => "cached",
-                    Decision::Resume { .. } => "will go on from a checkpoint",
-                    _ => "will run",
-                };
-                let aliases = &selection.aliases[node];
+        text += &match step {
+            Step::Decided(decision) => {
+                let (aliases, action) = (&selection.aliases[node], decision.action());
                 let changes = history.changes(aliases, action, &store)?;
                 let known = history.knows(aliases, &action.key);
-                format!("{name}: {state}, key {}\n{}", action.key, compared(changes, known))
+                format!("{name}: {}, key {}\n{}", state(decision), action.key, compared(changes, known))
             }
+            Step::Waits { on } => {
+                let on = waits_on(on, &selection);
+                format!("{name}: its key depends {on}, with no result yet; ask about that first\n")
+            }
+            Step::Impossible { error } => format!("{name}: its key cannot be computed: {error}\n"),
         };
     }
     say(&text)
 }
 
-fn action_of(decision: &Decision) -> Option<&Action> {
+fn state(decision: &Decision) -> &'static str {
     match decision {
-        Decision::Cached(settled) => Some(&settled.action),
-        Decision::Run { action, .. } | Decision::Resume { action, .. } => Some(action),
-        Decision::DependsOnResult { .. } | Decision::Impossible { .. } => None,
-    }
-}
-
-fn unknown(decision: &Decision, reason: &str) -> String {
-    match decision {
-        Decision::DependsOnResult { .. } => {
-            format!("its key depends {reason}, with no result yet; ask about that first")
-        }
-        _ => format!("its key cannot be computed: {reason}"),
+        Decision::Cached(_) => "cached",
+        Decision::Run { .. } => "will run",
+        Decision::Resume { .. } => "will go on from a checkpoint",
     }
 }
 

@@ -20,7 +20,7 @@ use crate::ground::source::Span;
 use crate::language::diagnostic::{Diagnostic, Diagnostics};
 use crate::plan::Settled;
 use crate::plan::selection::Selection;
-use crate::rounds::foresee::{Entering, Leaving, Part, Seen, look};
+use crate::rounds::flow::{Entering, Leaving, Part, Seen, look};
 
 /// A walk over the graph that remembers what it has seen.
 pub(crate) struct Foresight<'a> {

@@ -1,4 +1,5 @@
-//! Decisions: what is to be done about each subgraph, as values. `plan` shows them and `run` acts on them.
+//! Decisions: what is to be done about each subgraph, as values. `run` acts on them, each in its turn; `plan` shows
+//! them in steps, as far as they can be made before anything runs.
 //!
 //! Nothing here prints, runs or writes to the store but what it remembers of files already hashed.
 
@@ -53,7 +54,7 @@ impl Settled {
     }
 }
 
-/// What is to be done about one subgraph.
+/// What is to be done about a subgraph whose inputs are known.
 #[derive(Clone, Debug)]
 pub enum Decision {
     /// Its result is there.
@@ -74,37 +75,69 @@ pub enum Decision {
         /// Rounds it has.
         rounds: u64,
     },
+}
+
+impl Decision {
+    /// What it is about.
+    pub fn action(&self) -> &Action {
+        match self {
+            Decision::Cached(settled) => &settled.action,
+            Decision::Run { action, .. } | Decision::Resume { action, .. } => action,
+        }
+    }
+}
+
+/// How far a plan comes with one subgraph before anything runs.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a subgraph, and most are decided")]
+pub enum Step {
+    /// All the way.
+    Decided(Decision),
+    /// Its key is not known before these have run.
+    Waits {
+        /// Subgraphs without a result.
+        on: Vec<NodeIndex>,
+    },
     /// It cannot run: what it depends on cannot be told.
     Impossible {
         /// Why.
         error: String,
     },
-    /// Its key is not known before these have run.
-    DependsOnResult {
-        /// Subgraphs without a result.
-        on: Vec<NodeIndex>,
-    },
 }
 
-/// A decision for every selected subgraph, in their order.
+impl Step {
+    /// What was decided, if anything could be.
+    pub fn decision(&self) -> Option<&Decision> {
+        match self {
+            Step::Decided(decision) => Some(decision),
+            Step::Waits { .. } | Step::Impossible { .. } => None,
+        }
+    }
+
+    /// The result, if it is there.
+    pub fn settled(&self) -> Option<&Settled> {
+        match self.decision()? {
+            Decision::Cached(settled) => Some(settled),
+            Decision::Run { .. } | Decision::Resume { .. } => None,
+        }
+    }
+}
+
+/// A step for every selected subgraph, in their order.
 pub struct Plan {
-    /// Decisions.
-    pub steps: Vec<(NodeIndex, Decision)>,
+    /// Steps.
+    pub steps: Vec<(NodeIndex, Step)>,
 }
 
 impl Plan {
     /// Whether anything has to run.
     pub fn has_work(&self) -> bool {
-        self.steps.iter().any(|(_, decision)| !matches!(decision, Decision::Cached(_)))
+        self.steps.iter().any(|(_, step)| step.settled().is_none())
     }
 
     /// What is settled, by subgraph.
     pub fn settled(&self) -> BTreeMap<NodeIndex, Settled> {
-        let settled = self.steps.iter().filter_map(|(node, decision)| match decision {
-            Decision::Cached(settled) => Some((*node, settled.clone())),
-            _ => None,
-        });
-        settled.collect()
+        self.steps.iter().filter_map(|(node, step)| Some((*node, step.settled()?.clone()))).collect()
     }
 }
 
@@ -113,27 +146,35 @@ pub fn plan(graph: &Graph, selection: &Selection, registry: &Registry, store: &S
     let mut settled = BTreeMap::new();
     let mut steps = Vec::with_capacity(selection.order.len());
     for &node in &selection.order {
-        let decision = match inputs(graph, node, &settled) {
-            Err(on) => Decision::DependsOnResult { on },
+        let step = match inputs(graph, node, &settled) {
+            Err(on) => Step::Waits { on },
             Ok(inputs) => match decide(&graph.subgraphs[node], &inputs, registry, store) {
-                Ok(decision) => decision,
+                Ok(decision) => Step::Decided(decision),
                 Err(error) if is_store_trouble(&error) => return Err(error),
-                Err(error) => Decision::Impossible { error: format!("{error:#}") },
+                Err(error) => Step::Impossible { error: format!("{error:#}") },
             },
         };
-        match &decision {
-            Decision::Cached(found) => drop(settled.insert(node, found.clone())),
-            // Files that are damaged or gone do not take with them what was made from them.
-            Decision::Run { action, why: Why::ArtifactMissing { .. } | Why::ArtifactCorrupt { .. } } => {
-                if let Some(record) = store.record(&action.key)? {
-                    settled.insert(node, Settled { action: action.clone(), record });
-                }
-            }
-            _ => {}
+        if let Some(decision) = step.decision()
+            && let Some(known) = known_result(decision, store)?
+        {
+            settled.insert(node, known);
         }
-        steps.push((node, decision));
+        steps.push((node, step));
     }
     Ok(Plan { steps })
+}
+
+/// The result by which keys below can be told. Files that are damaged or gone do not take with them what was made from
+/// them.
+fn known_result(decision: &Decision, store: &Store) -> Result<Option<Settled>> {
+    match decision {
+        Decision::Cached(settled) => Ok(Some(settled.clone())),
+        Decision::Run { action, why: Why::ArtifactMissing { .. } | Why::ArtifactCorrupt { .. } } => {
+            let record = store.record(&action.key)?;
+            Ok(record.map(|record| Settled { action: action.clone(), record }))
+        }
+        Decision::Run { .. } | Decision::Resume { .. } => Ok(None),
+    }
 }
 
 /// Decides about one subgraph whose inputs are known.

@@ -11,7 +11,7 @@
 //! This module knows no store and no process: a [`Host`] decides when to cut and where to.
 
 mod cut;
-pub(crate) mod foresee;
+pub(crate) mod flow;
 pub(crate) mod program;
 mod window;
 
@@ -26,7 +26,7 @@ use contract::{AnyValue, Env, Finding, Inputs, Machine, Metrics, PortType, Regis
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
-use self::foresee::Part;
+use self::flow::Part;
 use crate::graph::{BodyStage, Entry, Every, Loop, Mode, Operator, Subgraph};
 use cut::Held;
 pub use cut::{Standing, standing};
@@ -177,7 +177,7 @@ impl<'a> LoopRun<'a> {
                 .with_context(|| format!("cannot resume from `{}`", folder.display()))?,
             None => (Held::new(firsts, body.stages.len()), 0.0),
         };
-        let seen = foresee::look(&Subgraph::Loop(body.clone()), &facts, registry, &Machine::default());
+        let seen = flow::look(&Subgraph::Loop(body.clone()), &facts, registry, &Machine::default());
         if let Some((part, finding)) = seen.findings.iter().find(|(_, finding)| finding.is_error) {
             match part {
                 Part::Stage(stage) => bail!("stage `{stage}`: {}", in_words(finding)),
@@ -563,7 +563,7 @@ pub(crate) fn check_inputs(operator: &Operator, inputs: &Inputs, room: Option<u6
     }
     let ports = operator.ports.inputs.iter();
     let facts = ports.filter_map(|port| Some((port.name.clone(), inputs.get(&port.name)?.facts()))).collect();
-    let outlook = foresee::outlook(operator, facts, room, registry, &Machine::default());
+    let outlook = flow::outlook(operator, facts, room, registry, &Machine::default());
     match outlook.findings.iter().find(|finding| finding.is_error) {
         Some(finding) => bail!("{}", in_words(finding)),
         None => Ok(()),

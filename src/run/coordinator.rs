@@ -301,9 +301,6 @@ impl Coordinator<'_> {
                 self.reuse(node, settled, metrics);
                 return Ok(());
             }
-            Decision::DependsOnResult { .. } | Decision::Impossible { .. } => {
-                unreachable!("`decide` is asked with inputs that are known, and returns errors as such")
-            }
             Decision::Resume { action, round, rounds } => {
                 (action, format!("goes on after round {round} of {rounds}"), Some((round, rounds)))
             }

@@ -1,5 +1,5 @@
-//! What can be known of one subgraph before it runs, round after round of a loop: every kind says what follows for its stage
-//! (see [`contract::Outlook`], where the rules are).
+//! Facts flow through one subgraph: what can be known of it before it runs, round after round of a loop. Every kind
+//! says what follows for its stage (see [`contract::Outlook`], where the rules are).
 
 use std::collections::{BTreeMap, HashMap};
 
