@@ -1,11 +1,11 @@
-//! The loop executor: runs the stages of a loop round after round, in one process.
+//! Rounds: runs the stages of a loop one round after another, in one process.
 //!
 //! The one promise: *a loop may be cut between any two stage runs, or nowhere, and its results have the same bits.* So
 //! all that passes from one stage run to the next is a value in `Held`: carried and kept values, outputs that are read
 //! later, windows of the round, inner states. A cut writes it, resuming reads it, and `unroll` does both after every stage
 //! run. Which rows a round sees and how far schedules are follow from the round alone.
 //!
-//! Values are passed by reference count: the last reader of a value in a round gets the executor's own reference, so
+//! Values are passed by reference count: the last reader of a value in a round gets the loop's own reference, so
 //! that a training stage may update its weights in place; whatever is read later, carried on or kept stays shared.
 //!
 //! This module knows no store and no process: a [`Host`] decides when to cut and where to.

@@ -30,8 +30,10 @@ use crate::plan::key::{self, Action, InputDigests};
 use crate::plan::results;
 use crate::plan::selection::{Alias, Selection};
 use crate::plan::{self, Decision, Settled};
-use crate::run::attempt::{Attempt, Control, Ended, Update, log_end};
-use crate::run::folder::{log_path, new_run};
+use crate::run::attempt::{Attempt, Ended, Orders, Update};
+use crate::run::executor::Executor;
+use crate::run::folder::{log_end, log_path, new_run};
+use crate::run::local::Local;
 use crate::run::protocol::Message;
 use crate::run::slots::{self, Slot, Slots};
 
@@ -113,6 +115,7 @@ pub(crate) fn run(
         pipeline: pipeline.pipeline.clone(),
         diary,
         slots: Slots::new(&settings.devices, settings.threads, settings.jobs),
+        executor: Arc::new(Local),
         open: selection.order.iter().copied().collect(),
         deciding: false,
         settled: BTreeMap::new(),
@@ -152,6 +155,8 @@ struct Coordinator<'a> {
     /// Where the run is written down; nothing in a store that cannot be written.
     diary: Option<Diary>,
     slots: Slots,
+    /// Where workers are started.
+    executor: Arc<dyn Executor>,
     /// Selected, and neither settled, being decided about, queued, running nor given up.
     open: BTreeSet<NodeIndex>,
     /// Whether a subgraph is being decided about.
@@ -196,7 +201,7 @@ struct Ready {
 }
 
 struct Running {
-    control: Arc<Control>,
+    orders: Arc<Orders>,
     slot: Slot,
     ready: Ready,
     log: PathBuf,
@@ -362,7 +367,7 @@ impl Coordinator<'_> {
                 self.store.root().display()
             )));
         };
-        let control = Arc::new(Control::default());
+        let orders = Arc::new(Orders::default());
         let log = log_path(&diary.folder, &self.label(node));
         let sender = self.sender.clone();
         let attempt = Attempt {
@@ -372,13 +377,14 @@ impl Coordinator<'_> {
             store: Arc::clone(&self.store),
             slot: slot.clone(),
             cut_seconds: self.settings.cut_seconds,
+            executor: Arc::clone(&self.executor),
             log: log.clone(),
             // Nobody listens once the run is over.
             say: Box::new(move |update| drop(sender.send(News::Attempt(node, update)))),
-            control: Arc::clone(&control),
+            orders: Arc::clone(&orders),
         };
         attempt.spawn()?;
-        self.running.insert(node, Running { control, slot, ready, log });
+        self.running.insert(node, Running { orders, slot, ready, log });
         Ok(())
     }
 
@@ -411,7 +417,6 @@ impl Coordinator<'_> {
             Message::Warned { part, text } => Event::StageWarned { stage, part, text },
             Message::Noted { part, text } => Event::StageNoted { stage, part, text },
             Message::Cut { round, rounds } => Event::StageCut { stage, round, rounds },
-            Message::Done { .. } | Message::Failed { .. } | Message::Changed { .. } | Message::Stopped => return,
         });
     }
 
@@ -519,10 +524,10 @@ impl Coordinator<'_> {
         self.stopping = Some(Stopping { signal, until: Instant::now() + GRACE, killed: false });
         self.events.send(&Event::RunStopping { signal, seconds: (GRACE + LAST_BREATH).as_secs_f64() });
         for running in self.running.values() {
-            running.control.stop();
+            running.orders.stop();
         }
         // What has no worker yet, since it waits for another process or reads its inputs, has nothing to lose.
-        self.give_up(|running| !running.control.has_begun());
+        self.give_up(|running| !running.orders.has_begun());
     }
 
     /// The time to stop in order has run out: workers are killed, and then nothing is waited for.
@@ -536,7 +541,7 @@ impl Coordinator<'_> {
     }
 
     fn kill_all(&self) {
-        self.running.values().for_each(|running| running.control.kill());
+        self.running.values().for_each(|running| running.orders.kill());
     }
 
     /// Waits no longer for some attempts. Their threads may stay behind, but start no worker any more.

@@ -1,6 +1,8 @@
 //! The folder of a run: `runs/<id>` of the store, with the run's plan, events and logs.
 
-use std::fs;
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +42,33 @@ pub(crate) fn log_path(folder: &Path, stage: &str) -> PathBuf {
     paths.into_iter().find(|path| !path.exists()).expect("some number is free")
 }
 
+/// The last lines of a log, without what only helps who mends the program: the log itself has it.
+pub(crate) fn log_end(log: &Path, lines: usize) -> Vec<String> {
+    let Ok(file) = File::open(log) else { return Vec::new() };
+    let mut end = VecDeque::with_capacity(lines + 1);
+    let mut in_backtrace = false;
+    for line in BufReader::new(file).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        in_backtrace = line == "stack backtrace:" || in_backtrace && is_frame(&line);
+        if in_backtrace || line.starts_with("note: ") && line.contains("RUST_BACKTRACE") {
+            continue;
+        }
+        end.push_back(line);
+        if end.len() > lines {
+            end.pop_front();
+        }
+    }
+    end.into()
+}
+
+/// Whether a line is of a backtrace: `  12: name`, or `      at file:line`.
+fn is_frame(line: &str) -> bool {
+    let text = line.trim_start();
+    let number = text.split(':').next().unwrap_or_default();
+    line.starts_with(' ') && (text.starts_with("at ") || number.bytes().all(|byte| byte.is_ascii_digit()))
+        || line.starts_with("note: Some details are omitted")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +80,18 @@ mod tests {
         check(951_782_399, "20000228-235959.007");
         check(951_782_400, "20000229-000000.007");
         check(1_767_225_599, "20251231-235959.007");
+    }
+
+    #[test]
+    fn the_end_of_a_log_is_shown_without_backtraces() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let text = "one\nthread 'x' panicked at a.rs:1:2:\noh\nstack backtrace:\n   0: rust_begin_unwind\n             \
+                    at /rustc/x/panicking.rs:697:5\n   1: core::panicking::panic_fmt\nnote: Some details are omitted, run with \
+                    `RUST_BACKTRACE=full` for a verbose backtrace.\ntwo \u{e9}\nnote: run with `RUST_BACKTRACE=1` environment \
+                    variable to display a backtrace\n";
+        std::fs::write(&log, [text.as_bytes(), b"\xffthree\n"].concat()).unwrap();
+        assert_eq!(log_end(&log, 20), ["one", "thread 'x' panicked at a.rs:1:2:", "oh", "two \u{e9}", "\u{fffd}three"]);
+        assert_eq!(log_end(&log, 1), ["\u{fffd}three"]);
     }
 }

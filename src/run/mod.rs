@@ -1,9 +1,11 @@
-//! Running: the coordinator, its attempts, and the worker processes that they start.
+//! Running: the coordinator, its attempts, and the executors that start workers for them.
 
 mod attempt;
 mod coordinator;
 pub(crate) mod device;
+mod executor;
 mod folder;
+mod local;
 mod protocol;
 mod slots;
 mod sources;

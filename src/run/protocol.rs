@@ -1,4 +1,5 @@
-//! What the coordinator and its workers say to each other: JSON lines over the worker's standard input and output.
+//! What the runner and its workers say to each other: orders to the worker, and messages and an outcome from it, as
+//! JSON lines.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use serde_json::{Map, Value as Json};
 use crate::graph::{Entry, Subgraph};
 use crate::ground::trouble::Fault;
 
-/// From the coordinator.
+/// To the worker.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub(crate) enum Order {
@@ -36,7 +37,7 @@ pub(crate) struct Job {
     pub(crate) store: PathBuf,
     /// Key of the subgraph.
     pub(crate) key: Key,
-    /// `cpu` or `cuda:N`.
+    /// `cpu` or `cuda:N`: to an executor a card of its place, to the worker a card that it sees.
     pub(crate) device: String,
     /// Threads it may use.
     pub(crate) threads: usize,
@@ -52,7 +53,17 @@ pub(crate) struct Input {
     pub(crate) digest: Digest,
 }
 
-/// From the worker. `part` is the stage within a loop.
+/// From the worker.
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Line {
+    /// While it works.
+    Message(Message),
+    /// The last one.
+    Outcome(Outcome),
+}
+
+/// What a worker says while it works. `part` is the stage within a loop.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case")]
 pub(crate) enum Message {
@@ -68,6 +79,12 @@ pub(crate) enum Message {
     Noted { part: Option<String>, text: String },
     /// A cut was kept.
     Cut { round: u64, rounds: u64 },
+}
+
+/// How a job ended, in the worker's words.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "snake_case")]
+pub(crate) enum Outcome {
     /// Outputs are written, with name in the store and type. Seconds are those of all attempts.
     Done {
         outputs: Vec<(String, PortType)>,
@@ -85,21 +102,21 @@ pub(crate) enum Message {
 }
 
 impl Message {
-    /// Whether it says how the job ended.
-    pub(crate) fn is_last(&self) -> bool {
-        use Message::{Changed, Cut, Done, Failed, Metrics, Noted, Progress, Resumed, Stopped, Warned};
-        match self {
-            Done { .. } | Failed { .. } | Changed { .. } | Stopped => true,
-            Resumed { .. } | Progress { .. } | Metrics { .. } | Warned { .. } | Noted { .. } | Cut { .. } => false,
-        }
-    }
-
     /// The same with other words for people.
     pub(crate) fn map_text(self, map: impl Fn(String) -> String) -> Self {
         match self {
             Message::Warned { part, text } => Message::Warned { part, text: map(text) },
             Message::Noted { part, text } => Message::Noted { part, text: map(text) },
-            Message::Failed { fault, text } => Message::Failed { fault, text: map(text) },
+            other => other,
+        }
+    }
+}
+
+impl Outcome {
+    /// The same with other words for people.
+    pub(crate) fn map_text(self, map: impl Fn(String) -> String) -> Self {
+        match self {
+            Outcome::Failed { fault, text } => Outcome::Failed { fault, text: map(text) },
             other => other,
         }
     }

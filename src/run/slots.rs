@@ -72,14 +72,6 @@ pub(crate) fn needs(subgraph: &Subgraph, registry: &contract::Registry) -> Needs
     }
 }
 
-/// What `CUDA_VISIBLE_DEVICES` of a worker has to be, and the device's name under it: the worker sees its own card and no
-/// other, and on the CPU none. `mask` is the variable as the coordinator found it, through which cards are numbered.
-pub(crate) fn visible(device: &str, mask: Option<&str>) -> (String, String) {
-    let Some(number) = device.strip_prefix("cuda:") else { return (String::new(), device.to_owned()) };
-    let of_mask = || mask?.split(',').nth(number.parse().ok()?).map(str::trim);
-    (of_mask().unwrap_or(number).to_owned(), "cuda:0".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,14 +106,5 @@ mod tests {
         assert_eq!(slots.take(GPU), None);
         let mut slots = Slots::new(&["cpu".to_owned()], 1, 2);
         assert_eq!(slots.take(GPU).unwrap(), Slot { device: "cpu".into(), threads: 1 });
-    }
-
-    #[test]
-    fn a_worker_sees_its_card_alone_through_the_mask_that_was_set() {
-        let pair = |mask: &str, device: &str| (mask.to_owned(), device.to_owned());
-        assert_eq!(visible("cpu", Some("2,3")), pair("", "cpu"));
-        assert_eq!(visible("cuda:1", None), pair("1", "cuda:0"));
-        assert_eq!(visible("cuda:1", Some("2, 5")), pair("5", "cuda:0"));
-        assert_eq!(visible("cuda:0", Some("GPU-8a,MIG-1/2")), pair("GPU-8a", "cuda:0"));
     }
 }

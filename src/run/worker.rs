@@ -22,7 +22,7 @@ use crate::graph::{Entry, Loop, Operator, Subgraph};
 use crate::ground::trouble::{Blamed, Fault};
 use crate::plan::key;
 use crate::rounds::{self, Ask, Ended, Host, MetricsRow, Standing};
-use crate::run::protocol::{Input, Job, Message, Order, PARENT, REPORT};
+use crate::run::protocol::{Input, Job, Message, Order, Outcome, PARENT, REPORT};
 use crate::run::sources;
 
 /// Training recurses deeply: the graph of a long sequence is dropped node by node.
@@ -58,7 +58,7 @@ pub(crate) fn run(registry: Registry) -> ExitCode {
         Ok(Err(panic)) => Err(of_panic(text_of(panic.as_ref())).into()),
         Err(error) => Err(anyhow!(error).context("cannot start a thread")),
     };
-    send(&outcome.unwrap_or_else(|error| Message::Failed { fault: Fault::of(&error), text: format!("{error:#}") }));
+    send(&outcome.unwrap_or_else(|error| Outcome::Failed { fault: Fault::of(&error), text: format!("{error:#}") }));
     ExitCode::SUCCESS
 }
 
@@ -158,7 +158,7 @@ impl Stop {
 
 /// Says that it stopped, and ends whatever other threads are in the middle of.
 fn leave() -> ! {
-    send(&Message::Stopped);
+    send(&Outcome::Stopped);
     std::process::exit(0)
 }
 
@@ -173,10 +173,10 @@ fn listen(stop: &Stop) {
     std::process::exit(1);
 }
 
-fn work(mut job: Job, registry: &Registry, stop: &Stop) -> Result<Message> {
+fn work(mut job: Job, registry: &Registry, stop: &Stop) -> Result<Outcome> {
     let since = Instant::now();
     if let Some(source) = sources::take(&mut job.subgraph, &job.sources, &job.work, registry)? {
-        return Ok(Message::Changed { source });
+        return Ok(Outcome::Changed { source });
     }
     let scratch = job.work.join("scratch");
     make(&scratch)?;
@@ -214,7 +214,7 @@ fn run_once(
     env: &Env,
     stop: &Stop,
     since: Instant,
-) -> Result<Message> {
+) -> Result<Outcome> {
     let mut inputs = Inputs::new();
     for (entry, value) in entries {
         inputs.insert(entry.to_string(), value);
@@ -234,7 +234,7 @@ fn run_once(
     if !sink.rows.is_empty() && !outputs.contains_key("metrics") {
         written.push(save_rows(&job.work, "metrics", &sink.rows)?);
     }
-    Ok(Message::Done { outputs: written, facts, seconds: since.elapsed().as_secs_f64(), rounds: None })
+    Ok(Outcome::Done { outputs: written, facts, seconds: since.elapsed().as_secs_f64(), rounds: None })
 }
 
 fn run_rounds(
@@ -244,12 +244,12 @@ fn run_rounds(
     registry: &Registry,
     env: &Env,
     stop: &Stop,
-) -> Result<Message> {
+) -> Result<Outcome> {
     let store = Store::open(&job.store)?;
     let cut = find_cut(&store, job, &env.scratch)?;
     let mut host = WorkerHost { job, store: &store, stop, last_cut: Instant::now(), report: Report::new() };
     match rounds::run_loop(body, entries, cut.as_deref(), registry, env, &mut host)? {
-        Ended::Stopped(_) => Ok(Message::Stopped),
+        Ended::Stopped(_) => Ok(Outcome::Stopped),
         Ended::Finished(finished) => {
             let mut written = Vec::new();
             for (index, value) in finished.outputs.iter().enumerate() {
@@ -261,7 +261,7 @@ fn run_rounds(
             let outputs = finished.outputs.iter().enumerate();
             let facts = known(outputs.map(|(index, value)| (key::stored_value(index), value)));
             let (seconds, rounds) = (finished.seconds, Some(finished.rounds));
-            Ok(Message::Done { outputs: written, facts, seconds, rounds })
+            Ok(Outcome::Done { outputs: written, facts, seconds, rounds })
         }
     }
 }
@@ -452,9 +452,9 @@ impl Report {
 /// One line at a time, whichever thread has something to say.
 static OUT: Mutex<()> = Mutex::new(());
 
-fn send(message: &Message) {
+fn send(said: &impl serde::Serialize) {
     let _one_at_a_time = OUT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut line = serde_json::to_vec(message).expect("a message is JSON");
+    let mut line = serde_json::to_vec(said).expect("messages and outcomes are JSON");
     line.push(b'\n');
     let mut out = io::stdout().lock();
     if out.write_all(&line).and_then(|()| out.flush()).is_err() {
