@@ -11,8 +11,8 @@ use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Result, Shape, Storage, StorageRef, Tensor, TensorId,
-    WithDType, bail,
+    CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout as TensorLayout, Result, Shape, Storage, StorageRef,
+    Tensor, TensorId, WithDType, bail,
 };
 
 use super::backend::Backend;
@@ -505,7 +505,7 @@ pub(crate) fn view<T: CudaDType, R>(tensor: &Tensor, f: impl FnOnce(&CudaView<'_
 }
 
 /// The same of a tensor's storage.
-pub(crate) fn view_of<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
+pub(crate) fn view_of<'a, T: CudaDType>(storage: &'a Storage, layout: &TensorLayout) -> Result<CudaView<'a, T>> {
     let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a gpu, found one elsewhere") };
     Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
 }
@@ -523,7 +523,7 @@ fn view_if<T: CudaDType, R>(
 
 /// A tensor to compute with in `T`: its own elements, or converted ones.
 pub(crate) enum Operand<'a, T> {
-    Tensor(StorageRef<'a>, &'a Layout),
+    Tensor(StorageRef<'a>, &'a TensorLayout),
     Own(CudaSlice<T>),
 }
 
@@ -566,10 +566,10 @@ where
         fn name(&self) -> &'static str {
             "change"
         }
-        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &TensorLayout) -> Result<()> {
             bail!("expected a tensor on a gpu, found one on the cpu")
         }
-        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &TensorLayout) -> Result<()> {
             let f = self.0.lock().expect("nothing panics while it is held").take();
             let f = f.expect("an operation is applied once");
             f(&mut storage.as_cuda_slice_mut::<T>()?.slice_mut(contiguous(layout)?))
