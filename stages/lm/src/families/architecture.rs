@@ -76,11 +76,11 @@ impl Architecture {
         let plain = Architecture::new(self.architecture, self.layers, self.width);
         let heads = self.heads();
         // What does not belong to a family stays, to be refused.
-        let takes = |option| self.architecture.options().contains(&option);
-        let kv_heads = if takes("kv_heads") { unless(self.kv_heads, heads) } else { self.kv_heads };
-        let rope_theta = if takes("rope_theta") { unless(self.rope_theta, ROPE_THETA) } else { self.rope_theta };
+        let family = self.architecture;
+        let kv_heads = if family.takes("kv_heads") { unless(self.kv_heads, heads) } else { self.kv_heads };
+        let rope_theta = if family.takes("rope_theta") { unless(self.rope_theta, ROPE_THETA) } else { self.rope_theta };
         Architecture {
-            architecture: self.architecture,
+            architecture: family,
             layers: self.layers,
             width: self.width,
             heads: unless(self.heads, plain.heads()),
@@ -100,13 +100,10 @@ impl Architecture {
         self.check_sizes()?;
         let family = self.architecture;
         for (option, given) in [("kv_heads", self.kv_heads.is_some()), ("rope_theta", self.rope_theta.is_some())] {
-            let takes = |family: &Family| family.options().contains(&option);
-            let others: Vec<String> =
-                Family::ALL.iter().filter(|family| takes(family)).map(|f| format!("`{}`", f.name())).collect();
             ensure!(
-                !given || takes(&family),
+                !given || family.takes(option),
                 "`{option}` is of architecture {} alone: leave it out for `{}`",
-                others.join(", "),
+                Family::named(|family| family.takes(option)).join(", "),
                 family.name()
             );
         }

@@ -87,6 +87,18 @@ families! {
     llama: Llama(LlamaConfig),
 }
 
+impl Family {
+    /// Whether it takes an option that not all do.
+    fn takes(self, option: &str) -> bool {
+        self.options().contains(&option)
+    }
+
+    /// The names of some families, for people.
+    fn named(which: impl Fn(Family) -> bool) -> Vec<String> {
+        Family::ALL.iter().filter(|family| which(**family)).map(|family| format!("`{}`", family.name())).collect()
+    }
+}
+
 /// What a family is. It is the type of its `config.json`.
 trait Decoder: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
     /// `model_type` in `config.json`.
@@ -216,8 +228,8 @@ impl Config {
         let name = json.get("model_type").and_then(Json::as_str).unwrap_or(Gpt2Config::MODEL_TYPE).to_owned();
         check::refuse_options(&json).with_context(|| format!("`{}` asks for what is not computed", path.display()))?;
         let Some(family) = Family::ALL.iter().find(|family| family.name() == name) else {
-            let known: Vec<String> = Family::ALL.iter().map(|family| format!("`{}`", family.name())).collect();
-            bail!("`{}` describes a model of type `{name}`: expected {}", path.display(), known.join(" or "));
+            let known = Family::named(|_| true).join(" or ");
+            bail!("`{}` describes a model of type `{name}`: expected {known}", path.display());
         };
         let config = family
             .read(json)

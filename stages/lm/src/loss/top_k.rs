@@ -101,18 +101,9 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{numbers, with_threads};
     use crate::loss::{Divergence, HeadLoss, Source, Target, divergence_values, head_loss, head_loss_plain};
+    use crate::terms::divergence::tests::EVERY_DIVERGENCE;
 
     const CPU: Device = Device::Cpu;
-
-    const EVERY_DIVERGENCE: [Divergence; 7] = [
-        Divergence::ForwardKl,
-        Divergence::ReverseKl,
-        Divergence::Jsd { beta: 0.3 },
-        Divergence::SkewedForwardKl { alpha: 0.1 },
-        Divergence::SkewedReverseKl { alpha: 0.1 },
-        Divergence::TotalVariation,
-        Divergence::AlphaBeta { alpha: 0.2, beta: 0.7 },
-    ];
 
     const ROWS: usize = 7;
     const WIDTH: usize = 5;

@@ -308,6 +308,13 @@ pub(crate) mod tests {
         format!("{text}}};\n\n#define FOR_EVERY_RULE(CASE){cases}\n")
     }
 
+    /// One that is missing in the list would be missing on GPUs.
+    #[test]
+    fn every_divergence_is_in_the_list() {
+        let schema = serde_json::to_value(schemars::schema_for!(Divergence)).unwrap();
+        assert_eq!(schema["oneOf"].as_array().unwrap().len(), EVERY_DIVERGENCE.len());
+    }
+
     /// The compiler of one language does not see the other.
     #[test]
     fn the_cuda_code_has_the_same_rules() {
