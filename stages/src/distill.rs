@@ -227,13 +227,13 @@ impl Operator for Distilling {
             Some(cache) => (None, self.head_of(cache, teacher.as_deref(), prompt.is_some())?),
             None => {
                 let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
-                let head = teacher.as_ref().map(LanguageModel::output_head);
+                let head = teacher.as_ref().map(LanguageModel::output_head).transpose()?;
                 (teacher, head)
             }
         };
         if let Some(head) = &head {
             let port = if cache.is_some() { "cache" } else { "teacher" };
-            self.padding.say("student", &student.output_head(), port, head, sink);
+            self.padding.say("student", &student.output_head()?, port, head, sink);
         }
         let head = head.map(|head| head.beside(student.vocab_size())).transpose()?;
 
@@ -265,7 +265,7 @@ impl Operator for Distilling {
             };
             let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
             let labels = (config.cross_entropy != 0.0).then_some((text.labels.as_slice(), config.cross_entropy));
-            let loss = head_loss(&hidden, student.head(), labels, &[target], &batch.weights())?;
+            let loss = head_loss(&hidden, student.head()?, labels, &[target], &batch.weights())?;
             parts.add(name, loss.divergences[0]);
             parts.add("loss", config.weight * loss.divergences[0]);
             if let Some(cross_entropy) = loss.cross_entropy {

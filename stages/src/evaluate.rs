@@ -309,7 +309,7 @@ impl Operator for Evaluating {
         let rows = evaluated_rows(&data, config)?;
         ensure!(!rows.is_empty(), "the data to evaluate on has no rows");
         if let Some(teacher) = &teacher {
-            self.padding.say("model", &model.output_head(), "teacher", &teacher.output_head(), sink);
+            self.padding.say("model", &model.output_head()?, "teacher", &teacher.output_head()?, sink);
         }
 
         let mut metrics = Map::new();
@@ -418,7 +418,7 @@ impl Evaluating {
             if text.tokens() == 0 {
                 continue;
             }
-            let found = log_probs(&text.hidden(model, prompt, None)?, model.head(), &text.labels)?;
+            let found = log_probs(&text.hidden(model, prompt, None)?, model.head()?, &text.labels)?;
             let mut rest = found.as_slice();
             for row in chunk {
                 let (own, after) = rest.split_at(Aligned::tokens_of(row));
@@ -447,7 +447,7 @@ impl Evaluating {
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
         let mut distances = Vec::with_capacity(rows.len());
-        let head = teacher.output_head().beside(model.vocab_size())?;
+        let head = teacher.output_head()?.beside(model.vocab_size())?;
         let written: Vec<Row> = rows
             .iter()
             .zip(generated)
@@ -466,7 +466,7 @@ impl Evaluating {
                     coefficient: 1.0,
                     temperature: 1.0,
                 };
-                divergence_values(&own, model.head(), &[teacher])?.remove(0)
+                divergence_values(&own, model.head()?, &[teacher])?.remove(0)
             };
             let mut rest = values.as_slice();
             for row in chunk {

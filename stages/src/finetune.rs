@@ -125,7 +125,7 @@ impl Operator for Finetuning {
         let row = self.trainer.update(&model.parameters(), &data, step, sink, &behind, |batch, parts| {
             let hidden = batch.text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
             let labels = Some((batch.text.labels.as_slice(), 1.0));
-            let loss = head_loss(&hidden, model.head(), labels, &[], &batch.weights())?;
+            let loss = head_loss(&hidden, model.head()?, labels, &[], &batch.weights())?;
             let cross_entropy = loss.cross_entropy.unwrap_or_default();
             parts.add("loss", cross_entropy);
             parts.add("cross_entropy", cross_entropy);

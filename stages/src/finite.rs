@@ -95,7 +95,7 @@ mod tests {
 
     fn prompt() -> AnyValue {
         let model = model(Family::Gpt2);
-        let vectors = model.embedding().narrow(0, 3, 2).unwrap().contiguous().unwrap();
+        let vectors = model.embedding().unwrap().narrow(0, 3, 2).unwrap().contiguous().unwrap();
         Arc::new(SoftPrompt::new(vectors, &model).unwrap())
     }
 
@@ -160,7 +160,7 @@ mod tests {
             let large = Tensor::full(2e38_f32, weight.shape(), &Device::Cpu).unwrap();
             Var::from_tensor(weight).unwrap().set(&large).unwrap();
             if name.contains("ln_f") {
-                let head = model.embedding();
+                let head = model.embedding().unwrap();
                 Var::from_tensor(head).unwrap().set(&head.ones_like().unwrap().detach()).unwrap();
             } else {
                 let other = &model.parameters()[&name.replace("mlp", "attn")];

@@ -86,7 +86,8 @@ mod tests {
         let prompt = || -> AnyValue {
             let Ok(teacher) = model(2, 0).into_any().downcast::<LanguageModel>() else { panic!("a model") };
             Arc::new(
-                SoftPrompt::new(teacher.embedding().narrow(0, 3, 2).unwrap().contiguous().unwrap(), &teacher).unwrap(),
+                SoftPrompt::new(teacher.embedding().unwrap().narrow(0, 3, 2).unwrap().contiguous().unwrap(), &teacher)
+                    .unwrap(),
             )
         };
         let tuned = |padding| {

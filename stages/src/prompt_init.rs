@@ -189,7 +189,7 @@ impl Operator for Initialising {
 
 fn embeddings(model: &LanguageModel, ids: &[u32]) -> Result<Tensor> {
     let ids = Tensor::from_slice(ids, ids.len(), model.device())?;
-    Ok(model.embedding().index_select(&ids, 0)?)
+    Ok(model.embedding()?.index_select(&ids, 0)?)
 }
 
 fn random_vectors(config: &Config, model: &LanguageModel) -> Result<Tensor> {

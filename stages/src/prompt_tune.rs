@@ -199,7 +199,7 @@ impl Operator for Tuning {
         let teacher = teacher.with_activation_checkpointing(config.activation_checkpointing);
         let student = inputs.take::<LanguageModel>("student")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take::<SoftPrompt>("prompt")?;
-        self.padding.say("teacher", &teacher.output_head(), "student", &student.output_head(), sink);
+        self.padding.say("teacher", &teacher.output_head()?, "student", &student.output_head()?, sink);
 
         // A new variable: whoever else holds the old prompt keeps it as it was.
         let vectors = Var::from_tensor(&prompt.vectors.copy()?)?.into_inner();
@@ -245,21 +245,22 @@ impl Config {
         let prompted = text.hidden(teacher, Some(vectors), dropout.as_ref())?; // [tokens, C of the teacher]
         let student_hidden = text.hidden(student, None, None)?; // [tokens, C]
         let plain = if regulariser.coefficient != 0.0 { Some(text.hidden(teacher, None, None)?) } else { None };
-        let student_head = student.output_head().beside(teacher.vocab_size())?;
+        let student_head = student.output_head()?.beside(teacher.vocab_size())?;
         let guide = Target {
             source: Source::Head { hidden: &student_hidden, head: &student_head },
             divergence: *divergence,
             coefficient: 1.0,
             temperature: 1.0,
         };
+        let head = teacher.head()?;
         let near = plain.as_ref().map(|hidden| Target {
-            source: Source::Head { hidden, head: teacher.head() },
+            source: Source::Head { hidden, head },
             divergence: regulariser.divergence,
             coefficient: weight,
             temperature: 1.0,
         });
         let targets: Vec<Target<'_>> = std::iter::once(guide).chain(near).collect();
-        let loss = head_loss(&prompted, teacher.head(), None, &targets, &batch.weights())?;
+        let loss = head_loss(&prompted, head, None, &targets, &batch.weights())?;
         parts.add("guidance", loss.divergences[0]);
         parts.add("loss", loss.divergences[0]);
         if let Some(regulariser) = loss.divergences.get(1) {
@@ -292,7 +293,7 @@ fn measure_start(batch: &MicroBatch, teacher: &LanguageModel, vectors: &Tensor, 
     let vectors = vectors.detach();
     for (name, prompt) in [(PLAIN_LOSS, None), (PROMPTED_LOSS, Some(&vectors))] {
         let text: &Aligned = &batch.text;
-        let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, teacher.head(), &text.labels)?;
+        let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, teacher.head()?, &text.labels)?;
         let loss = -probabilities.iter().map(|&p| f64::from(p)).sum::<f64>();
         parts.add(name, loss / batch.tokens_of_batch as f64);
     }

@@ -165,7 +165,7 @@ impl Operator for Caching {
         // Of the model as it came: its head is kept exactly.
         let mut cache = TeacherCacheWriter::new(&self.env.scratch, &teacher, keep, storage, temperature, &responses)?;
         let teacher = teacher.frozen().computed_in(dtype)?;
-        let head = teacher.output_head().of_tokens()?;
+        let head = teacher.output_head()?.of_tokens()?;
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {
             let text = Aligned::of(rows.iter().copied());
@@ -237,7 +237,7 @@ mod tests {
 
     fn soft_prompt() -> AnyValue {
         let Ok(teacher) = teacher().into_any().downcast::<LanguageModel>() else { panic!("a model") };
-        let vectors = teacher.embedding().narrow(0, 3, 4).unwrap().contiguous().unwrap();
+        let vectors = teacher.embedding().unwrap().narrow(0, 3, 4).unwrap().contiguous().unwrap();
         Arc::new(SoftPrompt::new(vectors, &teacher).unwrap())
     }
 

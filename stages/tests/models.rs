@@ -434,7 +434,7 @@ fn two_matrices_that_are_to_be_one_stay_two() {
         batch.push(0, &[1, 2, 3]);
         let model = LanguageModel::load(folder, &Device::Cpu).unwrap();
         let hidden = model.hidden(&batch, None, None).unwrap();
-        hidden.matmul(&model.head().t().unwrap()).unwrap().to_vec2::<f32>().unwrap()
+        hidden.matmul(&model.head().unwrap().t().unwrap()).unwrap().to_vec2::<f32>().unwrap()
     };
     let untied = logits(folder.path());
     edit(folder.path(), "config.json", |json| json["tie_word_embeddings"] = json!(true));

@@ -91,7 +91,8 @@ fn six_rounds(conventions: Conventions, name: &str) {
     let teacher = Arc::new(LanguageModel::load(&fixtures().join("teacher"), &Device::Cpu).unwrap());
     let mut student = Arc::new(LanguageModel::load(&fixtures().join("student"), &Device::Cpu).unwrap());
     let ids = Tensor::new(&[5u32, 17, 42], &Device::Cpu).unwrap();
-    let mut prompt = Arc::new(SoftPrompt::new(teacher.embedding().index_select(&ids, 0).unwrap(), &teacher).unwrap());
+    let mut prompt =
+        Arc::new(SoftPrompt::new(teacher.embedding().unwrap().index_select(&ids, 0).unwrap(), &teacher).unwrap());
     let data = prompts();
 
     let micro_batch = if conventions == Conventions::Reference { json!(2) } else { Json::Null };

@@ -311,7 +311,7 @@ fn favour(model: &LanguageModel, token: u32, logit: f64) -> Result<()> {
     };
     let bias = Var::from_tensor(&model.parameters()["transformer.ln_f.bias"])?;
     bias.set(&direction(logit / ASK)?.squeeze(0)?)?;
-    let embedding = Var::from_tensor(model.embedding())?;
+    let embedding = Var::from_tensor(model.embedding()?)?;
     let row = token as usize..token as usize + 1;
     embedding.set(&embedding.slice_assign(&[row, 0..width], &direction(ASK)?)?)?;
     Ok(())

@@ -71,7 +71,7 @@ impl LanguageModel {
                 let scale = if config.ends_branch(&name) { residual } else { 1.0 };
                 random_values(seed, index as u32, count, (config.sizes().initializer_range * scale) as f32)
             };
-            parameters.insert(name, Tensor::from_vec(values, shape, device)?);
+            parameters.insert(name, Weight::new(Tensor::from_vec(values, shape, device)?));
         }
         Ok(LanguageModel::of(config, tokenizer, GenerationConfig::default(), parameters, device.clone()))
     }
@@ -94,7 +94,7 @@ impl LanguageModel {
         config: Config,
         tokenizer: TokenizerFile,
         generation: GenerationConfig,
-        parameters: IndexMap<String, Tensor>,
+        parameters: IndexMap<String, Weight>,
         device: Device,
     ) -> Self {
         LanguageModel {
@@ -102,7 +102,7 @@ impl LanguageModel {
             config,
             tokenizer,
             generation,
-            weights: parameters.into_iter().map(|(name, values)| (name, Weight::new(values))).collect(),
+            weights: parameters,
             device,
             angles: Angles::default(),
             activation_checkpointing: false,
@@ -140,9 +140,11 @@ impl LanguageModel {
         Ok(LanguageModel { dtype, ..self.map(|weight| weight.read_in(dtype.candle()))? })
     }
 
-    /// All parameters, by their names in Hugging Face checkpoints, in a fixed order.
+    /// The parameters that can be trained, by their names in Hugging Face checkpoints, in a fixed order: all but frozen
+    /// matrices that are kept in the type they have on disk.
     pub fn parameters(&self) -> IndexMap<String, Tensor> {
-        self.weights.iter().map(|(name, weight)| (name.clone(), weight.master().clone())).collect()
+        let dense = self.weights.iter().filter_map(|(name, weight)| Some((name.clone(), weight.dense()?.clone())));
+        dense.collect()
     }
 
     /// The tokens at which it stops when it writes, the tokenizer's first: all that its folder names.
@@ -180,18 +182,22 @@ impl LanguageModel {
     }
 
     /// The output head by itself, of the same storage.
-    pub fn output_head(&self) -> Head {
-        Head { weight: self.head().clone(), tokens: self.vocabulary() }
+    pub fn output_head(&self) -> Result<Head> {
+        Ok(Head { weight: self.head()?.clone(), tokens: self.vocabulary() })
     }
 
     /// The input embedding `[V, C]`.
-    pub fn embedding(&self) -> &Tensor {
-        self.weights[self.config.embedding()].tensor()
+    pub fn embedding(&self) -> Result<&Tensor> {
+        Ok(self.weights[self.config.embedding()].tensor()?)
     }
 
     /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
-    pub fn head(&self) -> &Tensor {
-        self.weights.get(HEAD).map_or_else(|| self.embedding(), Weight::tensor)
+    pub fn head(&self) -> Result<&Tensor> {
+        Ok(self.head_weight().tensor()?)
+    }
+
+    pub(crate) fn head_weight(&self) -> &Weight {
+        self.weights.get(HEAD).unwrap_or_else(|| &self.weights[self.config.embedding()])
     }
 
     /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
@@ -236,8 +242,7 @@ impl LanguageModel {
         let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
         let mut tape = new(backend, rows, dropout);
         let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
-        let mut read = self.weights.values().map(Weight::tensor);
-        let anchor = read.find(|weight| weight.is_variable()).unwrap_or_else(|| self.embedding());
+        let anchor = self.weights.values().find_map(Weight::variable).or(prompt.as_ref());
         Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
     }
 
@@ -257,7 +262,7 @@ impl LanguageModel {
     /// Slow: for the message of an error that is certain. Errors as [`LanguageModel::hidden`] does.
     pub fn find_not_finite(&self, batch: &Packed, prompt: Option<&Tensor>) -> Result<Option<String>> {
         for (name, weight) in &self.weights {
-            if let Some(found) = first_not_finite(weight.tensor())? {
+            if let Some(found) = first_not_finite(weight.master()?)? {
                 return Ok(Some(format!("its weight `{name}` holds {found}")));
             }
         }
@@ -281,7 +286,7 @@ impl LanguageModel {
         if !is_finite(&hidden)? {
             return Ok(Some("its layers are finite, and its final hidden states are not".to_owned()));
         }
-        let logits = hidden.matmul(&model.head().t()?)?;
+        let logits = hidden.matmul(&model.head()?.t()?)?;
         Ok((!is_finite(&logits)?).then(|| "its hidden states are finite, and its logits are not".to_owned()))
     }
 
@@ -292,7 +297,7 @@ impl LanguageModel {
         prompt: Option<&Tensor>,
         positions: usize,
     ) -> TensorResult<O::Array> {
-        let weights = Weights { parameters: &self.weights, angles: &self.angles, positions };
+        let weights = Weights { parameters: &self.weights, angles: &self.angles, device: &self.device, positions };
         self.config.forward(&weights, ops, prompt)
     }
 
@@ -354,8 +359,9 @@ impl Value for LanguageModel {
     fn save(&self, folder: &Path) -> Result<()> {
         let config = self.config.to_json()?;
         write_json(&folder.join("config.json"), &config)?;
-        let weights = self.weights.iter().map(|(name, weight)| (name, weight.master()));
-        write_tensors(&folder.join("model.safetensors"), weights, None)?;
+        let weights = self.weights.iter().map(|(name, weight)| Ok((name, weight.master()?)));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        write_tensors(&folder.join("model.safetensors"), weights.into_iter(), None)?;
         write_json(&folder.join(generation::FILE), &self.generation.beside(&config, &self.ends))?;
         self.tokenizer.save(folder)
     }
@@ -410,7 +416,7 @@ mod tests {
         let shapes = config.parameter_shapes().into_iter().zip(0..);
         let parameters = shapes.map(|((name, shape), seed)| {
             let values = numbers(seed, shape.iter().product()).into_iter().map(|x| 0.3 * x).collect();
-            (name, Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner())
+            (name, Weight::new(Var::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap().into_inner()))
         });
         let tokenizer = TokenizerFile::new("", 0, 17);
         LanguageModel::of(config, tokenizer, GenerationConfig::default(), parameters.collect(), Device::Cpu)
@@ -510,7 +516,7 @@ mod tests {
         let tokenizer = TokenizerFile::new("", 0, 300);
         let init = |seed| LanguageModel::init(&architecture, tokenizer.clone(), seed, &Device::Cpu).unwrap();
         let values = |model: &LanguageModel, name: &str| {
-            model.weights[name].master().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            model.weights[name].master().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         let model = init(1);
         for (name, expected) in [
@@ -544,11 +550,12 @@ mod tests {
             ("model.layers.7.mlp.up_proj.weight", 0.02),
             ("model.layers.7.mlp.down_proj.weight", 0.005),
         ] {
-            let values = model.weights[name].master().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let values = model.weights[name].master().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let deviation = (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt();
             assert!((deviation / expected - 1.0).abs() < 0.05, "{name}: {deviation}");
         }
-        let norm = model.weights["model.layers.0.post_attention_layernorm.weight"].master().to_vec1::<f32>().unwrap();
+        let norm =
+            model.weights["model.layers.0.post_attention_layernorm.weight"].master().unwrap().to_vec1::<f32>().unwrap();
         assert!(norm.iter().all(|x| *x == 1.0));
     }
 }

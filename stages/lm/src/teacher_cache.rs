@@ -442,7 +442,7 @@ impl TeacherCacheWriter {
         let writer = Self::with_shards_of(SHARD_BYTES, scratch, facts, model.tokenizer.clone(), rows)?;
         if keep == Keep::Hidden {
             let path = writer.scratch.path().join(HEAD);
-            write_tensors(&path, [(&"head".to_owned(), model.head())].into_iter(), None)?;
+            write_tensors(&path, [(&"head".to_owned(), model.head()?)].into_iter(), None)?;
         }
         Ok(writer)
     }
@@ -566,7 +566,7 @@ fn fingerprint_of_words(words: impl Iterator<Item = u32>) -> u64 {
 }
 
 fn fingerprint_of_head(model: &LanguageModel) -> Result<u64> {
-    let head = model.head().detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+    let head = model.head()?.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
     Ok(fingerprint_of_words(head.to_vec1::<f32>()?.into_iter().map(f32::to_bits)))
 }
 

@@ -202,7 +202,7 @@ impl Decoder for Gpt2Config {
     }
 
     fn forward<O: Ops>(&self, weights: &Weights<'_>, ops: &mut O, prompt: Option<&Tensor>) -> TensorResult<O::Array> {
-        let (wte, wpe) = (weights.tensor("transformer.wte.weight"), weights.tensor("transformer.wpe.weight"));
+        let (wte, wpe) = (weights.weight("transformer.wte.weight"), weights.table("transformer.wpe.weight")?);
         let x = ops.embed(wte, Some(Positions::new(wpe)), prompt)?; // [N, C]
         let mut x = ops.dropout(x, self.embd_pdrop, 0)?;
         for layer in 0..self.n_layer {

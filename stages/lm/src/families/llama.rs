@@ -328,8 +328,8 @@ impl Decoder for LlamaConfig {
     }
 
     fn forward<O: Ops>(&self, weights: &Weights<'_>, ops: &mut O, prompt: Option<&Tensor>) -> TensorResult<O::Array> {
-        let embedding = weights.tensor("model.embed_tokens.weight");
-        let angles = weights.angles(|| self.rotary_frequencies(), embedding.device())?;
+        let embedding = weights.weight("model.embed_tokens.weight");
+        let angles = weights.angles(|| self.rotary_frequencies())?;
         let mut x = ops.embed(embedding, None, prompt)?; // [N, C]
         for layer in 0..self.num_hidden_layers {
             x = ops.block(x, &TransformerBlock::new(self, weights, &angles, layer))?;

@@ -184,6 +184,7 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 pub(crate) struct Weights<'a> {
     pub(crate) parameters: &'a IndexMap<String, Weight>,
     pub(crate) angles: &'a Angles,
+    pub(crate) device: &'a Device,
     /// Rows stand at positions below this.
     pub(crate) positions: usize,
 }
@@ -194,27 +195,33 @@ impl Weights<'_> {
         self.parameters.get(name).expect("a model has all its parameters")
     }
 
-    fn tensor(&self, name: &str) -> &Tensor {
+    fn vector(&self, name: &str) -> &Tensor {
+        self.weight(name).dense().expect("matrices alone are kept encoded")
+    }
+
+    /// A table that is read as tensors are.
+    fn table(&self, name: &str) -> TensorResult<&Tensor> {
         self.weight(name).tensor()
     }
 
     fn norm(&self, name: &str, eps: f64) -> LayerNorm {
-        let part = |part: &str| self.tensor(&format!("{name}.{part}")).clone();
+        let part = |part: &str| self.vector(&format!("{name}.{part}")).clone();
         LayerNorm { weight: part("weight"), bias: part("bias"), eps: eps as f32 }
     }
 
     fn rms_norm(&self, name: &str, eps: f64) -> RmsNorm {
-        RmsNorm { weight: self.tensor(&format!("{name}.weight")).clone(), eps: eps as f32 }
+        RmsNorm { weight: self.vector(&format!("{name}.weight")).clone(), eps: eps as f32 }
     }
 
     /// The angles of rotary positions: see [`Angles::table`].
-    fn angles(&self, frequencies: impl FnOnce() -> Vec<f32>, device: &Device) -> TensorResult<Tensor> {
-        self.angles.table(frequencies, self.positions, device)
+    fn angles(&self, frequencies: impl FnOnce() -> Vec<f32>) -> TensorResult<Tensor> {
+        self.angles.table(frequencies, self.positions, self.device)
     }
 
     /// A linear layer: `NAME.weight`, and `NAME.bias` where there is one.
     fn layer(&self, name: &str, layout: Layout) -> Layer {
-        let bias = self.parameters.get(&format!("{name}.bias")).map(|bias| bias.tensor().clone());
+        let name_of_bias = format!("{name}.bias");
+        let bias = self.parameters.contains_key(&name_of_bias).then(|| self.vector(&name_of_bias).clone());
         Layer { weight: self.weight(&format!("{name}.weight")).clone(), bias, layout }
     }
 }

@@ -18,6 +18,7 @@ use super::tensors::{Stored, TensorFile, write_json};
 use super::tokenizer;
 use crate::families::{Config, HEAD};
 use crate::finite::first_not_finite;
+use crate::weights::Weight;
 
 /// A folder that holds a model this crate computes.
 pub struct ModelFolder {
@@ -211,16 +212,24 @@ impl ModelFolder {
         )])
     }
 
-    /// The parameters as f32, in the order of [`Config::parameter_shapes`]. A head that was to be the embedding and is another
-    /// matrix stays, as in `transformers`; the configuration says so then.
-    pub(crate) fn parameters(&mut self, device: &Device) -> Result<IndexMap<String, Tensor>> {
+    /// The parameters, in the order of [`Config::parameter_shapes`]: matrices in the type that the file has, where they can
+    /// stay in it, all else as f32. A head that was to be the embedding and is another matrix stays, as in `transformers`;
+    /// the configuration says so then.
+    pub(crate) fn parameters(&mut self, device: &Device) -> Result<IndexMap<String, Weight>> {
         let mut parameters = IndexMap::with_capacity(self.places.len());
         for (name, place) in &self.places {
-            parameters.insert(name.clone(), self.read(place, device)?);
+            let weight = match self.files[place.file].encoded(&place.stored)? {
+                Some(matrix) => Weight::encoded_on(matrix, device),
+                None => Weight::new(self.read(place, device)?),
+            };
+            parameters.insert(name.clone(), weight);
         }
-        if let Some(head) = self.unlike_head(&parameters[self.config.embedding()])? {
-            parameters.insert(HEAD.to_owned(), head);
-            self.config.untie();
+        if self.second_head.is_some() {
+            let embedding = self.read(&self.places[self.config.embedding()], device)?;
+            if let Some(head) = self.unlike_head(&embedding)? {
+                parameters.insert(HEAD.to_owned(), Weight::new(head));
+                self.config.untie();
+            }
         }
         Ok(parameters)
     }

@@ -1,10 +1,11 @@
 //! Files of tensors: safetensors, in and out, and what `torch.save` writes, in.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::pickle::PthTensors;
@@ -13,9 +14,14 @@ use contract::Result;
 use contract::files::{self, cannot, in_words};
 use contract::value::write;
 use half::{bf16, f16};
+use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
+
+use crate::kernels::map::map;
+use crate::terms::format;
+use crate::weights::encoded::{Bytes, Encoded};
 
 /// Writes tensors as f32 to a safetensors file, with the metadata that PyTorch's readers ask for.
 pub(crate) fn write_tensors<'a>(
@@ -68,7 +74,7 @@ pub(crate) struct TensorFile {
 }
 
 enum Format {
-    Safetensors { file: RefCell<File>, start: u64, header: Metadata },
+    Safetensors { file: RefCell<File>, start: u64, header: Metadata, mapped: OnceCell<Arc<Mmap>> },
     Pickle(PthTensors),
 }
 
@@ -142,7 +148,7 @@ impl TensorFile {
     /// The values of a tensor as f32, in row-major order.
     pub(crate) fn values(&self, name: &str) -> Result<Vec<f32>> {
         let values = match &self.format {
-            Format::Safetensors { file, start, header } => {
+            Format::Safetensors { file, start, header, .. } => {
                 let info = header.info(name).context("a tensor without a place")?;
                 let (from, to) = info.data_offsets;
                 let mut file = file.borrow_mut();
@@ -153,6 +159,29 @@ impl TensorFile {
             Format::Pickle(file) => unpack(file, name),
         };
         values.with_context(|| format!("cannot read tensor `{name}` in `{}`", self.path.display()))
+    }
+
+    /// A matrix of half floats as it lies in the file; `None` for all else.
+    pub(crate) fn encoded(&self, stored: &Stored) -> Result<Option<Encoded>> {
+        let Format::Safetensors { file, start, header, mapped } = &self.format else { return Ok(None) };
+        let format = match stored.dtype {
+            Dtype::F16 => format::Format::F16,
+            Dtype::BF16 => format::Format::BF16,
+            _ => return Ok(None),
+        };
+        let [rows, columns] = stored.shape[..] else { return Ok(None) };
+        let info = header.info(&stored.name).context("a tensor without a place")?;
+        let bytes = match mapped.get() {
+            Some(bytes) => bytes.clone(),
+            None => {
+                let bytes = map(&file.borrow()).map_err(|error| cannot("read", &self.path, error))?;
+                mapped.get_or_init(|| Arc::new(bytes)).clone()
+            }
+        };
+        let (from, to) = info.data_offsets;
+        let place = *start as usize + from..*start as usize + to;
+        ensure!(place.end <= bytes.len(), "`{}` was cut short while it was read", self.path.display());
+        Ok(Some(Encoded::new(format, rows, columns, Bytes::Mapped(bytes, place))?))
     }
 
     /// Writes all of it as a safetensors file, a tensor at a time.
@@ -207,7 +236,7 @@ fn safetensors(path: &Path) -> Result<Format> {
     let (length, mut file) = (file.size(), file.into_file());
     let (start, header) = read_header(&mut file, length)
         .map_err(|e| anyhow!("`{}` is not a whole safetensors file ({e:#}): get it again", path.display()))?;
-    Ok(Format::Safetensors { file: RefCell::new(file), start, header })
+    Ok(Format::Safetensors { file: RefCell::new(file), start, header, mapped: OnceCell::new() })
 }
 
 /// Most bytes of a header: what the format allows.

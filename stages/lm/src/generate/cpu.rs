@@ -17,6 +17,7 @@ use crate::ops::cpu::embed;
 use crate::ops::rotary::Rotary;
 use crate::ops::{Attend, Layer, LayerNorm, Layout, Ops, Positions, RmsNorm};
 use crate::terms::activation::Activation;
+use crate::weights::Weight;
 
 /// What computes the logits of the next token.
 pub(super) struct Decoder<'a> {
@@ -41,7 +42,7 @@ impl<'a> Decoder<'a> {
         for rows in together(rows, |row| row.ids.len() + self.soft_length - row.cache.length) {
             hidden.extend(self.hidden(rows)?);
         }
-        Ok(by_row::product_transposed(&hidden, &elements(self.model.head())?, self.model.width()))
+        Ok(transposed(&hidden, self.model.head_weight(), self.model.width())?)
     }
 
     /// Final hidden states of the last token of every row, `[rows, C]`; what is new of them goes into their caches.
@@ -76,7 +77,7 @@ impl<'a> Decoder<'a> {
         let hidden = model.hidden(&batch, self.soft_prompt.as_ref(), None)?;
         let last: Vec<u32> = batch.segments.iter().map(|segment| segment.end as u32 - 1).collect();
         let last = Tensor::from_slice(&last, last.len(), model.device())?;
-        Ok(hidden.index_select(&last, 0)?.matmul(&model.head().t()?)?.flatten_all()?.to_vec1()?)
+        Ok(hidden.index_select(&last, 0)?.matmul(&model.head()?.t()?)?.flatten_all()?.to_vec1()?)
     }
 }
 
@@ -141,7 +142,7 @@ impl Ops for Cached<'_> {
 
     fn embed(
         &mut self,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> TensorResult<Vec<f32>> {
@@ -158,13 +159,15 @@ impl Ops for Cached<'_> {
 
     fn side_by_side(&mut self, x: &Vec<f32>, layers: &[Layer]) -> TensorResult<Vec<f32>> {
         let part = |layer: &Layer| {
-            let weight = elements(layer.weight.tensor())?;
             let bias = layer.bias.as_ref().map(elements).transpose()?;
             let out = match (layer.layout, bias) {
-                (Layout::InOut, Some(bias)) => by_row::product(x, &weight, &bias, layer.inputs()?),
-                (Layout::InOut, None) => by_row::product(x, &weight, &vec![0.0; layer.outputs()?], layer.inputs()?),
+                (Layout::InOut, bias) => {
+                    let bias =
+                        bias.map_or_else(|| Ok(vec![0.0; layer.outputs()?]), |bias| TensorResult::Ok(bias.to_vec()))?;
+                    by_row::product(x, &elements(layer.weight.tensor()?)?, &bias, layer.inputs()?)
+                }
                 (Layout::OutIn, bias) => {
-                    let mut out = by_row::product_transposed(x, &weight, layer.inputs()?);
+                    let mut out = transposed(x, &layer.weight, layer.inputs()?)?;
                     if let Some(bias) = bias {
                         out.chunks_exact_mut(bias.len()).for_each(|row| elementwise::add_to_row(row, 0, &bias));
                     }
@@ -237,6 +240,14 @@ impl Ops for Cached<'_> {
         }
         Ok(out)
     }
+}
+
+/// `a weight^T`, where the weight may be encoded.
+fn transposed(a: &[f32], weight: &Weight, depth: usize) -> TensorResult<Vec<f32>> {
+    Ok(match weight.encoded() {
+        Some(weight) => by_row::product_encoded(a, weight.format, weight.rows(0..weight.rows), depth),
+        None => by_row::product_transposed(a, &elements(weight.tensor()?)?, depth),
+    })
 }
 
 /// Attention of a row's new tokens over all it has seen.

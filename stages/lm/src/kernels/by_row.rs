@@ -9,8 +9,10 @@
 
 use rayon::prelude::*;
 
+use super::decode::decode;
 use super::elementwise;
 use super::vector::{self, Vector, Wide, prefetch};
+use crate::terms::format::Format;
 
 /// Up to so many rows a product is bound by memory.
 const FEW: usize = 16;
@@ -23,6 +25,9 @@ const PANEL: (usize, usize) = (768, 192);
 
 /// Rows of a transposed weight that one task takes.
 const STRIP: usize = 128;
+
+/// Rows of an encoded weight that are decoded together: they stay in the first caches until they are multiplied.
+const DECODED: usize = 16;
 
 /// How far ahead of the first rows a transposed weight is asked for, at least: what is read while memory answers.
 const AHEAD: usize = 2048;
@@ -53,7 +58,26 @@ pub(crate) fn product_transposed(a: &[f32], weight: &[f32], depth: usize) -> Vec
     let mut out = vec![0.0; rows * columns];
     let shared = Shared { data: out.as_mut_ptr(), stride: columns, rows };
     cut(columns, STRIP, 4).into_par_iter().for_each(|(start, end)| {
-        vector::run(Dots { a, weight, depth, start, end, out: shared });
+        vector::run(Dots { a, weight: &weight[start * depth..end * depth], depth, start, end, out: shared });
+    });
+    out
+}
+
+/// [`product_transposed`] with a weight of a format, decoded some rows at a time: the bits that the decoded one gives.
+pub(crate) fn product_encoded(a: &[f32], format: Format, bytes: &[u8], depth: usize) -> Vec<f32> {
+    let row = format.bytes(depth).expect("a row is a number of blocks");
+    assert!(depth > 0 && a.len().is_multiple_of(depth) && bytes.len().is_multiple_of(row), "sizes of a product");
+    let (rows, columns) = (a.len() / depth, bytes.len() / row);
+    let mut out = vec![0.0; rows * columns];
+    let shared = Shared { data: out.as_mut_ptr(), stride: columns, rows };
+    cut(columns, STRIP, 4).into_par_iter().for_each(|(start, end)| {
+        let mut part = vec![0.0; DECODED.min(end - start) * depth];
+        for start in (start..end).step_by(DECODED) {
+            let end = end.min(start + DECODED);
+            let weight = &mut part[..(end - start) * depth];
+            decode(format, &bytes[start * row..end * row], weight);
+            vector::run(Dots { a, weight, depth, start, end, out: shared });
+        }
     });
     out
 }
@@ -256,7 +280,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
     }
 }
 
-/// Products with rows `start..end` of a transposed weight. Nobody else uses these columns of `out`.
+/// Products with rows `start..end` of a transposed weight, those that are given. Nobody else uses these columns of `out`.
 struct Dots<'a> {
     a: &'a [f32],
     weight: &'a [f32],
@@ -331,7 +355,7 @@ unsafe fn dots_of_rows<V: Vector, const R: usize, const C: usize>(task: &Dots<'_
 unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: usize, column: usize) {
     let depth = task.depth;
     let a: [&[f32]; R] = std::array::from_fn(|r| &task.a[(row + r) * depth..][..depth]);
-    let w: [&[f32]; C] = std::array::from_fn(|c| &task.weight[(column + c) * depth..][..depth]);
+    let w: [&[f32]; C] = std::array::from_fn(|c| &task.weight[(column - task.start + c) * depth..][..depth]);
     let whole = depth / LANES * LANES;
     let ahead = AHEAD.max(C * depth);
     let streams = row == 0 && (column + C) * depth + ahead <= task.end * depth;
@@ -387,7 +411,7 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{numbers, with_threads};
+    use crate::kernels::testing::{numbers, with_threads, written};
 
     /// Depths on both sides of a piece, columns on both sides of tiles and panels.
     const SHAPES: [(usize, usize); 9] =
@@ -415,6 +439,22 @@ mod tests {
                     assert!((found - expected).abs() < room, "{k} {n}: {found}, expected {expected}");
                     let found = f64::from(transposed[i * n + j]);
                     assert!((found - expected).abs() < room, "{k} {n} transposed: {found}, expected {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_encoded_weight_gives_the_bits_of_the_decoded_one() {
+        for format in Format::ALL {
+            for (k, n) in [(256, 1), (256, 130), (768, 33)] {
+                let (bytes, _) = written(format, numbers(2, k * n));
+                let mut decoded = vec![0.0; k * n];
+                decode(format, &bytes, &mut decoded);
+                for rows in [1, 2, 17] {
+                    let a = numbers(1, rows * k);
+                    let found = product_encoded(&a, format, &bytes, k);
+                    assert!(found == product_transposed(&a, &decoded, k), "{format}, {rows} rows, {k} {n}");
                 }
             }
         }

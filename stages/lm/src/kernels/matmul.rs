@@ -9,7 +9,7 @@ use gemm::Parallelism;
 use super::buffer::transposed;
 
 /// Depth of one call: `gemm` itself never cuts shorter sums.
-const DEPTH: usize = 512;
+pub(crate) const DEPTH: usize = 512;
 
 /// Multiplications below which a product runs on one thread.
 const ONE_THREAD: usize = 48 * 48 * 64;

@@ -8,7 +8,7 @@
 //! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
 //!
 //! `unsafe` stands around the matrix product in `matmul`, in `by_row`, whose tasks share one result, in `buffer`, in
-//! `vector`, which loads vectors, and in `cuda`, where kernels are launched.
+//! `vector`, which loads vectors, in `map`, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
@@ -19,10 +19,13 @@ pub(crate) mod by_row;
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "launches kernels")]
 pub(crate) mod cuda;
+pub(crate) mod decode;
 pub(crate) mod elementary;
 pub(crate) mod elementwise;
 pub(crate) mod head;
 pub(crate) mod layer_norm;
+#[expect(unsafe_code, reason = "maps files")]
+pub(crate) mod map;
 pub(crate) mod masks;
 #[expect(unsafe_code, reason = "calls a matrix product that takes raw pointers")]
 pub(crate) mod matmul;
@@ -52,7 +55,11 @@ pub(crate) fn sum_in_order(parts: Vec<Vec<f32>>) -> Vec<f32> {
 
 #[cfg(test)]
 pub(crate) mod testing {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
     use contract::random::{normal, philox};
+
+    use crate::terms::format::Format;
 
     /// Standard normal numbers that depend on `seed` alone.
     pub(crate) fn numbers(seed: u64, count: usize) -> Vec<f32> {
@@ -62,6 +69,29 @@ pub(crate) mod testing {
                 normal(a, b).0
             })
             .collect()
+    }
+
+    /// Numbers written down in a format by candle: its bytes, and what it reads from them.
+    pub(crate) fn written(format: Format, numbers: Vec<f32>) -> (Vec<u8>, Vec<f32>) {
+        let dtype = match format {
+            Format::F16 => GgmlDType::F16,
+            Format::BF16 => GgmlDType::BF16,
+            Format::Q4_0 => GgmlDType::Q4_0,
+            Format::Q4_1 => GgmlDType::Q4_1,
+            Format::Q5_0 => GgmlDType::Q5_0,
+            Format::Q5_1 => GgmlDType::Q5_1,
+            Format::Q8_0 => GgmlDType::Q8_0,
+            Format::Q2K => GgmlDType::Q2K,
+            Format::Q3K => GgmlDType::Q3K,
+            Format::Q4K => GgmlDType::Q4K,
+            Format::Q5K => GgmlDType::Q5K,
+            Format::Q6K => GgmlDType::Q6K,
+        };
+        let count = numbers.len();
+        let numbers = Tensor::from_vec(numbers, count, &Device::Cpu).expect("a vector");
+        let written = QTensor::quantize(&numbers, dtype).expect("numbers that fill blocks");
+        let read = written.dequantize(&Device::Cpu).and_then(|read| read.to_vec1()).expect("what was written");
+        (written.data().expect("bytes in main memory").into_owned(), read)
     }
 
     /// Runs `f` in a pool of that many threads.

@@ -14,6 +14,7 @@ use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
 
 /// Loops over buffers of a device. A buffer is `[rows, channels]`, row after row; weights are tensors on that device.
 pub(crate) trait Backend: Clone + Send + Sync + 'static {
@@ -38,7 +39,7 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     fn embed(
         &self,
         batch: &Packed,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Self::Buffer>;

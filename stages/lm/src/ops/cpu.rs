@@ -12,11 +12,13 @@ use crate::batch::{Input, Packed};
 use crate::host::elements;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
-use crate::kernels::matmul::{Matrix, product, product_in, product_into, product_into_columns};
+use crate::kernels::matmul::{DEPTH, Matrix, product, product_in, product_into, product_into_columns};
 use crate::kernels::rope::{self, Turn};
 use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks, rms_norm, swiglu};
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
+use crate::weights::encoded::Encoded;
 
 /// The CPU. Gives the same bits with any number of threads.
 #[derive(Clone, Copy)]
@@ -54,7 +56,7 @@ impl Backend for Cpu {
     fn embed(
         &self,
         batch: &Packed,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Vec<f32>> {
@@ -115,26 +117,43 @@ impl Backend for Cpu {
         };
         let mut first = 0;
         for layer in layers {
-            let values = elements(layer.weight.tensor())?;
-            let weight = matrix(&values, layer)?;
             if let Some(bias) = &layer.bias
                 && layers.len() > 1
             {
                 let bias = elements(bias)?;
                 out.chunks_exact_mut(width).for_each(|row| row[first..][..bias.len()].copy_from_slice(&bias));
             }
-            product_into_columns(&mut out, width, first, x, weight, layer.bias.is_some());
-            first += weight.columns();
+            let accumulate = layer.bias.is_some();
+            if let Some(weight) = encoded(layer) {
+                by_parts(weight, |row, part| {
+                    let part = Matrix::new(part, depth).transposed();
+                    product_into_columns(&mut out, width, first + row, x, part, accumulate);
+                });
+            } else {
+                let values = elements(layer.weight.tensor()?)?;
+                product_into_columns(&mut out, width, first, x, matrix(&values, layer)?, accumulate);
+            }
+            first += layer.outputs()?;
         }
         Ok(out)
     }
 
     fn linear_backward_input(&self, dy: &Vec<f32>, layers: &[Layer]) -> Result<Vec<f32>> {
-        let (width, _) = side_by_side(layers)?;
+        let (width, depth) = side_by_side(layers)?;
         let mut out = Vec::new();
         let mut first = 0;
         for layer in layers {
-            let values = elements(layer.weight.tensor())?;
+            if let Some(weight) = encoded(layer) {
+                out.resize(dy.len() / width * depth, 0.0);
+                by_parts(weight, |row, part| {
+                    let part = Matrix::new(part, depth);
+                    let dy = Matrix::part(dy, width, first + row, part.rows());
+                    product_into(&mut out, dy, part, first + row > 0);
+                });
+                first += weight.rows;
+                continue;
+            }
+            let values = elements(layer.weight.tensor()?)?;
             let weight = matrix(&values, layer)?;
             let dy = Matrix::part(dy, width, first, weight.columns());
             if first == 0 {
@@ -164,7 +183,7 @@ impl Backend for Cpu {
         };
         let bias = bias.then(|| elementwise::sum_rows(dy, channels, first..first + width));
         let bias = bias.map(|values| Tensor::from_vec(values, width, &Device::Cpu)).transpose()?;
-        Ok((Tensor::from_vec(weight, layer.weight.tensor().shape(), &Device::Cpu)?, bias))
+        Ok((Tensor::from_vec(weight, layer.weight.tensor()?.shape(), &Device::Cpu)?, bias))
     }
 
     fn rotate(&self, x: &mut Vec<f32>, width: usize, rotary: &Rotary, batch: &Packed, turn: Turn) -> Result<()> {
@@ -246,6 +265,28 @@ impl Backend for Cpu {
     }
 }
 
+/// The matrix of a layer that is decoded while it is read, where its rows are outputs.
+fn encoded(layer: &Layer) -> Option<&Encoded> {
+    layer.weight.encoded().filter(|_| layer.layout == Layout::OutIn)
+}
+
+/// Decodes a matrix some rows at a time, `[rows, columns]`, and hands each part out with the number of its first row. Parts
+/// begin where [`product`] would cut a sum over rows, so that it has the bits that it has over the whole matrix.
+fn by_parts(matrix: &Encoded, mut f: impl FnMut(usize, &[f32])) {
+    const PART: usize = DEPTH;
+    let mut part = vec![0.0; PART.min(matrix.rows) * matrix.columns];
+    for first in (0..matrix.rows).step_by(PART) {
+        let rows = PART.min(matrix.rows - first);
+        let part = &mut part[..rows * matrix.columns];
+        let share = rows.div_ceil(rayon::current_num_threads()).max(1);
+        part.par_chunks_mut(share * matrix.columns).enumerate().for_each(|(i, part)| {
+            let first = first + i * share;
+            matrix.decode(first..first + part.len() / matrix.columns, part);
+        });
+        f(first, part);
+    }
+}
+
 /// The matrix of a layer as what `x` is multiplied by, `[in, out]`.
 fn matrix<'a>(values: &'a [f32], layer: &Layer) -> Result<Matrix<'a>> {
     Ok(match layer.layout {
@@ -258,21 +299,32 @@ fn matrix<'a>(values: &'a [f32], layer: &Layer) -> Result<Matrix<'a>> {
 pub(crate) fn embed(
     inputs: &[Input],
     at: &[u32],
-    tokens: &Tensor,
+    tokens: &Weight,
     positions: Option<Positions<'_>>,
     prompt: Option<&Tensor>,
 ) -> Result<Vec<f32>> {
-    let width = tokens.dim(1)?;
+    let (_, width) = tokens.dims2()?;
     if inputs.len() != at.len() {
         bail!("{} positions for {} rows", at.len(), inputs.len());
     }
-    let tokens = elements(tokens)?;
+    // What is encoded is decoded for the tokens of these rows alone.
+    let decoded = tokens.encoded().map(|table| {
+        let mut vectors = vec![0.0; inputs.len() * width];
+        vectors.par_chunks_exact_mut(width).zip(inputs).for_each(|(vector, input)| {
+            if let Input::Token(id) = input {
+                table.decode(*id as usize..*id as usize + 1, vector);
+            }
+        });
+        vectors
+    });
+    let dense = if decoded.is_none() { Some(elements(tokens.tensor()?)?) } else { None };
     let prompt = prompt.map(elements).transpose()?;
-    let (tokens, prompt): (&[f32], &[f32]) = (&tokens, prompt.as_deref().unwrap_or(&[]));
+    let (dense, prompt): (&[f32], &[f32]) = (dense.as_deref().unwrap_or(&[]), prompt.as_deref().unwrap_or(&[]));
     let vector = |row: usize| {
-        let (table, place) = match inputs[row] {
-            Input::Token(id) => (tokens, id as usize),
-            Input::Prompt(i) => (prompt, i as usize),
+        let (table, place) = match (inputs[row], &decoded) {
+            (Input::Token(_), Some(decoded)) => (decoded.as_slice(), row),
+            (Input::Token(id), None) => (dense, id as usize),
+            (Input::Prompt(i), _) => (prompt, i as usize),
         };
         &table[place * width..][..width]
     };

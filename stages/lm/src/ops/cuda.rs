@@ -324,7 +324,7 @@ impl<T: Number> Backend for Cuda<T> {
         let mut first = 0;
         for layer in layers {
             let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
-            self.matrix(layer.weight.tensor(), |weight| {
+            self.matrix(layer.weight.tensor()?, |weight| {
                 let weight = match layer.layout {
                     Layout::InOut => Matrix::new(weight, outputs),
                     Layout::OutIn => Matrix::new(weight, inputs).transposed(),
@@ -348,7 +348,7 @@ impl<T: Number> Backend for Cuda<T> {
         let mut first = 0;
         for layer in layers {
             let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
-            self.matrix(layer.weight.tensor(), |weight| {
+            self.matrix(layer.weight.tensor()?, |weight| {
                 let weight = match layer.layout {
                     Layout::InOut => Matrix::new(weight, outputs).transposed(),
                     Layout::OutIn => Matrix::new(weight, inputs),
@@ -377,7 +377,7 @@ impl<T: Number> Backend for Cuda<T> {
             Layout::InOut => product(&self.device, &mut dweight, x.transposed(), gradient, false)?,
             Layout::OutIn => product(&self.device, &mut dweight, gradient.transposed(), x, false)?,
         }
-        let dweight = tensor(&self.device, dweight, layer.weight.tensor().shape());
+        let dweight = tensor(&self.device, dweight, layer.weight.tensor()?.shape());
         if !bias {
             return Ok((dweight, None));
         }

@@ -74,12 +74,14 @@ pub(crate) enum Layout {
 impl Layer {
     /// Channels that come out.
     pub(crate) fn outputs(&self) -> Result<usize> {
-        self.weight.tensor().dim(if self.layout == Layout::InOut { 1 } else { 0 })
+        let (rows, columns) = self.weight.dims2()?;
+        Ok(if self.layout == Layout::InOut { columns } else { rows })
     }
 
     /// Channels that go in.
     pub(crate) fn inputs(&self) -> Result<usize> {
-        self.weight.tensor().dim(if self.layout == Layout::InOut { 0 } else { 1 })
+        let (rows, columns) = self.weight.dims2()?;
+        Ok(if self.layout == Layout::InOut { rows } else { columns })
     }
 }
 
@@ -133,7 +135,7 @@ pub(crate) trait Ops: Sized {
     /// A token's (or the prompt's) vector for every row, plus its position's where positions have vectors.
     fn embed(
         &mut self,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Self::Array>;
@@ -177,8 +179,10 @@ mod tests {
     use super::*;
     use crate::batch::{Input, Packed};
     use crate::host::change;
-    use crate::kernels::testing::{numbers, with_threads};
+    use crate::kernels::testing::{numbers, with_threads, written};
     use crate::terms::dropout::Dropout;
+    use crate::terms::format::Format;
+    use crate::weights::encoded::{Bytes, Encoded};
 
     type Tape = tape::Tape<Cpu>;
 
@@ -214,12 +218,12 @@ mod tests {
         let prompted = rows.inputs.iter().any(|i| matches!(i, Input::Prompt(_))).then_some(prompt);
         let out = if fused {
             let mut tape = Tape::new(Cpu, rows.clone(), dropout);
-            let x = tape.embed(tokens, Some(positions), prompted).unwrap();
+            let x = tape.embed(&Weight::new(tokens.clone()), Some(positions), prompted).unwrap();
             let result = pass.tape(&mut tape, x);
-            tape.finish(result, tokens, prompted).unwrap()
+            tape.finish(result, Some(tokens), prompted).unwrap()
         } else {
             let mut plain = Plain::new(rows, dropout);
-            let x = plain.embed(tokens, Some(positions), prompted).unwrap();
+            let x = plain.embed(&Weight::new(tokens.clone()), Some(positions), prompted).unwrap();
             pass.plain(&mut plain, x)
         };
         let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
@@ -362,6 +366,42 @@ mod tests {
         }
     }
 
+    /// A frozen matrix `[rows, columns]` in a format, and its decoded twin.
+    fn encoded(format: Format, seed: u64, rows: usize, columns: usize) -> [Weight; 2] {
+        let (bytes, _) = written(format, numbers(seed, rows * columns));
+        let matrix = Encoded::new(format, rows, columns, Bytes::Owned(bytes.into())).unwrap();
+        let dense = Weight::new(matrix.tensor(&Device::Cpu).unwrap());
+        [Weight::encoded_on(matrix, &Device::Cpu), dense]
+    }
+
+    #[test]
+    fn what_is_kept_encoded_computes_and_leads_back_as_its_decoded_twin_to_the_bit() {
+        let batch = rows(&[30, 17, 20], 3);
+        let (width, prompt) = (256, variable(3, 3, 256));
+        for format in Format::ALL {
+            let [table, dense_table] = encoded(format, 7, 5, width);
+            // More rows than are decoded at once.
+            let ([q, dense_q], [k, dense_k]) = (encoded(format, 8, 600, width), encoded(format, 9, 33, width));
+            let bias = variable(5, 0, 33);
+            let run = |table: &Weight, q: &Weight, k: &Weight| {
+                let layer = |weight: &Weight, bias: Option<&Tensor>| Layer {
+                    weight: weight.clone(),
+                    bias: bias.cloned(),
+                    layout: Layout::OutIn,
+                };
+                let mut tape = Tape::new(Cpu, batch.clone(), None);
+                let x = tape.embed(table, None, Some(&prompt)).unwrap();
+                let out = tape.side_by_side(&x, &[layer(q, None), layer(k, Some(&bias))]).unwrap();
+                let out = tape.finish(out, Some(&bias), Some(&prompt)).unwrap();
+                let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
+                let (store, _) = collect(&(&out * factors).unwrap().sum_all().unwrap()).unwrap();
+                let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                (flat(&out), flat(store.get(&prompt).unwrap()))
+            };
+            assert!(run(&table, &q, &k) == run(&dense_table, &dense_q, &dense_k), "{format}");
+        }
+    }
+
     #[test]
     fn layers_side_by_side() {
         use Layout::{InOut, OutIn};
@@ -476,7 +516,7 @@ mod tests {
         let weight = (variable(4, 8, 8) * 2.0).unwrap();
         let bias = variable(5, 0, 8);
         let mut tape = Tape::new(Cpu, rows(&[3], 0), None);
-        let x = tape.embed(&variable(1, 5, 8), Some(Positions::new(&variable(2, 64, 8))), None).unwrap();
+        let x = tape.embed(&Weight::new(variable(1, 5, 8)), Some(Positions::new(&variable(2, 64, 8))), None).unwrap();
         let error = tape.linear(&x, &layer(&weight, Some(&bias), Layout::InOut)).err().unwrap();
         assert!(error.to_string().contains("computed from a variable"), "{error}");
     }

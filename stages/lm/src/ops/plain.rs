@@ -11,6 +11,7 @@ use crate::finite::is_finite;
 use crate::kernels::masks;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
 
 /// Runs a forward pass over a batch.
 pub(crate) struct Plain<'a> {
@@ -46,7 +47,8 @@ impl<'a> Plain<'a> {
 impl Ops for Plain<'_> {
     type Array = Tensor;
 
-    fn embed(&mut self, tokens: &Tensor, positions: Option<Positions<'_>>, prompt: Option<&Tensor>) -> Result<Tensor> {
+    fn embed(&mut self, tokens: &Weight, positions: Option<Positions<'_>>, prompt: Option<&Tensor>) -> Result<Tensor> {
+        let tokens = tokens.tensor()?;
         let device = tokens.device();
         let mut ids = Vec::new();
         // Where each row's vector is found in tokens ++ prompt.
@@ -89,8 +91,8 @@ impl Ops for Plain<'_> {
     fn side_by_side(&mut self, x: &Tensor, layers: &[Layer]) -> Result<Tensor> {
         let linear = |layer: &Layer| {
             let y = match layer.layout {
-                Layout::InOut => x.matmul(layer.weight.tensor())?,
-                Layout::OutIn => x.matmul(&layer.weight.tensor().t()?)?,
+                Layout::InOut => x.matmul(layer.weight.tensor()?)?,
+                Layout::OutIn => x.matmul(&layer.weight.tensor()?.t()?)?,
             };
             layer.bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
         };

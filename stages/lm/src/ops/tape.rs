@@ -22,6 +22,7 @@ use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
 pub(crate) struct Tape<B: Backend> {
@@ -75,11 +76,11 @@ impl<B: Backend> Tape<B> {
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
-    /// variables, if any is, or any other tensor.
-    pub(crate) fn finish(self, result: Array<B>, anchor: &Tensor, prompt: Option<&Tensor>) -> Result<Tensor> {
+    /// variables, if any is.
+    pub(crate) fn finish(self, result: Array<B>, anchor: Option<&Tensor>, prompt: Option<&Tensor>) -> Result<Tensor> {
         let shape = Shape::from((B::len(&result.data) / result.width, result.width));
         let data = take(&self.backend, result.data)?;
-        let Some(node) = result.node else {
+        let Some((node, anchor)) = result.node.zip(anchor) else {
             return self.backend.tensor(data, shape);
         };
         let output = (self.backend.storage(data)?, shape);
@@ -122,14 +123,14 @@ impl<B: Backend> Ops for Tape<B> {
 
     fn embed(
         &mut self,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Array<B>> {
-        let width = tokens.dim(1)?;
+        let (_, width) = tokens.dims2()?;
         let out = self.backend.embed(&self.batch, tokens, positions, prompt)?;
         let first = positions.map_or(0, |positions| positions.first as u32);
-        let (tokens, positions) = (leaf(tokens)?, positions.map(|p| leaf(p.table)).transpose()?.flatten());
+        let (tokens, positions) = (leaf_of(tokens)?, positions.map(|p| leaf(p.table)).transpose()?.flatten());
         let prompt = prompt.filter(|p| p.track_op()).map(|p| p.shape().clone());
         let out = self.array(out, width, tokens.is_some() || positions.is_some() || prompt.is_some());
         if let Some(node) = out.node {
@@ -221,7 +222,7 @@ impl<B: Backend> Ops for Tape<B> {
         // The parameters of each layer that want a gradient.
         let parameters = layers
             .iter()
-            .map(|layer| Ok((leaf(layer.weight.tensor())?, layer.bias.as_ref().map(leaf).transpose()?.flatten())));
+            .map(|layer| Ok((leaf_of(&layer.weight)?, layer.bias.as_ref().map(leaf).transpose()?.flatten())));
         let parameters: Vec<_> = parameters.collect::<Result<_>>()?;
         let out = self.backend.linear(&x.data, layers)?;
         let wanted = parameters.iter().any(|(weight, bias)| weight.is_some() || bias.is_some());
@@ -445,6 +446,11 @@ fn leaf(weight: &Tensor) -> Result<Option<Tensor>> {
         bail!("a weight was computed from a variable: only variables and frozen tensors can be weights of a model");
     }
     Ok(weight.is_variable().then(|| weight.clone()))
+}
+
+/// The same of a parameter: what is kept encoded is frozen.
+fn leaf_of(weight: &Weight) -> Result<Option<Tensor>> {
+    Ok(weight.dense().map(leaf).transpose()?.flatten())
 }
 
 /// Gradients on their way back.

@@ -3,6 +3,7 @@
 pub(crate) mod activation;
 pub(crate) mod divergence;
 pub(crate) mod dropout;
+pub(crate) mod format;
 pub(crate) mod formula;
 pub(crate) mod sampling;
 pub(crate) mod top_k;

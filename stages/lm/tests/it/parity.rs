@@ -63,7 +63,7 @@ fn loss(model: &LanguageModel, rows: &[(Vec<u32>, Vec<u32>)], count: usize) -> T
     let hidden = model.hidden(&batch, None, None).unwrap();
     let hidden = hidden.index_select(&Tensor::new(places, &Device::Cpu).unwrap(), 0).unwrap();
     let weights = vec![1.0 / count as f32; labels.len()];
-    head_loss(&hidden, model.head(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
+    head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
 }
 
 fn tokens(rows: &[(Vec<u32>, Vec<u32>)]) -> usize {
@@ -85,7 +85,7 @@ fn logits_are_those_of_transformers() {
     for name in ["gpt2"].into_iter().chain(LLAMAS) {
         let (model, expected) = (model(name), expected(name));
         let (batch, ..) = packed(&batches(name)[0]);
-        let logits = model.hidden(&batch, None, None).unwrap().matmul(&model.head().t().unwrap()).unwrap();
+        let logits = model.hidden(&batch, None, None).unwrap().matmul(&model.head().unwrap().t().unwrap()).unwrap();
         for (i, segment) in batch.segments.iter().enumerate() {
             let found = flat(&logits.narrow(0, segment.start, segment.len()).unwrap());
             let gap = gap(&found, &expected[&format!("logits.{i}")]);

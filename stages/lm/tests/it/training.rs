@@ -24,7 +24,7 @@ fn loss(model: &LanguageModel, rows: &[(u64, Vec<u32>)], prompt: Option<&Tensor>
     }
     let hidden = model.hidden(&batch, prompt, dropout).unwrap();
     let weights = vec![1.0 / 32.0; labels.len()];
-    head_loss(&hidden, model.head(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
+    head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
 }
 
 fn batch() -> Vec<(u64, Vec<u32>)> {
@@ -50,8 +50,8 @@ fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
 #[test]
 fn parameters_that_a_loss_does_not_depend_on_are_named() {
     let model = small_model(0.0).trainable().unwrap();
-    let hidden = (model.embedding() * 2.0).unwrap();
-    let loss = head_loss(&hidden, model.head(), Some((&[1; 40], 1.0)), &[], &[1.0; 40]).unwrap().loss;
+    let hidden = (model.embedding().unwrap() * 2.0).unwrap();
+    let loss = head_loss(&hidden, model.head().unwrap(), Some((&[1; 40], 1.0)), &[], &[1.0; 40]).unwrap().loss;
     let error = gradients(&loss, &model.parameters()).unwrap_err().to_string();
     assert!(error.contains("`transformer.wpe.weight`, `transformer.h.0.ln_1.weight`"), "{error}");
     assert!(!error.contains("wte"), "{error}");
@@ -104,7 +104,7 @@ fn dropout_does_not_change_with_the_split_of_a_batch() {
 #[test]
 fn a_prompt_is_trained_through_a_frozen_model() {
     let model = small_model(0.0);
-    let start = model.embedding().narrow(0, 5, 3).unwrap().contiguous().unwrap();
+    let start = model.embedding().unwrap().narrow(0, 5, 3).unwrap().contiguous().unwrap();
     let prompt = Var::from_tensor(&start).unwrap();
     let parameters = [("prompt_embeddings".to_owned(), prompt.as_tensor().clone())].into_iter().collect();
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..AdamWOptions::default() });
@@ -139,7 +139,7 @@ fn wanted_tokens_are_those_of_the_whole_batch() {
 
 fn wanted_tokens_of(model: &LanguageModel) {
     let dropout = Dropout { seed: 3, update: 7, purpose: purpose::DROPOUT };
-    let prompt = model.embedding().detach().narrow(0, 5, 3).unwrap();
+    let prompt = model.embedding().unwrap().detach().narrow(0, 5, 3).unwrap();
     let prompt = Var::from_tensor(&prompt).unwrap().into_inner();
     let mut whole = Packed::new();
     rows().iter().zip(100..).for_each(|(ids, id)| whole.push(id, ids));
@@ -153,7 +153,8 @@ fn wanted_tokens_of(model: &LanguageModel) {
         let mut parameters = model.parameters();
         parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
         let [whole, part] = [whole, part].map(|hidden| {
-            let loss = head_loss(&hidden, model.head(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
+            let loss =
+                head_loss(&hidden, model.head().unwrap(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
             gradients(&loss, &parameters).unwrap()
         });
         for (name, gradient) in &whole {

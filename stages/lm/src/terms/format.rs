@@ -1,0 +1,94 @@
+//! How the numbers of a matrix are written down in fewer bits than they are computed with.
+
+use std::fmt;
+
+/// A way to write numbers down: half floats, or blocks of small integers that share scales, as GGUF files have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Format {
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
+impl Format {
+    /// All of them.
+    #[cfg(test)]
+    pub(crate) const ALL: [Format; 12] = [
+        Format::F16,
+        Format::BF16,
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Q5_0,
+        Format::Q5_1,
+        Format::Q8_0,
+        Format::Q2K,
+        Format::Q3K,
+        Format::Q4K,
+        Format::Q5K,
+        Format::Q6K,
+    ];
+
+    /// Its name, as ggml spells it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Format::F16 => "F16",
+            Format::BF16 => "BF16",
+            Format::Q4_0 => "Q4_0",
+            Format::Q4_1 => "Q4_1",
+            Format::Q5_0 => "Q5_0",
+            Format::Q5_1 => "Q5_1",
+            Format::Q8_0 => "Q8_0",
+            Format::Q2K => "Q2_K",
+            Format::Q3K => "Q3_K",
+            Format::Q4K => "Q4_K",
+            Format::Q5K => "Q5_K",
+            Format::Q6K => "Q6_K",
+        }
+    }
+
+    /// Numbers that are written together: a row of a matrix has a multiple of so many.
+    pub(crate) fn block(self) -> usize {
+        match self {
+            Format::F16 | Format::BF16 => 1,
+            Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 => 32,
+            Format::Q2K | Format::Q3K | Format::Q4K | Format::Q5K | Format::Q6K => 256,
+        }
+    }
+
+    /// Bytes of a block.
+    pub(crate) fn block_bytes(self) -> usize {
+        match self {
+            Format::F16 | Format::BF16 => 2,
+            Format::Q4_0 => 2 + 16,
+            Format::Q4_1 => 4 + 16,
+            Format::Q5_0 => 2 + 4 + 16,
+            Format::Q5_1 => 4 + 4 + 16,
+            Format::Q8_0 => 2 + 32,
+            Format::Q2K => 16 + 64 + 4,
+            Format::Q3K => 32 + 64 + 12 + 2,
+            Format::Q4K => 4 + 12 + 128,
+            Format::Q5K => 4 + 12 + 32 + 128,
+            Format::Q6K => 128 + 64 + 16 + 2,
+        }
+    }
+
+    /// Bytes of so many numbers; `None` where they do not fill blocks.
+    pub(crate) fn bytes(self, count: usize) -> Option<usize> {
+        count.is_multiple_of(self.block()).then(|| count / self.block() * self.block_bytes())
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
