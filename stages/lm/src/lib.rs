@@ -38,6 +38,7 @@ pub use device::{device, gpus};
 pub use dtype::Dtype;
 pub use families::{Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling, Sizes};
 pub use files::folder::{MODEL_FILES, ModelFolder};
+pub use files::gguf::{GgmlType, Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
 pub use finite::{NotFinite, is_finite};
 pub use generate::{Generate, Generated, Prompt, generate, sample};
 pub use head::Head;

@@ -2,5 +2,6 @@
 
 pub(crate) mod folder;
 pub(crate) mod generation;
+pub(crate) mod gguf;
 pub(crate) mod tensors;
 pub(crate) mod tokenizer;
