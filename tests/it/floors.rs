@@ -103,3 +103,25 @@ fn nothing_stands_on_what_is_above_it() {
         }
     }
 }
+
+/// The compiler says nothing of a file that no module names, and its tests are never run.
+#[test]
+fn every_file_is_a_module_of_its_crate() {
+    // Compiled by themselves, by their path.
+    let alone = ["main.rs", "lib.rs", "mod.rs", "build.rs", "fake_stages.rs"];
+    let crates = ["", "cache", "stages", "stages/contract", "stages/lm"];
+    let folders = crates.iter().flat_map(|member| ["src", "tests/it"].map(|part| root().join(member).join(part)));
+    let files: Vec<PathBuf> = folders.filter(|folder| folder.exists()).flat_map(|folder| sources(&folder)).collect();
+    let texts: BTreeMap<&PathBuf, String> =
+        files.iter().map(|file| (file, fs::read_to_string(file).unwrap())).collect();
+    for file in files.iter().filter(|file| !alone.iter().any(|name| file.ends_with(name))) {
+        let (name, folder) = (file.file_stem().unwrap().to_str().unwrap(), file.parent().unwrap());
+        // A module lies beside who names it, or in a folder of that one's name.
+        let declares = |(other, text): (&&PathBuf, &String)| {
+            let is_near = other.parent() == Some(folder) || other.with_extension("") == folder;
+            let words = [format!("mod {name};"), format!("{name}:"), format!("\"{name}.rs\"")];
+            is_near && words.iter().any(|word| text.contains(word))
+        };
+        assert!(texts.iter().any(declares), "`{}` is compiled by nobody: name it in a `mod`", file.display());
+    }
+}

@@ -230,7 +230,11 @@ impl Config {
     /// Reads `config.json` from a folder. The families this crate cannot compute are an error.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let json: Json = files::read_json(&path, files::SETTINGS)?;
+        Config::read(files::read_json(&path, files::SETTINGS)?, &path)
+    }
+
+    /// The configuration in a parsed `config.json`, which came from `path`.
+    pub(crate) fn read(json: Json, path: &Path) -> Result<Self> {
         ensure!(json.is_object(), "`{}` is not a JSON object", path.display());
         let name = json.get("model_type").and_then(Json::as_str).unwrap_or(Gpt2Config::MODEL_TYPE).to_owned();
         check::refuse_options(&json).with_context(|| format!("`{}` asks for what is not computed", path.display()))?;

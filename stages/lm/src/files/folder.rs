@@ -14,6 +14,7 @@ use indexmap::IndexMap;
 use serde_json::Value as Json;
 
 use super::generation::{self, GenerationConfig};
+use super::gguf::{Gguf, GgufModel};
 use super::tensors::{Stored, TensorFile, write_json};
 use super::tokenizer;
 use crate::families::{Config, HEAD};
@@ -41,26 +42,40 @@ struct Place {
 }
 
 /// Names of the files of a folder that make a model without its tokenizer, or their endings.
-pub const MODEL_FILES: [&str; 6] = [
+pub const MODEL_FILES: [&str; 7] = [
     "config.json",
     generation::FILE,
     "*.safetensors",
     "model.safetensors.index.json",
     "*.bin",
     "pytorch_model.bin.index.json",
+    "*.gguf",
 ];
 
 impl ModelFolder {
     /// Looks into a folder: `config.json`, `generation_config.json`, and the headers of the files that hold its weights,
-    /// `model.safetensors`, `pytorch_model.bin`, or those that an index names.
+    /// `model.safetensors`, `pytorch_model.bin`, or those that an index names, or else a GGUF file (or the parts of one), by
+    /// itself too, which says all that `config.json` would.
     ///
     /// Errors when the model is none that this crate computes, or tensors are missing, foreign, there twice, or of another
     /// shape or type than they must be: they name file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_file() && Gguf::is(path) {
+            let folder = path.parent().unwrap_or(Path::new("."));
+            let config = gguf_config(path)?;
+            return ModelFolder::of(folder, config, vec![name_of(path).to_owned()], None);
+        }
         ensure!(path.is_dir(), "`{}` is no folder: expected that of a model, with its `config.json`", path.display());
-        let config = Config::load(path)?;
-        let generation = GenerationConfig::load(path)?;
         let (names, index) = weight_files(path)?;
+        let config = match &names[..] {
+            [gguf] if gguf.ends_with(".gguf") && !path.join("config.json").exists() => gguf_config(&path.join(gguf))?,
+            _ => Config::load(path)?,
+        };
+        ModelFolder::of(path, config, names, index)
+    }
+
+    fn of(path: &Path, config: Config, names: Vec<String>, index: Option<&'static str>) -> Result<Self> {
+        let generation = GenerationConfig::load(path)?;
         let files = names.iter().map(|name| TensorFile::open(&path.join(name))).collect::<Result<Vec<_>>>()?;
         let mut folder = ModelFolder {
             path: path.to_owned(),
@@ -249,10 +264,23 @@ impl ModelFolder {
 
     /// Copies the model without its tokenizer. What PyTorch packed becomes safetensors, in the type it has.
     pub fn copy(&self, to: &Path) -> Result<()> {
-        let copy = |name: &str| {
-            let from = self.path.join(name);
-            std::fs::copy(&from, to.join(name)).map(drop).with_context(|| format!("cannot copy `{}`", from.display()))
+        let copy_as = |from: &Path, name: &str| {
+            std::fs::copy(from, to.join(name)).map(drop).with_context(|| format!("cannot copy `{}`", from.display()))
         };
+        let copy = |name: &str| copy_as(&self.path.join(name), name);
+        if let [file] = &self.files[..]
+            && let Some(parts) = file.gguf_parts()
+        {
+            write_json(&to.join("config.json"), &self.config.to_json()?)?;
+            let count = parts.len();
+            return parts.iter().enumerate().try_for_each(|(i, part)| {
+                let name = match count {
+                    1 => "model.gguf".to_owned(),
+                    _ => format!("model-{:05}-of-{count:05}.gguf", i + 1),
+                };
+                copy_as(part, &name)
+            });
+        }
         copy("config.json")?;
         if self.path.join(generation::FILE).exists() {
             copy(generation::FILE)?;
@@ -307,11 +335,38 @@ fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<&'static str>)> {
             return Ok((shards(folder, &path)?, Some(index)));
         }
     }
+    let mut ggufs = files_with(folder, ".gguf")?;
+    // Of a split one the first names the others.
+    if let Some(first) = ggufs.iter().find(|name| name.contains("-00001-of-")) {
+        ggufs = vec![first.clone()];
+    }
+    match ggufs.len() {
+        0 => {}
+        1 => return Ok((ggufs, None)),
+        _ => bail!(
+            "`{}` holds several models, {}: name the file of one",
+            folder.display(),
+            ggufs.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        ),
+    }
     bail!(
-        "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` or \
-         `pytorch_model.bin.index.json`",
+        "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, \
+         `pytorch_model.bin.index.json` or a `.gguf`",
         folder.display()
     )
+}
+
+/// The names of a folder's files that end so, in order.
+fn files_with(folder: &Path, ending: &str) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| files::cannot("read", folder, error))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(ending)).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn gguf_config(path: &Path) -> Result<Config> {
+    Config::read(GgufModel::of(&Gguf::open(path)?)?.config, path)
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<String>> {

@@ -1,4 +1,4 @@
-//! Files of tensors: safetensors, in and out, and what `torch.save` writes, in.
+//! Files of tensors: safetensors, in and out, and in alone what `torch.save` writes, and GGUF.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -19,8 +19,10 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
+use super::gguf::{GgmlType, Gguf, GgufModel, ModelTensor, row_order};
+use crate::kernels::decode::decode;
 use crate::kernels::map::map;
-use crate::terms::format;
+use crate::terms::format::Format;
 use crate::weights::encoded::{Bytes, Encoded};
 
 /// Writes tensors as f32 to a safetensors file, with the metadata that PyTorch's readers ask for.
@@ -70,12 +72,13 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
 /// A file of tensors whose values stay on disk until they are asked for.
 pub(crate) struct TensorFile {
     path: PathBuf,
-    format: Format,
+    kind: Kind,
 }
 
-enum Format {
+enum Kind {
     Safetensors { file: RefCell<File>, start: u64, header: Metadata, mapped: OnceCell<Arc<Mmap>> },
     Pickle(PthTensors),
+    Gguf { file: Gguf, tensors: Vec<ModelTensor> },
 }
 
 /// What a file says of a tensor before its values are read.
@@ -83,16 +86,32 @@ enum Format {
 pub(crate) struct Stored {
     pub(crate) name: String,
     pub(crate) shape: Vec<usize>,
-    dtype: Dtype,
+    written: Written,
+}
+
+/// How the numbers of a tensor are written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Written {
+    As(Dtype),
+    /// In blocks of few bits a number.
+    Quantised(Format),
 }
 
 impl TensorFile {
-    /// Reads what is in a file, and no values. A file that ends in `.bin` is one of PyTorch's.
+    /// Reads what is in a file, and no values. A file that ends in `.bin` is one of PyTorch's, one in `.gguf` one of
+    /// llama.cpp's, whose tensors go by the names that Hugging Face gives them.
     ///
     /// Errors when it is cut short, or not what its ending says.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let format = if path.extension().is_some_and(|e| e == "bin") { pickle(path)? } else { safetensors(path)? };
-        Ok(TensorFile { path: path.to_owned(), format })
+        let kind = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("bin") => pickle(path)?,
+            Some("gguf") => {
+                let file = Gguf::open(path)?;
+                Kind::Gguf { tensors: GgufModel::of(&file)?.tensors, file }
+            }
+            _ => safetensors(path)?,
+        };
+        Ok(TensorFile { path: path.to_owned(), kind })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -101,13 +120,21 @@ impl TensorFile {
 
     /// Whether it has to be unpacked by PyTorch's rules.
     pub(crate) fn is_pickle(&self) -> bool {
-        matches!(self.format, Format::Pickle(_))
+        matches!(self.kind, Kind::Pickle(_))
+    }
+
+    /// The files that a GGUF model is in.
+    pub(crate) fn gguf_parts(&self) -> Option<Vec<&Path>> {
+        match &self.kind {
+            Kind::Gguf { file, .. } => Some(file.paths().collect()),
+            _ => None,
+        }
     }
 
     fn metadata(&self) -> HashMap<String, String> {
-        match &self.format {
-            Format::Safetensors { header, .. } => header.metadata().clone().unwrap_or_default(),
-            Format::Pickle(_) => HashMap::new(),
+        match &self.kind {
+            Kind::Safetensors { header, .. } => header.metadata().clone().unwrap_or_default(),
+            Kind::Pickle(_) | Kind::Gguf { .. } => HashMap::new(),
         }
     }
 
@@ -116,16 +143,16 @@ impl TensorFile {
     /// Errors where one is of a type that has no name here; whether its numbers can be read is asked of
     /// [`Stored::check_dtype`].
     pub(crate) fn tensors(&self) -> Result<Vec<Stored>> {
-        let tensors = match &self.format {
-            Format::Safetensors { header, .. } => header
+        let tensors = match &self.kind {
+            Kind::Safetensors { header, .. } => header
                 .offset_keys()
                 .into_iter()
                 .map(|name| {
                     let info = header.info(&name).context("a tensor without a place")?;
-                    Ok(Stored { name, shape: info.shape.clone(), dtype: info.dtype })
+                    Ok(Stored { name, shape: info.shape.clone(), written: Written::As(info.dtype) })
                 })
                 .collect::<Result<Vec<_>>>()?,
-            Format::Pickle(file) => {
+            Kind::Pickle(file) => {
                 let infos: BTreeMap<_, _> = file.tensor_infos().iter().collect();
                 let stored = infos.into_iter().map(|(name, info)| {
                     let dtype = match info.dtype {
@@ -137,7 +164,21 @@ impl TensorFile {
                         DType::U8 => Dtype::U8,
                         other => bail!("tensor `{name}` in `{}` has type {other:?}", self.path.display()),
                     };
-                    Ok(Stored { name: name.clone(), shape: info.layout.shape().dims().to_vec(), dtype })
+                    let shape = info.layout.shape().dims().to_vec();
+                    Ok(Stored { name: name.clone(), shape, written: Written::As(dtype) })
+                });
+                stored.collect::<Result<_>>()?
+            }
+            Kind::Gguf { file, tensors } => {
+                let stored = tensors.iter().map(|ModelTensor { index, name, .. }| {
+                    let tensor = &file.tensors()[*index];
+                    let written = match tensor.kind {
+                        GgmlType::F32 => Written::As(Dtype::F32),
+                        GgmlType::F16 => Written::As(Dtype::F16),
+                        GgmlType::BF16 => Written::As(Dtype::BF16),
+                        other => Written::Quantised(format_of(other)?),
+                    };
+                    Ok(Stored { name: name.clone(), shape: tensor.shape.clone(), written })
                 });
                 stored.collect::<Result<_>>()?
             }
@@ -147,8 +188,8 @@ impl TensorFile {
 
     /// The values of a tensor as f32, in row-major order.
     pub(crate) fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let values = match &self.format {
-            Format::Safetensors { file, start, header, .. } => {
+        let values = match &self.kind {
+            Kind::Safetensors { file, start, header, .. } => {
                 let info = header.info(name).context("a tensor without a place")?;
                 let (from, to) = info.data_offsets;
                 let mut file = file.borrow_mut();
@@ -156,20 +197,31 @@ impl TensorFile {
                     .map_err(anyhow::Error::from)
                     .and_then(|_| to_f32(info.dtype, &mut *file, to - from))
             }
-            Format::Pickle(file) => unpack(file, name),
+            Kind::Pickle(file) => unpack(file, name),
+            Kind::Gguf { file, tensors } => from_gguf(file, tensors, name),
         };
         values.with_context(|| format!("cannot read tensor `{name}` in `{}`", self.path.display()))
     }
 
-    /// A matrix of half floats as it lies in the file; `None` for all else.
+    /// A matrix of half floats, or a quantised one, as it lies in the file; `None` for all else.
     pub(crate) fn encoded(&self, stored: &Stored) -> Result<Option<Encoded>> {
-        let Format::Safetensors { file, start, header, mapped } = &self.format else { return Ok(None) };
-        let format = match stored.dtype {
-            Dtype::F16 => format::Format::F16,
-            Dtype::BF16 => format::Format::BF16,
-            _ => return Ok(None),
+        let format = match stored.written {
+            Written::As(Dtype::F16) => Format::F16,
+            Written::As(Dtype::BF16) => Format::BF16,
+            Written::As(_) => return Ok(None),
+            Written::Quantised(format) => format,
         };
         let [rows, columns] = stored.shape[..] else { return Ok(None) };
+        if let Kind::Gguf { file, tensors } = &self.kind {
+            let ModelTensor { index, interleaved_heads, .. } = named(tensors, &stored.name)?;
+            let bytes = Bytes::Owned(file.read_all(&file.tensors()[*index])?.into());
+            let matrix = Encoded::new(format, rows, columns, bytes)?;
+            return Ok(Some(match interleaved_heads {
+                Some(heads) => matrix.reordered(&row_order(rows, *heads)),
+                None => matrix,
+            }));
+        }
+        let Kind::Safetensors { file, start, header, mapped } = &self.kind else { return Ok(None) };
         let info = header.info(&stored.name).context("a tensor without a place")?;
         let bytes = match mapped.get() {
             Some(bytes) => bytes.clone(),
@@ -189,9 +241,9 @@ impl TensorFile {
         let tensors = self.tensors()?;
         let mut infos = Vec::with_capacity(tensors.len());
         let mut end = 0;
-        for Stored { name, shape, dtype } in &tensors {
+        for Stored { name, shape, written } in &tensors {
             let start = end;
-            let dtype = kept(*dtype);
+            let dtype = kept(*written);
             end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
             infos.push((name.clone(), TensorInfo { dtype, shape: shape.clone(), data_offsets: (start, end) }));
         }
@@ -201,9 +253,9 @@ impl TensorFile {
         let failed = |error| cannot("write", to, error);
         let mut file = BufWriter::new(File::create(to).map_err(failed)?);
         file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).map_err(failed)?;
-        for Stored { name, dtype, .. } in &tensors {
+        for Stored { name, written, .. } in &tensors {
             let values = self.values(name)?;
-            let bytes: Vec<u8> = match kept(*dtype) {
+            let bytes: Vec<u8> = match kept(*written) {
                 Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
                 Dtype::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
                 _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -217,26 +269,56 @@ impl TensorFile {
 impl Stored {
     /// Errors where its numbers are none that this crate reads.
     pub(crate) fn check_dtype(&self) -> Result<()> {
-        let known = matches!(self.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64);
-        ensure!(known, "has type {:?}, expected F32, F16, BF16 or F64", self.dtype);
-        Ok(())
+        match self.written {
+            Written::As(Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) | Written::Quantised(_) => Ok(()),
+            Written::As(other) => bail!("has type {other:?}, expected F32, F16, BF16 or F64"),
+        }
     }
 }
 
 /// The type in which numbers of a type are kept: all that is read of them fits.
-fn kept(dtype: Dtype) -> Dtype {
-    match dtype {
-        Dtype::F16 | Dtype::BF16 => dtype,
+fn kept(written: Written) -> Dtype {
+    match written {
+        Written::As(dtype @ (Dtype::F16 | Dtype::BF16)) => dtype,
         _ => Dtype::F32,
     }
 }
 
-fn safetensors(path: &Path) -> Result<Format> {
+fn named<'a>(tensors: &'a [ModelTensor], name: &str) -> Result<&'a ModelTensor> {
+    tensors.iter().find(|tensor| tensor.name == name).context("a tensor without a place")
+}
+
+/// How blocks of a type are read.
+fn format_of(kind: GgmlType) -> Result<Format> {
+    let format = Format::ALL.into_iter().find(|format| format.name() == kind.name());
+    format.with_context(|| format!("tensors of type {} are not read", kind.name()))
+}
+
+/// The numbers of a tensor, its rows in the order of Hugging Face.
+fn from_gguf(file: &Gguf, tensors: &[ModelTensor], name: &str) -> Result<Vec<f32>> {
+    let ModelTensor { index, interleaved_heads, .. } = named(tensors, name)?;
+    let tensor = &file.tensors()[*index];
+    let bytes = file.read_all(tensor)?;
+    let mut values = vec![0.0; tensor.shape.iter().product()];
+    match tensor.kind {
+        GgmlType::F32 => {
+            let (words, _) = bytes.as_chunks::<4>();
+            values.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_le_bytes(*word));
+        }
+        other => decode(format_of(other)?, &bytes, &mut values),
+    }
+    let Some(heads) = interleaved_heads else { return Ok(values) };
+    let rows = tensor.shape[0];
+    let width = values.len() / rows;
+    Ok(row_order(rows, *heads).iter().flat_map(|row| &values[row * width..][..width]).copied().collect())
+}
+
+fn safetensors(path: &Path) -> Result<Kind> {
     let file = files::open(path, files::WEIGHTS)?;
     let (length, mut file) = (file.size(), file.into_file());
     let (start, header) = read_header(&mut file, length)
         .map_err(|e| anyhow!("`{}` is not a whole safetensors file ({e:#}): get it again", path.display()))?;
-    Ok(Format::Safetensors { file: RefCell::new(file), start, header, mapped: OnceCell::new() })
+    Ok(Kind::Safetensors { file: RefCell::new(file), start, header, mapped: OnceCell::new() })
 }
 
 /// Most bytes of a header: what the format allows.
@@ -257,13 +339,13 @@ fn read_header(file: &mut impl Read, length: u64) -> Result<(u64, Metadata)> {
     Ok((8 + size, header))
 }
 
-fn pickle(path: &Path) -> Result<Format> {
+fn pickle(path: &Path) -> Result<Kind> {
     let advice = "expected what `torch.save` of PyTorch 1.6 or later writes; convert the model to safetensors";
     // For what is no regular file, or none that can be read.
     files::open(path, files::WEIGHTS)?;
     let file = PthTensors::new(path, None).with_context(|| format!("cannot read `{}`: {advice}", path.display()))?;
     ensure!(!file.tensor_infos().is_empty(), "no tensors in `{}`: {advice}", path.display());
-    Ok(Format::Pickle(file))
+    Ok(Kind::Pickle(file))
 }
 
 fn unpack(file: &PthTensors, name: &str) -> Result<Vec<f32>> {

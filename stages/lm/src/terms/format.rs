@@ -21,7 +21,6 @@ pub(crate) enum Format {
 
 impl Format {
     /// All of them.
-    #[cfg(test)]
     pub(crate) const ALL: [Format; 12] = [
         Format::F16,
         Format::BF16,

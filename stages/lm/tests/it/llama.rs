@@ -75,7 +75,8 @@ fn shards_bare_names_and_old_constants_are_read() {
 
 #[test]
 fn a_tied_model_may_be_stored_by_its_head() {
-    let mut tensors = candle_core::safetensors::load(fixture("llama3").join("model.safetensors"), &Device::Cpu).unwrap();
+    let mut tensors =
+        candle_core::safetensors::load(fixture("llama3").join("model.safetensors"), &Device::Cpu).unwrap();
     let embedding = tensors.remove("model.embed_tokens.weight").unwrap();
     tensors.insert("lm_head.weight".to_owned(), embedding.clone());
     assert!(weights(&load(folder("llama3", &tensors).path())) == weights(&load(&fixture("llama3"))));
@@ -120,7 +121,7 @@ fn neither_company_nor_threads_change_a_bit() {
     texts.iter().zip(0..).for_each(|(ids, row)| batch.push(row, ids));
     let run = || {
         let hidden = model.hidden(&batch, None, None).unwrap();
-        let labels: Vec<u32> = (0..batch.ids.len() as u32).map(|i| i * 3 % 40).collect();
+        let labels: Vec<u32> = (0..batch.inputs.len() as u32).map(|i| i * 3 % 40).collect();
         let weights = vec![0.1; labels.len()];
         let loss = head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss;
         let gradients = gradients(&loss, &model.parameters()).unwrap();
@@ -165,6 +166,6 @@ fn a_published_llama_writes_the_text_of_transformers() {
 /// `<|start_story|> Once upon a time`.
 const PROMPT: [u32; 6] = [1, 80, 147, 201, 282, 57];
 const RESPONSE: [u32; 32] = [
-    313, 598, 303, 1049, 1468, 267, 628, 333, 94, 1210, 263, 251, 604, 94, 1030, 94, 1030, 94, 436, 220, 1053, 615, 303,
-    328, 552, 319, 1269, 163, 1945, 897, 645, 1188,
+    313, 598, 303, 1049, 1468, 267, 628, 333, 94, 1210, 263, 251, 604, 94, 1030, 94, 1030, 94, 436, 220, 1053, 615,
+    303, 328, 552, 319, 1269, 163, 1945, 897, 645, 1188,
 ];

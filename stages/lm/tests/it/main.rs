@@ -4,6 +4,8 @@ mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod generation;
+mod gguf;
+mod llama;
 mod parity;
 mod training;
 
