@@ -15,6 +15,7 @@ use lm::{LanguageModel, SoftPrompt, TeacherCache};
 pub mod aligned;
 mod columns;
 pub mod corpus;
+pub mod cut_layers;
 pub mod distill;
 pub mod download;
 pub mod evaluate;
@@ -44,6 +45,7 @@ pub mod training;
 /// All kinds, by name.
 pub fn registry() -> Registry {
     Registry::new(load)
+        .with(cut_layers::CutLayers)
         .with(distill::Distill)
         .with(download::Download)
         .with(evaluate::Evaluate)

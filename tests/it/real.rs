@@ -467,6 +467,28 @@ stages:
     project.run("run FILE --store other").expect(0, &["done: 2 ran"]);
 }
 
+#[test]
+fn a_student_can_begin_as_some_layers_of_its_teacher() {
+    let project = project(TINY);
+    project.write(
+        "cut.yaml",
+        "
+version: 1
+name: cut
+include: p.yaml
+stages:
+  deep: {kind: finetune, in: {data: data.train}, with: {init: {architecture: llama, layers: 3, width: 16, positions: 224}, take: 12, rounds: 1, learning_rate: 1e-2}}
+  short: {kind: cut-layers, in: {model: deep}, with: {keep: {layers: [0, 2]}}}
+  student: {kind: distill, in: {student: short, teacher: deep, data: data.train}, with: {divergence: forward-kl, take: 12, rounds: 1, learning_rate: 1e-3}}
+",
+    );
+    project.run("run cut.yaml student").expect(0, &["done: 6 ran"]);
+    project.run("run cut.yaml short --set short.keep.layers=[3]").expect(
+        2,
+        &["`keep` asks for layer 3 and the model has 3 layers, counted from 0: ask for fewer"],
+    );
+}
+
 // ---- a disk that takes no more
 
 /// Runs `run p.yaml` where no file may grow beyond so many blocks of 512 bytes: to a program the same as a full disk.
@@ -517,6 +539,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
     let sound = |kind, config| (kind, Conventions::Sound, config);
     let reference = |kind, config| (kind, Conventions::Reference, config);
     vec![
+        sound("cut-layers", json!({"keep": {"evenly": 6}})),
         sound("distill", json!({"divergence": "reverse-kl", "learning_rate": 5e-4, "micro_batch": 4})),
         reference("distill", json!({"divergence": "forward-kl", "learning_rate": 5e-4, "micro_batch": 4})),
         sound("download", json!({"source": "builtin:instruct"})),

@@ -115,6 +115,23 @@ impl LanguageModel {
         self.map(Weight::deep_clone)
     }
 
+    /// A frozen model of some of the layers, in the order given, with everything before and behind them.
+    ///
+    /// Errors when there is no such layer.
+    pub fn cut_to(&self, layers: &[usize]) -> Result<Self> {
+        let count = self.config.layers();
+        if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
+            anyhow::bail!("there is no layer {layer}: the model has {count}, counted from 0");
+        }
+        ensure!(!layers.is_empty(), "a model has at least one layer");
+        let config = self.config.with_layers(layers.len());
+        let weights = config.parameter_shapes().into_iter().map(|(name, _)| {
+            let from = with_layer(&name, |layer| layers[layer]);
+            (name, self.weights[&from].frozen())
+        });
+        Ok(LanguageModel { weights: weights.collect(), config, angles: Angles::default(), ..self.frozen() })
+    }
+
     /// The model with variables as parameters. Those that are variables already are taken as they are.
     pub fn trainable(self) -> Result<Self> {
         self.map(Weight::trainable)
@@ -375,6 +392,12 @@ impl Value for LanguageModel {
     }
 }
 
+/// The name of a parameter with the number of its layer changed: the only part of it that is a number.
+fn with_layer(name: &str, change: impl Fn(usize) -> usize) -> String {
+    let part = |part: &str| part.parse().map_or_else(|_| part.to_owned(), |layer| change(layer).to_string());
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
 /// Normal numbers with standard deviation `scale`, four from each counter.
 fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32> {
     let mut values = vec![0.0; count];
@@ -474,6 +497,26 @@ mod tests {
                     near(name, &found[name], gradient);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_model_cut_to_some_layers_has_their_weights_and_all_that_is_outside_of_layers() {
+        for model in [gpt2(|config| config.n_layer = 4), llama(|config| config.num_hidden_layers = 4)] {
+            let cut = model.cut_to(&[0, 3]).unwrap();
+            assert_eq!(cut.config.layers(), 2);
+            let values = |model: &LanguageModel, name: &str| {
+                model.weights[name].master().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            for name in cut.weights.keys() {
+                let from = if name.contains(".1.") { name.replace(".1.", ".3.") } else { name.clone() };
+                assert!(values(&cut, name) == values(&model, &from), "{name}");
+                assert!(!cut.parameters()[name].is_variable());
+            }
+            let mut batch = Packed::new();
+            batch.push(3, &[1, 2, 3]);
+            assert!(is_finite(&cut.hidden(&batch, None, None).unwrap()).unwrap());
+            assert!(model.cut_to(&[4]).is_err() && model.cut_to(&[]).is_err());
         }
     }
 

@@ -349,7 +349,8 @@ impl Config {
         u64::try_from(all).unwrap_or(u64::MAX)
     }
 
-    fn with_layers(&self, layers: usize) -> Self {
+    /// The same with another number of layers.
+    pub(crate) fn with_layers(&self, layers: usize) -> Self {
         let mut config = self.clone();
         of_any!(&mut config, config => *config.layers_mut() = layers);
         config
