@@ -16,7 +16,7 @@ use serde_json::Value as Json;
 use super::generation::{self, GenerationConfig};
 use super::tensors::{Stored, TensorFile, write_json};
 use super::tokenizer;
-use crate::families::{Config, HEAD};
+use crate::families::Config;
 use crate::finite::first_not_finite;
 
 /// A folder that holds a model this crate computes.
@@ -76,7 +76,7 @@ impl ModelFolder {
 
     fn find_tensors(&mut self) -> Result<()> {
         let shapes: IndexMap<String, Vec<usize>> = self.config.parameter_shapes().into_iter().collect();
-        let embedding = self.config.embedding();
+        let (embedding, head) = (self.config.embedding(), self.config.head());
         let mut found: IndexMap<String, Place> = IndexMap::new();
         for (file, tensors) in self.files.iter().enumerate() {
             for stored in tensors.tensors()? {
@@ -84,7 +84,7 @@ impl ModelFolder {
                 let expected = match shapes.get(&name) {
                     Some(shape) => shape,
                     // That of a tied model: the embedding under another name, or else a second matrix.
-                    None if name == HEAD => &shapes[embedding],
+                    None if name == head => &shapes[embedding],
                     None if is_constant(&name) => continue,
                     None => bail!(
                         "tensor `{}` in `{}` is none of the model that `config.json` describes",
@@ -108,13 +108,13 @@ impl ModelFolder {
             }
         }
         if self.config.sizes().tied
-            && let Some(head) = found.swap_remove(HEAD)
+            && let Some(place) = found.swap_remove(head)
         {
             if found.contains_key(embedding) {
-                self.second_head = Some(head);
+                self.second_head = Some(place);
             } else {
                 // A tied model that was saved with its head alone.
-                found.insert(embedding.to_owned(), head);
+                found.insert(embedding.to_owned(), place);
             }
         }
         let missing: Vec<&String> = shapes.keys().filter(|name| !found.contains_key(*name)).collect();
@@ -219,7 +219,7 @@ impl ModelFolder {
             parameters.insert(name.clone(), self.read(place, device)?);
         }
         if let Some(head) = self.unlike_head(&parameters[self.config.embedding()])? {
-            parameters.insert(HEAD.to_owned(), head);
+            parameters.insert(self.config.head().to_owned(), head);
             self.config.untie();
         }
         Ok(parameters)
@@ -326,9 +326,12 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// The name with which a checkpoint of the bare model would have been saved with its head.
+/// The name with which a checkpoint of the bare model would have been saved with its head. Whatever a family calls that,
+/// `transformers` knows it as `lm_head`, too.
 fn canonical(name: &str, config: &Config) -> String {
-    if name.starts_with(config.prefix()) || name == HEAD {
+    if name == "lm_head.weight" {
+        config.head().to_owned()
+    } else if name.starts_with(config.prefix()) || name == config.head() {
         name.to_owned()
     } else {
         format!("{}{name}", config.prefix())
