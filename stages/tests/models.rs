@@ -133,7 +133,12 @@ fn seen_before() -> Vec<Case> {
         (Gpt2, "no layers", set("n_layer", json!(0)), &["layers is 0: expected at least 1"]),
         (Gpt2, "heads that do not fit", set("n_head", json!(3)), &["16 is not a multiple of 3 heads"]),
         (Llama, "heads that cannot share", set("num_key_value_heads", json!(0)), &["heads of keys and values is 0"]),
-        (Llama, "another family", set("model_type", json!("opt")), &["type `opt`: expected `gpt2` or `llama`"]),
+        (
+            Llama,
+            "another family",
+            set("model_type", json!("bert")),
+            &["type `bert`: expected one of `gpt2`, `gpt_neox`"],
+        ),
         (Llama, "another gate", set("hidden_act", json!("gelu")), &["activation is `gelu`: expected `silu`"]),
         (Gpt2, "another nonlinearity", set("activation_function", json!("tanh")), &["`activation_function`", "`tanh`"]),
         (Llama, "another rotation", scaling(json!({"type": "yarn", "factor": 2.0})), &["type `yarn`"]),

@@ -483,10 +483,9 @@ stages:
 ",
     );
     project.run("run cut.yaml student").expect(0, &["done: 6 ran"]);
-    project.run("run cut.yaml short --set short.keep.layers=[3]").expect(
-        2,
-        &["`keep` asks for layer 3 and the model has 3 layers, counted from 0: ask for fewer"],
-    );
+    project
+        .run("run cut.yaml short --set short.keep.layers=[3]")
+        .expect(2, &["`keep` asks for layer 3 and the model has 3 layers, counted from 0: ask for fewer"]);
 }
 
 // ---- a disk that takes no more

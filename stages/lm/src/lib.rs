@@ -36,7 +36,10 @@ mod weights;
 pub use batch::{Input, Packed};
 pub use device::{device, gpus};
 pub use dtype::Dtype;
-pub use families::{Architecture, Config, EndTokens, Family, Gpt2Config, LlamaConfig, RopeScaling, Sizes};
+pub use families::{
+    Architecture, Config, EndTokens, Family, Gpt2Config, GptNeoxConfig, LayerType, LlamaConfig, MistralConfig,
+    OptConfig, Qwen2Config, Qwen3Config, RopeScaling, Sizes,
+};
 pub use files::folder::{MODEL_FILES, ModelFolder};
 pub use files::gguf::{GgmlType, Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
 pub use finite::{NotFinite, is_finite};

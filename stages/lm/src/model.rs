@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
-use crate::families::{Architecture, Config, HEAD, Weights};
+use crate::families::{Architecture, Config, Weights};
 use crate::files::folder::ModelFolder;
 use crate::files::generation::{self, GenerationConfig};
 use crate::files::tensors::{write_json, write_tensors};
@@ -214,7 +214,7 @@ impl LanguageModel {
     }
 
     pub(crate) fn head_weight(&self) -> &Weight {
-        self.weights.get(HEAD).unwrap_or_else(|| &self.weights[self.config.embedding()])
+        self.weights.get(self.config.head()).unwrap_or_else(|| &self.weights[self.config.embedding()])
     }
 
     /// Final hidden states `[N, C]` of a batch, after the last norm: of all tokens, or of those it says are wanted.
@@ -412,6 +412,7 @@ fn random_values(seed: u64, parameter: u32, count: usize, scale: f32) -> Vec<f32
 #[cfg(test)]
 mod tests {
     use candle_core::Var;
+    use serde_json::{Value as Json, json};
 
     use super::*;
     use crate::families::{Family, Gpt2Config, LlamaConfig, RopeScaling};
@@ -435,6 +436,11 @@ mod tests {
         model(Config::Llama(config))
     }
 
+    fn other(family: Family, fields: &Json) -> LanguageModel {
+        let architecture = Architecture { heads: Some(3), dropout: Some(0.2), ..Architecture::new(family, 2, 24) };
+        model(architecture.config(17, 0).unwrap().with(fields))
+    }
+
     fn model(config: Config) -> LanguageModel {
         let shapes = config.parameter_shapes().into_iter().zip(0..);
         let parameters = shapes.map(|((name, shape), seed)| {
@@ -451,7 +457,6 @@ mod tests {
         batch.push(3, &[1, 2, 3, 4, 5, 6, 7]);
         batch.push(u64::MAX, &[16]);
         batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
-        let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
         let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
         let scaling = |original_max_position_embeddings| RopeScaling::Llama3 {
             factor: 8.0,
@@ -468,8 +473,25 @@ mod tests {
             llama(|config| (config.tie_word_embeddings, config.num_key_value_heads) = (false, Some(1))),
             llama(|config| (config.attention_bias, config.mlp_bias, config.head_dim) = (true, true, Some(10))),
             llama(|config| config.rope_scaling = Some(scaling(16))),
+            other(Family::Opt, &json!({})),
+            other(
+                Family::Opt,
+                &json!({"word_embed_proj_dim": 10, "do_layer_norm_before": false, "enable_bias": false}),
+            ),
+            other(Family::Opt, &json!({"_remove_final_layer_norm": true, "activation_function": "gelu"})),
+            other(Family::Mistral, &json!({"sliding_window": 5, "num_key_value_heads": 1})),
+            other(Family::Qwen2, &json!({"use_sliding_window": true, "sliding_window": 20, "max_window_layers": 1})),
+            other(Family::Qwen3, &json!({"head_dim": 6, "num_key_value_heads": 1})),
+            other(Family::Qwen3, &json!({"attention_bias": true, "tie_word_embeddings": false})),
+            other(Family::GptNeox, &json!({"tie_word_embeddings": false})),
+            other(
+                Family::GptNeox,
+                &json!({"use_parallel_residual": false, "rotary_pct": 1.0, "attention_bias": false}),
+            ),
         ];
         for model in &models {
+            let width = model.width();
+            let prompt = Var::from_vec(numbers(99, 4 * width), (4, width), &Device::Cpu).unwrap().into_inner();
             for (prompt, dropout) in
                 [(None, None), (Some(&prompt), None), (None, Some(dropout)), (Some(&prompt), Some(dropout))]
             {
@@ -477,9 +499,9 @@ mod tests {
                 let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
                 let plain = model.hidden_plain(&rows, prompt, dropout).unwrap();
                 let mut parameters = model.parameters();
-                parameters.shift_remove("lm_head.weight");
+                parameters.shift_remove(model.config.head());
                 parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
-                let factors = Tensor::from_vec(numbers(7, 41 * 24), (41, 24), &Device::Cpu).unwrap();
+                let factors = Tensor::from_vec(numbers(7, 41 * width), (41, width), &Device::Cpu).unwrap();
                 let [(fused, found), (plain, expected)] = [fused, plain].map(|hidden| {
                     let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
                     (hidden, gradients(&loss, &parameters).unwrap())
@@ -494,7 +516,11 @@ mod tests {
                 };
                 near("hidden", &fused, &plain);
                 for (name, gradient) in &expected {
-                    near(name, &found[name], gradient);
+                    // A softmax does not see what a bias of keys that are not turned adds to all scores of a query: the
+                    // gradient is zero, and rounding is all there is.
+                    if !(name.starts_with("model.decoder.") && name.ends_with("k_proj.bias")) {
+                        near(name, &found[name], gradient);
+                    }
                 }
             }
         }
@@ -527,14 +553,21 @@ mod tests {
         batch.push(5, &(0..33).map(|t| t % 17).collect::<Vec<_>>());
         let prompt = Var::from_vec(numbers(99, 4 * 24), (4, 24), &Device::Cpu).unwrap().into_inner();
         let dropout = Dropout { seed: 2, update: 9, purpose: purpose::DROPOUT };
-        // GPT-2 has 12 parameters in a block and 4 outside, Llama 9 and 2.
-        for (family, count, frozen) in
-            [(Family::Gpt2, 28, false), (Family::Gpt2, 0, true), (Family::Llama, 20, false), (Family::Llama, 0, true)]
-        {
+        // GPT-2 has 12 parameters in a block and 4 outside, Llama 9 and 2, OPT 16 and 4, Qwen3 11 and 2, GPT-NeoX 12 and 3.
+        for (family, count, frozen) in [
+            (Family::Gpt2, 28, false),
+            (Family::Gpt2, 0, true),
+            (Family::Llama, 20, false),
+            (Family::Llama, 0, true),
+            (Family::Opt, 36, false),
+            (Family::Qwen3, 24, false),
+            (Family::GptNeox, 27, false),
+        ] {
             let run = |on: bool| {
                 let model = match family {
                     Family::Gpt2 => gpt2(|_| {}),
                     Family::Llama => llama(|config| config.num_key_value_heads = Some(1)),
+                    family => other(family, &json!({})),
                 };
                 let model = model.with_activation_checkpointing(on);
                 let model = if frozen { model.frozen() } else { model };

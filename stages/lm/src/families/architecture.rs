@@ -28,24 +28,24 @@ pub struct Architecture {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = limits::TOKENS))]
     pub positions: Option<usize>,
-    /// Probability of dropping an element in training, in the three places GPT-2 has: embeddings, attention, residual
-    /// branches; in Llama in attention alone. Default: 0, as small models underfit before they overfit.
+    /// Probability of dropping an element in training, in the places a family has: embeddings (GPT-2, GPT-NeoX), attention
+    /// (all), residual branches (GPT-2, GPT-NeoX, OPT). Default: 0, as small models underfit before they overfit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub dropout: Option<f32>,
-    /// Channels inside the feed-forward layer. Default: 4 times `width` for GPT-2; 8/3 of it for Llama, whose layer has three
-    /// matrices instead of two, rounded up to a multiple of 32.
+    /// Channels inside the feed-forward layer. Default: 4 times `width` for GPT-2, GPT-NeoX and OPT; 8/3 of it for Llama,
+    /// Mistral and Qwen, whose layer has three matrices instead of two, rounded up to a multiple of 32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = limits::WIDTH))]
     pub inner: Option<usize>,
     /// Whether the output head is the input embedding. Default: yes, as it is most of a small model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tied: Option<bool>,
-    /// Heads of keys and values, a divisor of `heads`; of Llama alone. Default: as many as `heads`.
+    /// Heads of keys and values, a divisor of `heads`; of Llama, Mistral and Qwen alone. Default: as many as `heads`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = limits::HEADS))]
     pub kv_heads: Option<usize>,
-    /// Base of the rotary angles, larger for longer texts; of Llama alone. Default: 10000.
+    /// Base of the rotary angles, larger for longer texts; not of GPT-2 and OPT. Default: 10000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1.0, max = limits::ROPE_THETA))]
     pub rope_theta: Option<f64>,

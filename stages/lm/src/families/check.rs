@@ -42,6 +42,12 @@ pub(super) fn not_negative(numbers: &[(&str, f64)]) -> Result<()> {
     Ok(())
 }
 
+/// Errors when `rate` is no probability of dropping an element.
+pub(super) fn rate(rate: f32) -> Result<()> {
+    ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
+    Ok(())
+}
+
 pub(super) fn multiple(name: &str, size: usize, heads: usize) -> Result<()> {
     ensure!(size.is_multiple_of(heads), "{name} {size} is not a multiple of {heads} heads: change one of them");
     Ok(())

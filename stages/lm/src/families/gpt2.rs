@@ -4,12 +4,11 @@
 //! power of scale for parameter-efficient prompt tuning", 2021) may stand before each. Dimensions: `N` tokens of the batch,
 //! `C` channels, `V` vocabulary. Weights are `[in, out]` and named as in Hugging Face checkpoints.
 
-use anyhow::ensure;
 use candle_core::{Result as TensorResult, Tensor};
 use contract::Result;
 use serde::{Deserialize, Serialize};
 
-use super::check::{at_least_one, multiple, not_negative};
+use super::check::{at_least_one, multiple, not_negative, rate};
 use super::{Architecture, Decoder, EndTokens, Names, Sizes, Weights};
 use crate::ops::{Attend, Block, Layer, LayerNorm, Layout, Ops, Positions};
 use crate::terms::activation::Activation;
@@ -91,8 +90,12 @@ impl Gpt2Config {
 impl Decoder for Gpt2Config {
     const MODEL_TYPE: &str = "gpt2";
     const OPTIONS: &[&str] = &[];
-    const NAMES: Names =
-        Names { embedding: "transformer.wte.weight", prefix: "transformer.", branch_ends: &["c_proj.weight"] };
+    const NAMES: Names = Names {
+        embedding: "transformer.wte.weight",
+        head: "lm_head.weight",
+        prefix: "transformer.",
+        branch_ends: &["c_proj.weight"],
+    };
 
     fn default_inner(width: usize) -> usize {
         4 * width
@@ -164,9 +167,7 @@ impl Decoder for Gpt2Config {
             ("vocabulary size", self.vocab_size),
         ])?;
         multiple("width", self.n_embd, self.n_head)?;
-        for rate in [self.resid_pdrop, self.embd_pdrop, self.attn_pdrop] {
-            ensure!((0.0..1.0).contains(&rate), "dropout is {rate}: expected at least 0 and less than 1");
-        }
+        [self.resid_pdrop, self.embd_pdrop, self.attn_pdrop].into_iter().try_for_each(rate)?;
         not_negative(&[
             ("`layer_norm_epsilon`", self.layer_norm_epsilon),
             ("`initializer_range`", self.initializer_range),
@@ -241,7 +242,7 @@ impl TransformerBlock {
         let (scale, dropout) = (config.attention_scale(layer), config.attn_pdrop);
         TransformerBlock {
             last: layer + 1 == config.n_layer,
-            attend: Attend { layer, heads, kv_heads: heads, scale, dropout, site },
+            attend: Attend { layer, heads, kv_heads: heads, scale, window: None, dropout, site },
             activation: config.activation_function,
             resid_pdrop: config.resid_pdrop,
             branch_sites: [0, 1].map(|branch| site + (heads + branch) as u32),

@@ -5,6 +5,8 @@
 mod architecture;
 mod check;
 mod ends;
+mod llama_like;
+pub(crate) mod rope;
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -20,7 +22,8 @@ use serde_json::Value as Json;
 
 pub use self::architecture::Architecture;
 pub use self::ends::EndTokens;
-pub use self::llama::RopeScaling;
+pub use self::llama_like::LayerType;
+pub use self::rope::RopeScaling;
 use crate::ops::rotary::Angles;
 use crate::ops::{Layer, LayerNorm, Layout, Ops, RmsNorm};
 use crate::weights::Weight;
@@ -33,7 +36,7 @@ macro_rules! families {
 
         /// Families of models this crate can compute.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-        #[serde(rename_all = "kebab-case")]
+        #[serde(rename_all = "snake_case")]
         pub enum Family {
             $($(#[$doc])* $name,)*
         }
@@ -83,8 +86,18 @@ macro_rules! families {
 families! {
     /// Radford et al., "Language models are unsupervised multitask learners", 2019.
     gpt2: Gpt2(Gpt2Config),
+    /// Black et al., "GPT-NeoX-20B: An open-source autoregressive language model", 2022, and Pythia.
+    gpt_neox: GptNeox(GptNeoxConfig),
     /// Touvron et al., "LLaMA: Open and efficient foundation language models", 2023, with what Llama 2 and 3 added.
     llama: Llama(LlamaConfig),
+    /// Jiang et al., "Mistral 7B", 2023: a Llama with a window of attention.
+    mistral: Mistral(MistralConfig),
+    /// Zhang et al., "OPT: Open pre-trained transformer language models", 2022.
+    opt: Opt(OptConfig),
+    /// Yang et al., "Qwen2 technical report", 2024, and Qwen2.5: a Llama with biases.
+    qwen2: Qwen2(Qwen2Config),
+    /// Yang et al., "Qwen3 technical report", 2025: a Llama that normalises heads.
+    qwen3: Qwen3(Qwen3Config),
 }
 
 impl Family {
@@ -98,6 +111,29 @@ impl Family {
         Family::ALL.iter().filter(|family| which(**family)).map(|family| format!("`{}`", family.name())).collect()
     }
 }
+
+/// The part of a [`Decoder`] that is in the fields that most families have in common.
+macro_rules! fields_of_transformers {
+    () => {
+        fn layers_mut(&mut self) -> &mut usize {
+            &mut self.num_hidden_layers
+        }
+
+        fn begin_and_ends(&self) -> (Option<u32>, Option<&EndTokens>) {
+            (self.bos_token_id, self.eos_token_id.as_ref())
+        }
+
+        fn set_roles(&mut self, begin: Option<u32>, pad: Option<u32>) {
+            self.bos_token_id = begin.or(self.bos_token_id);
+            self.pad_token_id = pad.map(i64::from).or(self.pad_token_id);
+        }
+
+        fn untie(&mut self) {
+            self.tie_word_embeddings = false;
+        }
+    };
+}
+use fields_of_transformers;
 
 /// What a family is. It is the type of its `config.json`.
 trait Decoder: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
@@ -150,6 +186,8 @@ trait Decoder: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
 struct Names {
     /// The input embedding, `[V, C]`.
     embedding: &'static str,
+    /// The output head, `[V, C]`, where it is not the input embedding.
+    head: &'static str,
     /// Stands before the names of all parameters but the head's.
     prefix: &'static str,
     /// How the names of matrices end that end a residual branch.
@@ -163,7 +201,8 @@ pub struct Sizes {
     pub vocabulary: usize,
     /// Longest sequence in tokens.
     pub positions: usize,
-    /// Channels `C` of the hidden state.
+    /// Channels `C` of the vectors that go in and of the hidden states that come out: of input embedding, soft prompts and
+    /// output head. Some families are wider or narrower between.
     pub width: usize,
     /// Transformer blocks.
     pub layers: usize,
@@ -176,9 +215,6 @@ pub struct Sizes {
     /// Standard deviation of initial weights.
     pub initializer_range: f64,
 }
-
-/// The output head, where it is not the input embedding.
-pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// The parameters of a model by their names, and what else a forward pass needs.
 pub(crate) struct Weights<'a> {
@@ -239,8 +275,8 @@ impl Config {
         let name = json.get("model_type").and_then(Json::as_str).unwrap_or(Gpt2Config::MODEL_TYPE).to_owned();
         check::refuse_options(&json).with_context(|| format!("`{}` asks for what is not computed", path.display()))?;
         let Some(family) = Family::ALL.iter().find(|family| family.name() == name) else {
-            let known = Family::named(|_| true).join(" or ");
-            bail!("`{}` describes a model of type `{name}`: expected {known}", path.display());
+            let known = Family::named(|_| true).join(", ");
+            bail!("`{}` describes a model of type `{name}`: expected one of {known}", path.display());
         };
         let config = family
             .read(json)
@@ -315,6 +351,11 @@ impl Config {
         self.names().embedding
     }
 
+    /// Name of the output head, where it is not the input embedding.
+    pub(crate) fn head(&self) -> &'static str {
+        self.names().head
+    }
+
     /// Before the names of all parameters but the head's.
     pub(crate) fn prefix(&self) -> &'static str {
         self.names().prefix
@@ -330,7 +371,7 @@ impl Config {
         let Sizes { vocabulary, width, tied, .. } = self.sizes();
         let mut shapes = of_any!(self, config => config.parameter_shapes());
         if !tied {
-            shapes.push((HEAD.to_owned(), vec![vocabulary, width]));
+            shapes.push((self.head().to_owned(), vec![vocabulary, width]));
         }
         shapes
     }
@@ -354,6 +395,17 @@ impl Config {
         let mut config = self.clone();
         of_any!(&mut config, config => *config.layers_mut() = layers);
         config
+    }
+
+    /// The same with other fields.
+    #[cfg(test)]
+    pub(crate) fn with(&self, fields: &Json) -> Self {
+        let mut json = self.to_json().expect("a configuration is JSON");
+        let fields = fields.as_object().expect("fields");
+        fields.iter().for_each(|(key, value)| json[key] = value.clone());
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("config.json"), json.to_string()).expect("a file");
+        Config::load(folder.path()).expect("a configuration that is computed")
     }
 
     /// What follows from it for other stages.
@@ -392,6 +444,8 @@ fn from_json<T: DeserializeOwned>(json: Json) -> Result<T> {
 mod tests {
     use std::fs;
 
+    use serde_json::json;
+
     use super::*;
 
     fn architecture(width: usize) -> Architecture {
@@ -405,7 +459,7 @@ mod tests {
         fs::write(folder.path().join("config.json"), json.replace("MORE", text))?;
         match Config::load(folder.path())? {
             Config::Llama(config) => Ok(config),
-            Config::Gpt2(_) => bail!("a Llama was read as a GPT-2"),
+            other => bail!("a Llama was read as {other:?}"),
         }
     }
 
@@ -433,9 +487,9 @@ mod tests {
     #[test]
     fn a_foreign_family_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("config.json"), r#"{"model_type": "opt"}"#).unwrap();
+        fs::write(folder.path().join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
         let error = Config::load(folder.path()).unwrap_err();
-        assert!(error.to_string().contains("`opt`: expected `gpt2` or `llama`"), "{error}");
+        assert!(error.to_string().contains("`bert`: expected one of `gpt2`, `gpt_neox`, `llama`, "), "{error}");
     }
 
     #[test]
@@ -457,7 +511,8 @@ mod tests {
         assert_eq!(text, "4 heads cannot share 3 heads of keys and values evenly: change one of them");
         assert!(error(Architecture { heads: Some(64), ..llama }).contains("a head has 1 channels"));
         let text = error(Architecture { kv_heads: Some(1), ..architecture(64) });
-        assert_eq!(text, "`kv_heads` is of architecture `llama` alone: leave it out for `gpt2`");
+        let takers = "`llama`, `mistral`, `qwen2`, `qwen3`";
+        assert_eq!(text, format!("`kv_heads` is of architecture {takers} alone: leave it out for `gpt2`"));
     }
 
     #[test]
@@ -483,10 +538,57 @@ mod tests {
 
     #[test]
     fn linear_scaling_stretches_every_angle() {
-        let plain = llama(r#""rope_theta": 100.0"#).unwrap().rotary_frequencies();
+        let plain = llama(r#""rope_theta": 100.0"#).unwrap().decoder().frequencies();
         assert_eq!(plain, [1.0, 0.1]);
         let scaled = llama(r#""rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4}"#).unwrap();
-        assert_eq!(scaled.rotary_frequencies(), [0.25, 0.025]);
+        assert_eq!(scaled.decoder().frequencies(), [0.25, 0.025]);
+    }
+
+    #[test]
+    fn the_name_of_a_family_is_that_of_its_configurations() {
+        for family in Family::ALL {
+            assert_eq!(serde_json::to_value(family).unwrap(), family.name());
+            let made = Architecture::new(*family, 2, 64).config(100, 0).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("config.json"), made.to_json().unwrap().to_string()).unwrap();
+            assert_eq!(Config::load(folder.path()).unwrap(), made, "{family:?}");
+        }
+    }
+
+    /// What is said of a configuration that is made for `family` and then changed.
+    fn changed(family: Family, key: &str, value: Json) -> Result<Config> {
+        let mut json = Architecture::new(family, 2, 64).config(100, 0)?.to_json()?;
+        json[key] = value;
+        let folder = tempfile::tempdir()?;
+        fs::write(folder.path().join("config.json"), json.to_string())?;
+        Config::load(folder.path())
+    }
+
+    #[test]
+    fn options_that_are_not_computed_are_refused() {
+        use Family::*;
+        for (family, key, value, expected) in [
+            (Opt, "layer_norm_elementwise_affine", json!(false), "norms with weights and biases"),
+            (Opt, "layerdrop", json!(0.1), "`layerdrop` is 0.1: expected 0"),
+            (Opt, "activation_function", json!("tanh"), "`activation_function`"),
+            (Mistral, "sliding_window", json!(0), "`sliding_window` is 0"),
+            (Qwen2, "layer_types", json!(["full_attention"]), "`layer_types` has 1 entries for 2 layers"),
+            (Qwen2, "layer_types", json!(["full_attention", "sliding_attention"]), "no `sliding_window` is in use"),
+            (Qwen3, "layer_types", json!(["full_attention", "chunked_attention"]), "`layer_types[1]`"),
+            (Qwen3, "head_dim", json!(7), "a head has 7 channels"),
+            (Qwen3, "rope_parameters", json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5"),
+            (Mistral, "rope_parameters", json!({"rope_type": "yarn"}), "rotary positions of type `yarn`"),
+            (GptNeox, "rotary_pct", json!(0.1), "turns 3 of the 32 channels of a head"),
+            (GptNeox, "rotary_pct", json!(1.5), "`rotary_pct` is 1.5"),
+            (GptNeox, "rope_parameters", json!({"partial_rotary_factor": 0.05}), "turns 1 of the 32"),
+        ] {
+            let error = format!("{:#}", changed(family, key, value).expect_err(key));
+            assert!(error.contains(expected), "{family:?}, {key}: {error}");
+        }
+        let both = json!({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5});
+        let Ok(Config::GptNeox(neox)) = changed(GptNeox, "rope_parameters", both) else { panic!("not a GPT-NeoX") };
+        assert_eq!((neox.rotary_pct, neox.rotary_emb_base, neox.turned()), (0.5, 500.0, 16));
+        assert_eq!(neox.rope_scaling, Some(RopeScaling::Dynamic { factor: 2.0 }));
     }
 
     #[test]

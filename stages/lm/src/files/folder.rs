@@ -17,7 +17,7 @@ use super::generation::{self, GenerationConfig};
 use super::gguf::{Gguf, GgufModel};
 use super::tensors::{Stored, TensorFile, write_json};
 use super::tokenizer;
-use crate::families::{Config, HEAD};
+use crate::families::Config;
 use crate::finite::first_not_finite;
 use crate::weights::Weight;
 
@@ -92,7 +92,7 @@ impl ModelFolder {
 
     fn find_tensors(&mut self) -> Result<()> {
         let shapes: IndexMap<String, Vec<usize>> = self.config.parameter_shapes().into_iter().collect();
-        let embedding = self.config.embedding();
+        let (embedding, head) = (self.config.embedding(), self.config.head());
         let mut found: IndexMap<String, Place> = IndexMap::new();
         for (file, tensors) in self.files.iter().enumerate() {
             for stored in tensors.tensors()? {
@@ -100,7 +100,7 @@ impl ModelFolder {
                 let expected = match shapes.get(&name) {
                     Some(shape) => shape,
                     // That of a tied model: the embedding under another name, or else a second matrix.
-                    None if name == HEAD => &shapes[embedding],
+                    None if name == head => &shapes[embedding],
                     None if is_constant(&name) => continue,
                     None => bail!(
                         "tensor `{}` in `{}` is none of the model that `config.json` describes",
@@ -124,13 +124,13 @@ impl ModelFolder {
             }
         }
         if self.config.sizes().tied
-            && let Some(head) = found.swap_remove(HEAD)
+            && let Some(place) = found.swap_remove(head)
         {
             if found.contains_key(embedding) {
-                self.second_head = Some(head);
+                self.second_head = Some(place);
             } else {
                 // A tied model that was saved with its head alone.
-                found.insert(embedding.to_owned(), head);
+                found.insert(embedding.to_owned(), place);
             }
         }
         let missing: Vec<&String> = shapes.keys().filter(|name| !found.contains_key(*name)).collect();
@@ -242,7 +242,7 @@ impl ModelFolder {
         if self.second_head.is_some() {
             let embedding = self.read(&self.places[self.config.embedding()], device)?;
             if let Some(head) = self.unlike_head(&embedding)? {
-                parameters.insert(HEAD.to_owned(), Weight::new(head));
+                parameters.insert(self.config.head().to_owned(), Weight::new(head));
                 self.config.untie();
             }
         }
@@ -390,9 +390,12 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// The name with which a checkpoint of the bare model would have been saved with its head.
+/// The name with which a checkpoint of the bare model would have been saved with its head. Whatever a family calls that,
+/// `transformers` knows it as `lm_head`, too.
 fn canonical(name: &str, config: &Config) -> String {
-    if name.starts_with(config.prefix()) || name == HEAD {
+    if name == "lm_head.weight" {
+        config.head().to_owned()
+    } else if name.starts_with(config.prefix()) || name == config.head() {
         name.to_owned()
     } else {
         format!("{}{name}", config.prefix())

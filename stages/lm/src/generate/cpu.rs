@@ -8,12 +8,12 @@ use super::Row;
 use crate::batch::{Input, Packed};
 use crate::families::Config;
 use crate::host::elements;
-use crate::kernels::attention::softmax;
-use crate::kernels::rope::{self, Turn};
+use crate::kernels::attention::{first_column, first_seen, softmax};
+use crate::kernels::rope::Turn;
 use crate::kernels::tile::{self, Left};
-use crate::kernels::{by_row, elementwise, layer_norm, rms_norm, swiglu};
+use crate::kernels::{by_row, columns, elementwise, layer_norm, rms_norm, swiglu};
 use crate::model::LanguageModel;
-use crate::ops::cpu::embed;
+use crate::ops::cpu::{embed, positions, rotate};
 use crate::ops::rotary::Rotary;
 use crate::ops::{Attend, Layer, LayerNorm, Layout, Ops, Positions, RmsNorm};
 use crate::terms::activation::Activation;
@@ -149,6 +149,10 @@ impl Ops for Cached<'_> {
         embed(&self.inputs, &self.positions, tokens, positions, prompt)
     }
 
+    fn positions(&mut self, table: Positions<'_>) -> TensorResult<Vec<f32>> {
+        positions(&self.positions, table)
+    }
+
     fn layer_norm(&mut self, x: &Vec<f32>, norm: &LayerNorm) -> TensorResult<Vec<f32>> {
         Ok(layer_norm::forward(x, &elements(&norm.weight)?, &elements(&norm.bias)?, norm.eps).0)
     }
@@ -180,18 +184,21 @@ impl Ops for Cached<'_> {
         if parts.len() == 1 {
             return Ok(parts.remove(0).0);
         }
-        let rows = parts[0].0.len() / parts[0].1;
-        let mut out = Vec::with_capacity(parts.iter().map(|(part, _)| part.len()).sum());
-        for row in 0..rows {
-            parts.iter().for_each(|(part, width)| out.extend_from_slice(&part[row * width..][..*width]));
-        }
-        Ok(out)
+        Ok(columns::join(&parts.iter().map(|(part, width)| (part.as_slice(), *width)).collect::<Vec<_>>()))
+    }
+
+    fn join(&mut self, parts: Vec<Vec<f32>>) -> TensorResult<Vec<f32>> {
+        let rows = self.positions.len();
+        Ok(columns::join(&parts.iter().map(|part| (part.as_slice(), part.len() / rows)).collect::<Vec<_>>()))
+    }
+
+    fn regroup(&mut self, x: Vec<f32>, groups: [usize; 2]) -> TensorResult<Vec<f32>> {
+        Ok(columns::regroup(&x, x.len() / self.positions.len(), groups))
     }
 
     fn rotary(&mut self, mut x: Vec<f32>, rotary: &Rotary) -> TensorResult<Vec<f32>> {
         let width = x.len() / self.positions.len();
-        let angles = elements(&rotary.angles)?;
-        rope::rotate(&mut x, width, rotary.heads, rotary.head_width, &angles, &self.positions, Turn::Forth);
+        rotate(&mut x, width, rotary, &self.positions, Turn::Forth)?;
         Ok(x)
     }
 
@@ -274,14 +281,19 @@ fn attend_row(cache: &mut Cache, qkv: &[f32], out: &mut [f32], channels: usize, 
         let values = &values[kv_head * d * capacity..];
         for start in (0..count).step_by(QUERIES) {
             let block = QUERIES.min(count - start);
-            let seen = length + start + block;
+            // What no query of the block sees is left out: columns before `from`, which are then the first.
+            let from = first_column(length + start, attend.window);
+            let seen = length + start + block - from;
             let columns = seen.next_multiple_of(ALIGN);
             let queries = Left { data: &qkv[start * channels + head * d..], row: channels, depth: 1 };
-            tile::product(&mut scores, capacity, queries, keys, capacity, block, columns, d, false);
+            tile::product(&mut scores, capacity, queries, &keys[from..], capacity, block, columns, d, false);
             for i in 0..block {
-                softmax(&mut scores[i * capacity..][..columns], length + start + i + 1, attend.scale);
+                let position = length + start + i;
+                let first = first_seen(position, attend.window);
+                softmax(&mut scores[i * capacity..][..columns], first - from, position + 1 - from, attend.scale);
             }
             let left = Left { data: &scores, row: capacity, depth: 1 };
+            let values = &values[from * d..];
             tile::product(&mut out[start * width + head * d..], width, left, values, d, block, d, seen, false);
         }
     }

@@ -400,6 +400,16 @@ enum Feed<'a> {
     Tokens { writing: &'a Writing, rows: usize },
 }
 
+impl<T: Number> Pass<'_, T> {
+    /// New tokens.
+    fn rows(&self) -> usize {
+        match &self.feed {
+            Feed::Prompts { rows, .. } => rows.positions.len(),
+            Feed::Tokens { rows, .. } => *rows,
+        }
+    }
+}
+
 impl<T: Number> Ops for Pass<'_, T> {
     type Array = CudaSlice<T>;
 
@@ -418,6 +428,13 @@ impl<T: Number> Ops for Pass<'_, T> {
         }
     }
 
+    fn positions(&mut self, positions: Positions<'_>) -> TensorResult<CudaSlice<T>> {
+        match &self.feed {
+            Feed::Prompts { rows, .. } => self.backend.positions(rows, positions),
+            Feed::Tokens { writing, rows } => self.backend.positions_at(&writing.positions.slice(..*rows), positions),
+        }
+    }
+
     fn layer_norm(&mut self, x: &CudaSlice<T>, norm: &LayerNorm) -> TensorResult<CudaSlice<T>> {
         Ok(self.backend.layer_norm(x, norm)?.0)
     }
@@ -430,14 +447,20 @@ impl<T: Number> Ops for Pass<'_, T> {
         self.backend.linear(x, layers)
     }
 
+    fn join(&mut self, parts: Vec<CudaSlice<T>>) -> TensorResult<CudaSlice<T>> {
+        let rows = self.rows();
+        self.backend.join(&parts.iter().map(|part| (part, part.len() / rows)).collect::<Vec<_>>())
+    }
+
+    fn regroup(&mut self, x: CudaSlice<T>, groups: [usize; 2]) -> TensorResult<CudaSlice<T>> {
+        self.backend.regroup(&x, x.len() / self.rows(), groups)
+    }
+
     fn rotary(&mut self, mut x: CudaSlice<T>, rotary: &Rotary) -> TensorResult<CudaSlice<T>> {
+        let width = x.len() / self.rows();
         match &self.feed {
-            Feed::Prompts { rows, .. } => {
-                let width = x.len() / rows.positions.len();
-                self.backend.rotate(&mut x, width, rotary, rows, Turn::Forth)?;
-            }
+            Feed::Prompts { rows, .. } => self.backend.rotate(&mut x, width, rotary, rows, Turn::Forth)?,
             Feed::Tokens { writing, rows } => {
-                let width = x.len() / rows;
                 let at = writing.positions.slice(..*rows);
                 self.backend.rotate_at(&mut x, &at, width, rotary, Turn::Forth)?;
             }
@@ -449,7 +472,8 @@ impl<T: Number> Ops for Pass<'_, T> {
         let (device, capacity) = (self.device, self.cache.capacity);
         let d = self.cache.row / capacity / attend.kv_heads;
         let width = attend.heads * d;
-        let heads = Heads { queries: attend.heads, keys: attend.kv_heads, width: d, scale: attend.scale };
+        let Attend { heads: queries, kv_heads: keys, scale, window, .. } = attend;
+        let heads = Heads { queries, keys, width: d, scale, window };
         let (keys, values) = &mut self.cache.layers[attend.layer];
         let count = qkv.len() / heads.row();
         let mut out = unset::<T>(device, count * width)?;

@@ -245,6 +245,8 @@ mod tests {
     use candle_core::Device;
     use contract::TokenizerFile;
 
+    use serde_json::{Value as Json, json};
+
     use super::cpu::{TOGETHER, together};
     use super::*;
     use crate::families::{Architecture, Family};
@@ -263,14 +265,25 @@ mod tests {
     #[test]
     fn a_step_with_a_cache_gives_the_logits_of_a_whole_pass() {
         let shape = |family| Architecture { heads: Some(4), positions: Some(90), ..Architecture::new(family, 3, 32) };
-        for architecture in [shape(Family::Gpt2), Architecture { kv_heads: Some(2), ..shape(Family::Llama) }] {
-            steps_are_whole_passes(&architecture);
+        let shared = |family| Architecture { kv_heads: Some(2), ..shape(family) };
+        for (architecture, more) in [
+            (shape(Family::Gpt2), json!({})),
+            (shared(Family::Llama), json!({})),
+            (shape(Family::Opt), json!({})),
+            (shared(Family::Mistral), json!({"sliding_window": 20})),
+            (shared(Family::Mistral), json!({"sliding_window": 1})),
+            (shared(Family::Qwen2), json!({"use_sliding_window": true, "sliding_window": 37, "max_window_layers": 1})),
+            (shared(Family::Qwen3), json!({})),
+            (shape(Family::GptNeox), json!({})),
+        ] {
+            steps_are_whole_passes(&architecture, &more);
         }
     }
 
-    fn steps_are_whole_passes(architecture: &Architecture) {
+    fn steps_are_whole_passes(architecture: &Architecture, more: &Json) {
         let tokenizer = TokenizerFile::new("", 0, 31);
-        let model = LanguageModel::init(architecture, tokenizer, 3, &Device::Cpu).unwrap();
+        let mut model = LanguageModel::init(architecture, tokenizer, 3, &Device::Cpu).unwrap();
+        model.config = model.config.with(more);
         let soft = Tensor::ones((5, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
         for soft_prompt in [None, Some(&soft)] {
             let mut decoder = Decoder::new(&model, soft_prompt).unwrap();

@@ -4,6 +4,9 @@
 //! There are `G` heads of keys and values; with fewer than `H`, each is shared by `H / G` query heads that follow one
 //! another (Ainslie et al., "GQA", 2023).
 //!
+//! A query may see all positions up to its own, or only a window of them (Beltagy et al., "Longformer", 2020): keys that no
+//! query of a block sees are left out.
+//!
 //! Forward keeps nothing: backward computes the probabilities again, a block of queries at a time, so that memory grows
 //! with the length of a sequence and not with its square.
 
@@ -35,6 +38,8 @@ pub(crate) struct Attention<'a> {
     pub(crate) kv_heads: usize,
     /// What scores are multiplied by.
     pub(crate) scale: f32,
+    /// Positions that a query sees, its own and those before it; `None` is all.
+    pub(crate) window: Option<usize>,
     /// Dropout of probabilities: rate, and the site of head 0; the others follow.
     pub(crate) dropout: Option<(Dropout, f32, u32)>,
 }
@@ -44,6 +49,18 @@ impl Attention<'_> {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
+}
+
+/// The first position that a query at `position` sees through a window.
+#[inline]
+pub(crate) fn first_seen(position: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
+/// The same of a block of queries from `position` on, moved back to where columns may begin.
+#[inline]
+pub(crate) fn first_column(position: usize, window: Option<usize>) -> usize {
+    first_seen(position, window) / ALIGN * ALIGN
 }
 
 /// `[N, H D]` from `[N, (H + 2G) D]`; `width` is `H D`.
@@ -58,9 +75,13 @@ pub(crate) fn backward(qkv: &[f32], dy: &[f32], width: usize, attention: &Attent
     join(&parts, width / attention.heads, attention, attention.heads + 2 * attention.kv_heads)
 }
 
-/// Scores of one query against `count` keys become probabilities; what lies behind them becomes 0.
+/// Scores of one query against keys become probabilities. Of the first `count` keys it sees those from `first` on; the
+/// others, and what lies behind, become 0.
 #[inline]
-pub(crate) fn softmax(scores: &mut [f32], count: usize, scale: f32) {
+pub(crate) fn softmax(scores: &mut [f32], first: usize, count: usize, scale: f32) {
+    let (before, scores) = scores.split_at_mut(first);
+    before.fill(0.0);
+    let count = count - first;
     let (scores, hidden) = scores.split_at_mut(count);
     let largest = max(scores);
     for score in scores.iter_mut() {
@@ -131,8 +152,9 @@ impl Task {
             for start in (0..count).step_by(QUERIES) {
                 let block = QUERIES.min(count - start);
                 let seen = start + block;
+                let from = first_column(start, attention.window);
                 let queries = Left { data: &queries[start * row + i * d..], row, depth: 1 };
-                self.probabilities(&mut probabilities, queries, &keys, start, block, d, stride, attention.scale);
+                self.probabilities(&mut probabilities, queries, &keys, start, block, d, stride, attention);
                 if attention.dropout.is_some() {
                     for i in 0..block {
                         let row = &mut probabilities[i * stride..][..start + i + 1];
@@ -140,8 +162,8 @@ impl Task {
                         row.iter_mut().zip(&mask).for_each(|(p, m)| *p *= m);
                     }
                 }
-                let left = Left { data: &probabilities, row: stride, depth: 1 };
-                tile::product(&mut out[start * d..], d, left, values, row, block, d, seen, false);
+                let left = Left { data: &probabilities[from..], row: stride, depth: 1 };
+                tile::product(&mut out[start * d..], d, left, &values[from * row..], row, block, d, seen - from, false);
             }
         }
         out
@@ -169,34 +191,40 @@ impl Task {
                 let block = QUERIES.min(count - start);
                 let seen = start + block;
                 let columns = seen.next_multiple_of(ALIGN);
+                let from = first_column(start, attention.window);
                 let queries = &queries[start * row + i * d..];
                 let left = Left { data: queries, row, depth: 1 };
-                self.probabilities(&mut p, left, &transposed_keys, start, block, d, stride, attention.scale);
+                self.probabilities(&mut p, left, &transposed_keys, start, block, d, stride, attention);
                 let dy = &dy[start * width + i * d..];
                 let left = Left { data: dy, row: width, depth: 1 };
-                tile::product(&mut dp, stride, left, &transposed_values, stride, block, columns, d, false);
+                let values = &transposed_values[from..];
+                tile::product(&mut dp[from..], stride, left, values, stride, block, columns - from, d, false);
                 for i in 0..block {
+                    let first = first_seen(start + i, attention.window);
                     let (p, hidden) = p[i * stride..][..columns].split_at_mut(start + i + 1);
                     let (dp, dhidden) = dp[i * stride..][..columns].split_at_mut(start + i + 1);
+                    dp[from..first].fill(0.0);
+                    let (p, dp) = (&mut p[first..], &mut dp[first..]);
                     if attention.dropout.is_some() {
-                        self.mask(&mut mask[..p.len()], head, start + i, attention);
-                        dp.iter_mut().zip(&mask).for_each(|(dp, m)| *dp *= m);
+                        self.mask(&mut mask[..start + i + 1], head, start + i, attention);
+                        dp.iter_mut().zip(&mask[first..]).for_each(|(dp, m)| *dp *= m);
                     }
                     // Softmax: ds = p (dp - sum(p dp)).
                     let mean = sum_of(p.len(), |j| p[j] * dp[j]);
                     dp.iter_mut().zip(p.iter()).for_each(|(dp, p)| *dp = p * (*dp - mean) * attention.scale);
                     if attention.dropout.is_some() {
-                        p.iter_mut().zip(&mask).for_each(|(p, m)| *p *= m);
+                        p.iter_mut().zip(&mask[first..]).for_each(|(p, m)| *p *= m);
                     }
                     hidden.fill(0.0);
                     dhidden.fill(0.0);
                 }
-                let left = Left { data: &dp, row: stride, depth: 1 };
+                let (p, dp, keys, seen) = (&p[from..], &dp[from..], &keys[from * row..], seen - from);
+                let left = Left { data: dp, row: stride, depth: 1 };
                 tile::product(&mut dq[start * d..], d, left, keys, row, block, d, seen, false);
-                let left = Left { data: &dp, row: 1, depth: stride };
-                tile::product(dk, d, left, queries, row, seen, d, block, true);
-                let left = Left { data: &p, row: 1, depth: stride };
-                tile::product(dv, d, left, dy, width, seen, d, block, true);
+                let left = Left { data: dp, row: 1, depth: stride };
+                tile::product(&mut dk[from * d..], d, left, queries, row, seen, d, block, true);
+                let left = Left { data: p, row: 1, depth: stride };
+                tile::product(&mut dv[from * d..], d, left, dy, width, seen, d, block, true);
             }
         }
         out
@@ -219,12 +247,14 @@ impl Task {
         block: usize,
         d: usize,
         stride: usize,
-        scale: f32,
+        attention: &Attention<'_>,
     ) {
-        let columns = (start + block).next_multiple_of(ALIGN);
-        tile::product(out, stride, queries, keys, stride, block, columns, d, false);
+        let (from, columns) = (first_column(start, attention.window), (start + block).next_multiple_of(ALIGN));
+        tile::product(&mut out[from..], stride, queries, &keys[from..], stride, block, columns - from, d, false);
         for i in 0..block {
-            softmax(&mut out[i * stride..][..columns], start + i + 1, scale);
+            let first = first_seen(start + i, attention.window);
+            let scores = &mut out[i * stride + from..][..columns - from];
+            softmax(scores, first - from, start + i + 1 - from, attention.scale);
         }
     }
 

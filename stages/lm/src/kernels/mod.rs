@@ -16,6 +16,7 @@ pub(crate) mod attention;
 pub(crate) mod buffer;
 #[expect(unsafe_code, reason = "tasks share one result")]
 pub(crate) mod by_row;
+pub(crate) mod columns;
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "launches kernels")]
 pub(crate) mod cuda;

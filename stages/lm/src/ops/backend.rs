@@ -46,6 +46,9 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
     /// The gradient of the prompt, of `shape` and in f32: the sums of the rows where each of its vectors stands.
     fn embed_backward_prompt(&self, batch: &Packed, dy: &Self::Buffer, width: usize, shape: Shape) -> Result<Tensor>;
 
+    /// The vector of every row's position.
+    fn positions(&self, batch: &Packed, positions: Positions<'_>) -> Result<Self::Buffer>;
+
     fn layer_norm(&self, x: &Self::Buffer, norm: &LayerNorm) -> Result<(Self::Buffer, Self::Moments)>;
     /// Adds the gradient of `x` to `dx`; gives those of weight and bias where `parameters`.
     fn layer_norm_backward(
@@ -58,7 +61,7 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         parameters: bool,
     ) -> Result<Option<(Tensor, Tensor)>>;
 
-    /// Root mean square norm; its moments have a mean of 0.
+    /// Root mean square norm of runs of as many channels as the weight has; its moments have a mean of 0.
     fn rms_norm(&self, x: &Self::Buffer, norm: &RmsNorm) -> Result<(Self::Buffer, Self::Moments)>;
     /// Adds the gradient of `x` to `dx`; gives that of the weight where `parameters`.
     fn rms_norm_backward(
@@ -86,6 +89,13 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         layer: &Layer,
         bias: bool,
     ) -> Result<(Tensor, Option<Tensor>)>;
+
+    /// The rows of buffers side by side; with each its channels.
+    fn join(&self, parts: &[(&Self::Buffer, usize)]) -> Result<Self::Buffer>;
+    /// The way back: `count` of the `width` columns of `x`, from the `first` on.
+    fn columns(&self, x: &Self::Buffer, width: usize, first: usize, count: usize) -> Result<Self::Buffer>;
+    /// Of rows that are `[a, b, D]` rows that are `[b, a, D]`; `width` is `a b D`.
+    fn regroup(&self, x: &Self::Buffer, width: usize, groups: [usize; 2]) -> Result<Self::Buffer>;
 
     /// Turns heads in place.
     fn rotate(&self, x: &mut Self::Buffer, width: usize, rotary: &Rotary, batch: &Packed, turn: Turn) -> Result<()>;

@@ -13,8 +13,8 @@ use crate::host::elements;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::layer_norm::{self, Moments};
 use crate::kernels::matmul::{DEPTH, Matrix, product, product_in, product_into, product_into_columns};
-use crate::kernels::rope::{self, Turn};
-use crate::kernels::{ROW_BLOCK, buffer, elementwise, masks, rms_norm, swiglu};
+use crate::kernels::rope::{self, Heads, Turn};
+use crate::kernels::{ROW_BLOCK, buffer, columns, elementwise, masks, rms_norm, swiglu};
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
 use crate::weights::Weight;
@@ -71,6 +71,10 @@ impl Backend for Cpu {
             }
         }
         Tensor::from_vec(gradient, shape, &Device::Cpu)
+    }
+
+    fn positions(&self, batch: &Packed, positions: Positions<'_>) -> Result<Vec<f32>> {
+        self::positions(&batch.positions, positions)
     }
 
     fn layer_norm(&self, x: &Vec<f32>, norm: &LayerNorm) -> Result<(Vec<f32>, Vec<Moments>)> {
@@ -186,10 +190,20 @@ impl Backend for Cpu {
         Ok((Tensor::from_vec(weight, layer.weight.tensor()?.shape(), &Device::Cpu)?, bias))
     }
 
+    fn join(&self, parts: &[(&Vec<f32>, usize)]) -> Result<Vec<f32>> {
+        Ok(columns::join(&parts.iter().map(|(part, width)| (part.as_slice(), *width)).collect::<Vec<_>>()))
+    }
+
+    fn columns(&self, x: &Vec<f32>, width: usize, first: usize, count: usize) -> Result<Vec<f32>> {
+        Ok(columns::part(x, width, first, count))
+    }
+
+    fn regroup(&self, x: &Vec<f32>, width: usize, groups: [usize; 2]) -> Result<Vec<f32>> {
+        Ok(columns::regroup(x, width, groups))
+    }
+
     fn rotate(&self, x: &mut Vec<f32>, width: usize, rotary: &Rotary, batch: &Packed, turn: Turn) -> Result<()> {
-        let Rotary { heads, head_width, ref angles } = *rotary;
-        rope::rotate(x, width, heads, head_width, &elements(angles)?, &batch.positions, turn);
-        Ok(())
+        rotate(x, width, rotary, &batch.positions, turn)
     }
 
     fn attention(&self, qkv: &Vec<f32>, width: usize, attention: &Attention<'_>) -> Result<(Arc<Vec<f32>>, ())> {
@@ -293,6 +307,19 @@ fn matrix<'a>(values: &'a [f32], layer: &Layer) -> Result<Matrix<'a>> {
         Layout::InOut => Matrix::new(values, layer.outputs()?),
         Layout::OutIn => Matrix::new(values, layer.inputs()?).transposed(),
     })
+}
+
+/// Turns heads in place, by the positions `at`.
+pub(crate) fn rotate(x: &mut [f32], width: usize, rotary: &Rotary, at: &[u32], turn: Turn) -> Result<()> {
+    let Rotary { heads, head_width, turned, ref angles } = *rotary;
+    rope::rotate(x, width, Heads { count: heads, width: head_width, turned }, &elements(angles)?, at, turn);
+    Ok(())
+}
+
+/// The vectors of the positions `at`, `[rows, C]`.
+pub(crate) fn positions(at: &[u32], Positions { table, first }: Positions<'_>) -> Result<Vec<f32>> {
+    let inputs: Vec<Input> = at.iter().map(|position| Input::Token(first as u32 + position)).collect();
+    embed(&inputs, at, &Weight::new(table.clone()), None, None)
 }
 
 /// The vectors of tokens, prompt and, where they have some, positions, added: `[rows, C]`.

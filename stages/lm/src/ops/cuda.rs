@@ -129,10 +129,22 @@ impl<T: Number> Cuda<T> {
         rotary: &Rotary,
         turn: Turn,
     ) -> Result<()> {
-        let Rotary { heads, head_width, ref angles } = *rotary;
+        let Rotary { heads, head_width, turned, ref angles } = *rotary;
         view(angles, |angles: &CudaView<'_, f32>| {
-            rope::rope(&self.device, x, at, angles, heads, head_width, width, turn == Turn::Back)
+            rope::rope(&self.device, x, at, angles, heads, head_width, turned, width, turn == Turn::Back)
         })
+    }
+
+    /// The vectors of the positions `at`.
+    pub(crate) fn positions_at(&self, at: &impl DevicePtr<u32>, positions: Positions<'_>) -> Result<CudaSlice<T>> {
+        let Positions { table, first } = positions;
+        let width = table.dim(1)?;
+        let mut out = self.unset(at.len() * width)?;
+        self.matrix(table, |table| {
+            // From the row of position 0 on.
+            row_kernels::gather(&self.device, &mut out, &table.slice(first * width..), at, width)
+        })?;
+        Ok(out)
     }
 
     fn unset(&self, length: usize) -> Result<CudaSlice<T>> {
@@ -284,6 +296,10 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(tensor(&self.device, gradient, shape))
     }
 
+    fn positions(&self, _batch: &Packed, positions: Positions<'_>) -> Result<CudaSlice<T>> {
+        self.positions_at(&self.batch.positions, positions)
+    }
+
     fn layer_norm(&self, x: &CudaSlice<T>, norm: &LayerNorm) -> Result<(CudaSlice<T>, CudaSlice<f32>)> {
         self.norm(x, &norm.weight, Some(&norm.bias), norm.eps)
     }
@@ -391,6 +407,31 @@ impl<T: Number> Backend for Cuda<T> {
         Ok((dweight, Some(tensor(&self.device, dbias, width))))
     }
 
+    fn join(&self, parts: &[(&CudaSlice<T>, usize)]) -> Result<CudaSlice<T>> {
+        let width: usize = parts.iter().map(|(_, width)| width).sum();
+        let mut out = self.unset(parts.iter().map(|(part, _)| part.len()).sum())?;
+        let (rows, mut first) = (out.len() / width, 0);
+        for (part, count) in parts {
+            let place = &mut out.slice_mut(first..);
+            row_kernels::copy_columns(&self.device, place, *part, [width, *count], *count, rows)?;
+            first += count;
+        }
+        Ok(out)
+    }
+
+    fn columns(&self, x: &CudaSlice<T>, width: usize, first: usize, count: usize) -> Result<CudaSlice<T>> {
+        let rows = x.len() / width;
+        let mut out = self.unset(rows * count)?;
+        row_kernels::copy_columns(&self.device, &mut out, &x.slice(first..), [count, width], count, rows)?;
+        Ok(out)
+    }
+
+    fn regroup(&self, x: &CudaSlice<T>, width: usize, groups: [usize; 2]) -> Result<CudaSlice<T>> {
+        let mut out = self.unset(x.len())?;
+        row_kernels::regroup(&self.device, &mut out, x, groups, width)?;
+        Ok(out)
+    }
+
     fn rotate(&self, x: &mut CudaSlice<T>, width: usize, rotary: &Rotary, _batch: &Packed, turn: Turn) -> Result<()> {
         self.rotate_at(x, &self.batch.positions, width, rotary, turn)
     }
@@ -487,7 +528,8 @@ impl<T: Number> Backend for Cuda<T> {
 }
 
 fn heads(width: usize, spec: &Attention<'_>) -> Heads {
-    Heads { queries: spec.heads, keys: spec.kv_heads, width: width / spec.heads, scale: spec.scale }
+    let Attention { heads: queries, kv_heads: keys, scale, window, .. } = *spec;
+    Heads { queries, keys, width: width / queries, scale, window }
 }
 
 /// A buffer as a tensor.

@@ -109,6 +109,8 @@ pub(crate) struct Attend {
     /// Heads of keys and values `G`, a divisor of `H`: each is shared by `H / G` query heads that follow one another.
     pub(crate) kv_heads: usize,
     pub(crate) scale: f32,
+    /// Positions that a query sees, its own and those before it; `None` is all.
+    pub(crate) window: Option<usize>,
     pub(crate) dropout: f32,
     /// Dropout site of head 0; the other heads follow.
     pub(crate) site: u32,
@@ -139,9 +141,12 @@ pub(crate) trait Ops: Sized {
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<Self::Array>;
+    /// The vector of every row's position, `[N, C]`.
+    fn positions(&mut self, positions: Positions<'_>) -> Result<Self::Array>;
     /// Layer norm of each row.
     fn layer_norm(&mut self, x: &Self::Array, norm: &LayerNorm) -> Result<Self::Array>;
-    /// Root mean square norm of each row, times the weight.
+    /// Root mean square norm, times the weight: of each row, or where the weight is shorter, of each head of a row, as many
+    /// channels as the weight has.
     fn rms_norm(&mut self, x: &Self::Array, norm: &RmsNorm) -> Result<Self::Array>;
     /// What linear layers make of `x`, side by side.
     fn side_by_side(&mut self, x: &Self::Array, layers: &[Layer]) -> Result<Self::Array>;
@@ -149,6 +154,10 @@ pub(crate) trait Ops: Sized {
     fn linear(&mut self, x: &Self::Array, layer: &Layer) -> Result<Self::Array> {
         self.side_by_side(x, std::slice::from_ref(layer))
     }
+    /// The rows of several arrays side by side.
+    fn join(&mut self, parts: Vec<Self::Array>) -> Result<Self::Array>;
+    /// Of rows that are `[a, b, D]`, with `[a, b]` as given, rows that are `[b, a, D]`.
+    fn regroup(&mut self, x: Self::Array, groups: [usize; 2]) -> Result<Self::Array>;
     /// Turns heads by the positions of their rows.
     fn rotary(&mut self, x: Self::Array, rotary: &Rotary) -> Result<Self::Array>;
     /// Causal attention within each sequence, `[N, H D]` from queries, keys and values `[N, (H + 2G) D]`.
@@ -341,6 +350,49 @@ mod tests {
         }
     }
 
+    #[test]
+    fn rms_norm_of_heads() {
+        for (heads, width) in [(1, 8), (3, 11), (6, 32)] {
+            let weight = variable(4, 0, width);
+            let norm = RmsNorm { weight: weight.clone(), eps: 1e-5 };
+            let pass = pass!(|ops, x| ops.rms_norm(&x, norm), norm: RmsNorm = norm);
+            check(&rows(&[30, 17, 20], 0), heads * width, None, &[weight], &pass);
+        }
+    }
+
+    #[test]
+    fn vectors_of_positions_that_are_added_later() {
+        let table = variable(4, 64, 12);
+        let pass = pass!(
+            |ops, x| {
+                let positions = ops.positions(Positions { table, first: 2 }).unwrap();
+                ops.add(x, positions)
+            },
+            table: Tensor = table.clone()
+        );
+        check(&rows(&[4, 1, 9], 3), 12, None, &[table], &pass);
+    }
+
+    #[test]
+    fn arrays_side_by_side_and_heads_in_another_order() {
+        let weights = [4, 5].map(|seed| variable(seed, 7, 12));
+        let layers = weights.each_ref().map(|weight| layer(weight, None, Layout::OutIn));
+        let pass = pass!(
+            |ops, x| {
+                let [a, b] = layers.each_ref().map(|layer| ops.linear(&x, layer).unwrap());
+                let all = ops.join(vec![a, x, b]).unwrap(); // [N, 7 + 12 + 7]
+                let all = ops.join(vec![all]).unwrap();
+                ops.regroup(all, [2, 13])
+            },
+            layers: [Layer; 2] = layers
+        );
+        check(&rows(&[4, 9, 40], 2), 12, None, &weights, &pass);
+        for groups in [[3, 4], [4, 3], [1, 6], [2, 2]] {
+            let pass = pass!(|ops, x| ops.regroup(x, *groups), groups: [usize; 2] = groups);
+            check(&rows(&[4, 9], 0), 24, None, &[], &pass);
+        }
+    }
+
     fn layer(weight: &Tensor, bias: Option<&Tensor>, layout: Layout) -> Layer {
         Layer { weight: Weight::new(weight.clone()), bias: bias.cloned(), layout }
     }
@@ -425,11 +477,11 @@ mod tests {
 
     #[test]
     fn rotary_positions_of_some_heads() {
-        for (heads, head_width) in [(1, 2), (2, 6), (3, 16)] {
-            let angles = (variable(9, 64, head_width) * 1.0).unwrap().detach();
+        for (heads, head_width, turned) in [(1, 2, 2), (2, 6, 6), (3, 16, 16), (2, 6, 2), (3, 16, 4)] {
+            let angles = (variable(9, 64, turned) * 1.0).unwrap().detach();
             // Two heads more that stay as they are.
             let width = (heads + 2) * head_width;
-            let rotary = Rotary { heads, head_width, angles };
+            let rotary = Rotary { heads, head_width, turned, angles };
             let pass = pass!(|ops, x| ops.rotary(x, rotary), rotary: Rotary = rotary);
             check(&rows(&[4, 1, 40], 2), width, None, &[], &pass);
         }
@@ -474,14 +526,16 @@ mod tests {
     #[test]
     fn attention_over_long_short_and_single_tokens() {
         for (heads, kv_heads, d) in [(1, 1, 2), (2, 2, 8), (3, 3, 16), (2, 2, 33), (4, 2, 8), (6, 2, 5), (3, 1, 16)] {
-            for dropout in [None, Some(DROPOUT)] {
+            for (dropout, window) in
+                [None, Some(DROPOUT)].into_iter().flat_map(|d| [None, Some(1), Some(5), Some(37)].map(|w| (d, w)))
+            {
                 let width = heads * d;
                 // Small weights, so that no probability is 1.
                 let weight = (variable(4, width, (heads + 2 * kv_heads) * d) * 0.3).unwrap();
                 let weight = Var::from_tensor(&weight).unwrap().into_inner();
                 let bias = variable(5, 0, (heads + 2 * kv_heads) * d);
                 let attend =
-                    Attend { layer: 0, heads, kv_heads, scale: 1.0 / (d as f32).sqrt(), dropout: 0.2, site: 5 };
+                    Attend { layer: 0, heads, kv_heads, scale: 1.0 / (d as f32).sqrt(), window, dropout: 0.2, site: 5 };
                 let pass = pass!(
                     |ops, x| {
                         let qkv = ops.linear(&x, layer).unwrap();

@@ -76,6 +76,10 @@ impl Ops for Plain<'_> {
         }
     }
 
+    fn positions(&mut self, Positions { table, first }: Positions<'_>) -> Result<Tensor> {
+        table.index_select(&self.at(first, table.device())?, 0)
+    }
+
     fn layer_norm(&mut self, x: &Tensor, norm: &LayerNorm) -> Result<Tensor> {
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
@@ -84,8 +88,11 @@ impl Ops for Plain<'_> {
     }
 
     fn rms_norm(&mut self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
-        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(mean_square + f64::from(norm.eps))?.sqrt()?)?.broadcast_mul(&norm.weight)
+        let ((rows, width), head) = (x.dims2()?, norm.weight.elem_count());
+        let heads = x.reshape((rows, width / head, head))?;
+        let mean_square = heads.sqr()?.mean_keepdim(D::Minus1)?;
+        let normal = heads.broadcast_div(&(mean_square + f64::from(norm.eps))?.sqrt()?)?;
+        normal.broadcast_mul(&norm.weight)?.reshape((rows, width))
     }
 
     fn side_by_side(&mut self, x: &Tensor, layers: &[Layer]) -> Result<Tensor> {
@@ -99,18 +106,29 @@ impl Ops for Plain<'_> {
         Tensor::cat(&layers.iter().map(linear).collect::<Result<Vec<_>>>()?, 1)
     }
 
+    fn join(&mut self, parts: Vec<Tensor>) -> Result<Tensor> {
+        Tensor::cat(&parts, 1)
+    }
+
+    fn regroup(&mut self, x: Tensor, [a, b]: [usize; 2]) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        x.reshape((rows, a, b, width / a / b))?.transpose(1, 2)?.reshape((rows, width))
+    }
+
     fn rotary(&mut self, x: Tensor, rotary: &Rotary) -> Result<Tensor> {
-        let Rotary { heads, head_width, ref angles } = *rotary;
-        let ((rows, width), half) = (x.dims2()?, head_width / 2);
+        let Rotary { heads, head_width, turned, ref angles } = *rotary;
+        let ((rows, width), half) = (x.dims2()?, turned / 2);
         let angles = angles.index_select(&self.at(0, x.device())?, 0)?.reshape((rows, 1, 2, half))?;
-        let (cosine, sine) = (angles.narrow(2, 0, 1)?, angles.narrow(2, 1, 1)?); // [N, 1, 1, D / 2]
-        let turned = x.narrow(1, 0, heads * head_width)?.reshape((rows, heads, 2, half))?;
-        let (a, b) = (turned.narrow(2, 0, 1)?, turned.narrow(2, 1, 1)?);
+        let (cosine, sine) = (angles.narrow(2, 0, 1)?, angles.narrow(2, 1, 1)?); // [N, 1, 1, R / 2]
+        let heads_of = x.narrow(1, 0, heads * head_width)?.reshape((rows, heads, head_width))?;
+        let pairs = heads_of.narrow(2, 0, turned)?.reshape((rows, heads, 2, half))?;
+        let (a, b) = (pairs.narrow(2, 0, 1)?, pairs.narrow(2, 1, 1)?);
         let first = (a.broadcast_mul(&cosine)? - b.broadcast_mul(&sine)?)?;
         let second = (b.broadcast_mul(&cosine)? + a.broadcast_mul(&sine)?)?;
-        let turned = Tensor::cat(&[first, second], 2)?.reshape((rows, heads * head_width))?;
-        let rest = width - heads * head_width;
-        if rest == 0 { Ok(turned) } else { Tensor::cat(&[turned, x.narrow(1, width - rest, rest)?], 1) }
+        let pairs = Tensor::cat(&[first, second], 2)?.reshape((rows, heads, turned))?;
+        let heads_of = Tensor::cat(&[pairs, heads_of.narrow(2, turned, head_width - turned)?], 2)?;
+        let rest = x.narrow(1, heads * head_width, width - heads * head_width)?;
+        Tensor::cat(&[heads_of.reshape((rows, heads * head_width))?, rest], 1)
     }
 
     fn attention(&mut self, qkv: Tensor, attend: Attend) -> Result<Tensor> {
@@ -144,7 +162,10 @@ impl Ops for Plain<'_> {
         let queries = part(0, heads)?; // [B, H, T, D]
         let (keys, values) = (shared(heads)?, shared(heads + kv_heads)?); // [B, H, T, D]
         let scores = (queries.matmul(&keys.t()?)? * f64::from(attend.scale))?; // [B, H, T, T]
-        let hidden = (0..longest).flat_map(|i| (0..longest).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 }));
+        let window = attend.window.unwrap_or(longest);
+        let seen = |query: usize, key: usize| key <= query && query - key < window;
+        let of_query = |i| (0..longest).map(move |j| if seen(i, j) { 0.0 } else { f32::NEG_INFINITY });
+        let hidden = (0..longest).flat_map(of_query);
         let hidden = Tensor::from_iter(hidden, device)?.reshape((longest, longest))?;
         let scores = scores.broadcast_add(&hidden)?;
         let mut probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;

@@ -12,7 +12,9 @@ pub(crate) struct Rotary {
     pub(crate) heads: usize,
     /// Channels `D` of a head.
     pub(crate) head_width: usize,
-    /// Of each position `D / 2` cosines and then `D / 2` sines: `[positions, D]`.
+    /// Channels `R` at the beginning of each head that are turned, in pairs that lie `R / 2` apart.
+    pub(crate) turned: usize,
+    /// Of each position `R / 2` cosines and then `R / 2` sines: `[positions, R]`.
     pub(crate) angles: Tensor,
 }
 
@@ -21,8 +23,8 @@ pub(crate) struct Rotary {
 pub(crate) struct Angles(Arc<Mutex<Option<Tensor>>>);
 
 impl Angles {
-    /// `[P, D]` with `P` at least `positions`: for each position the `D / 2` cosines and then the `D / 2` sines. Each pair of
-    /// channels turns by one of the `frequencies`, `[D / 2]`, from one position to the next, in radians.
+    /// `[P, R]` with `P` at least `positions`: for each position the `R / 2` cosines and then the `R / 2` sines. Each pair of
+    /// channels turns by one of the `frequencies`, `[R / 2]`, from one position to the next, in radians.
     pub(crate) fn table(
         &self,
         frequencies: impl FnOnce() -> Vec<f32>,

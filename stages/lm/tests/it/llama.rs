@@ -12,7 +12,7 @@ use lm::sample::Sampling;
 use lm::{AdamWOptions, Generate, LanguageModel, Packed, Prompt, generate, gradients};
 use serde_json::{Value as Json, json};
 
-use crate::{flat, small_llama, with_threads};
+use crate::{flat, small_models, with_threads};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity/llama").join(name)
@@ -90,7 +90,7 @@ fn what_cannot_be_computed_is_an_error() {
     let tensors = candle_core::safetensors::load(fixture("llama2").join("model.safetensors"), &Device::Cpu).unwrap();
     for (key, value, expected) in [
         ("hidden_act", json!("gelu"), "activation is `gelu`: expected `silu`"),
-        ("rope_parameters", json!({"rope_type": "dynamic"}), "rotary positions of type `dynamic`"),
+        ("rope_parameters", json!({"rope_type": "yarn"}), "rotary positions of type `yarn`"),
         ("num_key_value_heads", json!(3), "cannot share 3 heads"),
         ("head_dim", json!(5), "a head has 5 channels"),
         ("attention_bias", json!(true), "tensor `model.layers.0.self_attn.q_proj.bias` is missing (8 of"),
@@ -115,7 +115,12 @@ fn norms_and_biases_do_not_decay() {
 
 #[test]
 fn neither_company_nor_threads_change_a_bit() {
-    let model = small_llama().trainable().unwrap();
+    for model in small_models() {
+        alone_and_in_company(&model.trainable().unwrap());
+    }
+}
+
+fn alone_and_in_company(model: &LanguageModel) {
     let texts: Vec<Vec<u32>> = (0..5u32).map(|i| (0..18 + i * 3).map(|t| (i * 13 + t * 7) % 40).collect()).collect();
     let mut batch = Packed::new();
     texts.iter().zip(0..).for_each(|(ids, row)| batch.push(row, ids));

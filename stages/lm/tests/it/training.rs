@@ -5,7 +5,7 @@ use contract::random::purpose;
 use lm::loss::head_loss;
 use lm::{AdamW, AdamWOptions, Dropout, Gradients, LanguageModel, Packed, accumulate, gradients};
 
-use crate::{flat, gap, small_llama, small_model, with_threads};
+use crate::{flat, gap, is_noise, small_model, small_models, with_threads};
 
 fn rows() -> Vec<Vec<u32>> {
     [7, 3, 12, 1, 9]
@@ -132,7 +132,7 @@ fn a_prompt_is_trained_through_a_frozen_model() {
 
 #[test]
 fn wanted_tokens_are_those_of_the_whole_batch() {
-    for model in [small_model(0.1), small_llama()] {
+    for model in small_models() {
         wanted_tokens_of(&model.trainable().unwrap());
     }
 }
@@ -158,7 +158,7 @@ fn wanted_tokens_of(model: &LanguageModel) {
             gradients(&loss, &parameters).unwrap()
         });
         for (name, gradient) in &whole {
-            assert!(gap(&flat(&part[name]), &flat(gradient)) < 1e-6, "{name}");
+            assert!(is_noise(name) || gap(&flat(&part[name]), &flat(gradient)) < 1e-6, "{name}");
         }
     }
 }

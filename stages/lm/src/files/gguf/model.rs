@@ -83,7 +83,7 @@ fn name_of(name: &str) -> Option<String> {
     Some(match name {
         EMBEDDING => "model.embed_tokens.weight".to_owned(),
         "output_norm.weight" => "model.norm.weight".to_owned(),
-        HEAD => crate::families::HEAD.to_owned(),
+        HEAD => "lm_head.weight".to_owned(),
         _ => {
             let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
             let layer: u32 = layer.parse().ok()?;
@@ -297,7 +297,8 @@ mod tests {
     use super::super::GgufValue;
     use super::super::tests::Writer;
     use super::*;
-    use crate::families::LlamaConfig;
+    use crate::families::rope::frequencies;
+    use crate::families::{LlamaConfig, RopeScaling};
 
     /// A model of one layer: width 8, 2 heads of queries, 1 of keys and values.
     fn tiny(name: &str) -> Writer {
@@ -395,13 +396,14 @@ mod tests {
 
     #[test]
     fn the_scaling_of_llama_3_is_found_in_its_factors() {
-        let config: LlamaConfig = serde_json::from_value(json!({
-            "model_type": "llama", "vocab_size": 10, "hidden_size": 128, "intermediate_size": 12, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 32.0,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}))
-        .unwrap();
-        let plain = LlamaConfig { rope_scaling: None, ..config.clone() };
-        let pairs = plain.rotary_frequencies().into_iter().zip(config.rotary_frequencies());
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let plain = frequencies(64, 500_000.0, None);
+        let pairs = plain.into_iter().zip(frequencies(64, 500_000.0, Some(&scaling)));
         let factors: Vec<f32> = pairs.map(|(plain, scaled)| plain / scaled).collect();
         assert!(factors.iter().any(|factor| *factor > 1.0 && *factor < 32.0), "{factors:?}");
         let file = |factors: &[f32]| {
@@ -416,7 +418,7 @@ mod tests {
         };
         let found = model(&file(&factors)).unwrap();
         let found: LlamaConfig = serde_json::from_value(found.config).unwrap();
-        assert_eq!(found.rope_scaling, config.rope_scaling);
+        assert_eq!(found.rope_scaling, Some(scaling));
         let mut other = factors;
         other[20] *= 1.5;
         assert!(error(&file(&other)).contains("are not those of Llama 3"));

@@ -117,8 +117,13 @@ template <class T> struct Matrix {
 struct Shape {
     int rows, queries, keys, width;
     float scale;
+    // Positions that a query sees, its own and those before it.
+    int window;
     Dropout dropout;
     bool dropping;
+    __device__ __forceinline__ bool seen(int query, int key) const { return key <= query && query - key < window; }
+    // The first tile of keys that a tile of queries sees.
+    __device__ __forceinline__ int first_tile(int query) const { return max(query + 1 - window, 0) / TILE * TILE; }
 };
 
 // A tile: first row and length of its sequence, its own first row in it, the folded row id.
@@ -203,7 +208,7 @@ __device__ void attention(T *out, float *normalisers, Matrix<const T> q, Matrix<
     // Of this lane's row, which it shares with its neighbour: the largest score so far, and the sum relative to it.
     int query = tile.first + warp * SQUARE + row;
     float largest = -FLT_MAX, sum = 0.0f;
-    for (int first = 0; first <= tile.first; first += TILE) {
+    for (int first = shape.first_tile(tile.first); first <= tile.first; first += TILE) {
         __syncthreads();
         fetch<D>(keys, k.at(tile.start + first, shared_head, shape.width), k.stride, tile.length - first, shape.width);
         fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first,
@@ -227,7 +232,7 @@ __device__ void attention(T *out, float *normalisers, Matrix<const T> q, Matrix<
             p[i] = four.x, p[i + 1] = four.y, p[i + 2] = four.z, p[i + 3] = four.w;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                p[i + j] = first + column + j <= query ? p[i + j] * shape.scale : -INFINITY;
+                p[i + j] = shape.seen(query, first + column + j) ? p[i + j] * shape.scale : -INFINITY;
                 larger = p[i + j] > larger ? p[i + j] : larger;
             }
         }
@@ -317,7 +322,7 @@ __device__ void attention_queries(Matrix<T> dq, Matrix<const T> q, Matrix<const 
 
     Square<T> result[D / SQUARE];
     clear(result);
-    for (int first = 0; first <= tile.first; first += TILE) {
+    for (int first = shape.first_tile(tile.first); first <= tile.first; first += TILE) {
         __syncthreads();
         fetch<D>(keys, k.at(tile.start + first, shared_head, shape.width), k.stride, tile.length - first, shape.width);
         fetch<D>(values, v.at(tile.start + first, shared_head, shape.width), v.stride, tile.length - first,
@@ -337,7 +342,7 @@ __device__ void attention_queries(Matrix<T> dq, Matrix<const T> q, Matrix<const 
                 for (int i = 0; i < PACK; i++) {
                     int row = warp * SQUARE + places.row(i), column = n * SQUARE + places.column(i),
                         key = step + column;
-                    bool seen = first + key <= tile.first + row && row < rows;
+                    bool seen = shape.seen(tile.first + row, first + key) && row < rows;
                     float p = seen ? expf(s[n][i] * shape.scale - of_rows[0][row]) : 0.0f, slope = dp[n][i];
                     if (shape.dropping) slope *= kept(masks, shape, row, key);
                     slopes[places.row(i) * SLOPES + column] =
@@ -378,8 +383,9 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
     Square<T> by_keys[D / SQUARE], by_values[D / SQUARE];
     clear(by_keys);
     clear(by_values);
+    int end = min(tile.length, tile.first + TILE - 1 + shape.window);
     for (int head = shared_head * group; head < (shared_head + 1) * group; head++) {
-        for (int first = tile.first; first < tile.length; first += TILE) {
+        for (int first = tile.first; first < end; first += TILE) {
             long long from = tile.start + first;
             int there = tile.length - first;
             __syncthreads();
@@ -403,7 +409,7 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
                     for (int i = 0; i < PACK; i++) {
                         int row = places.row(i), column = n * SQUARE + places.column(i);
                         int key = warp * SQUARE + row, query = step + column;
-                        bool seen = tile.first + key <= first + query && query < there;
+                        bool seen = shape.seen(first + query, tile.first + key) && query < there;
                         float p = seen ? expf(s[n][i] * shape.scale - of_rows[0][query]) : 0.0f, slope = dp[n][i];
                         float factor = shape.dropping ? kept(masks, shape, query, key) : 1.0f;
                         probabilities[row * SLOPES + column] = from_float<T>(p * factor);
@@ -424,9 +430,9 @@ __device__ void attention_keys(Matrix<T> dk, Matrix<T> dv, Matrix<const T> q, Ma
 
 // A kernel for each type and width of heads.
 #define SHAPE                                                                                                          \
-    int rows, int queries, int keys, int width, float scale, unsigned long long seed, unsigned update,                 \
+    int rows, int queries, int keys, int width, float scale, int window, unsigned long long seed, unsigned update,     \
         unsigned purpose, unsigned threshold, float kept, int dropping
-#define SHAPED {rows, queries, keys, width, scale, {seed, update, purpose, threshold, kept}, dropping != 0}
+#define SHAPED {rows, queries, keys, width, scale, window, {seed, update, purpose, threshold, kept}, dropping != 0}
 #define QKV(T) const T *q, int q_stride, const T *k, int k_stride, const T *v, int v_stride
 #define OF_QKV                                                                                                         \
     {q, q_stride}, {k, k_stride}, { v, v_stride }

@@ -2,7 +2,8 @@
 //! block of keys, so that memory grows with the number of rows (Dao et al., "FlashAttention", 2022).
 //!
 //! Heads of queries may share heads of keys and values (Ainslie et al., "GQA", 2023): head `h` of `Hq` takes those of
-//! `h Hkv / Hq`.
+//! `h Hkv / Hq`. A query may see all positions up to its own or a window of them; tiles of keys that none of a tile of
+//! queries sees are not read.
 
 use std::ops::Range;
 
@@ -33,9 +34,17 @@ pub(crate) struct Heads {
     pub(crate) width: usize,
     /// What scores are multiplied by.
     pub(crate) scale: f32,
+    /// Positions that a query sees, its own and those before it; `None` is all.
+    pub(crate) window: Option<usize>,
 }
 
 impl Heads {
+    /// The window as kernels are told it: without one, more than any sequence has positions.
+    pub(super) fn seen(&self) -> usize {
+        const ALL: usize = 1 << 30;
+        self.window.map_or(ALL, |window| window.min(ALL))
+    }
+
     /// Elements of a row of packed queries, keys and values.
     pub(crate) fn row(&self) -> usize {
         (self.queries + 2 * self.keys) * self.width
@@ -156,7 +165,7 @@ impl Call<'_> {
     }
 
     fn heads(self, heads: Heads, rows: usize) -> Self {
-        self.size(rows).size(heads.queries).size(heads.keys).size(heads.width).float(heads.scale)
+        self.size(rows).size(heads.queries).size(heads.keys).size(heads.width).float(heads.scale).size(heads.seen())
     }
 }
 

@@ -52,10 +52,11 @@ struct Part {
 // several blocks to `parts`.
 template <class T>
 __device__ void attend(T *out, float *parts, const T *qkv, const T *keys, const T *values, const unsigned *positions,
-                       int query_heads, int key_heads, int width, float scale, int capacity) {
+                       int query_heads, int key_heads, int width, float scale, int window, int capacity) {
     __shared__ float of_warps[WARPS][WIDEST + 2];
-    int row = blockIdx.x, head = blockIdx.y, begin = blockIdx.z * SPLIT;
-    int end = min(begin + SPLIT, static_cast<int>(positions[row]) + 1);
+    int row = blockIdx.x, head = blockIdx.y, seen = positions[row] + 1;
+    int begin = max(static_cast<int>(blockIdx.z) * SPLIT, seen - window);
+    int end = min(static_cast<int>(blockIdx.z + 1) * SPLIT, seen);
     if (begin >= end) return;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     // Lanes of a group: a power of two, some of which may have no channels.
@@ -115,26 +116,28 @@ __device__ void attend(T *out, float *parts, const T *qkv, const T *keys, const 
 }
 extern "C" __global__ void attend_f32(float *out, float *parts, const float *qkv, const float *keys,
                                       const float *values, const unsigned *positions, int query_heads, int key_heads,
-                                      int width, float scale, int capacity) {
-    attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, capacity);
+                                      int width, float scale, int window, int capacity) {
+    attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, window, capacity);
 }
 extern "C" __global__ void attend_bf16(bf16 *out, float *parts, const bf16 *qkv, const bf16 *keys, const bf16 *values,
                                        const unsigned *positions, int query_heads, int key_heads, int width,
-                                       float scale, int capacity) {
-    attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, capacity);
+                                       float scale, int window, int capacity) {
+    attend(out, parts, qkv, keys, values, positions, query_heads, key_heads, width, scale, window, capacity);
 }
 
-// The result from the parts of a row and head, of which those behind the row's last position were not written. A block
+// The result from the parts of a row and head, of which those before and behind what the row sees were not written. A block
 // has one.
 template <class T>
-__device__ void combine(T *out, const float *parts, const unsigned *positions, int heads, int width, int splits) {
+__device__ void combine(T *out, const float *parts, const unsigned *positions, int heads, int width, int window,
+                        int splits) {
     long long place = static_cast<long long>(blockIdx.x) * heads + blockIdx.y;
     const float *from = parts + place * splits * (width + 2);
-    int used = positions[blockIdx.x] / SPLIT + 1, c = threadIdx.x;
+    int last = positions[blockIdx.x], used = last / SPLIT + 1, c = threadIdx.x;
+    int begin = max(last + 1 - window, 0) / SPLIT;
     if (c >= width) return;
     float largest = -FLT_MAX, sum = 0.0f, result = 0.0f;
-    for (int s = 0; s < used; s++) largest = fmaxf(largest, from[s * (width + 2)]);
-    for (int s = 0; s < used; s++) {
+    for (int s = begin; s < used; s++) largest = fmaxf(largest, from[s * (width + 2)]);
+    for (int s = begin; s < used; s++) {
         const float *part = from + s * (width + 2);
         float factor = expf(part[0] - largest);
         sum += part[1] * factor;
@@ -143,10 +146,10 @@ __device__ void combine(T *out, const float *parts, const unsigned *positions, i
     out[place * width + c] = from_float<T>(result / sum);
 }
 extern "C" __global__ void combine_f32(float *out, const float *parts, const unsigned *positions, int heads, int width,
-                                       int splits) {
-    combine(out, parts, positions, heads, width, splits);
+                                       int window, int splits) {
+    combine(out, parts, positions, heads, width, window, splits);
 }
 extern "C" __global__ void combine_bf16(bf16 *out, const float *parts, const unsigned *positions, int heads, int width,
-                                        int splits) {
-    combine(out, parts, positions, heads, width, splits);
+                                        int window, int splits) {
+    combine(out, parts, positions, heads, width, window, splits);
 }

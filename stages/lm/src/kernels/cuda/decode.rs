@@ -55,7 +55,7 @@ pub(crate) fn scratch(rows: usize, heads: Heads, capacity: usize) -> usize {
     rows * heads.queries * capacity.div_ceil(SPLIT) * (heads.width + 2)
 }
 
-/// Attention of one new row of each sequence over positions `0 ..= positions[b]` of its cache: `out` `[B, Hq d]`, from the
+/// Attention of one new row of each sequence over the positions of its cache that it sees, up to `positions[b]`: `out` `[B, Hq d]`, from the
 /// queries in `qkv`, packed `[B, (Hq + 2 Hkv) d]`.
 ///
 /// A sequence's result does not depend on the others. `scratch` has [`scratch`] elements.
@@ -93,6 +93,7 @@ pub(crate) fn attend<T: Element>(
         .size(heads.keys)
         .size(heads.width)
         .float(heads.scale)
+        .size(heads.seen())
         .size(capacity)
         .launch(grid, 128, 0)?;
     if splits == 1 {
@@ -104,6 +105,7 @@ pub(crate) fn attend<T: Element>(
         .read(positions)
         .size(heads.queries)
         .size(heads.width)
+        .size(heads.seen())
         .size(splits)
         .launch((rows as u32, heads.queries as u32), 128, 0)
 }

@@ -1,4 +1,4 @@
-// Whole rows: their sum, and moving them.
+// Rows: their sum, and moving them, whole or some of their columns.
 
 #include "columns.cuh"
 
@@ -62,4 +62,32 @@ extern "C" __global__ void scatter_f32(float *out, const float *x, const unsigne
 }
 extern "C" __global__ void scatter_bf16(bf16 *out, const bf16 *x, const unsigned *indices, int width) {
     scatter(out, x, indices, width);
+}
+
+// Columns of a matrix to those of another: rows of `count` elements that lie `from_stride` and `to_stride` apart. A block
+// has a row.
+template <class T> __device__ void copy_columns(T *to, const T *from, int to_stride, int from_stride, int count) {
+    copy_row(to + static_cast<long long>(blockIdx.x) * to_stride, from + static_cast<long long>(blockIdx.x) * from_stride,
+             count);
+}
+extern "C" __global__ void copy_columns_f32(float *to, const float *from, int to_stride, int from_stride, int count) {
+    copy_columns(to, from, to_stride, from_stride, count);
+}
+extern "C" __global__ void copy_columns_bf16(bf16 *to, const bf16 *from, int to_stride, int from_stride, int count) {
+    copy_columns(to, from, to_stride, from_stride, count);
+}
+
+// Of rows that are [a, b, d] rows that are [b, a, d]. A thread has an element.
+template <class T> __device__ void regroup(T *out, const T *x, int a, int b, int d, long long count) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    long long row = i / d / a / b;
+    int place = i / d % (a * b), channel = i % d;
+    out[i] = x[((row * a + place % a) * b + place / a) * d + channel];
+}
+extern "C" __global__ void regroup_f32(float *out, const float *x, int a, int b, int d, long long count) {
+    regroup(out, x, a, b, d, count);
+}
+extern "C" __global__ void regroup_bf16(bf16 *out, const bf16 *x, int a, int b, int d, long long count) {
+    regroup(out, x, a, b, d, count);
 }

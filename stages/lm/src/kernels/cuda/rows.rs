@@ -1,4 +1,4 @@
-//! Whole rows: their sum, and moving them.
+//! Rows: their sum, and moving them, whole or some of their columns.
 
 use candle_core::Result;
 use candle_core::cuda_backend::CudaDevice;
@@ -82,4 +82,35 @@ pub(crate) fn scatter<T: Element>(
         threads_for_row(width, THREADS),
         0,
     )
+}
+
+/// Copies `count` columns of every row of `from`, `[N, from_stride]`, to those of `to`, `[N, to_stride]`. Where the columns
+/// begin, there the views that are given begin.
+pub(crate) fn copy_columns<T: Element>(
+    device: &CudaDevice,
+    to: &mut impl DevicePtrMut<T>,
+    from: &impl DevicePtr<T>,
+    [to_stride, from_stride]: [usize; 2],
+    count: usize,
+    rows: usize,
+) -> Result<()> {
+    let fits = |length, stride| rows == 0 || (rows - 1) * stride + count <= length;
+    assert!(fits(to.len(), to_stride) && fits(from.len(), from_stride), "columns of two matrices");
+    let call = Call::of::<T>(device, &MODULE, "copy_columns").write(to).read(from).size(to_stride).size(from_stride);
+    call.size(count).launch(rows as u32, threads_for_row(count, THREADS), 0)
+}
+
+/// Of rows of `x` that are `[a, b, d]` rows of `out` that are `[b, a, d]`; `width` is `a b d`.
+pub(crate) fn regroup<T: Element>(
+    device: &CudaDevice,
+    out: &mut impl DevicePtrMut<T>,
+    x: &impl DevicePtr<T>,
+    [a, b]: [usize; 2],
+    width: usize,
+) -> Result<()> {
+    rows_of(x.len(), width);
+    assert!(out.len() == x.len() && width.is_multiple_of(a * b), "the same elements in another order");
+    let count = x.len();
+    let call = Call::of::<T>(device, &MODULE, "regroup").write(out).read(x).size(a).size(b).size(width / a / b);
+    call.size(count).launch(count.div_ceil(THREADS as usize) as u32, THREADS, 0)
 }

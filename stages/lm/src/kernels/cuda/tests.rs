@@ -335,20 +335,21 @@ fn embeddings_and_their_gradients() {
 
 #[test]
 fn rotary_positions_turn_pairs_and_turn_them_back() {
-    fn check<T: Number>(device: &CudaDevice) {
-        let (rows, heads, width, stride) = (7, 3, 10, 50);
+    fn check<T: Number>(device: &CudaDevice, width: usize) {
+        // With wider heads a part of each is turned.
+        let (rows, heads, turned, stride) = (7, 3, 10, 50);
         let angle = |position: u32, pair: usize| f64::from(position) * 10_000f64.powf(-(pair as f64) / 5.0);
         let angles: Vec<f32> = (0..20u32)
             .flat_map(|p| (0..10).map(move |i| if i < 5 { angle(p, i).cos() } else { angle(p, i - 5).sin() } as f32))
             .collect();
         let positions: Vec<u32> = (0..rows as u32).map(|i| i * 5 % 13).collect();
         let (x, _) = random::<T>(device, 1, rows * stride);
-        let mut turned = put::<T>(device, &x);
+        let mut there = put::<T>(device, &x);
         let (angles, positions_there) = (put::<f32>(device, &angles), upload(device, positions.clone()).unwrap());
         let turn = |x: &mut CudaSlice<T>, back| {
-            super::rope::rope(device, x, &positions_there, &angles, heads, width, stride, back).unwrap();
+            super::rope::rope(device, x, &positions_there, &angles, heads, width, turned, stride, back).unwrap();
         };
-        turn(&mut turned, false);
+        turn(&mut there, false);
         let mut expected = x.clone();
         for (row, position) in positions.iter().enumerate() {
             for head in 0..heads {
@@ -361,9 +362,34 @@ fn rotary_positions_turn_pairs_and_turn_them_back() {
                 }
             }
         }
-        near::<T>("rotated", &get(device, &turned), &expected);
-        turn(&mut turned, true);
-        near::<T>("rotated back", &get(device, &turned), &x);
+        near::<T>("rotated", &get(device, &there), &expected);
+        turn(&mut there, true);
+        near::<T>("rotated back", &get(device, &there), &x);
+    }
+    let Some(device) = device() else { return };
+    for width in [10, 16] {
+        check::<f32>(&device, width);
+        check::<bf16>(&device, width);
+    }
+}
+
+#[test]
+fn columns_move_and_heads_change_their_order() {
+    fn check<T: Number>(device: &CudaDevice) {
+        let (rows, width) = (5, 42);
+        let (x, there) = random::<T>(device, 1, rows * width);
+        let mut part = zeros::<T>(device, rows * 9);
+        super::rows::copy_columns(device, &mut part, &there.slice(11..), [9, width], 9, rows).unwrap();
+        assert_eq!(get(device, &part), kernels::columns::part(&x, width, 11, 9));
+        let mut wide = zeros::<T>(device, rows * 12);
+        super::rows::copy_columns(device, &mut wide.slice_mut(3..), &part, [12, 9], 9, rows).unwrap();
+        let (zeros_before, part) = (vec![0.0; rows * 3], get(device, &part));
+        assert_eq!(get(device, &wide), kernels::columns::join(&[(&zeros_before, 3), (&part, 9)]));
+        for groups in [[2, 3], [7, 2], [1, 6]] {
+            let mut out = zeros::<T>(device, rows * width);
+            super::rows::regroup(device, &mut out, &there, groups, width).unwrap();
+            assert_eq!(get(device, &out), kernels::columns::regroup(&x, width, groups));
+        }
     }
     let Some(device) = device() else { return };
     check::<f32>(&device);
@@ -538,10 +564,17 @@ fn attention_over_packed_sequences() {
         let rows: usize = lengths.iter().sum();
         let (segments, ids) = segments(&lengths);
         let sequences = Sequences::new(device, &segments, &ids).unwrap();
-        for (queries, keys, width, rate) in
-            [(2, 2, 8, 0.0), (3, 3, 33, 0.2), (4, 2, 64, 0.0), (1, 1, 80, 0.1), (2, 1, 128, 0.2)]
-        {
-            let heads = Heads { queries, keys, width, scale: 1.0 / (width as f32).sqrt() };
+        for (queries, keys, width, rate, window) in [
+            (2, 2, 8, 0.0, None),
+            (3, 3, 33, 0.2, None),
+            (4, 2, 64, 0.0, None),
+            (1, 1, 80, 0.1, None),
+            (2, 1, 128, 0.2, None),
+            (2, 1, 8, 0.2, Some(5)),
+            (1, 1, 33, 0.0, Some(1)),
+            (2, 2, 16, 0.1, Some(70)),
+        ] {
+            let heads = Heads { queries, keys, width, scale: 1.0 / (width as f32).sqrt(), window };
             let dropout = (rate > 0.0).then_some((DROPOUT, rate, 7));
             let (qkv, there) = random::<T>(device, 1, rows * heads.row());
             let (dy, dy_there) = random::<T>(device, 2, rows * queries * width);
@@ -552,6 +585,7 @@ fn attention_over_packed_sequences() {
                 heads: queries,
                 kv_heads: queries,
                 scale: heads.scale,
+                window,
                 dropout,
             };
             let expected = kernels::attention::forward(&wide, queries * width, &attention);
@@ -594,7 +628,7 @@ fn attention_over_packed_sequences() {
 #[test]
 fn heads_that_are_too_wide_are_errors() {
     let Some(device) = device() else { return };
-    let heads = Heads { queries: 1, keys: 1, width: 160, scale: 1.0 };
+    let heads = Heads { queries: 1, keys: 1, width: 160, scale: 1.0, window: None };
     let sequences = Sequences::new(&device, &segments(&[1]).0, &[1]).unwrap();
     let qkv = zeros::<f32>(&device, 480);
     let (mut out, mut normalisers) = (zeros::<f32>(&device, 160), zeros::<f32>(&device, 1));
@@ -605,8 +639,16 @@ fn heads_that_are_too_wide_are_errors() {
 #[test]
 fn decoding_attends_to_the_cache() {
     fn check<T: Number>(device: &CudaDevice) {
-        for (queries, keys, width, capacity) in [(2, 2, 8, 40), (4, 2, 64, 300), (1, 1, 80, 600), (2, 1, 12, 300)] {
-            let heads = Heads { queries, keys, width, scale: 1.0 / (width as f32).sqrt() };
+        for (queries, keys, width, capacity, window) in [
+            (2, 2, 8, 40, None),
+            (4, 2, 64, 300, None),
+            (1, 1, 80, 600, None),
+            (2, 1, 12, 300, None),
+            (2, 1, 12, 300, Some(7)),
+            (1, 1, 8, 600, Some(40)),
+            (1, 1, 8, 600, Some(290)),
+        ] {
+            let heads = Heads { queries, keys, width, scale: 1.0 / (width as f32).sqrt(), window };
             let lengths = [1, capacity, 39, capacity * 9 / 10];
             let rows: usize = lengths.iter().sum();
             let (segments, ids) = segments(&lengths);
@@ -617,6 +659,7 @@ fn decoding_attends_to_the_cache() {
                 heads: queries,
                 kv_heads: queries,
                 scale: heads.scale,
+                window,
                 dropout: None,
             };
             let full = kernels::attention::forward(&spread(&qkv, heads), queries * width, &attention);

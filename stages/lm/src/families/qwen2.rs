@@ -1,0 +1,196 @@
+//! Qwen2: Yang et al., "Qwen2 technical report", 2024; the same, "Qwen2.5 technical report", 2024.
+//!
+//! A Llama whose projections to queries, keys and values have biases, and whose last layers may see a window of positions
+//! instead of all.
+
+use serde::{Deserialize, Serialize};
+
+use super::architecture::ROPE_THETA;
+use super::llama_like::{Biases, LayerType, LlamaLike, Windows, decoder_like_llama};
+use super::rope::RopeScaling;
+use super::{Architecture, Decoder, EndTokens, Sizes};
+
+/// A Hugging Face `config.json` of the Qwen2 family. Keys this crate has no use for are dropped when it is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Qwen2Config {
+    /// Class names, for those who open the folder in Python.
+    #[serde(default = "default_architectures")]
+    pub architectures: Vec<String>,
+    /// Family, `qwen2`.
+    pub model_type: String,
+    /// Rows `V` of the embedding; may be more than the tokenizer has ids.
+    pub vocab_size: usize,
+    /// Channels `C` of the hidden state.
+    pub hidden_size: usize,
+    /// Channels `I` inside the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Transformer blocks.
+    pub num_hidden_layers: usize,
+    /// Query heads `H`.
+    pub num_attention_heads: usize,
+    /// Heads of keys and values `G`; `None` is `H`.
+    #[serde(default = "default_kv_heads")]
+    pub num_key_value_heads: Option<usize>,
+    /// Channels `D` of a head; `None` is `C / H`.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
+    /// Nonlinearity of the gate; this crate computes `silu` alone, also called `swish`.
+    #[serde(default = "default_activation")]
+    pub hidden_act: String,
+    /// Longest sequence in tokens.
+    #[serde(default = "default_positions")]
+    pub max_position_embeddings: usize,
+    /// Standard deviation of initial weights.
+    #[serde(default = "default_initializer_range")]
+    pub initializer_range: f64,
+    /// Added to the mean square in norms.
+    #[serde(default = "default_epsilon")]
+    pub rms_norm_eps: f64,
+    /// Whether the output head is the input embedding.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Base of the rotary angles.
+    #[serde(default = "default_theta")]
+    pub rope_theta: f64,
+    /// How the angles are changed for texts longer than those of the first training.
+    #[serde(default)]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Whether layers have a window at all.
+    #[serde(default)]
+    pub use_sliding_window: bool,
+    /// Positions that a query of a layer with a window sees, its own and those before it.
+    #[serde(default = "default_window")]
+    pub sliding_window: Option<usize>,
+    /// The first layer that has a window, where `layer_types` does not tell.
+    #[serde(default = "default_max_window_layers")]
+    pub max_window_layers: usize,
+    /// What the queries of each layer see; some published configurations leave it out.
+    #[serde(default)]
+    pub layer_types: Option<Vec<LayerType>>,
+    /// Dropout of attention probabilities.
+    #[serde(default)]
+    pub attention_dropout: f32,
+    /// Token that begins a text.
+    #[serde(default)]
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text.
+    #[serde(default)]
+    pub eos_token_id: Option<EndTokens>,
+    /// Token that pads.
+    #[serde(default)]
+    pub pad_token_id: Option<i64>,
+}
+
+impl Qwen2Config {
+    /// Heads of keys and values `G`.
+    pub fn kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    /// Channels `D` of a head.
+    pub fn head_width(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+
+    fn decoder(&self) -> LlamaLike<'_> {
+        LlamaLike {
+            sizes: Sizes {
+                vocabulary: self.vocab_size,
+                positions: self.max_position_embeddings,
+                width: self.hidden_size,
+                layers: self.num_hidden_layers,
+                heads: self.num_attention_heads,
+                kv_width: self.kv_heads() * self.head_width(),
+                tied: self.tie_word_embeddings,
+                initializer_range: self.initializer_range,
+            },
+            inner: self.intermediate_size,
+            kv_heads: self.kv_heads(),
+            head_dim: self.head_dim,
+            activation: &self.hidden_act,
+            eps: self.rms_norm_eps,
+            dropout: self.attention_dropout,
+            theta: self.rope_theta,
+            scaling: self.rope_scaling.as_ref(),
+            biases: Biases { qkv: true, out: false, feed_forward: false },
+            norms_heads: false,
+            windows: Windows {
+                size: self.sliding_window.filter(|_| self.use_sliding_window),
+                types: self.layer_types.as_deref(),
+                from: self.max_window_layers,
+            },
+        }
+    }
+}
+
+impl Decoder for Qwen2Config {
+    const MODEL_TYPE: &str = "qwen2";
+
+    decoder_like_llama!();
+
+    fn of(architecture: &Architecture, vocab_size: usize, end: u32) -> Self {
+        let width = architecture.width;
+        Qwen2Config {
+            architectures: default_architectures(),
+            model_type: Self::MODEL_TYPE.to_owned(),
+            vocab_size,
+            hidden_size: width,
+            intermediate_size: architecture.inner.unwrap_or_else(|| architecture.default_inner()),
+            num_hidden_layers: architecture.layers,
+            num_attention_heads: architecture.heads(),
+            num_key_value_heads: architecture.kv_heads,
+            head_dim: None,
+            hidden_act: default_activation(),
+            max_position_embeddings: architecture.positions(),
+            initializer_range: default_initializer_range(),
+            rms_norm_eps: default_epsilon(),
+            tie_word_embeddings: architecture.tied.unwrap_or(true),
+            rope_theta: architecture.rope_theta.unwrap_or_else(default_theta),
+            rope_scaling: None,
+            use_sliding_window: false,
+            sliding_window: None,
+            max_window_layers: default_max_window_layers(),
+            layer_types: None,
+            attention_dropout: architecture.dropout.unwrap_or(0.0),
+            bos_token_id: Some(end),
+            eos_token_id: Some(EndTokens::One(end)),
+            pad_token_id: Some(i64::from(end)),
+        }
+    }
+}
+
+fn default_architectures() -> Vec<String> {
+    vec!["Qwen2ForCausalLM".to_owned()]
+}
+
+fn default_kv_heads() -> Option<usize> {
+    Some(32)
+}
+
+fn default_activation() -> String {
+    "silu".to_owned()
+}
+
+fn default_positions() -> usize {
+    1 << 15
+}
+
+fn default_initializer_range() -> f64 {
+    0.02
+}
+
+fn default_epsilon() -> f64 {
+    1e-6
+}
+
+fn default_theta() -> f64 {
+    ROPE_THETA
+}
+
+fn default_window() -> Option<usize> {
+    Some(4096)
+}
+
+fn default_max_window_layers() -> usize {
+    28
+}
