@@ -179,7 +179,7 @@ impl LanguageModel {
         self.dtype
     }
 
-    /// Channels `C` of the hidden state.
+    /// Channels `C` of the vectors that go in and of the hidden states that come out.
     pub fn width(&self) -> usize {
         self.config.width()
     }

@@ -309,7 +309,7 @@ impl Config {
         self.sizes().positions
     }
 
-    /// Channels `C` of the hidden state.
+    /// Channels `C` of the vectors that go in and of the hidden states that come out.
     pub fn width(&self) -> usize {
         self.sizes().width
     }

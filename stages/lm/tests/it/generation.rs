@@ -1,5 +1,7 @@
 //! Writing, against whole forward passes.
 
+use std::path::Path;
+
 use candle_core::{Device, Tensor};
 use contract::End;
 use contract::random::purpose;
@@ -26,9 +28,16 @@ fn write(model: &LanguageModel, soft_prompt: Option<&Tensor>, options: &Generate
     generate(model, soft_prompt, &prompts, options, &mut |_| {}).unwrap()
 }
 
-fn soft_prompt() -> Tensor {
-    let values: Vec<f32> = (0..3 * 32).map(|i| (i as f32 * 0.7).sin()).collect();
-    Tensor::from_vec(values, (3, 32), &Device::Cpu).unwrap()
+fn soft_prompt(model: &LanguageModel) -> Tensor {
+    let width = model.width();
+    let values: Vec<f32> = (0..3 * width).map(|i| (i as f32 * 0.7).sin()).collect();
+    Tensor::from_vec(values, (3, width), &Device::Cpu).unwrap()
+}
+
+/// Small ones of every family, and one whose vectors of tokens are narrower than what is between them and the head.
+fn models() -> Vec<LanguageModel> {
+    let narrow = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity/families/opt-350m");
+    small_models().into_iter().chain([LanguageModel::load(&narrow, &Device::Cpu).unwrap()]).collect()
 }
 
 #[test]
@@ -54,13 +63,13 @@ fn a_rows_text_does_not_depend_on_its_company_or_on_threads() {
 
 #[test]
 fn log_probabilities_are_those_of_a_whole_forward_pass() {
-    for model in small_models() {
+    for model in models() {
         log_probabilities_are_whole(&model);
     }
 }
 
 fn log_probabilities_are_whole(model: &LanguageModel) {
-    let soft = soft_prompt();
+    let soft = soft_prompt(model);
     for soft_prompt in [None, Some(&soft)] {
         for sampling in [Sampling::default(), Sampling { temperature: 0.7, top_k: 9, ..Sampling::default() }] {
             let texts = write(model, soft_prompt, &Generate { sampling, ..options(4) });
@@ -90,14 +99,14 @@ fn a_llamas_rows_do_not_depend_on_their_company_or_on_threads() {
 
 #[test]
 fn a_soft_prompt_changes_the_text_and_shifts_its_positions() {
-    for model in small_models() {
+    for model in models() {
         a_soft_prompt_is_text(&model);
     }
 }
 
 fn a_soft_prompt_is_text(model: &LanguageModel) {
     let greedy = Generate { sampling: Sampling::greedy(), ..options(4) };
-    assert_ne!(write(model, None, &greedy), write(model, Some(&soft_prompt()), &greedy));
+    assert_ne!(write(model, None, &greedy), write(model, Some(&soft_prompt(model)), &greedy));
     // The vectors of tokens as a soft prompt are those tokens.
     let ids = Tensor::new(&[7u32, 8, 9], &Device::Cpu).unwrap();
     let vectors = model.embedding().unwrap().index_select(&ids, 0).unwrap();
