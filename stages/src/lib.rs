@@ -30,6 +30,7 @@ pub mod prompt_init;
 pub mod prompt_tune;
 mod records;
 pub mod score;
+mod sentencepiece;
 pub mod student_generate;
 pub mod teacher_cache;
 pub mod template;

@@ -20,6 +20,8 @@ use serde_json::{Map, Value as Json, json};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Tokenizer};
 
+use crate::sentencepiece;
+
 /// A tokenizer that was read, and what is worth saying of it.
 #[derive(Clone, Debug)]
 pub struct Opened {
@@ -30,7 +32,7 @@ pub struct Opened {
 }
 
 /// Finds the tokenizer at `path`: a `tokenizer.json`, or a folder with one, or a folder with `vocab.json` and `merges.txt`
-/// (byte-level BPE as GPT-2 and OPT were first published).
+/// (byte-level BPE as GPT-2 and OPT were first published), or one with the `tokenizer.model` of SentencePiece.
 ///
 /// The end token is `end_token` where given; else what the files of a folder say; else `<|endoftext|>`, `</s>` or
 /// `<|end_of_text|>` if one of them is in the vocabulary.
@@ -54,6 +56,7 @@ pub fn sources() -> Vec<&'static str> {
 
 const MAIN: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
+const PIECES: &str = "tokenizer.model";
 const ROLES: &str = "special_tokens_map.json";
 const ADDED: &str = "added_tokens.json";
 
@@ -152,12 +155,9 @@ impl Folder {
     }
 
     fn open(self, end_token: Option<&str>) -> Result<Opened> {
-        let main = match self.files.get(MAIN) {
-            Some(bytes) => Some(object(bytes, MAIN, &self.place)?),
-            None => None,
-        };
+        let (main, roles) = self.main()?;
         let mut notes = Vec::new();
-        let wanted = self.wanted(main.as_ref(), &mut notes)?;
+        let wanted = self.wanted(main.as_ref(), roles, &mut notes)?;
         let base = self.base(&wanted, main.as_ref(), &mut notes)?;
         let is_known = |token: &str| {
             base.token_to_id(token).is_some() || wanted.decoder.values().any(|known| known.content == token)
@@ -195,6 +195,18 @@ impl Folder {
         Ok(Opened { tokenizer, notes })
     }
 
+    /// Its `tokenizer.json`, or what a SentencePiece model says instead, with the tokens that the model gives a role.
+    fn main(&self) -> Result<(Option<Json>, BTreeMap<&'static str, String>)> {
+        if let Some(bytes) = self.files.get(MAIN) {
+            return Ok((Some(object(bytes, MAIN, &self.place)?), BTreeMap::new()));
+        }
+        let is_bpe = ["vocab.json", "merges.txt"].iter().all(|name| self.files.contains_key(*name));
+        let Some(bytes) = self.files.get(PIECES).filter(|_| !is_bpe) else { return Ok((None, BTreeMap::new())) };
+        let model = sentencepiece::Model::read(bytes);
+        let model = model.and_then(|model| Ok((Some(model.tokenizer()?), model.roles)));
+        model.with_context(|| format!("`{PIECES}` of `{}` cannot be read", self.place))
+    }
+
     /// Makes `end` the end token that the files name, for whoever reads them later.
     fn end_with(&mut self, end: &str) -> Result<()> {
         self.files.entry(CONFIG.to_owned()).or_insert_with(|| written(&json!({})));
@@ -209,8 +221,13 @@ impl Folder {
         Ok(())
     }
 
-    /// What the files beside `tokenizer.json` ask for.
-    fn wanted(&self, main: Option<&Json>, notes: &mut Vec<String>) -> Result<Wanted> {
+    /// What the files beside `tokenizer.json` ask for. `roles` are those of a SentencePiece model.
+    fn wanted(
+        &self,
+        main: Option<&Json>,
+        roles: BTreeMap<&'static str, String>,
+        notes: &mut Vec<String>,
+    ) -> Result<Wanted> {
         let read = |name: &str| self.files.get(name).map(|bytes| object(bytes, name, &self.place)).transpose();
         let config = read(CONFIG)?.unwrap_or_else(|| json!({}));
         let is_bare = !self.files.contains_key(CONFIG) && self.model.family.is_none() && main.is_none();
@@ -220,7 +237,7 @@ impl Folder {
         if !is_listed && let Some(older) = settings.remove(EXTRA_OF_OLD) {
             settings.insert(EXTRA.into(), older);
         }
-        if main.is_some() {
+        if self.files.contains_key(MAIN) {
             // There the post-processor decides.
             settings.remove("add_bos_token");
             settings.remove("add_eos_token");
@@ -247,6 +264,9 @@ impl Folder {
                     decoder.insert(id, token);
                 }
             }
+        }
+        for (role, token) in roles {
+            settings.entry(role).or_insert_with(|| token.into());
         }
         let mut wanted = Wanted { class, settings, decoder, roles: Vec::new() };
         wanted.find_roles(main);
@@ -329,13 +349,10 @@ impl Folder {
     /// The vocabulary and the merges of a folder without `tokenizer.json`.
     fn vocabulary_files(&self) -> Result<(Json, Json)> {
         let (Some(vocabulary), Some(merges)) = (self.files.get("vocab.json"), self.files.get("merges.txt")) else {
-            ensure!(
-                !self.files.contains_key("tokenizer.model"),
-                "`{}` holds a SentencePiece `tokenizer.model` alone, which is not read here: load it with \
-                 `transformers.AutoTokenizer` and save it with `save_pretrained`, which writes a `{MAIN}`",
+            bail!(
+                "`{}` holds no tokenizer: expected `{MAIN}`, `{PIECES}`, or `vocab.json` with `merges.txt`",
                 self.place
-            );
-            bail!("`{}` holds no tokenizer: expected `{MAIN}`, or `vocab.json` with `merges.txt`", self.place)
+            )
         };
         let vocabulary = object(vocabulary, "vocab.json", &self.place)?;
         let merges =
