@@ -22,6 +22,7 @@ pub mod export;
 pub mod finetune;
 pub mod finite;
 mod foresight;
+pub mod gguf;
 pub mod instruct;
 pub mod mmidx;
 mod padding;

@@ -91,6 +91,8 @@ impl Model {
             }
         }
         ensure!(!model.pieces.is_empty(), "it has no pieces");
+        let unused = model.pieces.iter().position(|piece| piece.sort == Sort::Unused);
+        ensure!(unused.is_none(), "piece {} is out of use", unused.unwrap_or_default());
         for (role, id) in roles {
             let piece = usize::try_from(id).ok().and_then(|id| model.pieces.get(id));
             model.roles.extend(piece.map(|piece| (role, piece.text.clone())));
@@ -132,12 +134,11 @@ impl Model {
 
     /// The `tokenizer.json` that gives a text the same ids.
     ///
-    /// Errors where pieces repeat or are out of use, and where the map of characters is damaged.
+    /// Errors where pieces repeat, and where the map of characters is damaged.
     pub(crate) fn tokenizer(&self) -> Result<Json> {
         let mut ids: HashMap<&str, usize> = HashMap::with_capacity(self.pieces.len());
-        for (id, Piece { text, sort, .. }) in self.pieces.iter().enumerate() {
+        for (id, Piece { text, .. }) in self.pieces.iter().enumerate() {
             ensure!(!text.is_empty(), "piece {id} is empty");
-            ensure!(*sort != Sort::Unused, "piece {id}, `{text}`, is out of use");
             if let Some(first) = ids.insert(text, id) {
                 bail!("pieces {first} and {id} are both `{text}`");
             }
@@ -427,7 +428,6 @@ mod tests {
             change(&mut model);
             model.tokenizer().unwrap_err().to_string()
         };
-        assert!(of(&|model| model.pieces[9].sort = Sort::Unused).contains("piece 9"));
         assert!(of(&|model| model.pieces[9] = model.pieces[8].clone()).contains("pieces 8 and 9 are both"));
         assert!(of(&|model| model.pieces[0].sort = Sort::Control).contains("stands for the unknown"));
         assert!(of(&|model| model.pieces[7].score = f32::NAN).contains("score of piece 7 is not finite"));

@@ -49,6 +49,17 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
     folder.open(end_token)
 }
 
+/// Opens a tokenizer from its files by name. `place` is what messages call it.
+///
+/// Errors as [`open_tokenizer`] does.
+pub(crate) fn open_files(place: String, files: BTreeMap<String, Vec<u8>>, end_token: Option<&str>) -> Result<Opened> {
+    let mut folder = Folder { place, files, model: Settings::default() };
+    if let Some(end) = end_token {
+        folder.end_with(end)?;
+    }
+    folder.open(end_token)
+}
+
 /// Names of the files of a folder that decide how its tokenizer is read.
 pub fn sources() -> Vec<&'static str> {
     contract::tokenizer::FILES.into_iter().chain(["config.json", "*.jinja"]).collect()
@@ -449,26 +460,29 @@ impl Wanted {
             Some((token.to_owned(), tokenizer.token_to_id(token)?))
         };
         let (begin, end) = (asked("add_bos_token", "bos_token"), asked("add_eos_token", "eos_token"));
-        if begin.is_none() && end.is_none() {
-            return Ok(None);
-        }
-        let piece = |token: &Option<(String, u32)>, of: u8| {
-            token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": of}}))
-        };
-        let side = |name: &str, of: u8| {
-            let text = json!({"Sequence": {"id": name, "type_id": of}});
-            piece(&begin, of).into_iter().chain([text]).chain(piece(&end, of)).collect::<Vec<_>>()
-        };
-        let special = begin
-            .iter()
-            .chain(&end)
-            .map(|(token, id)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
-        let special: Map<String, Json> = special.collect();
-        let pair = [side("A", 0), side("B", 1)].concat();
-        let json =
-            json!({"type": "TemplateProcessing", "single": side("A", 0), "pair": pair, "special_tokens": special});
-        Ok(Some(serde_json::from_value(json)?))
+        Ok(serde_json::from_value(beginning_and_end(begin, end))?)
     }
+}
+
+/// The post-processor that puts tokens before and after a text, each with its id; null where there are none.
+pub(crate) fn beginning_and_end(begin: Option<(String, u32)>, end: Option<(String, u32)>) -> Json {
+    if begin.is_none() && end.is_none() {
+        return Json::Null;
+    }
+    let piece = |token: &Option<(String, u32)>, of: u8| {
+        token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": of}}))
+    };
+    let side = |name: &str, of: u8| {
+        let text = json!({"Sequence": {"id": name, "type_id": of}});
+        piece(&begin, of).into_iter().chain([text]).chain(piece(&end, of)).collect::<Vec<_>>()
+    };
+    let special = begin
+        .iter()
+        .chain(&end)
+        .map(|(token, id)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
+    let special: Map<String, Json> = special.collect();
+    let pair = [side("A", 0), side("B", 1)].concat();
+    json!({"type": "TemplateProcessing", "single": side("A", 0), "pair": pair, "special_tokens": special})
 }
 
 /// The class for whatever brings nothing of its own.
@@ -565,7 +579,7 @@ impl Class {
 }
 
 /// How Qwen2 divides text into words.
-const QWEN2_WORDS: &str =
+pub(crate) const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The vocabulary of a model as BPE holds it: token to id.
