@@ -40,9 +40,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::columns::Columns;
 pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
+use crate::gguf::open_any_tokenizer;
 use crate::instruct::{self, Sizes};
 use crate::text::{SpecialTokens, Text};
-use crate::tokenizer::{Opened, open_tokenizer};
+use crate::tokenizer::Opened;
 use crate::{mmidx, records};
 
 /// Name of the built-in corpus.
@@ -355,7 +356,7 @@ fn foresee_tokenizer(
     field: &str,
     outlook: &mut Outlook,
 ) -> Option<TokenizerFile> {
-    match open_tokenizer(path, end_token) {
+    match open_any_tokenizer(path, end_token) {
         Ok(Opened { tokenizer, .. }) => Some(tokenizer),
         Err(error) => {
             let hint = "it is read as `AutoTokenizer` of `transformers` reads it: save it anew from there if in doubt";
@@ -614,7 +615,7 @@ fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<
 
 /// Reads a tokenizer, and says what was done otherwise than its files say.
 fn take_in(path: &Path, end_token: Option<&str>, sink: &mut dyn Sink) -> Result<TokenizerFile> {
-    let Opened { tokenizer, notes } = open_tokenizer(path, end_token)?;
+    let Opened { tokenizer, notes } = open_any_tokenizer(path, end_token)?;
     notes.iter().for_each(|note| sink.warn(note));
     Ok(tokenizer)
 }

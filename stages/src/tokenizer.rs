@@ -20,6 +20,8 @@ use serde_json::{Map, Value as Json, json};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Tokenizer};
 
+use crate::sentencepiece;
+
 /// A tokenizer that was read, and what is worth saying of it.
 #[derive(Clone, Debug)]
 pub struct Opened {
@@ -30,7 +32,7 @@ pub struct Opened {
 }
 
 /// Finds the tokenizer at `path`: a `tokenizer.json`, or a folder with one, or a folder with `vocab.json` and `merges.txt`
-/// (byte-level BPE as GPT-2 and OPT were first published).
+/// (byte-level BPE as GPT-2 and OPT were first published), or one with the `tokenizer.model` of SentencePiece.
 ///
 /// The end token is `end_token` where given; else what the files of a folder say; else `<|endoftext|>`, `</s>` or
 /// `<|end_of_text|>` if one of them is in the vocabulary.
@@ -47,6 +49,22 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
     folder.open(end_token)
 }
 
+/// Opens a tokenizer from its files by name. `place` is what messages call it.
+///
+/// Errors as [`open_tokenizer`] does.
+pub(crate) fn open_files(place: String, files: BTreeMap<String, Vec<u8>>, end_token: Option<&str>) -> Result<Opened> {
+    let mut folder = Folder { place, files, model: Settings::default() };
+    if let Some(end) = end_token {
+        folder.end_with(end)?;
+    }
+    folder.open(end_token)
+}
+
+/// Whether a folder holds files of a tokenizer.
+pub(crate) fn is_tokenizer(folder: &Path) -> bool {
+    [MAIN, PIECES, "vocab.json"].iter().any(|name| folder.join(name).exists())
+}
+
 /// Names of the files of a folder that decide how its tokenizer is read.
 pub fn sources() -> Vec<&'static str> {
     contract::tokenizer::FILES.into_iter().chain(["config.json", "*.jinja"]).collect()
@@ -54,6 +72,7 @@ pub fn sources() -> Vec<&'static str> {
 
 const MAIN: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
+const PIECES: &str = "tokenizer.model";
 const ROLES: &str = "special_tokens_map.json";
 const ADDED: &str = "added_tokens.json";
 
@@ -152,12 +171,9 @@ impl Folder {
     }
 
     fn open(self, end_token: Option<&str>) -> Result<Opened> {
-        let main = match self.files.get(MAIN) {
-            Some(bytes) => Some(object(bytes, MAIN, &self.place)?),
-            None => None,
-        };
+        let (main, roles) = self.main()?;
         let mut notes = Vec::new();
-        let wanted = self.wanted(main.as_ref(), &mut notes)?;
+        let wanted = self.wanted(main.as_ref(), roles, &mut notes)?;
         let base = self.base(&wanted, main.as_ref(), &mut notes)?;
         let is_known = |token: &str| {
             base.token_to_id(token).is_some() || wanted.decoder.values().any(|known| known.content == token)
@@ -195,6 +211,18 @@ impl Folder {
         Ok(Opened { tokenizer, notes })
     }
 
+    /// Its `tokenizer.json`, or what a SentencePiece model says instead, with the tokens that the model gives a role.
+    fn main(&self) -> Result<(Option<Json>, BTreeMap<&'static str, String>)> {
+        if let Some(bytes) = self.files.get(MAIN) {
+            return Ok((Some(object(bytes, MAIN, &self.place)?), BTreeMap::new()));
+        }
+        let is_bpe = ["vocab.json", "merges.txt"].iter().all(|name| self.files.contains_key(*name));
+        let Some(bytes) = self.files.get(PIECES).filter(|_| !is_bpe) else { return Ok((None, BTreeMap::new())) };
+        let model = sentencepiece::Model::read(bytes);
+        let model = model.and_then(|model| Ok((Some(model.tokenizer()?), model.roles)));
+        model.with_context(|| format!("`{PIECES}` of `{}` cannot be read", self.place))
+    }
+
     /// Makes `end` the end token that the files name, for whoever reads them later.
     fn end_with(&mut self, end: &str) -> Result<()> {
         self.files.entry(CONFIG.to_owned()).or_insert_with(|| written(&json!({})));
@@ -209,8 +237,13 @@ impl Folder {
         Ok(())
     }
 
-    /// What the files beside `tokenizer.json` ask for.
-    fn wanted(&self, main: Option<&Json>, notes: &mut Vec<String>) -> Result<Wanted> {
+    /// What the files beside `tokenizer.json` ask for. `roles` are those of a SentencePiece model.
+    fn wanted(
+        &self,
+        main: Option<&Json>,
+        roles: BTreeMap<&'static str, String>,
+        notes: &mut Vec<String>,
+    ) -> Result<Wanted> {
         let read = |name: &str| self.files.get(name).map(|bytes| object(bytes, name, &self.place)).transpose();
         let config = read(CONFIG)?.unwrap_or_else(|| json!({}));
         let is_bare = !self.files.contains_key(CONFIG) && self.model.family.is_none() && main.is_none();
@@ -220,7 +253,7 @@ impl Folder {
         if !is_listed && let Some(older) = settings.remove(EXTRA_OF_OLD) {
             settings.insert(EXTRA.into(), older);
         }
-        if main.is_some() {
+        if self.files.contains_key(MAIN) {
             // There the post-processor decides.
             settings.remove("add_bos_token");
             settings.remove("add_eos_token");
@@ -247,6 +280,9 @@ impl Folder {
                     decoder.insert(id, token);
                 }
             }
+        }
+        for (role, token) in roles {
+            settings.entry(role).or_insert_with(|| token.into());
         }
         let mut wanted = Wanted { class, settings, decoder, roles: Vec::new() };
         wanted.find_roles(main);
@@ -329,13 +365,10 @@ impl Folder {
     /// The vocabulary and the merges of a folder without `tokenizer.json`.
     fn vocabulary_files(&self) -> Result<(Json, Json)> {
         let (Some(vocabulary), Some(merges)) = (self.files.get("vocab.json"), self.files.get("merges.txt")) else {
-            ensure!(
-                !self.files.contains_key("tokenizer.model"),
-                "`{}` holds a SentencePiece `tokenizer.model` alone, which is not read here: load it with \
-                 `transformers.AutoTokenizer` and save it with `save_pretrained`, which writes a `{MAIN}`",
+            bail!(
+                "`{}` holds no tokenizer: expected `{MAIN}`, `{PIECES}`, or `vocab.json` with `merges.txt`",
                 self.place
-            );
-            bail!("`{}` holds no tokenizer: expected `{MAIN}`, or `vocab.json` with `merges.txt`", self.place)
+            )
         };
         let vocabulary = object(vocabulary, "vocab.json", &self.place)?;
         let merges =
@@ -432,26 +465,29 @@ impl Wanted {
             Some((token.to_owned(), tokenizer.token_to_id(token)?))
         };
         let (begin, end) = (asked("add_bos_token", "bos_token"), asked("add_eos_token", "eos_token"));
-        if begin.is_none() && end.is_none() {
-            return Ok(None);
-        }
-        let piece = |token: &Option<(String, u32)>, of: u8| {
-            token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": of}}))
-        };
-        let side = |name: &str, of: u8| {
-            let text = json!({"Sequence": {"id": name, "type_id": of}});
-            piece(&begin, of).into_iter().chain([text]).chain(piece(&end, of)).collect::<Vec<_>>()
-        };
-        let special = begin
-            .iter()
-            .chain(&end)
-            .map(|(token, id)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
-        let special: Map<String, Json> = special.collect();
-        let pair = [side("A", 0), side("B", 1)].concat();
-        let json =
-            json!({"type": "TemplateProcessing", "single": side("A", 0), "pair": pair, "special_tokens": special});
-        Ok(Some(serde_json::from_value(json)?))
+        Ok(serde_json::from_value(beginning_and_end(begin, end))?)
     }
+}
+
+/// The post-processor that puts tokens before and after a text, each with its id; null where there are none.
+pub(crate) fn beginning_and_end(begin: Option<(String, u32)>, end: Option<(String, u32)>) -> Json {
+    if begin.is_none() && end.is_none() {
+        return Json::Null;
+    }
+    let piece = |token: &Option<(String, u32)>, of: u8| {
+        token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": of}}))
+    };
+    let side = |name: &str, of: u8| {
+        let text = json!({"Sequence": {"id": name, "type_id": of}});
+        piece(&begin, of).into_iter().chain([text]).chain(piece(&end, of)).collect::<Vec<_>>()
+    };
+    let special = begin
+        .iter()
+        .chain(&end)
+        .map(|(token, id)| (token.clone(), json!({"id": token, "ids": [id], "tokens": [token]})));
+    let special: Map<String, Json> = special.collect();
+    let pair = [side("A", 0), side("B", 1)].concat();
+    json!({"type": "TemplateProcessing", "single": side("A", 0), "pair": pair, "special_tokens": special})
 }
 
 /// The class for whatever brings nothing of its own.
@@ -548,7 +584,7 @@ impl Class {
 }
 
 /// How Qwen2 divides text into words.
-const QWEN2_WORDS: &str =
+pub(crate) const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The vocabulary of a model as BPE holds it: token to id.

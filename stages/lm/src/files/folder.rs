@@ -61,6 +61,11 @@ impl ModelFolder {
     /// shape or type than they must be: they name file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_file() && Gguf::is(path) {
+            ensure!(
+                Gguf::open(path)?.paths().count() == 1,
+                "`{}` is one of several files of a model: name their folder",
+                path.display()
+            );
             let folder = path.parent().unwrap_or(Path::new("."));
             let config = gguf_config(path)?;
             return ModelFolder::of(folder, config, vec![name_of(path).to_owned()], None);
@@ -335,34 +340,14 @@ fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<&'static str>)> {
             return Ok((shards(folder, &path)?, Some(index)));
         }
     }
-    let mut ggufs = files_with(folder, ".gguf")?;
-    // Of a split one the first names the others.
-    if let Some(first) = ggufs.iter().find(|name| name.contains("-00001-of-")) {
-        ggufs = vec![first.clone()];
-    }
-    match ggufs.len() {
-        0 => {}
-        1 => return Ok((ggufs, None)),
-        _ => bail!(
-            "`{}` holds several models, {}: name the file of one",
-            folder.display(),
-            ggufs.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-        ),
+    if let Some(file) = Gguf::at(folder)? {
+        return Ok((vec![name_of(&file).to_owned()], None));
     }
     bail!(
         "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, \
          `pytorch_model.bin.index.json` or a `.gguf`",
         folder.display()
     )
-}
-
-/// The names of a folder's files that end so, in order.
-fn files_with(folder: &Path, ending: &str) -> Result<Vec<String>> {
-    let entries = std::fs::read_dir(folder).map_err(|error| files::cannot("read", folder, error))?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut names: Vec<String> = names.filter(|name| name.ends_with(ending)).collect();
-    names.sort();
-    Ok(names)
 }
 
 fn gguf_config(path: &Path) -> Result<Config> {

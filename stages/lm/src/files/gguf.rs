@@ -199,6 +199,31 @@ impl Gguf {
         file.is_ok_and(|mut file| file.read_exact(&mut magic).is_ok() && magic == *MAGIC)
     }
 
+    /// The GGUF file that `path` is or, of a folder, the only one that it holds: of a split one the first part.
+    ///
+    /// Errors where a folder cannot be read, or holds several models.
+    pub fn at(path: &Path) -> Result<Option<PathBuf>> {
+        if !path.is_dir() {
+            return Ok(Gguf::is(path).then(|| path.to_owned()));
+        }
+        let entries = std::fs::read_dir(path).map_err(|error| cannot("read", path, error))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut names: Vec<String> = names.filter(|name| name.ends_with(".gguf")).collect();
+        names.sort();
+        let other_parts = |name: &String| name.contains("-of-") && !name.contains("-00001-of-");
+        if names.iter().any(|name| name.contains("-00001-of-")) {
+            names.retain(|name| !other_parts(name));
+        }
+        match &names[..] {
+            [] => Ok(None),
+            [name] => Ok(Some(path.join(name))),
+            _ => {
+                let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+                bail!("`{}` holds several models, {}: name the file of one", path.display(), names.join(", "))
+            }
+        }
+    }
+
     /// Reads what is in a file, and no values of tensors. Of a split model any of the files, `NAME-00001-of-00003.gguf`,
     /// opens all of them; the metadata is that of the first.
     ///

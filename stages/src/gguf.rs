@@ -1,0 +1,292 @@
+//! The tokenizer in a GGUF file, as the files of a Hugging Face tokenizer.
+//!
+//! Two makes are read, by `tokenizer.ggml.model`: `gpt2`, byte-level BPE, whose rule for words `tokenizer.ggml.pre` names; and
+//! `llama`, SentencePiece BPE with its scores. Rules for words are those of llama.cpp, which are those of the tokenizers that the
+//! files were made from; `transformers` reads a file of `smollm` and its like without the rule that every digit is a word.
+//!
+//! Source: `src/llama-vocab.cpp` and `gguf-py/gguf/constants.py` of llama.cpp.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use lm::Gguf;
+use serde_json::{Map, Value as Json, json};
+
+use crate::sentencepiece::{Model, Piece, Sort};
+use crate::tokenizer::{Opened, QWEN2_WORDS, beginning_and_end, is_tokenizer, open_files, open_tokenizer};
+
+/// Opens the tokenizer in a GGUF file. Its files are a `tokenizer.json` and a `tokenizer_config.json`, with the chat template
+/// where there is one. The end token is `end_token` where given, else what the file says.
+///
+/// Errors where the file holds no tokenizer, or one of a make or with a rule for words that is not known; they name the file.
+pub fn open_gguf_tokenizer(gguf: &Gguf, end_token: Option<&str>) -> Result<Opened> {
+    let place = gguf.path().display().to_string();
+    let mut notes = Vec::new();
+    let files = files(gguf, &mut notes).with_context(|| format!("the tokenizer of `{place}` cannot be read"))?;
+    let mut opened = open_files(place.clone(), files, end_token)?;
+    opened.notes.extend(notes.into_iter().map(|note: String| format!("`{place}` {note}")));
+    Ok(opened)
+}
+
+/// Finds the tokenizer at `path`: as [`open_tokenizer`] does, else the one in the GGUF file that `path` is, or that the folder
+/// holds.
+///
+/// Errors as both do.
+pub fn open_any_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
+    match Gguf::at(path)?.filter(|_| !is_tokenizer(path)) {
+        Some(file) => open_gguf_tokenizer(&Gguf::open(&file)?, end_token),
+        None => open_tokenizer(path, end_token),
+    }
+}
+
+/// A key of the metadata that is about the tokenizer.
+fn key(name: &str) -> String {
+    format!("tokenizer.ggml.{name}")
+}
+
+/// Roles by the names that they have in GGUF.
+const ROLES: [(&str, &str); 4] = [
+    ("bos_token", "bos_token_id"),
+    ("eos_token", "eos_token_id"),
+    ("unk_token", "unknown_token_id"),
+    ("pad_token", "padding_token_id"),
+];
+
+fn files(gguf: &Gguf, notes: &mut Vec<String>) -> Result<BTreeMap<String, Vec<u8>>> {
+    let make = gguf.text(&key("model")).context("it names no `tokenizer.ggml.model`")?;
+    let tokens = gguf.texts(&key("tokens")).context("it has no `tokenizer.ggml.tokens`")?;
+    let sorts = sorts(gguf, tokens)?;
+    let (mut json, begins) = match make {
+        "gpt2" => byte_level(gguf, tokens, &sorts, notes)?,
+        "llama" => (sentencepiece(gguf, tokens, &sorts)?, true),
+        other => bail!("it is of make `{other}`: expected `gpt2` or `llama`"),
+    };
+    let mut config = Map::new();
+    config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    config.insert("clean_up_tokenization_spaces".into(), false.into());
+    let mut roles = BTreeMap::new();
+    for (role, name) in ROLES {
+        let Some(id) = gguf.integer(&key(name)) else { continue };
+        let token = usize::try_from(id).ok().and_then(|id| tokens.get(id));
+        let token = token.with_context(|| format!("`{}` is {id}, and there are {} tokens", key(name), tokens.len()))?;
+        config.insert(role.into(), token.clone().into());
+        roles.insert(role, (token.clone(), id as u32));
+    }
+    let role = |flag: &str, default: bool, role: &str| {
+        gguf.bool(&key(flag)).unwrap_or(default).then(|| roles.get(role).cloned()).flatten()
+    };
+    json["post_processor"] =
+        beginning_and_end(role("add_bos_token", begins, "bos_token"), role("add_eos_token", false, "eos_token"));
+    if let Some(template) = gguf.text("tokenizer.chat_template") {
+        config.insert("chat_template".into(), template.into());
+    }
+    let config = format!("{:#}\n", Json::Object(config));
+    Ok([("tokenizer.json", json.to_string()), ("tokenizer_config.json", config)]
+        .map(|(name, text)| (name.to_owned(), text.into_bytes()))
+        .into())
+}
+
+/// What each token is; an ordinary one where the file does not say.
+fn sorts(gguf: &Gguf, tokens: &[String]) -> Result<Vec<Sort>> {
+    let Some(numbers) = gguf.integers(&key("token_type")) else { return Ok(vec![Sort::Normal; tokens.len()]) };
+    ensure!(numbers.len() == tokens.len(), "it has {} tokens and says what {} are", tokens.len(), numbers.len());
+    // Some writers say 0 where they know nothing.
+    numbers.iter().map(|number| Sort::of(u64::try_from(*number).unwrap_or(u64::MAX).max(1))).collect()
+}
+
+/// How a text is divided into words before it is tokenised.
+struct Words {
+    /// The patterns, one after another on what the ones before left. What is between two matches is a word as well.
+    patterns: &'static [&'static str],
+    /// Whether a text is composed first: one letter where there are a letter and an accent.
+    composes: bool,
+    /// Whether a word that is a token is taken as one, whatever the merges say.
+    prefers_words: bool,
+    /// Whether a text begins with the token for it where the file does not say.
+    begins: bool,
+}
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+impl Words {
+    fn of(name: &str) -> Option<Self> {
+        let plain = |patterns| Words { patterns, composes: false, prefers_words: false, begins: false };
+        let whole = |patterns| Words { prefers_words: true, begins: true, ..plain(patterns) };
+        Some(match name {
+            "default" => plain(&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+            "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" => plain(&[GPT2]),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" => {
+                plain(&[r"\p{N}", GPT2])
+            }
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+                whole(&[LLAMA3])
+            }
+            "tekken" => whole(&[TEKKEN]),
+            "qwen2" | "deepseek-r1-qwen" | "megrez" => Words { composes: true, ..plain(&[QWEN2_WORDS]) },
+            _ => return None,
+        })
+    }
+}
+
+/// The `tokenizer.json` of a byte-level BPE, and whether a text begins with the token for it unless the file denies it.
+fn byte_level(gguf: &Gguf, tokens: &[String], sorts: &[Sort], notes: &mut Vec<String>) -> Result<(Json, bool)> {
+    let name = gguf.text(&key("pre")).unwrap_or_else(|| {
+        notes.push("does not say how its tokenizer divides text into words: it is taken to do it as GPT-2 does".into());
+        "gpt-2"
+    });
+    let words = Words::of(name)
+        .with_context(|| format!("its rule for words, `tokenizer.ggml.pre`, is `{name}`, which is not known here"))?;
+    let merges = gguf.texts(&key("merges")).context("it has no `tokenizer.ggml.merges`")?;
+    let merges = merges.iter().map(|merge| {
+        // The left one may be a space, where a token is not written in the letters of bytes.
+        let middle = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(index, _)| index);
+        let middle = middle.with_context(|| format!("`{merge}` is no merge of two tokens"))?;
+        Ok(json!([&merge[..middle], &merge[middle + 1..]]))
+    });
+    let merges = merges.collect::<Result<Vec<Json>>>()?;
+    let mut seen = HashSet::new();
+    let mut vocabulary = Map::new();
+    let mut added = Vec::new();
+    for (id, (token, sort)) in tokens.iter().zip(sorts).enumerate() {
+        ensure!(seen.insert(token.as_str()), "token {id}, `{token}`, is there twice");
+        vocabulary.insert(token.clone(), id.into());
+        if matches!(sort, Sort::Control | Sort::Unknown | Sort::UserDefined) && !token.is_empty() {
+            added.push(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": *sort != Sort::UserDefined}));
+        }
+    }
+    let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let pieces: Vec<Json> = words.patterns.iter().map(split).chain([bytes.clone()]).collect();
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": words.composes.then(|| json!({"type": "NFC"})),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces}, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": words.prefers_words,
+            "vocab": vocabulary, "merges": merges},
+    });
+    Ok((json, words.begins))
+}
+
+/// The `tokenizer.json` of a SentencePiece BPE.
+fn sentencepiece(gguf: &Gguf, tokens: &[String], sorts: &[Sort]) -> Result<Json> {
+    let scores = gguf.floats(&key("scores")).context("it has no `tokenizer.ggml.scores`")?;
+    ensure!(scores.len() == tokens.len(), "it has {} tokens and {} scores", tokens.len(), scores.len());
+    let pieces = tokens.iter().zip(scores).zip(sorts);
+    let pieces = pieces.map(|((text, score), sort)| Piece { text: text.clone(), score: *score as f32, sort: *sort });
+    let flag = |name: &str, default: bool| gguf.bool(&key(name)).unwrap_or(default);
+    let model = Model {
+        pieces: pieces.collect(),
+        is_unigram: false,
+        byte_fallback: sorts.contains(&Sort::Byte),
+        space_before: flag("add_space_prefix", true),
+        tidy_spaces: flag("remove_extra_whitespaces", false),
+        characters: gguf.bytes(&key("precompiled_charsmap")).unwrap_or_default().to_vec(),
+        roles: BTreeMap::new(),
+    };
+    model.tokenizer()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::text::{SpecialTokens, Text};
+
+    const NAMES: [&str; 4] = ["smollm", "llama-bpe", "qwen2", "llama"];
+
+    fn fixture(name: &str) -> PathBuf {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/gguf/{name}.gguf"))
+    }
+
+    fn open(name: &str) -> Opened {
+        open_gguf_tokenizer(&Gguf::open(&fixture(name)).unwrap(), None).unwrap()
+    }
+
+    /// A file in which bytes are others, as many of them.
+    fn changed(name: &str, from: &str, to: &str) -> Result<Opened> {
+        let mut bytes = fs::read(fixture(name)).unwrap();
+        let place = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        bytes[place..place + from.len()].copy_from_slice(to.as_bytes());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        open_gguf_tokenizer(&Gguf::open(file.path())?, None)
+    }
+
+    #[test]
+    fn ids_are_those_of_the_tokenizers_that_the_files_were_made_from() {
+        let expected: Json = serde_json::from_str(include_str!("../tests/fixtures/gguf/ids.json")).unwrap();
+        let texts: Vec<String> = serde_json::from_value(expected["texts"].clone()).unwrap();
+        for name in NAMES {
+            let ids: Vec<Vec<u32>> = serde_json::from_value(expected[name].clone()).unwrap();
+            assert_eq!((ids.len(), texts.len()), (252, 252), "{name}");
+            let text = Text::new(&open(name).tokenizer, SpecialTokens::Parse).unwrap();
+            for (sample, ids) in texts.iter().zip(&ids) {
+                assert_eq!(text.encode(sample).unwrap(), *ids, "{name}: {sample:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn roles_and_the_beginning_of_a_text_are_those_of_the_file() {
+        let Opened { tokenizer: file, notes } = open("smollm");
+        assert_eq!((file.begin, file.end, file.pad, file.unk, file.size), (Some(1), 2, Some(0), None, 421));
+        assert_eq!((file.prefix, notes), (vec![], Vec::<String>::new()));
+        let config: Json = serde_json::from_slice(&file.files["tokenizer_config.json"]).unwrap();
+        assert!(config["chat_template"].as_str().unwrap().contains("eos_token"));
+        assert_eq!(open("llama-bpe").tokenizer.prefix, [1]);
+        let llama = open("llama").tokenizer;
+        assert_eq!((llama.prefix, llama.unk), (vec![1], Some(0)));
+    }
+
+    #[test]
+    fn control_tokens_in_a_text_stay_text_where_that_is_asked_for() {
+        let file = open("smollm").tokenizer;
+        let text = Text::new(&file, SpecialTokens::Text).unwrap();
+        let ids = text.encode("a<|im_end|>b<think>").unwrap();
+        assert!(!ids.contains(&2) && ids.last() == Some(&420), "{ids:?}");
+        assert_eq!(text.decode(&ids).unwrap(), "a<|im_end|>b<think>");
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_by_name() {
+        let error = |name: &str, from: &str, to: &str| format!("{:#}", changed(name, from, to).unwrap_err());
+        assert!(error("smollm", "smollm", "smoxxm").contains("`tokenizer.ggml.pre`, is `smoxxm`"));
+        assert!(error("smollm", "gpt2", "bert").contains("it is of make `bert`: expected `gpt2` or `llama`"));
+        assert!(error("smollm", "ggml.merges", "ggml.mergex").contains("no `tokenizer.ggml.merges`"));
+        assert!(error("llama", "ggml.scores", "ggml.scorex").contains("no `tokenizer.ggml.scores`"));
+        let opened = changed("smollm", "ggml.pre", "ggml.prx").unwrap();
+        assert!(opened.notes[0].contains("does not say how its tokenizer divides text"), "{:?}", opened.notes);
+        // Where no role names an end, a customary spelling does.
+        let opened = changed("smollm", "ggml.eos_token_id", "ggml.eos_token_ix").unwrap();
+        assert_eq!(opened.tokenizer.end, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_change_of_a_file_makes_it_panic(
+            name in prop::sample::select(&NAMES[..]),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
+        ) {
+            let mut bytes = fs::read(fixture(name)).unwrap();
+            for (place, byte) in changes {
+                let length = bytes.len();
+                bytes[place.index(length)] = byte;
+            }
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), bytes).unwrap();
+            let opened = Gguf::open(file.path()).and_then(|gguf| open_gguf_tokenizer(&gguf, None));
+            if let Ok(text) = opened.and_then(|opened| Text::new(&opened.tokenizer, SpecialTokens::Text)) {
+                _ = text.encode("What is １２ <|im_end|>?\n");
+            }
+        }
+    }
+}
