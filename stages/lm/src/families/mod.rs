@@ -585,6 +585,8 @@ mod tests {
             let error = format!("{:#}", changed(family, key, value).expect_err(key));
             assert!(error.contains(expected), "{family:?}, {key}: {error}");
         }
+        // `transformers` would take a width of heads that is null as it is.
+        assert_eq!(Architecture::new(Qwen2, 2, 64).config(100, 0).unwrap().to_json().unwrap().get("head_dim"), None);
         let both = json!({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5});
         let Ok(Config::GptNeox(neox)) = changed(GptNeox, "rope_parameters", both) else { panic!("not a GPT-NeoX") };
         assert_eq!((neox.rotary_pct, neox.rotary_emb_base, neox.turned()), (0.5, 500.0, 16));

@@ -31,8 +31,8 @@ pub struct Qwen2Config {
     /// Heads of keys and values `G`; `None` is `H`.
     #[serde(default = "default_kv_heads")]
     pub num_key_value_heads: Option<usize>,
-    /// Channels `D` of a head; `None` is `C / H`.
-    #[serde(default)]
+    /// Channels `D` of a head; `None` is `C / H`, and left out, for `transformers` takes it as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
     /// Nonlinearity of the gate; this crate computes `silu` alone, also called `swish`.
     #[serde(default = "default_activation")]
