@@ -10,6 +10,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const SHIPPED: &[(&str, &str)] = &[
     ("dolly.yaml", include_str!("../pipelines/dolly.yaml")),
     ("promptkd.yaml", include_str!("../pipelines/promptkd.yaml")),
+    ("smollm2.yaml", include_str!("../pipelines/smollm2.yaml")),
 ];
 
 fn main() -> ExitCode {

@@ -73,7 +73,9 @@ impl ModelFolder {
         ensure!(path.is_dir(), "`{}` is no folder: expected that of a model, with its `config.json`", path.display());
         let (names, index) = weight_files(path)?;
         let config = match &names[..] {
-            [gguf] if gguf.ends_with(".gguf") && !path.join("config.json").exists() => gguf_config(&path.join(gguf))?,
+            [gguf] if Gguf::is(&path.join(gguf)) && !path.join("config.json").exists() => {
+                gguf_config(&path.join(gguf))?
+            }
             _ => Config::load(path)?,
         };
         ModelFolder::of(path, config, names, index)

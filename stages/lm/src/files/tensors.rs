@@ -98,18 +98,18 @@ enum Written {
 }
 
 impl TensorFile {
-    /// Reads what is in a file, and no values. A file that ends in `.bin` is one of PyTorch's, one in `.gguf` one of
-    /// llama.cpp's, whose tensors go by the names that Hugging Face gives them.
+    /// Reads what is in a file, and no values. A file that begins as GGUF does is one, whatever it is called, and its tensors go
+    /// by the names that Hugging Face gives them; one that ends in `.bin` is one of PyTorch's.
     ///
     /// Errors when it is cut short, or not what its ending says.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let kind = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("bin") => pickle(path)?,
-            Some("gguf") => {
-                let file = Gguf::open(path)?;
-                Kind::Gguf { tensors: GgufModel::of(&file)?.tensors, file }
-            }
-            _ => safetensors(path)?,
+        let kind = if Gguf::is(path) {
+            let file = Gguf::open(path)?;
+            Kind::Gguf { tensors: GgufModel::of(&file)?.tensors, file }
+        } else if path.extension().is_some_and(|extension| extension == "bin") {
+            pickle(path)?
+        } else {
+            safetensors(path)?
         };
         Ok(TensorFile { path: path.to_owned(), kind })
     }
