@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 
 use crate::{flat, gap};
 
-/// SmolLM2-135M-Instruct in Q4_1: the file that `SMOLLM2` names, which ARCHITECTURE.md says how to get.
+/// SmolLM2-135M-Instruct in Q4_1: the file that `SMOLLM2` names; README.md says how to get it.
 fn smollm2() -> Option<PathBuf> {
     let path = std::env::var_os("SMOLLM2").map(PathBuf::from);
     if path.is_none() {
