@@ -1,6 +1,6 @@
 //! What the columns of a row mean: which is asked, which is the answer.
 //!
-//! Columns are told by the names that the published sets use; `fields` of `download` names others. A column that nothing
+//! A row may also be a conversation: then every answer in it is a row, with what was said before. Columns are told by the names that the published sets use; `fields` of `download` names others. A column that nothing
 //! understands is named once, two that could mean the same are refused, and no row loses its prompt.
 
 use std::collections::BTreeSet;
@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
-use crate::corpus::CorpusRow;
+use crate::corpus::{CorpusRow, Turn};
 use crate::records::Record;
 
 /// Names of a row's columns. `none` is for a column that is not to be read.
@@ -88,30 +88,51 @@ impl<'a> Columns<'a> {
         }
     }
 
-    /// The row that a record holds, with the id 0.
-    pub(crate) fn row(&mut self, record: Record) -> Result<CorpusRow> {
+    /// The rows that a record holds, each with the id 0: one, or of a conversation one for each answer.
+    pub(crate) fn rows(&mut self, record: Record) -> Result<Vec<CorpusRow>> {
         let Record { fields: object, place } = record;
         for name in object.keys().filter(|name| !self.there.contains(name.as_str())).collect::<Vec<_>>() {
             self.there.insert(name.clone());
         }
+        let Fields { instruction, prompt, output, .. } = self.fields;
+        let asked = [(instruction, INSTRUCTION), (prompt, PROMPT), (output, OUTPUT)];
+        let is_row = asked.iter().any(|(name, usual)| {
+            name.as_ref().is_some_and(|name| name != NONE)
+                || candidates(&object, name, usual).iter().any(|(_, value)| says_something(value))
+        });
+        let spoken = CONVERSATION.iter().find_map(|name| Some((*name, object.get(*name)?.as_array()?)));
+        match spoken.filter(|_| !is_row) {
+            Some((name, turns)) => {
+                let rows = conversation(turns).and_then(|turns| answered(&turns));
+                let rows = rows.map_err(|error| anyhow!("`{place}`: {error} in `{name}`"))?;
+                self.read.insert(name.to_owned());
+                self.rows += rows.len();
+                self.empty_answers += rows.iter().filter(|row| row.output.trim().is_empty()).count();
+                self.empty_prompts += rows.iter().filter(|row| row.instruction.trim().is_empty()).count();
+                Ok(rows)
+            }
+            None => self.row(&object, &place).map(|row| vec![row]),
+        }
+    }
+
+    fn row(&mut self, object: &Map<String, Json>, place: &str) -> Result<CorpusRow> {
         let fields = self.fields;
-        let one =
-            |option, name, usual| find(&object, option, name, usual).map_err(|error| anyhow!("`{place}` {error}"));
+        let one = |option, name, usual| find(object, option, name, usual).map_err(|error| anyhow!("`{place}` {error}"));
         let instruction = one("instruction", &fields.instruction, INSTRUCTION)?;
         let input = one("input", &fields.input, INPUT)?;
         let output = one("output", &fields.output, OUTPUT)?;
         let prompt = one("prompt", &fields.prompt, PROMPT)?;
         // A label: nothing is learnt from it, so the first will do.
-        let family = candidates(&object, &fields.family, FAMILY).into_iter().find(|(_, value)| says_something(value));
+        let family = candidates(object, &fields.family, FAMILY).into_iter().find(|(_, value)| says_something(value));
 
         let asks = |found: Option<(&str, &Json)>| found.is_some_and(|(_, value)| !value.is_null());
         if !asks(instruction) && !asks(prompt) {
-            bail!(unknown(&place, &object, "`instruction`, `question` or `prompt`", "instruction"));
+            bail!(unknown(place, object, "`instruction`, `question` or `prompt`", "instruction"));
         }
         let Some((answer, output)) = output else {
-            bail!(unknown(&place, &object, "`output`, `response`, `answer` or `completion`", "output"))
+            bail!(unknown(place, object, "`output`, `response`, `answer` or `completion`", "output"))
         };
-        let answers = texts(answer, output, &place)?;
+        let answers = texts(answer, output, place)?;
         let whole = |found: Option<(&str, &Json)>| match found {
             None | Some((_, Json::Null)) => Ok(None),
             Some((name, value)) => text(value)
@@ -123,6 +144,7 @@ impl<'a> Columns<'a> {
             instruction: whole(instruction)?.unwrap_or_default(),
             input: whole(input)?.unwrap_or_default(),
             prompt: whole(prompt)?,
+            turns: Vec::new(),
             output: answers[0].clone(),
             references: answers,
             family: family.and_then(|(_, value)| match value {
@@ -228,15 +250,48 @@ fn says_something(value: &Json) -> bool {
 }
 
 fn unknown(place: &str, object: &Map<String, Json>, wanted: &str, option: &str) -> String {
-    if let Some(name) = CONVERSATION.iter().find(|name| object.get(**name).is_some_and(Json::is_array)) {
-        return format!(
-            "`{place}` holds a conversation, `{name}`; what is read is one question and one answer a row, in columns such as \
-             `instruction` and `output`, or `prompt` and `completion`"
-        );
-    }
     let names = listed(object.keys().map(String::as_str));
     let names = if object.is_empty() { "it is empty".to_owned() } else { format!("only {names}") };
     format!("`{place}` has no {wanted}, {names}; name it with `fields: {{{option}: ...}}`")
+}
+
+/// The turns of a conversation, in the form of OpenAI (`role`, `content`) or of ShareGPT (`from`, `value`).
+fn conversation(turns: &[Json]) -> Result<Vec<Turn>> {
+    let turn = |(index, turn): (usize, &Json)| {
+        let part = |names: [&str; 2]| {
+            let value = names.iter().find_map(|name| turn.get(*name));
+            value
+                .and_then(Json::as_str)
+                .with_context(|| format!("turn {} has no text in `{}` or `{}`", index + 1, names[0], names[1]))
+        };
+        let (role, content) = (part(["role", "from"])?, part(["content", "value"])?);
+        let role = match role {
+            "human" => "user",
+            "gpt" | "chatgpt" | "model" => "assistant",
+            other => other,
+        };
+        Ok(Turn { role: role.to_owned(), content: content.to_owned() })
+    };
+    turns.iter().enumerate().map(turn).collect()
+}
+
+/// A row for each answer of the assistant, with all that was said before it. What it says before anybody asks is no answer.
+fn answered(turns: &[Turn]) -> Result<Vec<CorpusRow>> {
+    let mut rows = Vec::new();
+    for (index, turn) in turns.iter().enumerate().filter(|(_, turn)| turn.role == "assistant") {
+        let before = &turns[..index];
+        let Some(asked) = before.iter().rfind(|turn| turn.role == "user") else { continue };
+        rows.push(CorpusRow {
+            instruction: asked.content.clone(),
+            // A question alone is all there is.
+            turns: if before.len() > 1 { before.to_vec() } else { Vec::new() },
+            output: turn.content.clone(),
+            references: vec![turn.content.clone()],
+            ..CorpusRow::default()
+        });
+    }
+    ensure!(!rows.is_empty(), "no `user` is answered by an `assistant`");
+    Ok(rows)
 }
 
 /// All right answers of a record that has no other use: a reference to score against.

@@ -44,8 +44,18 @@ impl Split {
     }
 }
 
-/// One example.
+/// What one side of a conversation says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turn {
+    /// Who: `system`, `user`, `assistant` or what else a chat template knows.
+    pub role: String,
+    /// What.
+    pub content: String,
+}
+
+/// One example.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusRow {
     /// Unique over the splits.
@@ -57,6 +67,9 @@ pub struct CorpusRow {
     /// The whole prompt, where the source came with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
+    /// The conversation before the answer, where it is more than the instruction, which is the last thing that the user says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
     /// The answer to learn.
     pub output: String,
     /// All right answers, `output` among them.
@@ -102,6 +115,7 @@ mod tests {
             instruction: "Say \"ü\"\nplease.".into(),
             input: String::new(),
             prompt: None,
+            turns: Vec::new(),
             output: "ü".into(),
             references: vec!["ü".into(), "u".into()],
             family: Some("say".into()),
@@ -111,7 +125,8 @@ mod tests {
     #[test]
     fn rows_read_back_equal() {
         let folder = tempfile::tempdir().unwrap();
-        let rows = vec![row(0), CorpusRow { prompt: Some("p".into()), family: None, ..row(1) }];
+        let turns = vec![Turn { role: "user".into(), content: "Hi.".into() }];
+        let rows = vec![row(0), CorpusRow { prompt: Some("p".into()), family: None, turns, ..row(1) }];
         write(folder.path(), Split::Valid, &rows).unwrap();
         assert_eq!(read(folder.path(), Split::Valid).unwrap(), rows);
     }

@@ -17,6 +17,8 @@
 //! columns: Alpaca's and MiniLLM's `instruction`, `input`, `output` (a text, or a list of right answers), `prompt`; Dolly's
 //! `instruction`, `context`, `response`; GSM8K's `question`, `answer`; `prompt` with `completion`, which need
 //! `template: ready` where they are tokenised. `fields` names others, or `none` for a column that is not to be read.
+//! Conversations, `messages` with `role` and `content` or ShareGPT's `conversations` with `from` and `value`, become a row for
+//! each answer, with all that was said before; they need `template: chat`. `split` counts conversations, `limit` rows.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -417,7 +419,7 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
     if config.is_builtin() {
         let mut kept = Kept::new(config.limit);
         for (split, rows) in Split::ALL.into_iter().zip(instruct::generate(config.seed.unwrap_or(0), &config.sizes())) {
-            rows.into_iter().try_for_each(|row| kept.add(split, row))?;
+            kept.add(split, rows)?;
         }
         return Ok(kept.conclude(sink));
     }
@@ -438,23 +440,23 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
             );
             for (split, file) in Split::ALL.into_iter().zip(files) {
                 if let Some(file) = file? {
-                    each_row(&file, &mut columns, |row| kept.add(split, row))?;
+                    each_record(&file, &mut columns, |rows| kept.add(split, rows))?;
                 }
             }
         }
         Place::One(path) => {
             let division = config.split.unwrap_or_default();
             let mut count = 0;
-            each_row(Path::new(path), &mut columns, |row| {
+            each_record(Path::new(path), &mut columns, |rows| {
                 count += 1;
-                kept.add(division.split_of(count - 1), row)
+                kept.add(division.split_of(count - 1), rows)
             })?;
             division.check(count, path)?;
         }
         Place::Files(files) => {
             for split in Split::ALL {
                 if let Some(path) = files.of(split) {
-                    each_row(Path::new(path), &mut columns, |row| kept.add(split, row))?;
+                    each_record(Path::new(path), &mut columns, |rows| kept.add(split, rows))?;
                 }
             }
         }
@@ -487,12 +489,14 @@ impl Kept {
         Kept { limit, seen: [0; 3], rows: Default::default() }
     }
 
-    fn add(&mut self, split: Split, row: CorpusRow) -> Result<()> {
-        let index = self.seen[split as usize];
-        ensure!(index < Split::MOST_ROWS, "a split has at most {} rows", Split::MOST_ROWS);
-        self.seen[split as usize] += 1;
-        if index < self.limit.of(split) {
-            self.rows[split as usize].push(CorpusRow { id: split.row_id(index), ..row });
+    fn add(&mut self, split: Split, rows: Vec<CorpusRow>) -> Result<()> {
+        for row in rows {
+            let index = self.seen[split as usize];
+            ensure!(index < Split::MOST_ROWS, "a split has at most {} rows", Split::MOST_ROWS);
+            self.seen[split as usize] += 1;
+            if index < self.limit.of(split) {
+                self.rows[split as usize].push(CorpusRow { id: split.row_id(index), ..row });
+            }
         }
         Ok(())
     }
@@ -548,17 +552,17 @@ fn find(folder: &Path, split: Split) -> Result<Option<PathBuf>> {
     Ok(first)
 }
 
-/// Hands on the rows of one file.
-fn each_row(path: &Path, columns: &mut Columns, mut keep: impl FnMut(CorpusRow) -> Result<()>) -> Result<()> {
-    records::read(path, |record| keep(columns.row(record)?))
+/// Hands on the rows of one file, those of a conversation together.
+fn each_record(path: &Path, columns: &mut Columns, mut keep: impl FnMut(Vec<CorpusRow>) -> Result<()>) -> Result<()> {
+    records::read(path, |record| keep(columns.rows(record)?))
 }
 
 /// All rows of one file, numbered from 0.
 #[cfg(test)]
 pub(crate) fn read_rows(path: &Path, fields: &Fields) -> Result<Vec<CorpusRow>> {
     let mut rows = Vec::new();
-    each_row(path, &mut Columns::new(fields), |row| {
-        rows.push(CorpusRow { id: rows.len() as u64, ..row });
+    each_record(path, &mut Columns::new(fields), |found| {
+        found.into_iter().for_each(|row| rows.push(CorpusRow { id: rows.len() as u64, ..row }));
         Ok(())
     })?;
     Ok(rows)
@@ -600,8 +604,8 @@ fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<
     let Some(path) = find(folder, split)? else { return Ok(None) };
     let fields = Fields::default();
     let mut references = Vec::new();
-    each_row(&path, &mut Columns::new(&fields), |row| {
-        references.push(row.references);
+    each_record(&path, &mut Columns::new(&fields), |rows| {
+        references.extend(rows.into_iter().map(|row| row.references));
         Ok(())
     })?;
     ensure!(
@@ -708,6 +712,7 @@ mod tests {
             instruction: "i".into(),
             input: input.into(),
             prompt: prompt.map(str::to_owned),
+            turns: Vec::new(),
             output: "r".into(),
             references: references.iter().map(|r| r.to_string()).collect(),
             family: None,
@@ -756,9 +761,9 @@ mod tests {
         let same = json!({"question": "a", "instruction": "a", "input": null, "context": "x", "output": "c"});
         assert_eq!(read(same, json!({})).unwrap().input, "x");
         let chat = json!({"messages": [{"role": "user", "content": "a"}]});
-        assert!(
-            refused(chat).contains("holds a conversation, `messages`; what is read is one question and one answer")
-        );
+        assert!(refused(chat).contains("a.jsonl:1`: no `user` is answered by an `assistant` in `messages`"));
+        let chat = json!({"messages": [{"role": "user", "content": [{"type": "image"}]}]});
+        assert!(refused(chat).contains("turn 1 has no text in `content` or `value` in `messages`"));
         assert!(refused(json!({"instruction": null, "output": "b"})).contains("a.jsonl:1` has no `instruction`"));
         assert!(refused(json!({"instruction": "a", "output": null})).contains("in `output`, got nothing"));
 
@@ -772,6 +777,29 @@ mod tests {
         let row = json!({"instruction": "a", "input": "x", "output": "b", "category": "c", "prompt": "p"});
         let row = read(row, json!({"input": "none", "family": "none", "prompt": "none"})).unwrap();
         assert_eq!((row.input.as_str(), row.family, row.prompt), ("", None, None));
+    }
+
+    #[test]
+    fn every_answer_of_a_conversation_is_a_row_and_all_of_them_are_in_one_split() {
+        let scratch = Scratch::new();
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let turns =
+            [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")];
+        let of_old = json!({"conversations": [{"from": "gpt", "value": "0"}, {"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]});
+        let alone = json!({"messages": [turn("user", "q"), turn("assistant", "r")]});
+        let rows = [json!({"messages": turns}), of_old, alone].map(|row| format!("{row}\n")).concat();
+        let path = scratch.file("a.jsonl", rows);
+        let ([train, valid, _], _) = download(json!({"source": path, "split": {"valid": 1}})).unwrap();
+        let said = |row: &CorpusRow| {
+            let turns: Vec<String> = row.turns.iter().map(|turn| format!("{}:{}", turn.role, turn.content)).collect();
+            (row.instruction.clone(), turns.join(" "), row.output.clone())
+        };
+        let expected = [("a", "system:s user:a", "b"), ("c", "system:s user:a assistant:b user:c", "d")];
+        let own = |(a, b, c): (&str, &str, &str)| (a.to_owned(), b.to_owned(), c.to_owned());
+        assert_eq!(valid.iter().map(said).collect::<Vec<_>>(), expected.map(own));
+        let expected = [("x", "assistant:0 user:x", "y"), ("q", "", "r")];
+        assert_eq!(train.iter().map(said).collect::<Vec<_>>(), expected.map(own));
+        assert_eq!((valid[1].id, &valid[1].references), (Split::Valid.row_id(1), &vec!["d".to_owned()]));
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub use lm::gpus;
 use lm::{LanguageModel, SoftPrompt, TeacherCache};
 
 pub mod aligned;
+pub mod chat;
 mod columns;
 pub mod corpus;
 pub mod cut_layers;

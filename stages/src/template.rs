@@ -8,7 +8,7 @@ use contract::random::{self, philox, purpose};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::corpus::CorpusRow;
+use crate::corpus::{CorpusRow, Turn};
 use crate::instruct::JOBS;
 
 /// Text around an instruction. Prompt and response are tokenised as one text, prompt first.
@@ -26,12 +26,20 @@ pub enum Template {
     None,
     /// The row's own `prompt`, which must be there, with `<n>` read as a line break; the response follows directly.
     Ready,
+    /// The chat template that the tokenizer carries, around the whole conversation. `train-tokenizer`, which has none yet,
+    /// learns from what is said in it, a turn after the other.
+    Chat,
 }
 
 impl Template {
     /// The prompt of a row. Errors where the template asks for what the row lacks: `ready` for a prompt, the others for an
     /// instruction where a ready prompt would be lost.
     pub fn prompt(self, row: &CorpusRow) -> Result<String> {
+        ensure!(
+            self == Template::Chat || row.turns.is_empty(),
+            "{} has a conversation of which its instruction is the end, so the rest would be lost; choose `template: chat`",
+            row_name(row.id)
+        );
         ensure!(
             self == Template::Ready || !row.instruction.is_empty() || row.prompt.as_deref().unwrap_or("").is_empty(),
             "{} has a ready `prompt` and no instruction, so its prompt would be lost; choose `template: ready`, or take the \
@@ -52,6 +60,7 @@ impl Template {
             ),
             Template::Task => format!("Task: {lines}\nAnswer:"),
             Template::None => lines,
+            Template::Chat => conversation(row).iter().map(|turn| turn.content.as_str()).collect::<Vec<_>>().join("\n"),
             Template::Ready => row
                 .prompt
                 .as_ref()
@@ -68,9 +77,19 @@ impl Template {
         match self {
             Template::Alpaca | Template::Ready => output.to_owned(),
             Template::Task => format!(" {output}"),
-            Template::None => format!("\n{output}"),
+            Template::None | Template::Chat => format!("\n{output}"),
         }
     }
+}
+
+/// What was said before the answer of a row: its turns, or else its instruction, with the input (if any) on the next line.
+pub fn conversation(row: &CorpusRow) -> Vec<Turn> {
+    if !row.turns.is_empty() {
+        return row.turns.clone();
+    }
+    let CorpusRow { instruction, input, .. } = row;
+    let content = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
+    vec![Turn { role: "user".to_owned(), content }]
 }
 
 /// A line `Suppose you are a PERSONA.` before some prompts. A model trained from random weights must have met such a line
@@ -123,6 +142,7 @@ mod tests {
             instruction: "Add.".into(),
             input: input.into(),
             prompt: None,
+            turns: Vec::new(),
             output: "3".into(),
             references: vec!["3".into()],
             family: None,
@@ -146,6 +166,23 @@ mod tests {
         assert_eq!(Template::Ready.prompt(&ready).unwrap(), "a\nb");
         let error = Template::Ready.prompt(&row("")).unwrap_err().to_string();
         assert!(error.contains("row 5 of `train` has no `prompt`"), "{error}");
+    }
+
+    #[test]
+    fn only_the_chat_template_takes_a_conversation() {
+        let turn = |role: &str, content: &str| Turn { role: role.into(), content: content.into() };
+        let turns = vec![turn("system", "Be brief."), turn("user", "Add.")];
+        assert_eq!(conversation(&row("1 2")), [turn("user", "Add.\n1 2")]);
+        let row = CorpusRow { turns: turns.clone(), ..row("") };
+        assert_eq!(conversation(&row), turns);
+        assert_eq!(Template::Chat.prompt(&row).unwrap() + &Template::Chat.response("3"), "Be brief.\nAdd.\n3");
+        for template in [Template::Alpaca, Template::Task, Template::None, Template::Ready] {
+            let error = template.prompt(&row).unwrap_err().to_string();
+            assert!(
+                error.contains("row 5 of `train` has a conversation") && error.contains("`template: chat`"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -125,6 +125,11 @@ impl Text {
         self.controls.spelled(text).map(|found| &text[found.range()])
     }
 
+    /// Whether an id is that of a control token.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.controls.is(id)
+    }
+
     /// Ids of each text, in order, on all threads.
     pub fn encode_all(&self, texts: &[impl AsRef<str> + Sync]) -> Result<Vec<Vec<u32>>> {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()

@@ -13,21 +13,27 @@
 //!
 //! Prompt and answer are tokenised as one text, and the response is what follows the prompt's ids; the prompt begins as `bos`
 //! says, and the end token is added. What is spelled like a control token stays text. Where the seam merges (the prompt's ids are no prefix of the text's), both are tokenised apart.
+//!
+//! `template: chat` writes prompt and answer as the chat template does that the tokenizer carries. The response is then what
+//! the assistant says, up to the token that ends its turn. A dataset has one response a row: of a conversation with several
+//! answers `download` makes as many rows, each with all that was said before as its prompt. The template itself begins a
+//! text, so `bos` adds something only where it is `yes`.
 
 use anyhow::{Context, Result, ensure};
 use contract::dataset::{SPLITS, row_name};
 use contract::limits;
 use contract::{
-    About, AnyValue, Bounds, Conventions, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator, Outlook,
-    Outputs, PortType, Ports, Row, Sink, Stage, Step, TokenizerFile,
+    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Folder, Inputs, Longest, Operator,
+    Outlook, Outputs, PortType, Ports, Row, Sink, Stage, Step, TokenizerFile,
 };
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::corpus::{self, CorpusRow, Split};
-use crate::template::{Personas, Template};
+use crate::chat::{Chat, Date, Exchange};
+use crate::corpus::{self, CorpusRow, Split, Turn};
+use crate::template::{Personas, Template, conversation};
 use crate::text::{Bos, SpecialTokens, Text, begun};
 
 /// The stage kind.
@@ -60,6 +66,14 @@ pub struct Config {
     /// say.
     #[serde(default)]
     pub bos: Option<Bos>,
+    /// With `template: chat`, what the system says where a conversation does not begin with it. Left out: what the template
+    /// says itself.
+    #[serde(default)]
+    pub system: Option<String>,
+    /// With `template: chat`, the day for templates that write it, such as `2024-07-26`. Left out: templates are told of no
+    /// day, so that a result does not depend on when it was made.
+    #[serde(default)]
+    pub date: Option<String>,
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
@@ -115,6 +129,21 @@ impl Stage for Tokenize {
             .output("test", PortType::Dataset, "rows to report on")
     }
 
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = Vec::new();
+        let is_chat = config.template == Template::Chat;
+        for (field, is_there) in [("system", config.system.is_some()), ("date", config.date.is_some())] {
+            if is_there && !is_chat {
+                let error = ConfigError::at(field, format!("`{field}` is there, and no chat template reads it"));
+                errors.push(error.hint("it belongs to `template: chat`"));
+            }
+        }
+        if let Some(Err(error)) = config.date.as_ref().map(|date| date.parse::<Date>()) {
+            errors.push(ConfigError::at("date", error.to_string()));
+        }
+        errors
+    }
+
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         let Facts { vocabulary, ends, .. } = outlook.input("tokenizer");
         let rows = outlook.input("corpus").rows;
@@ -149,12 +178,18 @@ impl Operator for Run {
         let corpus = inputs.take::<Folder>("corpus")?;
         let tokenizer = TokenizerFile::load(inputs.take::<Folder>("tokenizer")?.path())?;
         let text = Text::new(&tokenizer, self.config.special_tokens())?;
-        let begin = self.config.bos.unwrap_or(Bos::FromTokenizer).ids(&tokenizer)?;
+        let chat = self.config.chat(&tokenizer)?;
+        let begin = match self.config.bos.unwrap_or(Bos::FromTokenizer) {
+            // A chat template says itself how a text begins.
+            Bos::FromTokenizer if chat.is_some() => Vec::new(),
+            bos => bos.ids(&tokenizer)?,
+        };
+        let writer = Writer { config: &self.config, text: &text, chat: chat.as_ref(), begin: &begin };
         let mut outputs = Outputs::new();
         for (done, split) in Split::ALL.into_iter().enumerate() {
             let rows = corpus::read(corpus.path(), split)?;
             self.config.say_what_is_spelled(&rows, split, &text, sink);
-            let (rows, counts) = tokenize(&rows, split, &self.config, &text, &begin)?;
+            let (rows, counts) = writer.tokenize(&rows, split)?;
             counts.report(&rows, split, &self.config, sink)?;
             outputs = outputs.with(split.name(), Dataset { rows, tokenizer: tokenizer.clone() });
             sink.progress(done as u64 + 1, Split::ALL.len() as u64, "splits");
@@ -168,12 +203,25 @@ impl Config {
         self.special_tokens.unwrap_or(SpecialTokens::Text)
     }
 
+    /// The chat template, where one is asked for.
+    fn chat(&self, tokenizer: &TokenizerFile) -> Result<Option<Chat>> {
+        if self.template != Template::Chat {
+            return Ok(None);
+        }
+        let chat = Chat::new(tokenizer, self.special_tokens())?;
+        Ok(Some(match &self.date {
+            Some(date) => chat.on(date.parse()?),
+            None => chat,
+        }))
+    }
+
     /// Says which rows are spelled like control tokens, and what becomes of them.
     fn say_what_is_spelled(&self, rows: &[CorpusRow], split: Split, text: &Text, sink: &mut dyn Sink) {
         let spelled = |row: &CorpusRow| {
-            let CorpusRow { instruction, input, prompt, output, .. } = row;
+            let CorpusRow { instruction, input, prompt, output, turns, .. } = row;
             let parts = [Some(instruction), Some(input), prompt.as_ref(), Some(output)];
-            parts.into_iter().flatten().find_map(|part| text.spelled_in(part).map(str::to_owned))
+            let turns = turns.iter().map(|turn| &turn.content);
+            parts.into_iter().flatten().chain(turns).find_map(|part| text.spelled_in(part).map(str::to_owned))
         };
         let found: Vec<(u64, String)> =
             rows.par_iter().filter_map(|row| spelled(row).map(|token| (row.id, token))).collect();
@@ -247,55 +295,75 @@ enum Fate {
     LongRow,
 }
 
-/// Tokenises one split, in order, on all threads.
-fn tokenize(
-    rows: &[CorpusRow],
-    split: Split,
-    config: &Config,
-    text: &Text,
-    begin: &[u32],
-) -> Result<(Vec<Row>, Counts)> {
-    let fate = |row: &CorpusRow| fate(row, split, config, text, begin);
-    let fates: Vec<Fate> = rows.par_iter().map(fate).collect::<Result<_>>()?;
-    let mut counts = Counts { read: rows.len(), ..Counts::default() };
-    let mut kept = Vec::with_capacity(rows.len());
-    for fate in fates {
-        match fate {
-            Fate::Kept(row) => kept.push(row),
-            Fate::Cut(row) => {
-                counts.cut += 1;
-                kept.push(row);
-            }
-            Fate::LongPrompt => counts.long_prompts += 1,
-            Fate::LongRow => counts.long_rows += 1,
-        }
-    }
-    Ok((kept, counts))
+/// What makes rows of ids.
+struct Writer<'a> {
+    config: &'a Config,
+    text: &'a Text,
+    chat: Option<&'a Chat>,
+    /// Ids that a prompt begins with.
+    begin: &'a [u32],
 }
 
-fn fate(row: &CorpusRow, split: Split, config: &Config, text: &Text, begin: &[u32]) -> Result<Fate> {
-    let train = split == Split::Train;
-    let mut prompt_text = config.template.prompt(row)?;
-    if let Some(line) = config.personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id)) {
-        prompt_text.insert_str(0, &line);
+impl Writer<'_> {
+    /// Tokenises one split, in order, on all threads.
+    fn tokenize(&self, rows: &[CorpusRow], split: Split) -> Result<(Vec<Row>, Counts)> {
+        let fates: Vec<Fate> = rows.par_iter().map(|row| self.fate(row, split)).collect::<Result<_>>()?;
+        let mut counts = Counts { read: rows.len(), ..Counts::default() };
+        let mut kept = Vec::with_capacity(rows.len());
+        for fate in fates {
+            match fate {
+                Fate::Kept(row) => kept.push(row),
+                Fate::Cut(row) => {
+                    counts.cut += 1;
+                    kept.push(row);
+                }
+                Fate::LongPrompt => counts.long_prompts += 1,
+                Fate::LongRow => counts.long_rows += 1,
+            }
+        }
+        Ok((kept, counts))
     }
-    let in_row = || row_name(row.id);
-    let plain = text.encode(&prompt_text).with_context(in_row)?;
-    let prompt = begun(begin, plain.clone());
-    if train && (prompt.len() > config.max_prompt_length || prompt.len() >= config.max_length) {
-        return Ok(Fate::LongPrompt);
+
+    fn fate(&self, row: &CorpusRow, split: Split) -> Result<Fate> {
+        let train = split == Split::Train;
+        let Config { max_length, max_prompt_length, too_long, ref personas, .. } = *self.config;
+        let line = personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id));
+        let Exchange { prompt, mut response } = self.exchange(row, line).with_context(|| row_name(row.id))?;
+        if train && (prompt.len() > max_prompt_length || prompt.len() >= max_length) {
+            return Ok(Fate::LongPrompt);
+        }
+        let room = max_length.saturating_sub(prompt.len());
+        let is_long = response.len() > room;
+        if is_long && train && too_long == TooLong::Drop {
+            return Ok(Fate::LongRow);
+        }
+        response.truncate(room);
+        let end = if is_long { End::Length } else { End::Stop };
+        let row = Row { id: row.id, prompt, response, end, log_probs: None, references: row.references.clone() };
+        Ok(if is_long { Fate::Cut(row) } else { Fate::Kept(row) })
     }
-    let mut response =
-        after(&prompt_text, &plain, &config.template.response(&row.output), text).with_context(in_row)?;
-    let room = config.max_length.saturating_sub(prompt.len());
-    let too_long = response.len() > room;
-    if too_long && train && config.too_long == TooLong::Drop {
-        return Ok(Fate::LongRow);
+
+    /// Prompt and response, whole. `line` stands before what is asked.
+    fn exchange(&self, row: &CorpusRow, line: Option<String>) -> Result<Exchange> {
+        let Writer { config, text, chat, begin } = *self;
+        let line = line.unwrap_or_default();
+        let Some(chat) = chat else {
+            let prompt_text = line + &config.template.prompt(row)?;
+            let plain = text.encode(&prompt_text)?;
+            let response = after(&prompt_text, &plain, &config.template.response(&row.output), text)?;
+            return Ok(Exchange { prompt: begun(begin, plain), response });
+        };
+        let mut turns = conversation(row);
+        if let Some(asked) = turns.iter_mut().rfind(|turn| turn.role == "user") {
+            asked.content.insert_str(0, &line);
+        }
+        if let Some(system) = config.system.as_ref().filter(|_| turns.first().is_none_or(|turn| turn.role != "system"))
+        {
+            turns.insert(0, Turn { role: "system".to_owned(), content: system.clone() });
+        }
+        let Exchange { prompt, response } = chat.exchange(&turns, &row.output)?;
+        Ok(Exchange { prompt: begun(begin, prompt), response })
     }
-    response.truncate(room);
-    let end = if too_long { End::Length } else { End::Stop };
-    let row = Row { id: row.id, prompt, response, end, log_probs: None, references: row.references.clone() };
-    Ok(if too_long { Fate::Cut(row) } else { Fate::Kept(row) })
 }
 
 /// Ids of a response after a prompt, with the end token.
@@ -324,12 +392,17 @@ mod tests {
         (Text::new(&file, SpecialTokens::Parse).unwrap(), file)
     }
 
+    fn tokenize(rows: &[CorpusRow], split: Split, config: &Config, text: &Text) -> Result<(Vec<Row>, Counts)> {
+        Writer { config, text, chat: None, begin: &[] }.tokenize(rows, split)
+    }
+
     fn row(id: u64, instruction: &str, output: &str) -> CorpusRow {
         CorpusRow {
             id,
             instruction: instruction.into(),
             input: String::new(),
             prompt: None,
+            turns: Vec::new(),
             output: output.into(),
             references: vec![output.into(), "other".into()],
             family: None,
@@ -344,7 +417,7 @@ mod tests {
     fn a_row_is_prompt_and_response_with_the_end_token() {
         let (text, _) = bytes(&[]);
         let config = config(json!({"template": "task"}));
-        let (rows, counts) = tokenize(&[row(7, "Hi", "Yo")], Split::Test, &config, &text, &[]).unwrap();
+        let (rows, counts) = tokenize(&[row(7, "Hi", "Yo")], Split::Test, &config, &text).unwrap();
         assert_eq!(counts, Counts { read: 1, ..Counts::default() });
         let Row { id, prompt, response, end, references, .. } = &rows[0];
         assert_eq!((*id, *end, references.len()), (7, End::Stop, 2));
@@ -366,7 +439,7 @@ mod tests {
         let (text, _) = bytes(&[]);
         // Prompts of 2 and 5 bytes, responses of a line break, 4 bytes and the end token.
         let rows = [row(0, "ab", "1234"), row(1, "abcde", "1234")];
-        let run = |split, json| tokenize(&rows, split, &config(json), &text, &[]).unwrap();
+        let run = |split, json| tokenize(&rows, split, &config(json), &text).unwrap();
         let tight = json!({"template": "none", "max_length": 6, "max_prompt_length": 4});
         let (train, counts) = run(Split::Train, tight.clone());
         assert_eq!(counts, Counts { read: 2, long_prompts: 1, long_rows: 0, cut: 1 });
@@ -385,7 +458,7 @@ mod tests {
         let (text, _) = bytes(&[]);
         let config = config(json!({"template": "task", "personas": {"fraction": 1.0}}));
         let prompt = |split| {
-            let (rows, _) = tokenize(&[row(3, "Hi", "Yo")], split, &config, &text, &[]).unwrap();
+            let (rows, _) = tokenize(&[row(3, "Hi", "Yo")], split, &config, &text).unwrap();
             text.decode(&rows[0].prompt).unwrap()
         };
         let train = prompt(Split::Train);
@@ -422,6 +495,55 @@ mod tests {
     }
 
     #[test]
+    fn a_chat_is_written_by_the_template_of_the_tokenizer() {
+        let fixture: serde_json::Value = serde_json::from_str(include_str!("../tests/fixtures/chat.json")).unwrap();
+        let style = &fixture["templates"]["llama3"];
+        let settings = json!({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": style["begin"],
+            "eos_token": "<|endoftext|>", "chat_template": style["template"]});
+        let files = [("tokenizer.json", &fixture["tokenizer"]), ("tokenizer_config.json", &settings)];
+        let files = files.map(|(name, json)| (name.to_owned(), json.to_string().into_bytes())).into();
+        let file = crate::tokenizer::open_files("a".into(), files, None).unwrap().tokenizer;
+        let scratch = Scratch::new();
+        let (tokenizer, folder) = (scratch.path().join("tokenizer"), scratch.path().join("corpus"));
+        fs::create_dir(&tokenizer).unwrap();
+        fs::create_dir(&folder).unwrap();
+        file.save(&tokenizer).unwrap();
+        let turn = |role: &str, content: &str| Turn { role: role.into(), content: content.into() };
+        let turns = vec![turn("system", "S"), turn("user", "a"), turn("assistant", "b"), turn("user", "c<|eot_id|>")];
+        let rows = [row(0, "Hi", "Yo"), CorpusRow { turns, ..row(1, "c", "d") }];
+        corpus::write(&folder, Split::Train, &rows).unwrap();
+        corpus::write(&folder, Split::Valid, &[]).unwrap();
+        corpus::write(&folder, Split::Test, &[]).unwrap();
+        let run = |with| {
+            let inputs = vec![
+                ("corpus", input(PortType::Corpus, &folder)),
+                ("tokenizer", input(PortType::Tokenizer, &tokenizer)),
+            ];
+            scratch.run(&Tokenize, with, inputs)
+        };
+        let (outputs, log): (_, Log) = run(json!({"template": "chat", "system": "Be brief."})).unwrap();
+        let text = Text::new(&file, SpecialTokens::Parse).unwrap();
+        // As it is written, with control tokens.
+        let written = |ids: &[u32]| ids.iter().map(|id| text.token(*id).unwrap()).collect::<String>().replace('Ċ', "/");
+        let head = |role: &str| format!("<|start_header_id|>{role}<|end_header_id|>//");
+        let (system, user, assistant) = (head("system"), head("user"), head("assistant"));
+        let rows = &output::<Dataset>(&outputs, "train").rows;
+        let expected = format!("<|begin_of_text|>{system}BeĠbrief.<|eot_id|>{user}Hi<|eot_id|>{assistant}");
+        assert_eq!((written(&rows[0].prompt), written(&rows[0].response)), (expected, "Yo<|eot_id|>".to_owned()));
+        assert_eq!(rows[0].prompt.iter().filter(|id| Some(**id) == file.begin).count(), 1);
+        let said = format!("{user}a<|eot_id|>{assistant}b<|eot_id|>{user}c<|eot_id|><|eot_id|>{assistant}");
+        assert_eq!(written(&rows[1].prompt), format!("<|begin_of_text|>{system}S<|eot_id|>{said}"));
+        let ends = rows[1].prompt.iter().filter(|id| rows[1].response.last() == Some(*id)).count();
+        // What the user spells is no end of a turn.
+        assert_eq!((ends, log.notes.len()), (4, 1));
+
+        let error = |with| format!("{:#}", run(with).err().unwrap());
+        assert!(error(json!({"template": "alpaca"})).contains("`template: chat`"));
+        assert!(error(json!({"template": "chat", "date": "tomorrow"})).contains("expected one such as 2024-07-26"));
+        assert!(error(json!({"template": "task", "system": "x"})).contains("no chat template reads it"));
+    }
+
+    #[test]
     fn the_reference_rows_are_tokenised_byte_for_byte() {
         let (Some(golden), Some(gpt2)) = (shared_data("golden"), shared_data("tokenizers/gpt2")) else { return };
         let tokenizer = crate::tokenizer::open_tokenizer(&gpt2, None).unwrap().tokenizer;
@@ -430,7 +552,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for template in ["ready", "alpaca"] {
             let config = config(json!({"template": template, "max_length": 100_000}));
-            let (rows, counts) = tokenize(&lines, Split::Train, &config, &text, &[]).unwrap();
+            let (rows, counts) = tokenize(&lines, Split::Train, &config, &text).unwrap();
             assert_eq!(counts, Counts { read: 1000, ..Counts::default() });
             mmidx::write(&folder.path().join("valid"), &rows, tokenizer.size).unwrap();
             for extension in ["bin", "idx"] {

@@ -69,6 +69,7 @@ pub fn generate(seed: u64, sizes: &Sizes) -> [Vec<CorpusRow>; 3] {
             instruction,
             input: String::new(),
             prompt: None,
+            turns: Vec::new(),
             output,
             references: task.answers,
             family: Some(family.name.to_owned()),
