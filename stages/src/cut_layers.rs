@@ -39,7 +39,7 @@ pub enum Keep {
     /// The first so many.
     First(#[schemars(range(min = 1, max = limits::LAYERS))] usize),
     /// These, counted from 0, in rising order.
-    Layers(Vec<usize>),
+    Layers(#[schemars(inner(range(min = 0, max = limits::LAYERS)))] Vec<usize>),
 }
 
 impl Keep {

@@ -88,7 +88,10 @@ fn pytorch_and_safetensors_files_hold_the_same_model() {
 
 #[test]
 fn half_precision_becomes_f32() {
-    let rounded = load(folder(&[("bf16.safetensors", "model.safetensors")]).path());
+    let kept = load(folder(&[("bf16.safetensors", "model.safetensors")]).path());
+    // Its matrices stay as they are on disk until they are trained.
+    assert!(kept.parameters().values().all(|parameter| parameter.rank() == 1));
+    let rounded = kept.trainable().unwrap();
     let exact = load(folder(&[("model.safetensors", "model.safetensors")]).path());
     for ((name, rounded), (_, exact)) in weights(&rounded).iter().zip(weights(&exact)) {
         for (rounded, exact) in rounded.iter().zip(exact) {
@@ -123,8 +126,9 @@ fn shards_and_names_without_a_prefix_are_read() {
 fn broken_folders_are_explained() {
     let empty = folder(&[]);
     assert!(
-        error(empty.path())
-            .contains("expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` or")
+        error(empty.path()).contains(
+            "expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model"
+        )
     );
 
     let truncated = folder(&[("model.safetensors", "model.safetensors")]);
