@@ -480,7 +480,7 @@ impl<T: Number> Ops for Pass<'_, T> {
         match &self.feed {
             Feed::Prompts { slots, sequences, .. } => {
                 let places = slots.as_view();
-                decode::append(device, keys, values, &qkv, Some(&places), self.backend.positions(), heads, capacity)?;
+                decode::append(device, keys, values, &qkv, Some(&places), self.backend.row_positions(), heads, capacity)?;
                 let mut normalisers = unset::<f32>(device, count * heads.queries)?;
                 attention::forward(device, &mut out, &mut normalisers, &qkv, sequences, heads, None)?;
             }
