@@ -479,8 +479,8 @@ impl<T: Number> Ops for Pass<'_, T> {
         let mut out = unset::<T>(device, count * width)?;
         match &self.feed {
             Feed::Prompts { slots, sequences, .. } => {
-                let places = slots.as_view();
-                decode::append(device, keys, values, &qkv, Some(&places), self.backend.positions(), heads, capacity)?;
+                let (places, positions) = (slots.as_view(), self.backend.row_positions());
+                decode::append(device, keys, values, &qkv, Some(&places), positions, heads, capacity)?;
                 let mut normalisers = unset::<f32>(device, count * heads.queries)?;
                 attention::forward(device, &mut out, &mut normalisers, &qkv, sequences, heads, None)?;
             }

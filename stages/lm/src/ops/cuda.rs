@@ -80,7 +80,7 @@ impl<T: Number> Cuda<T> {
     }
 
     /// The position of every row.
-    pub(crate) fn positions(&self) -> &CudaSlice<u32> {
+    pub(crate) fn row_positions(&self) -> &CudaSlice<u32> {
         &self.batch.positions
     }
 

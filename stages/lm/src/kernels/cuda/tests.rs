@@ -384,7 +384,7 @@ fn columns_move_and_heads_change_their_order() {
         let mut wide = zeros::<T>(device, rows * 12);
         super::rows::copy_columns(device, &mut wide.slice_mut(3..), &part, [12, 9], 9, rows).unwrap();
         let (zeros_before, part) = (vec![0.0; rows * 3], get(device, &part));
-        assert_eq!(get(device, &wide), kernels::columns::join(&[(&zeros_before, 3), (&part, 9)]));
+        assert_eq!(get(device, &wide), kernels::columns::join(&[(zeros_before.as_slice(), 3), (part.as_slice(), 9)]));
         for groups in [[2, 3], [7, 2], [1, 6]] {
             let mut out = zeros::<T>(device, rows * width);
             super::rows::regroup(device, &mut out, &there, groups, width).unwrap();
