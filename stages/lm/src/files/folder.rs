@@ -71,13 +71,9 @@ impl ModelFolder {
             return ModelFolder::of(folder, config, vec![name_of(path).to_owned()], None);
         }
         ensure!(path.is_dir(), "`{}` is no folder: expected that of a model, with its `config.json`", path.display());
+        let by_itself = if path.join("config.json").exists() { None } else { Gguf::at(path)? };
+        let config = by_itself.map_or_else(|| Config::load(path), |file| gguf_config(&file))?;
         let (names, index) = weight_files(path)?;
-        let config = match &names[..] {
-            [gguf] if Gguf::is(&path.join(gguf)) && !path.join("config.json").exists() => {
-                gguf_config(&path.join(gguf))?
-            }
-            _ => Config::load(path)?,
-        };
         ModelFolder::of(path, config, names, index)
     }
 
