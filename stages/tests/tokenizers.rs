@@ -259,11 +259,11 @@ fn an_end_token_that_is_asked_for_is_that_of_the_files_too() {
 }
 
 #[test]
-fn a_sentence_piece_model_alone_is_refused_with_advice() {
+fn a_sentence_piece_model_that_is_cut_short_is_named() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("tokenizer.model"), b"\n\x0e\n\x05<unk>").unwrap();
     let error = open_tokenizer(folder.path(), None).unwrap_err().to_string();
-    assert!(error.contains("`tokenizer.model` alone") && error.contains("save_pretrained"), "{error}");
+    assert!(error.contains("`tokenizer.model` of") && error.contains("cannot be read"), "{error}");
 }
 
 fn shared_data(name: &str) -> Option<PathBuf> {
