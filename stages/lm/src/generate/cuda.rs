@@ -29,6 +29,7 @@ use crate::ops::cuda::{Cuda, Number};
 use crate::ops::rotary::Rotary;
 use crate::ops::{Attend, Layer, LayerNorm, Ops, Positions, RmsNorm};
 use crate::terms::activation::Activation;
+use crate::weights::Weight;
 
 /// Steps between two looks at who has finished.
 const STEPS: usize = 8;
@@ -415,7 +416,7 @@ impl<T: Number> Ops for Pass<'_, T> {
 
     fn embed(
         &mut self,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> TensorResult<CudaSlice<T>> {
@@ -423,7 +424,7 @@ impl<T: Number> Ops for Pass<'_, T> {
             Feed::Prompts { rows, .. } => self.backend.embed(rows, tokens, positions, prompt),
             Feed::Tokens { writing, rows } => {
                 let (inputs, at) = (writing.next.slice(..*rows), writing.positions.slice(..*rows));
-                self.backend.embed_inputs(&inputs, &at, tokens, positions, prompt)
+                self.backend.embed_inputs(&inputs, &at, tokens.tensor()?, positions, prompt)
             }
         }
     }

@@ -29,6 +29,7 @@ use crate::kernels::cuda::{Mask, elementwise, rope, row_keys, rows as row_kernel
 use crate::kernels::rope::Turn;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
+use crate::weights::Weight;
 
 /// What a GPU computes in.
 pub(crate) trait Number: Scalar + CudaDType + WithDType {}
@@ -278,11 +279,11 @@ impl<T: Number> Backend for Cuda<T> {
     fn embed(
         &self,
         _batch: &Packed,
-        tokens: &Tensor,
+        tokens: &Weight,
         positions: Option<Positions<'_>>,
         prompt: Option<&Tensor>,
     ) -> Result<CudaSlice<T>> {
-        self.embed_inputs(&self.batch.inputs, &self.batch.positions, tokens, positions, prompt)
+        self.embed_inputs(&self.batch.inputs, &self.batch.positions, tokens.tensor()?, positions, prompt)
     }
 
     fn embed_backward_prompt(&self, rows: &Packed, dy: &CudaSlice<T>, width: usize, shape: Shape) -> Result<Tensor> {
