@@ -115,7 +115,7 @@ impl LanguageModel {
         self.map(Weight::deep_clone)
     }
 
-    /// A frozen model of some of the layers, in the order given, with everything before and behind them.
+    /// A frozen model of some of the layers, in rising order, with everything before and behind them.
     ///
     /// Errors when there is no such layer.
     pub fn cut_to(&self, layers: &[usize]) -> Result<Self> {
@@ -124,7 +124,7 @@ impl LanguageModel {
             anyhow::bail!("there is no layer {layer}: the model has {count}, counted from 0");
         }
         ensure!(!layers.is_empty(), "a model has at least one layer");
-        let config = self.config.with_layers(layers.len());
+        let config = self.config.of_layers(layers);
         let weights = config.parameter_shapes().into_iter().map(|(name, _)| {
             let from = with_layer(&name, |layer| layers[layer]);
             (name, self.weights[&from].frozen())
@@ -544,6 +544,22 @@ mod tests {
             assert!(is_finite(&cut.hidden(&batch, None, None).unwrap()).unwrap());
             assert!(model.cut_to(&[4]).is_err() && model.cut_to(&[]).is_err());
         }
+    }
+
+    #[test]
+    fn the_layers_that_are_kept_see_what_they_saw() {
+        let config = Architecture::new(Family::Qwen3, 4, 24).config(17, 0).unwrap();
+        let sees = |more| {
+            let config = config.with(&more).of_layers(&[0, 2, 3]);
+            // As a folder that was saved would be read.
+            config.with(&serde_json::json!({})).to_json().unwrap()
+        };
+        let window = serde_json::json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 2});
+        assert_eq!(sees(window)["max_window_layers"], 1);
+        let [full, slides] = ["full_attention", "sliding_attention"];
+        let types = serde_json::json!({"use_sliding_window": true, "sliding_window": 5,
+            "layer_types": [full, full, slides, full]});
+        assert_eq!(sees(types)["layer_types"], serde_json::json!([full, slides, full]));
     }
 
     #[test]

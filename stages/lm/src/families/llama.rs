@@ -8,8 +8,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::architecture::ROPE_THETA;
-use super::llama_like::{Biases, LlamaLike, Windows, decoder_like_llama};
+use super::llama_like::{
+    Biases, LlamaLike, Windows, config_like_llama, decoder_like_llama, default_activation, default_epsilon,
+    default_initializer_range, default_theta, llama_like,
+};
 use super::rope::RopeScaling;
 use super::{Architecture, Decoder, EndTokens, Sizes};
 
@@ -79,40 +81,14 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// Heads of keys and values `G`.
-    pub fn kv_heads(&self) -> usize {
-        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
-    }
-
-    /// Channels `D` of a head.
-    pub fn head_width(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
-    }
-
     pub(super) fn decoder(&self) -> LlamaLike<'_> {
-        LlamaLike {
-            sizes: Sizes {
-                vocabulary: self.vocab_size,
-                positions: self.max_position_embeddings,
-                width: self.hidden_size,
-                layers: self.num_hidden_layers,
-                heads: self.num_attention_heads,
-                kv_width: self.kv_heads() * self.head_width(),
-                tied: self.tie_word_embeddings,
-                initializer_range: self.initializer_range,
-            },
-            inner: self.intermediate_size,
-            kv_heads: self.kv_heads(),
+        llama_like!(
+            self,
             head_dim: self.head_dim,
-            activation: &self.hidden_act,
-            eps: self.rms_norm_eps,
-            dropout: self.attention_dropout,
-            theta: self.rope_theta,
-            scaling: self.rope_scaling.as_ref(),
             biases: Biases { qkv: self.attention_bias, out: self.attention_bias, feed_forward: self.mlp_bias },
             norms_heads: false,
-            windows: Windows::NONE,
-        }
+            windows: Windows::NONE
+        )
     }
 }
 
@@ -122,31 +98,12 @@ impl Decoder for LlamaConfig {
     decoder_like_llama!();
 
     fn of(architecture: &Architecture, vocab_size: usize, end: u32) -> Self {
-        let width = architecture.width;
-        LlamaConfig {
-            architectures: default_architectures(),
-            model_type: "llama".to_owned(),
-            vocab_size,
-            hidden_size: width,
-            intermediate_size: architecture.inner.unwrap_or_else(|| architecture.default_inner()),
-            num_hidden_layers: architecture.layers,
-            num_attention_heads: architecture.heads(),
-            num_key_value_heads: architecture.kv_heads,
+        config_like_llama!(architecture, vocab_size, end, {
             head_dim: None,
-            hidden_act: default_activation(),
-            max_position_embeddings: architecture.positions(),
-            initializer_range: default_initializer_range(),
             rms_norm_eps: 1e-5,
-            tie_word_embeddings: architecture.tied.unwrap_or(true),
-            rope_theta: architecture.rope_theta.unwrap_or_else(default_theta),
-            rope_scaling: None,
             attention_bias: false,
-            attention_dropout: architecture.dropout.unwrap_or(0.0),
             mlp_bias: false,
-            bos_token_id: Some(end),
-            eos_token_id: Some(EndTokens::One(end)),
-            pad_token_id: Some(i64::from(end)),
-        }
+        })
     }
 }
 
@@ -154,22 +111,6 @@ fn default_architectures() -> Vec<String> {
     vec!["LlamaForCausalLM".to_owned()]
 }
 
-fn default_activation() -> String {
-    "silu".to_owned()
-}
-
 fn default_positions() -> usize {
     2048
-}
-
-fn default_initializer_range() -> f64 {
-    0.02
-}
-
-fn default_epsilon() -> f64 {
-    1e-6
-}
-
-fn default_theta() -> f64 {
-    ROPE_THETA
 }

@@ -10,6 +10,7 @@ use contract::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
+use super::architecture::ROPE_THETA;
 use super::check::{at_least_one, multiple, not_negative, rate};
 use super::rope::{self, RopeScaling};
 use super::{Names, Sizes, Weights};
@@ -56,6 +57,89 @@ macro_rules! decoder_like_llama {
     };
 }
 pub(super) use decoder_like_llama;
+
+/// The [`LlamaLike`] of a configuration, from the fields that those of all families have, and from what is its own.
+macro_rules! llama_like {
+    ($config:expr, head_dim: $head_dim:expr, biases: $biases:expr, norms_heads: $norms_heads:expr, windows: $windows:expr) => {{
+        let config = $config;
+        let (heads, head_dim) = (config.num_attention_heads, $head_dim);
+        let kv_heads = config.num_key_value_heads.unwrap_or(heads);
+        LlamaLike {
+            sizes: Sizes {
+                vocabulary: config.vocab_size,
+                positions: config.max_position_embeddings,
+                width: config.hidden_size,
+                layers: config.num_hidden_layers,
+                heads,
+                // Of no heads: `validate` says so.
+                kv_width: kv_heads * head_dim.unwrap_or(config.hidden_size.checked_div(heads).unwrap_or(0)),
+                tied: config.tie_word_embeddings,
+                initializer_range: config.initializer_range,
+            },
+            inner: config.intermediate_size,
+            kv_heads,
+            head_dim,
+            activation: &config.hidden_act,
+            eps: config.rms_norm_eps,
+            dropout: config.attention_dropout,
+            theta: config.rope_theta,
+            scaling: config.rope_scaling.as_ref(),
+            biases: $biases,
+            norms_heads: $norms_heads,
+            windows: $windows,
+        }
+    }};
+}
+pub(super) use llama_like;
+
+/// The configuration that an architecture asks for: the fields that those of all families have, and what is its own.
+macro_rules! config_like_llama {
+    ($architecture:expr, $vocab_size:expr, $end:expr, {$($own:ident: $value:expr,)*}) => {{
+        let (architecture, end): (&Architecture, u32) = ($architecture, $end);
+        Self {
+            architectures: default_architectures(),
+            model_type: Self::MODEL_TYPE.to_owned(),
+            vocab_size: $vocab_size,
+            hidden_size: architecture.width,
+            intermediate_size: architecture.inner.unwrap_or_else(|| architecture.default_inner()),
+            num_hidden_layers: architecture.layers,
+            num_attention_heads: architecture.heads(),
+            num_key_value_heads: architecture.kv_heads,
+            hidden_act: default_activation(),
+            max_position_embeddings: architecture.positions(),
+            initializer_range: default_initializer_range(),
+            tie_word_embeddings: architecture.tied.unwrap_or(true),
+            rope_theta: architecture.rope_theta.unwrap_or_else(default_theta),
+            rope_scaling: None,
+            attention_dropout: architecture.dropout.unwrap_or(0.0),
+            bos_token_id: Some(end),
+            eos_token_id: Some(EndTokens::One(end)),
+            pad_token_id: Some(i64::from(end)),
+            $($own: $value,)*
+        }
+    }};
+}
+pub(super) use config_like_llama;
+
+/// Nonlinearity of the gate where a file names none.
+pub(super) fn default_activation() -> String {
+    "silu".to_owned()
+}
+
+/// Standard deviation of initial weights where a file names none.
+pub(super) fn default_initializer_range() -> f64 {
+    0.02
+}
+
+/// What is added to the mean square in norms where a file does not say.
+pub(super) fn default_epsilon() -> f64 {
+    1e-6
+}
+
+/// Base of the rotary angles where a file does not say.
+pub(super) fn default_theta() -> f64 {
+    ROPE_THETA
+}
 
 /// What parameters are called.
 pub(super) const NAMES: Names = Names {
@@ -110,6 +194,18 @@ pub(super) struct Windows<'a> {
     /// Where they are not: all from this one on.
     pub(super) from: usize,
 }
+
+/// The part of a `Decoder` of a family whose configuration tells which layers have windows.
+macro_rules! keeps_windows {
+    () => {
+        fn keep_layers(&mut self, layers: &[usize]) {
+            self.num_hidden_layers = layers.len();
+            self.max_window_layers = layers.iter().filter(|layer| **layer < self.max_window_layers).count();
+            self.layer_types = self.layer_types.take().map(|types| layers.iter().map(|layer| types[*layer]).collect());
+        }
+    };
+}
+pub(super) use keeps_windows;
 
 /// What the queries of a layer see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

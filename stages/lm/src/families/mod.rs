@@ -166,6 +166,11 @@ trait Decoder: Clone + Debug + PartialEq + Serialize + DeserializeOwned {
     /// The number of its layers, to be changed.
     fn layers_mut(&mut self) -> &mut usize;
 
+    /// Changes it to that of a model of these of its layers, in rising order.
+    fn keep_layers(&mut self, layers: &[usize]) {
+        *self.layers_mut() = layers.len();
+    }
+
     /// Tokens that begin a text, and that end one.
     fn begin_and_ends(&self) -> (Option<u32>, Option<&EndTokens>);
 
@@ -390,8 +395,14 @@ impl Config {
         u64::try_from(all).unwrap_or(u64::MAX)
     }
 
-    /// The same with another number of layers.
-    pub(crate) fn with_layers(&self, layers: usize) -> Self {
+    /// The same of some of its layers alone.
+    pub(crate) fn of_layers(&self, layers: &[usize]) -> Self {
+        let mut config = self.clone();
+        of_any!(&mut config, config => config.keep_layers(layers));
+        config
+    }
+
+    fn with_layers(&self, layers: usize) -> Self {
         let mut config = self.clone();
         of_any!(&mut config, config => *config.layers_mut() = layers);
         config
@@ -568,6 +579,7 @@ mod tests {
     fn options_that_are_not_computed_are_refused() {
         use Family::*;
         for (family, key, value, expected) in [
+            (Llama, "num_attention_heads", json!(0), "heads is 0: expected at least 1"),
             (Opt, "layer_norm_elementwise_affine", json!(false), "norms with weights and biases"),
             (Opt, "layerdrop", json!(0.1), "`layerdrop` is 0.1: expected 0"),
             (Opt, "activation_function", json!("tanh"), "`activation_function`"),

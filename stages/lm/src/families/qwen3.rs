@@ -6,8 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::architecture::ROPE_THETA;
-use super::llama_like::{Biases, LayerType, LlamaLike, Windows, decoder_like_llama};
+use super::llama_like::{
+    Biases, LayerType, LlamaLike, Windows, config_like_llama, decoder_like_llama, default_activation, default_epsilon,
+    default_initializer_range, default_theta, keeps_windows, llama_like,
+};
 use super::rope::RopeScaling;
 use super::{Architecture, Decoder, EndTokens, Sizes};
 
@@ -86,39 +88,18 @@ pub struct Qwen3Config {
 }
 
 impl Qwen3Config {
-    /// Heads of keys and values `G`.
-    pub fn kv_heads(&self) -> usize {
-        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
-    }
-
     fn decoder(&self) -> LlamaLike<'_> {
-        LlamaLike {
-            sizes: Sizes {
-                vocabulary: self.vocab_size,
-                positions: self.max_position_embeddings,
-                width: self.hidden_size,
-                layers: self.num_hidden_layers,
-                heads: self.num_attention_heads,
-                kv_width: self.kv_heads() * self.head_dim,
-                tied: self.tie_word_embeddings,
-                initializer_range: self.initializer_range,
-            },
-            inner: self.intermediate_size,
-            kv_heads: self.kv_heads(),
+        llama_like!(
+            self,
             head_dim: Some(self.head_dim),
-            activation: &self.hidden_act,
-            eps: self.rms_norm_eps,
-            dropout: self.attention_dropout,
-            theta: self.rope_theta,
-            scaling: self.rope_scaling.as_ref(),
             biases: Biases { qkv: self.attention_bias, out: self.attention_bias, feed_forward: false },
             norms_heads: true,
             windows: Windows {
                 size: self.sliding_window.filter(|_| self.use_sliding_window),
                 types: self.layer_types.as_deref(),
                 from: self.max_window_layers,
-            },
-        }
+            }
+        )
     }
 }
 
@@ -126,36 +107,18 @@ impl Decoder for Qwen3Config {
     const MODEL_TYPE: &str = "qwen3";
 
     decoder_like_llama!();
+    keeps_windows!();
 
     fn of(architecture: &Architecture, vocab_size: usize, end: u32) -> Self {
-        let width = architecture.width;
-        Qwen3Config {
-            architectures: default_architectures(),
-            model_type: Self::MODEL_TYPE.to_owned(),
-            vocab_size,
-            hidden_size: width,
-            intermediate_size: architecture.inner.unwrap_or_else(|| architecture.default_inner()),
-            num_hidden_layers: architecture.layers,
-            num_attention_heads: architecture.heads(),
-            num_key_value_heads: architecture.kv_heads,
-            head_dim: width / architecture.heads(),
-            hidden_act: default_activation(),
-            max_position_embeddings: architecture.positions(),
-            initializer_range: default_initializer_range(),
+        config_like_llama!(architecture, vocab_size, end, {
+            head_dim: architecture.width / architecture.heads(),
             rms_norm_eps: default_epsilon(),
-            tie_word_embeddings: architecture.tied.unwrap_or(true),
-            rope_theta: architecture.rope_theta.unwrap_or_else(default_theta),
-            rope_scaling: None,
             attention_bias: false,
             use_sliding_window: false,
             sliding_window: None,
             max_window_layers: default_max_window_layers(),
             layer_types: None,
-            attention_dropout: architecture.dropout.unwrap_or(0.0),
-            bos_token_id: Some(end),
-            eos_token_id: Some(EndTokens::One(end)),
-            pad_token_id: Some(i64::from(end)),
-        }
+        })
     }
 }
 
@@ -167,24 +130,8 @@ fn default_kv_heads() -> Option<usize> {
     Some(32)
 }
 
-fn default_activation() -> String {
-    "silu".to_owned()
-}
-
 fn default_positions() -> usize {
     1 << 15
-}
-
-fn default_initializer_range() -> f64 {
-    0.02
-}
-
-fn default_epsilon() -> f64 {
-    1e-6
-}
-
-fn default_theta() -> f64 {
-    ROPE_THETA
 }
 
 fn default_window() -> Option<usize> {
