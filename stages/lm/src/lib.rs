@@ -41,7 +41,7 @@ pub use families::{
     OptConfig, Qwen2Config, Qwen3Config, RopeScaling, Sizes,
 };
 pub use files::folder::{MODEL_FILES, ModelFolder};
-pub use files::gguf::{GgmlType, Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
+pub use files::gguf::{Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
 pub use finite::{NotFinite, is_finite};
 pub use generate::{Generate, Generated, Prompt, generate, sample};
 pub use head::Head;
@@ -52,6 +52,7 @@ pub use schedule::{Schedule, Warmup, learning_rate};
 pub use teacher_cache::{Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter};
 pub use terms::activation::Activation;
 pub use terms::dropout::Dropout;
+pub use terms::format::Format;
 
 /// Version of the numbers this crate computes: part of the key of every stage that uses it. Bumped when the same inputs
 /// give other bits on the same machine.

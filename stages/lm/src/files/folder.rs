@@ -14,7 +14,7 @@ use indexmap::IndexMap;
 use serde_json::Value as Json;
 
 use super::generation::{self, GenerationConfig};
-use super::gguf::{Gguf, GgufModel};
+use super::gguf::Gguf;
 use super::tensors::{Stored, TensorFile, write_json};
 use super::tokenizer;
 use crate::families::Config;
@@ -60,26 +60,32 @@ impl ModelFolder {
     /// Errors when the model is none that this crate computes, or tensors are missing, foreign, there twice, or of another
     /// shape or type than they must be: they name file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        if path.is_file() && Gguf::is(path) {
-            ensure!(
-                Gguf::open(path)?.paths().count() == 1,
-                "`{}` is one of several files of a model: name their folder",
-                path.display()
-            );
-            let folder = path.parent().unwrap_or(Path::new("."));
-            let config = gguf_config(path)?;
-            return ModelFolder::of(folder, config, vec![name_of(path).to_owned()], None);
+        if !path.join("config.json").exists()
+            && let Some(file) = Gguf::at(path)?
+        {
+            return ModelFolder::of_gguf(path, &file);
         }
         ensure!(path.is_dir(), "`{}` is no folder: expected that of a model, with its `config.json`", path.display());
-        let by_itself = if path.join("config.json").exists() { None } else { Gguf::at(path)? };
-        let config = by_itself.map_or_else(|| Config::load(path), |file| gguf_config(&file))?;
+        let config = Config::load(path)?;
         let (names, index) = weight_files(path)?;
-        ModelFolder::of(path, config, names, index)
+        let files = names.iter().map(|name| TensorFile::open(&path.join(name))).collect::<Result<_>>()?;
+        ModelFolder::of(path, config, files, index)
     }
 
-    fn of(path: &Path, config: Config, names: Vec<String>, index: Option<&'static str>) -> Result<Self> {
+    /// A model that a GGUF file describes by itself, at `path` or in that folder.
+    fn of_gguf(path: &Path, file: &Path) -> Result<Self> {
+        let (tensors, config) = TensorFile::open_gguf(file)?;
+        ensure!(
+            path.is_dir() || tensors.gguf_parts().is_some_and(|parts| parts.len() == 1),
+            "`{}` is one of several files of a model: name their folder",
+            path.display()
+        );
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
+        ModelFolder::of(folder, Config::read(config, file)?, vec![tensors], None)
+    }
+
+    fn of(path: &Path, config: Config, files: Vec<TensorFile>, index: Option<&'static str>) -> Result<Self> {
         let generation = GenerationConfig::load(path)?;
-        let files = names.iter().map(|name| TensorFile::open(&path.join(name))).collect::<Result<Vec<_>>>()?;
         let mut folder = ModelFolder {
             path: path.to_owned(),
             config,
@@ -243,7 +249,10 @@ impl ModelFolder {
             parameters.insert(name.clone(), weight);
         }
         if self.second_head.is_some() {
-            let embedding = self.read(&self.places[self.config.embedding()], device)?;
+            let embedding = match parameters[self.config.embedding()].dense() {
+                Some(values) => values.clone(),
+                None => self.read(&self.places[self.config.embedding()], device)?,
+            };
             if let Some(head) = self.unlike_head(&embedding)? {
                 parameters.insert(self.config.head().to_owned(), Weight::new(head));
                 self.config.untie();
@@ -346,10 +355,6 @@ fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<&'static str>)> {
          `pytorch_model.bin.index.json` or a `.gguf`",
         folder.display()
     )
-}
-
-fn gguf_config(path: &Path) -> Result<Config> {
-    Config::read(GgufModel::of(&Gguf::open(path)?)?.config, path)
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<String>> {

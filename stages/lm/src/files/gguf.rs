@@ -18,6 +18,8 @@ use contract::Result;
 use contract::files::{self, cannot, in_words};
 use indexmap::IndexMap;
 
+use crate::terms::format::Format;
+
 pub use self::model::{GgufModel, ModelTensor, row_order};
 
 /// An open GGUF file, or all files of a split one.
@@ -66,7 +68,7 @@ pub struct GgufTensor {
     /// Sizes in row-major order, `[out, in]` for a matrix: the reverse of what the file says.
     pub shape: Vec<usize>,
     /// How its numbers are written.
-    pub kind: GgmlType,
+    pub format: Format,
     /// Its first byte, counted from the beginning of its file.
     pub offset: u64,
     /// Its length in bytes.
@@ -75,72 +77,22 @@ pub struct GgufTensor {
     part: usize,
 }
 
-/// Declares the types of numbers: name, number in files, numbers in a block, bytes of a block.
-macro_rules! ggml_types {
-    ($($(#[$doc:meta])* $name:ident = $number:literal: $block:literal in $bytes:literal,)*) => {
-        /// How the numbers of a tensor are written. Those of quantised types come in blocks, which lie one after another in a
-        /// row of the tensor and never across its end.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[allow(non_camel_case_types, reason = "the names that everybody knows them by")]
-        pub enum GgmlType {
-            $($(#[$doc])* $name,)*
-        }
-
-        impl GgmlType {
-            /// All of them.
-            pub const ALL: &[GgmlType] = &[$(GgmlType::$name),*];
-
-            /// Its number in files.
-            pub fn number(self) -> u32 {
-                match self { $(GgmlType::$name => $number,)* }
-            }
-
-            /// Its name in llama.cpp.
-            pub fn name(self) -> &'static str {
-                match self { $(GgmlType::$name => stringify!($name),)* }
-            }
-
-            /// Numbers of a block.
-            pub fn block(self) -> usize {
-                match self { $(GgmlType::$name => $block,)* }
-            }
-
-            /// Bytes of a block.
-            pub fn block_bytes(self) -> usize {
-                match self { $(GgmlType::$name => $bytes,)* }
-            }
-        }
-    };
-}
-
-ggml_types! {
-    /// 32 bits.
-    F32 = 0: 1 in 4,
-    /// 16 bits, IEEE half precision.
-    F16 = 1: 1 in 2,
-    /// 4 bits and a scale.
-    Q4_0 = 2: 32 in 18,
-    /// 4 bits, a scale and a minimum.
-    Q4_1 = 3: 32 in 20,
-    /// 5 bits and a scale.
-    Q5_0 = 6: 32 in 22,
-    /// 5 bits, a scale and a minimum.
-    Q5_1 = 7: 32 in 24,
-    /// 8 bits and a scale.
-    Q8_0 = 8: 32 in 34,
-    /// 2 bits, in blocks of blocks.
-    Q2_K = 10: 256 in 84,
-    /// 3 bits, in blocks of blocks.
-    Q3_K = 11: 256 in 110,
-    /// 4 bits, in blocks of blocks.
-    Q4_K = 12: 256 in 144,
-    /// 5 bits, in blocks of blocks.
-    Q5_K = 13: 256 in 176,
-    /// 6 bits, in blocks of blocks.
-    Q6_K = 14: 256 in 210,
-    /// 16 bits, the upper half of F32.
-    BF16 = 30: 1 in 2,
-}
+/// The formats of numbers that are read, by their numbers in files.
+const FORMATS: [(u32, Format); 13] = [
+    (0, Format::F32),
+    (1, Format::F16),
+    (2, Format::Q4_0),
+    (3, Format::Q4_1),
+    (6, Format::Q5_0),
+    (7, Format::Q5_1),
+    (8, Format::Q8_0),
+    (10, Format::Q2K),
+    (11, Format::Q3K),
+    (12, Format::Q4K),
+    (13, Format::Q5K),
+    (14, Format::Q6K),
+    (30, Format::BF16),
+];
 
 /// Names of types that are known and not read, for messages.
 const OTHER_TYPES: [(u32, &str); 20] = [
@@ -166,21 +118,19 @@ const OTHER_TYPES: [(u32, &str); 20] = [
     (40, "NVFP4"),
 ];
 
-impl GgmlType {
-    fn of(number: u32) -> Result<Self> {
-        let known = GgmlType::ALL.iter().copied().find(|kind| kind.number() == number);
-        known.ok_or_else(|| {
-            let name = OTHER_TYPES.iter().find(|(other, _)| *other == number).map_or("unknown", |(_, name)| name);
-            let names: Vec<_> = GgmlType::ALL.iter().map(|kind| kind.name()).collect();
-            anyhow!("has type {number} ({name}): expected one of {}", names.join(", "))
-        })
-    }
+fn format_of(number: u32) -> Result<Format> {
+    let known = FORMATS.iter().find(|(known, _)| *known == number).map(|(_, format)| *format);
+    known.ok_or_else(|| {
+        let name = OTHER_TYPES.iter().find(|(other, _)| *other == number).map_or("unknown", |(_, name)| name);
+        let names: Vec<_> = FORMATS.iter().map(|(_, format)| format.name()).collect();
+        anyhow!("has type {number} ({name}): expected one of {}", names.join(", "))
+    })
 }
 
 impl GgufTensor {
     /// Bytes of a row, which is what the last size counts.
     pub fn row_bytes(&self) -> usize {
-        self.shape.last().copied().unwrap_or(1) / self.kind.block() * self.kind.block_bytes()
+        self.shape.last().copied().unwrap_or(1) / self.format.block() * self.format.block_bytes()
     }
 }
 
@@ -615,23 +565,23 @@ impl<R: Read> Cursor<R> {
         for _ in 0..dimensions {
             shape.push(self.u64()?);
         }
-        let kind = GgmlType::of(self.u32()?).map_err(|error| anyhow!("{} {error}", tensor()))?;
+        let format = format_of(self.u32()?).map_err(|error| anyhow!("{} {error}", tensor()))?;
         let offset = self.u64()?;
-        let (block, block_bytes) = (kind.block() as u64, kind.block_bytes() as u64);
+        let (block, block_bytes) = (format.block() as u64, format.block_bytes() as u64);
         let row = shape.first().copied().unwrap_or(1);
         ensure!(!shape.contains(&0), "{} has a size of 0", tensor());
         ensure!(
             row.is_multiple_of(block),
             "{} has rows of {row}, no multiple of the blocks of {}",
             tensor(),
-            kind.name()
+            format.name()
         );
         let bytes = shape.iter().try_fold(1_u64, |all, size| all.checked_mul(*size));
         let bytes = bytes.and_then(|numbers| (numbers / block).checked_mul(block_bytes));
         let bytes = bytes.filter(|bytes| *bytes <= files::WEIGHTS.bytes);
         let bytes = bytes.with_context(|| format!("{} has sizes {shape:?}, more than any file holds", tensor()))?;
         let shape = shape.into_iter().rev().map(|size| size as usize).collect();
-        Ok(GgufTensor { name, shape, kind, offset, bytes, part })
+        Ok(GgufTensor { name, shape, format, offset, bytes, part })
     }
 }
 
@@ -666,7 +616,7 @@ pub(crate) mod tests {
     pub(crate) struct Writer {
         version: u32,
         keys: Vec<(String, GgufValue)>,
-        tensors: Vec<(String, Vec<u64>, GgmlType, Vec<u8>)>,
+        tensors: Vec<(String, Vec<u64>, Format, Vec<u8>)>,
     }
 
     fn text(text: &str) -> Vec<u8> {
@@ -692,13 +642,13 @@ pub(crate) mod tests {
         }
 
         /// A tensor of zeros with this row-major shape.
-        pub(crate) fn tensor(self, name: &str, shape: &[u64], kind: GgmlType) -> Self {
+        pub(crate) fn tensor(self, name: &str, shape: &[u64], format: Format) -> Self {
             let numbers: u64 = shape.iter().product();
-            self.values(name, shape, kind, vec![0; numbers as usize / kind.block() * kind.block_bytes()])
+            self.values(name, shape, format, vec![0; numbers as usize / format.block() * format.block_bytes()])
         }
 
-        pub(crate) fn values(mut self, name: &str, shape: &[u64], kind: GgmlType, values: Vec<u8>) -> Self {
-            self.tensors.push((name.into(), shape.iter().rev().copied().collect(), kind, values));
+        pub(crate) fn values(mut self, name: &str, shape: &[u64], format: Format, values: Vec<u8>) -> Self {
+            self.tensors.push((name.into(), shape.iter().rev().copied().collect(), format, values));
             self
         }
 
@@ -734,11 +684,12 @@ pub(crate) mod tests {
             }
             let mut offset = 0_u64;
             let mut data = Vec::new();
-            for (name, shape, kind, values) in &self.tensors {
+            for (name, shape, format, values) in &self.tensors {
                 bytes.extend(text(name));
                 bytes.extend((shape.len() as u32).to_le_bytes());
                 bytes.extend(shape.iter().flat_map(|size| size.to_le_bytes()));
-                bytes.extend(kind.number().to_le_bytes());
+                let (number, _) = FORMATS.iter().find(|(_, known)| known == format).unwrap();
+                bytes.extend(number.to_le_bytes());
                 bytes.extend(offset.to_le_bytes());
                 data.extend(values);
                 data.resize(data.len().next_multiple_of(32), 0);
@@ -767,9 +718,9 @@ pub(crate) mod tests {
             .key("scores", GgufValue::Floats(vec![0.1, -2.0]))
             .key("map", GgufValue::Bytes(vec![1, 255]))
             .key("flags", GgufValue::Bools(vec![true, false]))
-            .values("a", &[3], GgmlType::F32, (0..12).collect())
-            .tensor("b", &[2, 32], GgmlType::Q4_1)
-            .tensor("c", &[3, 2, 256], GgmlType::Q6_K)
+            .values("a", &[3], Format::F32, (0..12).collect())
+            .tensor("b", &[2, 32], Format::Q4_1)
+            .tensor("c", &[3, 2, 256], Format::Q6K)
     }
 
     fn open(bytes: &[u8]) -> Result<Gguf> {
@@ -798,12 +749,12 @@ pub(crate) mod tests {
             let tensors: Vec<_> = file
                 .tensors()
                 .iter()
-                .map(|t| (t.name.as_str(), &t.shape[..], t.kind, t.bytes, t.row_bytes()))
+                .map(|t| (t.name.as_str(), &t.shape[..], t.format, t.bytes, t.row_bytes()))
                 .collect();
             let expected = [
-                ("a", &[3][..], GgmlType::F32, 12, 12),
-                ("b", &[2, 32], GgmlType::Q4_1, 40, 20),
-                ("c", &[3, 2, 256], GgmlType::Q6_K, 1260, 210),
+                ("a", &[3][..], Format::F32, 12, 12),
+                ("b", &[2, 32], Format::Q4_1, 40, 20),
+                ("c", &[3, 2, 256], Format::Q6K, 1260, 210),
             ];
             assert_eq!(tensors, expected);
             assert!(file.tensors().iter().all(|tensor| tensor.offset.is_multiple_of(32)));
@@ -820,8 +771,8 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |number: usize| folder.path().join(format!("model-{number:05}-of-00002.gguf"));
         let part = |number: i128| Writer::new().number("split.no", number).number("split.count", 2);
-        let first = part(0).number("split.tensors.count", 2).word("who", "first").tensor("a", &[1], GgmlType::F32);
-        let second = part(1).word("who", "second").values("b", &[1], GgmlType::F32, vec![1, 2, 3, 4]);
+        let first = part(0).number("split.tensors.count", 2).word("who", "first").tensor("a", &[1], Format::F32);
+        let second = part(1).word("who", "second").values("b", &[1], Format::F32, vec![1, 2, 3, 4]);
         fs::write(path(1), first.bytes()).unwrap();
         let error = Gguf::open(&path(1)).unwrap_err().to_string();
         assert!(error.contains("there is no file") && error.contains("00002-of-00002"), "{error}");
@@ -831,7 +782,7 @@ pub(crate) mod tests {
             assert_eq!((file.text("who"), file.tensors().len()), (Some("first"), 2));
             assert_eq!(file.read_all(file.tensor("b").unwrap()).unwrap(), [1, 2, 3, 4]);
         }
-        fs::write(path(2), part(1).tensor("a", &[1], GgmlType::F32).bytes()).unwrap();
+        fs::write(path(2), part(1).tensor("a", &[1], Format::F32).bytes()).unwrap();
         let error = Gguf::open(&path(1)).unwrap_err().to_string();
         assert!(error.contains("tensor `a`, which is there twice"), "{error}");
         fs::write(path(2), part(0).bytes()).unwrap();
@@ -892,9 +843,9 @@ pub(crate) mod tests {
         assert!(with(b + 24, &(1_u64 << 40).to_le_bytes()).contains("tensor `b` ends behind the"));
         assert!(with(b + 24, &(u64::MAX - 31).to_le_bytes()).contains("tensor `b` ends behind the"));
         assert!(error_of(sample().number("yes", 1)).contains("key `yes` is there twice"));
-        assert!(error_of(sample().tensor("a", &[1], GgmlType::F32)).contains("tensor `a`, which is there twice"));
+        assert!(error_of(sample().tensor("a", &[1], Format::F32)).contains("tensor `a`, which is there twice"));
         assert!(error_of(sample().number("general.alignment", 3)).contains("its alignment is 3"));
-        assert!(error_of(sample().tensor("d", &[0], GgmlType::F32)).contains("tensor `d` has a size of 0"));
+        assert!(error_of(sample().tensor("d", &[0], Format::F32)).contains("tensor `d` has a size of 0"));
     }
 
     /// A file of holes takes no room on disk and has any size: what it claims must not be allocated.

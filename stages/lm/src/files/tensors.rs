@@ -19,7 +19,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
-use super::gguf::{GgmlType, Gguf, GgufModel, ModelTensor, row_order};
+use super::gguf::{Gguf, GgufModel, ModelTensor, row_order};
 use crate::kernels::decode::decode;
 use crate::kernels::map::map;
 use crate::terms::format::Format;
@@ -103,15 +103,22 @@ impl TensorFile {
     ///
     /// Errors when it is cut short, or not what its ending says.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let kind = if Gguf::is(path) {
-            let file = Gguf::open(path)?;
-            Kind::Gguf { tensors: GgufModel::of(&file)?.tensors, file }
-        } else if path.extension().is_some_and(|extension| extension == "bin") {
+        if Gguf::is(path) {
+            return Ok(TensorFile::open_gguf(path)?.0);
+        }
+        let kind = if path.extension().is_some_and(|extension| extension == "bin") {
             pickle(path)?
         } else {
             safetensors(path)?
         };
         Ok(TensorFile { path: path.to_owned(), kind })
+    }
+
+    /// The same of a GGUF file (or of all of a split one), with the `config.json` that it stands for.
+    pub(crate) fn open_gguf(path: &Path) -> Result<(Self, Json)> {
+        let file = Gguf::open(path)?;
+        let GgufModel { config, tensors } = GgufModel::of(&file)?;
+        Ok((TensorFile { path: path.to_owned(), kind: Kind::Gguf { file, tensors } }, config))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -172,15 +179,15 @@ impl TensorFile {
             Kind::Gguf { file, tensors } => {
                 let stored = tensors.iter().map(|ModelTensor { index, name, .. }| {
                     let tensor = &file.tensors()[*index];
-                    let written = match tensor.kind {
-                        GgmlType::F32 => Written::As(Dtype::F32),
-                        GgmlType::F16 => Written::As(Dtype::F16),
-                        GgmlType::BF16 => Written::As(Dtype::BF16),
-                        other => Written::Quantised(format_of(other)?),
+                    let written = match tensor.format {
+                        Format::F32 => Written::As(Dtype::F32),
+                        Format::F16 => Written::As(Dtype::F16),
+                        Format::BF16 => Written::As(Dtype::BF16),
+                        quantised => Written::Quantised(quantised),
                     };
-                    Ok(Stored { name: name.clone(), shape: tensor.shape.clone(), written })
+                    Stored { name: name.clone(), shape: tensor.shape.clone(), written }
                 });
-                stored.collect::<Result<_>>()?
+                stored.collect()
             }
         };
         Ok(tensors)
@@ -288,25 +295,13 @@ fn named<'a>(tensors: &'a [ModelTensor], name: &str) -> Result<&'a ModelTensor> 
     tensors.iter().find(|tensor| tensor.name == name).context("a tensor without a place")
 }
 
-/// How blocks of a type are read.
-fn format_of(kind: GgmlType) -> Result<Format> {
-    let format = Format::ALL.into_iter().find(|format| format.name() == kind.name());
-    format.with_context(|| format!("tensors of type {} are not read", kind.name()))
-}
-
 /// The numbers of a tensor, its rows in the order of Hugging Face.
 fn from_gguf(file: &Gguf, tensors: &[ModelTensor], name: &str) -> Result<Vec<f32>> {
     let ModelTensor { index, interleaved_heads, .. } = named(tensors, name)?;
     let tensor = &file.tensors()[*index];
     let bytes = file.read_all(tensor)?;
     let mut values = vec![0.0; tensor.shape.iter().product()];
-    match tensor.kind {
-        GgmlType::F32 => {
-            let (words, _) = bytes.as_chunks::<4>();
-            values.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_le_bytes(*word));
-        }
-        other => decode(format_of(other)?, &bytes, &mut values),
-    }
+    decode(tensor.format, &bytes, &mut values);
     let Some(heads) = interleaved_heads else { return Ok(values) };
     let rows = tensor.shape[0];
     let width = values.len() / rows;

@@ -13,8 +13,9 @@ use crate::terms::format::Format;
 pub(crate) fn decode(format: Format, blocks: &[u8], out: &mut [f32]) {
     assert_eq!(format.bytes(out.len()), Some(blocks.len()), "{} numbers of {format}", out.len());
     match format {
-        Format::F16 => halves(blocks, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Format::BF16 => halves(blocks, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        Format::F32 => floats(blocks, out, f32::from_le_bytes),
+        Format::F16 => floats(blocks, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Format::BF16 => floats(blocks, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
         Format::Q4_0 => each::<18, 32>(blocks, out, q4_0),
         Format::Q4_1 => each::<20, 32>(blocks, out, q4_1),
         Format::Q5_0 => each::<22, 32>(blocks, out, q5_0),
@@ -28,8 +29,8 @@ pub(crate) fn decode(format: Format, blocks: &[u8], out: &mut [f32]) {
     }
 }
 
-fn halves(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; 2]) -> f32) {
-    let (bytes, _) = bytes.as_chunks::<2>();
+fn floats<const BYTES: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; BYTES]) -> f32) {
+    let (bytes, _) = bytes.as_chunks::<BYTES>();
     widen(|| out.iter_mut().zip(bytes).for_each(|(out, bytes)| *out = number(*bytes)));
 }
 

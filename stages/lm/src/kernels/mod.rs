@@ -75,6 +75,7 @@ pub(crate) mod testing {
     /// Numbers written down in a format by candle: its bytes, and what it reads from them.
     pub(crate) fn written(format: Format, numbers: Vec<f32>) -> (Vec<u8>, Vec<f32>) {
         let dtype = match format {
+            Format::F32 => GgmlDType::F32,
             Format::F16 => GgmlDType::F16,
             Format::BF16 => GgmlDType::BF16,
             Format::Q4_0 => GgmlDType::Q4_0,

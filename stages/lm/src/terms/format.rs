@@ -2,26 +2,42 @@
 
 use std::fmt;
 
-/// A way to write numbers down: half floats, or blocks of small integers that share scales, as GGUF files have them.
+/// A way to write numbers down: floats, or blocks of small integers that share scales, as GGUF files have them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Format {
+pub enum Format {
+    /// 32 bits.
+    F32,
+    /// 16 bits, IEEE half precision.
     F16,
+    /// 16 bits, the upper half of F32.
     BF16,
+    /// 4 bits and a scale.
     Q4_0,
+    /// 4 bits, a scale and a minimum.
     Q4_1,
+    /// 5 bits and a scale.
     Q5_0,
+    /// 5 bits, a scale and a minimum.
     Q5_1,
+    /// 8 bits and a scale.
     Q8_0,
+    /// 2 bits, in blocks of blocks.
     Q2K,
+    /// 3 bits, in blocks of blocks.
     Q3K,
+    /// 4 bits, in blocks of blocks.
     Q4K,
+    /// 5 bits, in blocks of blocks.
     Q5K,
+    /// 6 bits, in blocks of blocks.
     Q6K,
 }
 
 impl Format {
     /// All of them.
-    pub(crate) const ALL: [Format; 12] = [
+    #[cfg(test)]
+    pub(crate) const ALL: [Format; 13] = [
+        Format::F32,
         Format::F16,
         Format::BF16,
         Format::Q4_0,
@@ -37,8 +53,9 @@ impl Format {
     ];
 
     /// Its name, as ggml spells it.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
+            Format::F32 => "F32",
             Format::F16 => "F16",
             Format::BF16 => "BF16",
             Format::Q4_0 => "Q4_0",
@@ -55,17 +72,18 @@ impl Format {
     }
 
     /// Numbers that are written together: a row of a matrix has a multiple of so many.
-    pub(crate) fn block(self) -> usize {
+    pub fn block(self) -> usize {
         match self {
-            Format::F16 | Format::BF16 => 1,
+            Format::F32 | Format::F16 | Format::BF16 => 1,
             Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 => 32,
             Format::Q2K | Format::Q3K | Format::Q4K | Format::Q5K | Format::Q6K => 256,
         }
     }
 
     /// Bytes of a block.
-    pub(crate) fn block_bytes(self) -> usize {
+    pub fn block_bytes(self) -> usize {
         match self {
+            Format::F32 => 4,
             Format::F16 | Format::BF16 => 2,
             Format::Q4_0 => 2 + 16,
             Format::Q4_1 => 4 + 16,
@@ -81,7 +99,7 @@ impl Format {
     }
 
     /// Bytes of so many numbers; `None` where they do not fill blocks.
-    pub(crate) fn bytes(self, count: usize) -> Option<usize> {
+    pub fn bytes(self, count: usize) -> Option<usize> {
         count.is_multiple_of(self.block()).then(|| count / self.block() * self.block_bytes())
     }
 }

@@ -10,7 +10,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use contract::Result;
 use serde_json::{Value as Json, json};
 
-use super::{GgmlType, Gguf};
+use super::Gguf;
+use crate::terms::format::Format;
 
 /// What a GGUF file says of its model.
 #[derive(Clone, Debug, PartialEq)]
@@ -258,9 +259,9 @@ impl Said<'_> {
         let tensor = self.gguf.tensor(FREQUENCIES).expect("who asks has seen it");
         let pairs = head_width as usize / 2;
         ensure!(
-            tensor.kind == GgmlType::F32 && tensor.shape == [pairs],
+            tensor.format == Format::F32 && tensor.shape == [pairs],
             "tensor `{FREQUENCIES}` is {} of shape {:?}: expected F32 of [{pairs}]",
-            tensor.kind.name(),
+            tensor.format.name(),
             tensor.shape
         );
         let bytes = self.gguf.read_all(tensor)?;
@@ -326,7 +327,7 @@ mod tests {
             ("blk.0.ffn_up", &[12, 8]),
             ("blk.0.ffn_down", &[8, 12]),
         ];
-        tensors.iter().fold(writer, |w, (name, shape)| w.tensor(&format!("{name}.weight"), shape, GgmlType::F32))
+        tensors.iter().fold(writer, |w, (name, shape)| w.tensor(&format!("{name}.weight"), shape, Format::F32))
     }
 
     fn model(writer: &Writer) -> Result<GgufModel> {
@@ -360,17 +361,14 @@ mod tests {
 
     #[test]
     fn other_architectures_have_their_own_names_and_no_other_order() {
-        let qwen = tiny("qwen2").tensor("blk.0.attn_q.bias", &[8], GgmlType::F32).tensor(
-            "output.weight",
-            &[10, 8],
-            GgmlType::F32,
-        );
+        let qwen =
+            tiny("qwen2").tensor("blk.0.attn_q.bias", &[8], Format::F32).tensor("output.weight", &[10, 8], Format::F32);
         let GgufModel { config, tensors } = model(&qwen).unwrap();
         assert_eq!((&config["model_type"], &config["tie_word_embeddings"]), (&json!("qwen2"), &json!(false)));
         assert!(tensors.iter().all(|tensor| tensor.interleaved_heads.is_none()));
         let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert!(names.contains(&"model.layers.0.self_attn.q_proj.bias") && names.contains(&"lm_head.weight"));
-        let qwen = tiny("qwen3").tensor("blk.0.attn_q_norm.weight", &[4], GgmlType::F32);
+        let qwen = tiny("qwen3").tensor("blk.0.attn_q_norm.weight", &[4], Format::F32);
         let qwen = model(&qwen.number("qwen3.attention.key_length", 16)).unwrap();
         assert_eq!(qwen.config["head_dim"], 16);
         assert_eq!(qwen.tensors.last().unwrap().name, "model.layers.0.self_attn.q_norm.weight");
@@ -412,7 +410,7 @@ mod tests {
             writer.number("llama.attention.key_length", 64).number("llama.attention.value_length", 64).values(
                 FREQUENCIES,
                 &[32],
-                GgmlType::F32,
+                Format::F32,
                 bytes,
             )
         };
@@ -434,7 +432,7 @@ mod tests {
             (tiny("llama").word("llama.rope.scaling.type", "yarn"), "by the rule `yarn`"),
             (tiny("llama").word("llama.rope.scaling.type", "llama3"), "`rope_freqs.weight` is missing"),
             (
-                tiny("llama").tensor("blk.0.ffn_gate_exps.weight", &[1], GgmlType::F32),
+                tiny("llama").tensor("blk.0.ffn_gate_exps.weight", &[1], Format::F32),
                 "tensor `blk.0.ffn_gate_exps.weight` is none",
             ),
             (Writer::new(), "no `general.architecture`"),
