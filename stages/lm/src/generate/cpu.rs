@@ -165,10 +165,12 @@ impl Ops for Cached<'_> {
         let part = |layer: &Layer| {
             let bias = layer.bias.as_ref().map(elements).transpose()?;
             let out = match (layer.layout, bias) {
-                (Layout::InOut, bias) => {
-                    let bias =
-                        bias.map_or_else(|| Ok(vec![0.0; layer.outputs()?]), |bias| TensorResult::Ok(bias.to_vec()))?;
+                (Layout::InOut, Some(bias)) => {
                     by_row::product(x, &elements(layer.weight.tensor()?)?, &bias, layer.inputs()?)
+                }
+                (Layout::InOut, None) => {
+                    let zeros = vec![0.0; layer.outputs()?];
+                    by_row::product(x, &elements(layer.weight.tensor()?)?, &zeros, layer.inputs()?)
                 }
                 (Layout::OutIn, bias) => {
                     let mut out = transposed(x, &layer.weight, layer.inputs()?)?;
