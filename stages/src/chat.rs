@@ -6,6 +6,7 @@
 //! a pipeline makes does not depend on the day. And what a message spells like a control token stays text.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use contract::TokenizerFile;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::corpus::Turn;
-use crate::text::{SpecialTokens, Text};
+use crate::text::{SpecialTokens, Text, behind};
 
 /// What a template is called while it is rendered.
 const NAME: &str = "chat_template";
@@ -118,11 +119,7 @@ impl Chat {
         let whole = self.render(&[&turns[..], std::slice::from_ref(answer)].concat(), false)?;
         let prompt = self.ids(&before)?;
         let mut response = match whole.strip_prefix(&before) {
-            // Both are one text; where its seam merges, they are tokenised apart.
-            Some(rest) => match self.ids(&whole)?.strip_prefix(&prompt[..]) {
-                Some(ids) => ids.to_vec(),
-                None => self.ids(rest)?,
-            },
+            Some(rest) => behind(&prompt, &whole, rest, |text| self.ids(text))?,
             // A template that writes a finished answer otherwise than it begins one.
             None => self.ids(&answer.content)?,
         };
@@ -138,10 +135,7 @@ impl Chat {
         let mark = |text: &str| {
             let mut rest = text;
             let mut marked = String::with_capacity(text.len());
-            while let Some(spelled) = self.parsing.spelled_in(rest) {
-                let start = spelled.as_ptr() as usize - rest.as_ptr() as usize;
-                let first = spelled.chars().next().map_or(0, char::len_utf8);
-                let (before, after) = rest.split_at(start + first);
+            while let Some((before, after)) = self.parsing.torn(rest) {
                 marked.push_str(before);
                 marked.push(MARK);
                 rest = after;
@@ -162,11 +156,10 @@ impl Chat {
         }
         let mut ids = Vec::new();
         let mut rest = rendered;
-        while let Some(spelled) = self.parsing.spelled_in(rest) {
-            let start = spelled.as_ptr() as usize - rest.as_ptr() as usize;
+        while let Some(Range { start, end }) = self.parsing.place_spelled_in(rest) {
             ids.extend(self.plain.encode(&rest[..start].replace(MARK, ""))?);
-            ids.extend(self.parsing.encode(spelled)?);
-            rest = &rest[start + spelled.len()..];
+            ids.extend(self.parsing.encode(&rest[start..end])?);
+            rest = &rest[end..];
         }
         ids.extend(self.plain.encode(&rest.replace(MARK, ""))?);
         Ok(ids)

@@ -1,7 +1,8 @@
 //! What the columns of a row mean: which is asked, which is the answer.
 //!
-//! A row may also be a conversation: then every answer in it is a row, with what was said before. Columns are told by the names that the published sets use; `fields` of `download` names others. A column that nothing
-//! understands is named once, two that could mean the same are refused, and no row loses its prompt.
+//! A row may also be a conversation: then every answer in it is a row, with what was said before. Columns are told by the names
+//! that the published sets use; `fields` of `download` names others. A column that nothing understands is named once, two that
+//! could mean the same are refused, and no row loses its prompt.
 
 use std::collections::BTreeSet;
 

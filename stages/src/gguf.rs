@@ -153,10 +153,7 @@ fn byte_level(gguf: &Gguf, tokens: &[String], sorts: &[Sort], notes: &mut Vec<St
     for (id, (token, sort)) in tokens.iter().zip(sorts).enumerate() {
         ensure!(seen.insert(token.as_str()), "token {id}, `{token}`, is there twice");
         vocabulary.insert(token.clone(), id.into());
-        if matches!(sort, Sort::Control | Sort::Unknown | Sort::UserDefined) && !token.is_empty() {
-            added.push(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": *sort != Sort::UserDefined}));
-        }
+        added.extend(sort.added_token(id, token).filter(|_| !token.is_empty()));
     }
     let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});

@@ -48,6 +48,17 @@ impl Sort {
             other => bail!("a piece of sort {other}: expected one from 1 to 6"),
         })
     }
+
+    /// The entry of a piece of this sort in `added_tokens`: of one that is found in a text before it is divided.
+    pub(crate) fn added_token(self, id: usize, text: &str) -> Option<Json> {
+        let special = match self {
+            Sort::Control | Sort::Unknown => true,
+            Sort::UserDefined => false,
+            Sort::Normal | Sort::Unused | Sort::Byte => return None,
+        };
+        Some(json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special}))
+    }
 }
 
 /// A model: its pieces by id, and how a text is prepared for them.
@@ -143,15 +154,7 @@ impl Model {
                 bail!("pieces {first} and {id} are both `{text}`");
             }
         }
-        let added = self.pieces.iter().enumerate().filter_map(|(id, piece)| {
-            let special = match piece.sort {
-                Sort::Control | Sort::Unknown => true,
-                Sort::UserDefined => false,
-                _ => return None,
-            };
-            Some(json!({"id": id, "content": piece.text, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": special}))
-        });
+        let added = self.pieces.iter().enumerate().filter_map(|(id, piece)| piece.sort.added_token(id, &piece.text));
         let model = if self.is_unigram { self.unigram()? } else { self.bpe(&ids)? };
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),

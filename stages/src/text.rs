@@ -4,6 +4,7 @@
 //! is asked for: control tokens come from settings and templates, never from how data happens to be spelled.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use aho_corasick::{AhoCorasick, Match, MatchKind};
 use anyhow::{Context, Result, anyhow, bail};
@@ -62,6 +63,20 @@ pub(crate) fn begun(begin: &[u32], ids: Vec<u32>) -> Vec<u32> {
     if ids.starts_with(begin) { ids } else { [begin, &ids].concat() }
 }
 
+/// Ids of what follows a prompt in a whole text: both are one text; where its seam merges (the prompt's ids are no prefix of the
+/// text's), what follows is tokenised by itself.
+pub(crate) fn behind(
+    prompt: &[u32],
+    whole: &str,
+    rest: &str,
+    encode: impl Fn(&str) -> Result<Vec<u32>>,
+) -> Result<Vec<u32>> {
+    match encode(whole)?.strip_prefix(prompt) {
+        Some(ids) => Ok(ids.to_vec()),
+        None => encode(rest),
+    }
+}
+
 /// A tokenizer ready for use. Encoding never adds a token that is not in the text, never cuts and never pads.
 #[derive(Clone)]
 pub struct Text {
@@ -103,9 +118,7 @@ impl Text {
     fn encode_apart(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
         let mut rest = text;
-        while let Some(found) = self.controls.spelled(rest) {
-            let first = rest[found.start()..].chars().next().map_or(0, char::len_utf8);
-            let (before, after) = rest.split_at(found.start() + first);
+        while let Some((before, after)) = self.torn(rest) {
             ids.extend(self.encode_as_it_is(before)?);
             rest = after;
         }
@@ -120,9 +133,21 @@ impl Text {
         }
     }
 
+    /// A text in two behind the first character of the first control token that is spelled in it.
+    pub(crate) fn torn<'t>(&self, text: &'t str) -> Option<(&'t str, &'t str)> {
+        let start = self.place_spelled_in(text)?.start;
+        let first = text[start..].chars().next().map_or(0, char::len_utf8);
+        Some(text.split_at(start + first))
+    }
+
     /// The control token that is spelled in a text, if one is.
     pub fn spelled_in<'t>(&self, text: &'t str) -> Option<&'t str> {
-        self.controls.spelled(text).map(|found| &text[found.range()])
+        self.place_spelled_in(text).map(|place| &text[place])
+    }
+
+    /// Where that is: the first place.
+    pub(crate) fn place_spelled_in(&self, text: &str) -> Option<Range<usize>> {
+        self.controls.spelled(text).map(|found| found.range())
     }
 
     /// Whether an id is that of a control token.

@@ -34,7 +34,7 @@ use serde_json::json;
 use crate::chat::{Chat, Date, Exchange};
 use crate::corpus::{self, CorpusRow, Split, Turn};
 use crate::template::{Personas, Template, conversation};
-use crate::text::{Bos, SpecialTokens, Text, begun};
+use crate::text::{Bos, SpecialTokens, Text, begun, behind};
 
 /// The stage kind.
 pub struct Tokenize;
@@ -368,11 +368,7 @@ impl Writer<'_> {
 
 /// Ids of a response after a prompt, with the end token.
 fn after(prompt: &str, prompt_ids: &[u32], response: &str, text: &Text) -> Result<Vec<u32>> {
-    let whole = text.encode(&format!("{prompt}{response}"))?;
-    let mut ids = match whole.strip_prefix(prompt_ids) {
-        Some(rest) => rest.to_vec(),
-        None => text.encode(response)?,
-    };
+    let mut ids = behind(prompt_ids, &format!("{prompt}{response}"), response, |part| text.encode(part))?;
     ids.push(text.end());
     Ok(ids)
 }

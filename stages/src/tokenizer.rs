@@ -38,14 +38,11 @@ pub struct Opened {
 /// `<|end_of_text|>` if one of them is in the vocabulary.
 pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
     let place = path.display().to_string();
-    let mut folder = if path.is_dir() {
+    let folder = if path.is_dir() {
         Folder { place, files: files_in(path)?, model: Settings::of_model(path) }
     } else {
         Folder::of_file(place, files::read(path, files::TOKENIZER)?)?
     };
-    if let Some(end) = end_token {
-        folder.end_with(end)?;
-    }
     folder.open(end_token)
 }
 
@@ -53,11 +50,7 @@ pub fn open_tokenizer(path: &Path, end_token: Option<&str>) -> Result<Opened> {
 ///
 /// Errors as [`open_tokenizer`] does.
 pub(crate) fn open_files(place: String, files: BTreeMap<String, Vec<u8>>, end_token: Option<&str>) -> Result<Opened> {
-    let mut folder = Folder { place, files, model: Settings::default() };
-    if let Some(end) = end_token {
-        folder.end_with(end)?;
-    }
-    folder.open(end_token)
+    Folder { place, files, model: Settings::default() }.open(end_token)
 }
 
 /// Whether a folder holds files of a tokenizer.
@@ -170,7 +163,10 @@ impl Folder {
         Ok(folder)
     }
 
-    fn open(self, end_token: Option<&str>) -> Result<Opened> {
+    fn open(mut self, end_token: Option<&str>) -> Result<Opened> {
+        if let Some(end) = end_token {
+            self.end_with(end)?;
+        }
         let (main, roles) = self.main()?;
         let mut notes = Vec::new();
         let wanted = self.wanted(main.as_ref(), roles, &mut notes)?;
