@@ -29,7 +29,7 @@ use contract::{
     PortType, Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Head, Keep, LanguageModel, Prompts, Said, SoftPrompt, TeacherCache};
+use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPrompt, TeacherCache};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +59,10 @@ training::config! {
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
+        /// Train a low-rank adapter, and leave the student's own weights as they are, quantised ones too. What comes out is the
+        /// student with it.
+        #[serde(default)]
+        pub lora: Option<Lora>,
         /// Whether the student's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
         #[serde(default = "yes")]
         pub dropout: bool,
@@ -163,7 +167,7 @@ impl Stage for Distill {
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         let model =
-            foresight::learner(outlook, "student", config.init.as_ref(), "data", config.activation_checkpointing);
+            foresight::learner(outlook, "student", config.init.as_ref(), "data", config.lora.as_ref(), config.activation_checkpointing);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
         if outlook.has("cache") {
@@ -219,8 +223,8 @@ impl Operator for Distilling {
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let config = self.config.clone();
         let student = match inputs.take_optional::<LanguageModel>("student")? {
-            Some(student) => training::own(student)?,
-            None => training::initial(config.init.as_ref(), "student", &data, config.seed, &self.device)?,
+            Some(student) => training::own(student, config.lora.as_ref(), config.seed)?,
+            None => training::initial(config.init.as_ref(), "student", &data, config.lora.as_ref(), config.seed, &self.device)?,
         };
         let student = student.computed_in(config.dtype)?.with_activation_checkpointing(config.activation_checkpointing);
         let (teacher, head) = match &cache {
@@ -265,7 +269,7 @@ impl Operator for Distilling {
             };
             let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
             let labels = (config.cross_entropy != 0.0).then_some((text.labels.as_slice(), config.cross_entropy));
-            let loss = head_loss(&hidden, student.head()?, labels, &[target], &batch.weights())?;
+            let loss = head_loss(&hidden, &student.head()?, labels, &[target], &batch.weights())?;
             parts.add(name, loss.divergences[0]);
             parts.add("loss", config.weight * loss.divergences[0]);
             if let Some(cross_entropy) = loss.cross_entropy {

@@ -418,7 +418,7 @@ impl Evaluating {
             if text.tokens() == 0 {
                 continue;
             }
-            let found = log_probs(&text.hidden(model, prompt, None)?, model.head()?, &text.labels)?;
+            let found = log_probs(&text.hidden(model, prompt, None)?, &model.head()?, &text.labels)?;
             let mut rest = found.as_slice();
             for row in chunk {
                 let (own, after) = rest.split_at(Aligned::tokens_of(row));
@@ -466,7 +466,7 @@ impl Evaluating {
                     coefficient: 1.0,
                     temperature: 1.0,
                 };
-                divergence_values(&own, model.head()?, &[teacher])?.remove(0)
+                divergence_values(&own, &model.head()?, &[teacher])?.remove(0)
             };
             let mut rest = values.as_slice();
             for row in chunk {

@@ -20,7 +20,7 @@ use contract::{
     Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::head_loss;
-use lm::{Architecture, LanguageModel};
+use lm::{Architecture, LanguageModel, Lora};
 
 use crate::evaluate;
 use crate::finite::Behind;
@@ -33,6 +33,10 @@ training::config! {
         /// Shape of a model with random weights; for when no `model` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
+        /// Train a low-rank adapter, and leave the model's own weights as they are, quantised ones too. What comes out is the
+        /// model with it.
+        #[serde(default)]
+        pub lora: Option<Lora>,
         /// Whether the model's dropout is on; its rates are the model's (a new model's are 0 unless `init` says otherwise).
         #[serde(default = "yes")]
         pub dropout: bool,
@@ -90,7 +94,7 @@ impl Stage for Finetune {
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
-        let model = foresight::learner(outlook, "model", config.init.as_ref(), "data", config.activation_checkpointing);
+        let model = foresight::learner(outlook, "model", config.init.as_ref(), "data", config.lora.as_ref(), config.activation_checkpointing);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
     }
@@ -114,10 +118,10 @@ struct Finetuning {
 impl Operator for Finetuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let Config { init, seed, dropout, dtype, activation_checkpointing, .. } = &self.config;
+        let Config { init, lora, seed, dropout, dtype, activation_checkpointing, .. } = &self.config;
         let model = match inputs.take_optional::<LanguageModel>("model")? {
-            Some(model) => training::own(model)?,
-            None => training::initial(init.as_ref(), "model", &data, *seed, &self.device)?,
+            Some(model) => training::own(model, lora.as_ref(), *seed)?,
+            None => training::initial(init.as_ref(), "model", &data, lora.as_ref(), *seed, &self.device)?,
         };
         let model = model.computed_in(*dtype)?.with_activation_checkpointing(*activation_checkpointing);
         let dropout = training::dropout(*dropout, *seed, step, purpose::DROPOUT);
@@ -125,7 +129,7 @@ impl Operator for Finetuning {
         let row = self.trainer.update(&model.parameters(), &data, step, sink, &behind, |batch, parts| {
             let hidden = batch.text.hidden(&model, None, dropout.as_ref())?; // [tokens, C]
             let labels = Some((batch.text.labels.as_slice(), 1.0));
-            let loss = head_loss(&hidden, model.head()?, labels, &[], &batch.weights())?;
+            let loss = head_loss(&hidden, &model.head()?, labels, &[], &batch.weights())?;
             let cross_entropy = loss.cross_entropy.unwrap_or_default();
             parts.add("loss", cross_entropy);
             parts.add("cross_entropy", cross_entropy);

@@ -1,7 +1,7 @@
 //! What several kinds say of a stage before it runs, beside the rules that every kind shares ([`contract::Outlook`]).
 
-use contract::{Cause, Facts, Outlook};
-use lm::{Architecture, Dtype};
+use contract::{Cause, Facts, Learner, Outlook};
+use lm::{Architecture, Dtype, Lora};
 
 /// The model that a stage trains: the one on `port`, else a new one of the shape `init` over the vocabulary of `data`. Its
 /// facts are those of the trained model, too. From here on they stand for `port`, connected or not.
@@ -10,6 +10,7 @@ pub(crate) fn learner(
     port: &str,
     init: Option<&Architecture>,
     data: &str,
+    lora: Option<&Lora>,
     checkpointing: bool,
 ) -> Facts {
     let connected = outlook.has(port);
@@ -26,7 +27,7 @@ pub(crate) fn learner(
         outlook.assume(port, init.facts(vocabulary, ends));
     }
     let facts = outlook.input(port);
-    outlook.trains(port, data, checkpointing, !connected);
+    outlook.trains(port, data, Learner { is_new: !connected, checkpointing, adapter: lora.is_some() });
     outlook.same_vocabulary(&[data, port]);
     outlook.same_end(data, port);
     outlook.reads(port, None, &outlook.rows(data));

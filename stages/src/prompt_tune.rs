@@ -254,13 +254,13 @@ impl Config {
         };
         let head = teacher.head()?;
         let near = plain.as_ref().map(|hidden| Target {
-            source: Source::Head { hidden, head },
+            source: Source::Head { hidden, head: &head },
             divergence: regulariser.divergence,
             coefficient: weight,
             temperature: 1.0,
         });
         let targets: Vec<Target<'_>> = std::iter::once(guide).chain(near).collect();
-        let loss = head_loss(&prompted, head, None, &targets, &batch.weights())?;
+        let loss = head_loss(&prompted, &head, None, &targets, &batch.weights())?;
         parts.add("guidance", loss.divergences[0]);
         parts.add("loss", loss.divergences[0]);
         if let Some(regulariser) = loss.divergences.get(1) {
@@ -293,7 +293,7 @@ fn measure_start(batch: &MicroBatch, teacher: &LanguageModel, vectors: &Tensor, 
     let vectors = vectors.detach();
     for (name, prompt) in [(PLAIN_LOSS, None), (PROMPTED_LOSS, Some(&vectors))] {
         let text: &Aligned = &batch.text;
-        let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, teacher.head()?, &text.labels)?;
+        let probabilities = log_probs(&text.hidden(teacher, prompt, None)?, &teacher.head()?, &text.labels)?;
         let loss = -probabilities.iter().map(|&p| f64::from(p)).sum::<f64>();
         parts.add(name, loss / batch.tokens_of_batch as f64);
     }

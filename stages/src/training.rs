@@ -13,10 +13,10 @@ mod update;
 
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use candle_core::Device;
 use contract::{ConfigError, Dataset, Result, Step};
-use lm::{Architecture, Dropout, LanguageModel};
+use lm::{Architecture, Dropout, LanguageModel, Lora};
 
 pub use batches::{Mean, MicroBatch, Parts};
 pub(crate) use fields::config;
@@ -31,11 +31,20 @@ pub fn validate_init(init: Option<&Architecture>) -> Vec<ConfigError> {
     found.map(|error| ConfigError::at("init", format!("{error:#}"))).into_iter().collect()
 }
 
-/// Takes a carried model for training: the only reference is updated in place, a shared one is copied first.
-pub fn own(model: Arc<LanguageModel>) -> Result<LanguageModel> {
-    match Arc::try_unwrap(model) {
-        Ok(model) => model.trainable(),
-        Err(shared) => shared.deep_clone()?.trainable(),
+/// Takes a carried model for training: the only reference is updated in place, of a shared one that is copied which is
+/// trained. With `lora` that is an adapter, a new one where the model has none.
+pub fn own(model: Arc<LanguageModel>, lora: Option<&Lora>, seed: u64) -> Result<LanguageModel> {
+    match lora {
+        Some(lora) => model.check_adapter(lora)?,
+        None => ensure!(
+            !model.has_adapter(),
+            "the model has an adapter: give `lora` to go on with it, or merge the two first (kind `merge`)"
+        ),
+    }
+    let model = Arc::try_unwrap(model).or_else(|shared| shared.deep_clone())?;
+    match lora.filter(|_| !model.has_adapter()) {
+        Some(lora) => model.with_new_adapter(lora, seed)?.trainable(),
+        None => model.trainable(),
     }
 }
 
@@ -44,6 +53,7 @@ pub fn initial(
     init: Option<&Architecture>,
     port: &str,
     data: &Dataset,
+    lora: Option<&Lora>,
     seed: u64,
     device: &Device,
 ) -> Result<LanguageModel> {
@@ -51,7 +61,8 @@ pub fn initial(
         bail!("there is no {port} to train: connect `{port}`, or give `init` with the shape of a new one");
     };
     let model = LanguageModel::init(init, data.tokenizer.clone(), seed, device);
-    model.with_context(|| format!("cannot make a {port} with random weights"))?.trainable()
+    let model = model.with_context(|| format!("cannot make a {port} with random weights"))?;
+    own(Arc::new(model), lora, seed)
 }
 
 /// Dropout of a training forward pass, at the model's rates.

@@ -141,7 +141,7 @@ fn step(task: Task) -> Result<Work> {
     let mut optimizer = AdamW::new(AdamWOptions::default());
     Ok(Box::new(move |_| {
         let hidden = model.hidden(&batch, None, None)?; // [N, C]
-        let loss = head_loss(&hidden, model.head()?, Some((&labels, 1.0)), &[], &weights)?;
+        let loss = head_loss(&hidden, &model.head()?, Some((&labels, 1.0)), &[], &weights)?;
         let gradients = lm::gradients(&loss.loss, &model.parameters())?;
         update(&mut optimizer, &model, &gradients, &task)?;
         Ok((labels.len(), vec![loss.cross_entropy.expect("there are labels")]))
@@ -176,12 +176,12 @@ fn cached(task: Task) -> Result<Work> {
     Ok(Box::new(move |_| {
         let hidden = text.hidden(&student, None, None)?; // [tokens, C]
         let target = Target {
-            source: Source::Head { hidden: &taught, head: teacher.head()? },
+            source: Source::Head { hidden: &taught, head: &teacher.head()? },
             divergence: Divergence::ForwardKl,
             coefficient: 0.5,
             temperature: 1.0,
         };
-        let loss = head_loss(&hidden, student.head()?, Some((&text.labels, 0.5)), &[target], &weights)?;
+        let loss = head_loss(&hidden, &student.head()?, Some((&text.labels, 0.5)), &[target], &weights)?;
         let gradients = lm::gradients(&loss.loss, &student.parameters())?;
         update(&mut optimizer, &student, &gradients, &task)?;
         let cross_entropy = loss.cross_entropy.expect("there are labels");

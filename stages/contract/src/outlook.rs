@@ -96,6 +96,17 @@ const TRAINED: u64 = 16;
 /// and its feed-forward layer.
 const KEPT: u64 = 10;
 
+/// How a stage trains a model, as far as it decides how much memory that takes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Learner {
+    /// The model is made by the stage.
+    pub is_new: bool,
+    /// A block keeps its input alone.
+    pub checkpointing: bool,
+    /// An adapter is trained, and the model itself is as it was.
+    pub adapter: bool,
+}
+
 impl Outlook {
     /// Of a stage with these inputs connected, known or not.
     pub fn new(machine: Machine, inputs: BTreeMap<String, Facts>, room: Option<u64>) -> Self {
@@ -283,14 +294,14 @@ impl Outlook {
         }
     }
 
-    /// The stage trains the model on a port, or a new one, on the rows of `data`. With `checkpointing` a block keeps its
-    /// input alone.
-    pub fn trains(&mut self, port: &str, data: &str, checkpointing: bool, is_new: bool) {
+    /// The stage trains the model on a port, or a new one, on the rows of `data`.
+    pub fn trains(&mut self, port: &str, data: &str, Learner { is_new, checkpointing, adapter }: Learner) {
         let facts = self.input(port);
         let field = largest(&facts);
         let cause = if is_new { Cause::Field(field) } else { Cause::Input(port.into(), field) };
         let Facts { parameters, layers, width, .. } = facts;
-        self.needs_memory(format!("to train `{port}`"), parameters, TRAINED, cause.clone());
+        let each = if adapter { WEIGHT } else { TRAINED };
+        self.needs_memory(format!("to train `{port}`"), parameters, each, cause.clone());
         // The longest row goes through it some time, and maybe others beside.
         let tokens = self.input(data).text.peak().map_or(0, |peak| peak.tokens);
         let kept = if checkpointing { 1 } else { KEPT };
@@ -467,7 +478,7 @@ mod tests {
             let mut outlook = outlook([("teacher", size(parameters)), ("model", size(10))]);
             outlook.machine.memory = Some(memory);
             outlook.holds("teacher");
-            outlook.trains("model", "data", false, true);
+            outlook.trains("model", "data", Learner { is_new: true, ..Learner::default() });
             outlook.finish().findings.pop().map(|finding| (finding.is_error, finding.message))
         };
         assert_eq!(found(100, 1120), None);

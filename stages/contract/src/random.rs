@@ -19,6 +19,8 @@ pub mod purpose {
     pub const CORPUS: u32 = 6;
     /// Resampled rows of an interval.
     pub const BOOTSTRAP: u32 = 7;
+    /// Initial weights of low-rank adapters.
+    pub const LORA: u32 = 8;
     /// Persona lines of a dataset.
     pub const PERSONA: u32 = 0x40;
     /// Dropout of a student.

@@ -57,13 +57,13 @@ fn line(name: &str, teacher: &LanguageModel, student: &LanguageModel, keep: Keep
     let mut optimizer = AdamW::new(AdamWOptions::default());
     let mut update = |said: Said| -> anyhow::Result<()> {
         let source = match &said {
-            Said::Hidden(hidden) => Source::Head { hidden, head: teacher.head()? },
+            Said::Hidden(hidden) => Source::Head { hidden, head: &teacher.head()? },
             Said::TopK(kept) => Source::TopK(kept),
         };
         let target = Target { source, divergence: Divergence::ForwardKl, coefficient: 1.0, temperature: 1.0 };
         let hidden = student.hidden(&batch, None, None)?;
         let weights = vec![1.0 / (ROWS * LENGTH) as f32; ROWS * LENGTH];
-        let loss = head_loss(&hidden, student.head()?, None, &[target], &weights)?;
+        let loss = head_loss(&hidden, &student.head()?, None, &[target], &weights)?;
         let gradients = gradients(&loss.loss, &student.parameters())?;
         drop(loss);
         let scale = (1.0 / norm(&gradients)?).min(1.0);
@@ -103,7 +103,7 @@ fn cache(
     let hidden = teacher.hidden(batch, None, None)?;
     let said = match keep {
         Keep::Hidden => Said::Hidden(hidden),
-        Keep::TopK(k) => Said::TopK(TopK::of(&hidden, teacher.head()?, k, 1.0)?),
+        Keep::TopK(k) => Said::TopK(TopK::of(&hidden, &teacher.head()?, k, 1.0)?),
     };
     writer.push(responses.len(), &said)?;
     writer.finish()

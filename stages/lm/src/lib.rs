@@ -13,6 +13,7 @@
 //! The operations are fused by hand (`kernels`), on the CPU, where they give the same bits with any number of threads, and on
 //! NVIDIA's GPUs.
 
+mod adapter;
 mod batch;
 mod device;
 mod dtype;
@@ -33,6 +34,7 @@ mod teacher_cache;
 mod terms;
 mod weights;
 
+pub use adapter::{Adapter, Biases, Lora};
 pub use batch::{Input, Packed};
 pub use device::{device, gpus};
 pub use dtype::Dtype;

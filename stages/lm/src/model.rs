@@ -4,7 +4,7 @@
 //! Dimensions: `N` tokens of the batch, `C` channels, `V` vocabulary.
 
 use std::any::Any;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
@@ -15,15 +15,16 @@ use contract::{Facts, PortType, Result, TokenizerFile, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
+use crate::adapter::{A, Adapter, B, Biases, Lora};
 use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
-use crate::families::{Architecture, Config, Weights};
+use crate::families::{Architecture, Config, Weights, layer_of};
 use crate::files::folder::ModelFolder;
 use crate::files::generation::{self, GenerationConfig};
 use crate::files::tensors::{write_json, write_tensors};
 use crate::finite::{first_not_finite, is_finite};
 use crate::head::Head;
-use crate::ops::Ops;
+use crate::ops::{Layout, Ops};
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
 #[cfg(feature = "cuda")]
@@ -33,10 +34,12 @@ use crate::ops::rotary::Angles;
 use crate::ops::tape::Tape;
 use crate::terms::dropout::Dropout;
 use crate::weights::Weight;
+use crate::weights::low_rank::LowRank;
 
 /// A model with its tokenizer.
 ///
-/// Its parameters are either all variables, which training changes in place, or all frozen.
+/// Its parameters are either all variables, which training changes in place, or all frozen. Of one with an adapter the
+/// adapter alone is trained.
 pub struct LanguageModel {
     /// Sizes and options.
     pub config: Config,
@@ -45,6 +48,10 @@ pub struct LanguageModel {
     generation: GenerationConfig,
     ends: Vec<u32>,
     weights: IndexMap<String, Weight>,
+    /// Of what the adapter is made that lies on the weights, if one does.
+    lora: Option<Lora>,
+    /// The folder whose weights these are, below the adapter.
+    origin: Option<PathBuf>,
     device: Device,
     angles: Angles,
     activation_checkpointing: bool,
@@ -78,16 +85,21 @@ impl LanguageModel {
 
     /// Reads a Hugging Face folder: `config.json`; weights from `model.safetensors`, from the shards of
     /// `model.safetensors.index.json`, or from `pytorch_model.bin`; `tokenizer.json` where there is one;
-    /// `generation_config.json` for the tokens it stops at. Names may lack the prefix `transformer.` or `model.`. Weights of
-    /// any float type become f32. The model is frozen.
+    /// `generation_config.json` for the tokens it stops at; an adapter from the folder `adapter` in it. Names may lack the
+    /// prefix `transformer.` or `model.`. The model is frozen.
     ///
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
+        let (origin, adapter) = (folder.to_owned(), folder.join(ADAPTER));
         let mut folder = ModelFolder::open(folder)?;
         let tokenizer = folder.tokenizer()?;
         let parameters = folder.parameters(device)?;
         let ModelFolder { config, generation, .. } = folder;
-        Ok(LanguageModel::of(config, tokenizer, generation, parameters, device.clone()))
+        let mut model = LanguageModel::of(config, tokenizer, generation, parameters, device.clone());
+        if adapter.is_dir() {
+            model = model.with_adapter(&Adapter::load(&adapter, device)?)?;
+        }
+        Ok(LanguageModel { origin: Some(origin), ..model })
     }
 
     fn of(
@@ -103,6 +115,8 @@ impl LanguageModel {
             tokenizer,
             generation,
             weights: parameters,
+            lora: None,
+            origin: None,
             device,
             angles: Angles::default(),
             activation_checkpointing: false,
@@ -110,9 +124,132 @@ impl LanguageModel {
         }
     }
 
-    /// An independent, frozen copy with storage of its own.
+    /// An independent, frozen copy, with storage of its own for all that can be trained.
     pub fn deep_clone(&self) -> Result<Self> {
-        self.map(Weight::deep_clone)
+        self.map(|name, weight| {
+            let base = if self.trains(name) { weight.deep_clone()? } else { weight.base().frozen() };
+            on_top(base, weight, LowRank::deep_clone)
+        })
+    }
+
+    /// The same model with a new adapter, over the model itself, which is frozen. What it computes is the same until the
+    /// adapter is trained. The adapter's matrices depend on the seed, their layer and their place alone.
+    ///
+    /// Errors when it has one, or a target is none of its layers.
+    pub fn with_new_adapter(&self, lora: &Lora, seed: u64) -> Result<Self> {
+        self.with_adapter(&Adapter::new(lora, &self.config, seed, &self.device)?)
+    }
+
+    /// The same model, frozen, with an adapter, which is taken as it is.
+    ///
+    /// Errors when it has one, or the adapter does not fit.
+    pub fn with_adapter(&self, adapter: &Adapter) -> Result<Self> {
+        ensure!(self.lora.is_none(), "the model has an adapter: merge that first");
+        let mut model = LanguageModel { lora: Some(adapter.lora.clone()), ..self.frozen() };
+        let mut rest: Vec<&String> = adapter.tensors.keys().collect();
+        for (layer, low_rank) in adapter.parts(&self.config)? {
+            let name = format!("{layer}.weight");
+            // A head that is the embedding is a parameter of its own from here on, of the same storage.
+            let base = model.weights.get(&name).unwrap_or_else(|| model.head_weight()).base();
+            model.weights.insert(name, base.with_low_rank(low_rank));
+            rest.retain(|name| name.strip_suffix(A).or(name.strip_suffix(B)) != Some(&layer));
+        }
+        for name in rest {
+            let (values, own) = (&adapter.tensors[name], model.weights.get(name));
+            ensure!(
+                own.and_then(Weight::dense).is_some_and(|own| own.dims() == values.dims()) && model.trains(name),
+                "the adapter has `{name}` of shape {:?}, which this model has not",
+                values.dims()
+            );
+            model.weights.insert(name.clone(), Weight::new(values.clone()));
+        }
+        Ok(model)
+    }
+
+    /// The adapter that lies on the model, if one does.
+    pub fn adapter(&self) -> Option<Adapter> {
+        let lora = self.lora.clone()?;
+        Some(Adapter::of(lora, self.adapted(), &self.config))
+    }
+
+    /// Whether an adapter lies on it.
+    pub fn has_adapter(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// Errors where an adapter lies on it, and is not as it would be made.
+    pub fn check_adapter(&self, lora: &Lora) -> Result<()> {
+        let Some(own) = &self.lora else { return Ok(()) };
+        let layers = |lora: &Lora| Ok(lora.layers(&self.config)?.iter().map(|(i, _)| *i).collect::<Vec<_>>());
+        let asked: Result<Vec<usize>> = layers(lora);
+        let same_layers = asked? == layers(own)?;
+        let rest = |lora: &Lora| Lora { targets: None, ..lora.clone() };
+        ensure!(
+            rest(lora) == rest(own) && same_layers,
+            "the model has an adapter of rank {}, alpha {}, dropout {}, bias {:?} and rslora {}{}, and `lora` asks for another: \
+             give the same to go on with it, or merge the two first (kind `merge`)",
+            own.rank,
+            own.alpha,
+            own.dropout,
+            own.bias,
+            own.rslora,
+            if same_layers { "" } else { " on other layers" }
+        );
+        Ok(())
+    }
+
+    /// The matrices of the adapter and the biases beside it.
+    fn adapted(&self) -> IndexMap<String, Tensor> {
+        let mut tensors = IndexMap::new();
+        for (name, weight) in &self.weights {
+            if let Some(LowRank { a, b, .. }) = weight.low_rank() {
+                tensors.insert(format!("{}{A}", layer_of(name)), a.clone());
+                tensors.insert(format!("{}{B}", layer_of(name)), b.clone());
+            }
+            if let Some(values) = weight.dense().filter(|_| self.trains(name)) {
+                tensors.insert(name.clone(), values.clone());
+            }
+        }
+        tensors
+    }
+
+    /// The same model without an adapter, frozen: what that adds to a matrix is added to it. Such matrices are f32 from then
+    /// on.
+    ///
+    /// Errors when it has none.
+    pub fn merged(&self) -> Result<Self> {
+        ensure!(self.lora.is_some(), "there is nothing to merge: the model has no adapter");
+        let (embedding, head) = (self.config.embedding(), self.config.head());
+        let mut model = self.map(|name, weight| {
+            let base = weight.base().frozen();
+            match weight.low_rank() {
+                None => Ok(base),
+                Some(low_rank) => {
+                    let product = low_rank.frozen().product()?;
+                    let lies_across = name != head && self.config.layout() == Layout::InOut;
+                    let product = if lies_across { product.t()? } else { product };
+                    Ok(Weight::new((base.master()? + product)?))
+                }
+            }
+        })?;
+        if self.config.sizes().tied && model.weights.contains_key(head) && embedding != head {
+            model.config.untie();
+        }
+        (model.lora, model.origin) = (None, None);
+        Ok(model)
+    }
+
+    /// Whether a parameter, below what lies on it, is one that is trained.
+    fn trains(&self, name: &str) -> bool {
+        let Some(lora) = &self.lora else { return true };
+        let Some(layer) = name.strip_suffix(".bias") else { return name.ends_with("bias") && lora.bias == Biases::All };
+        match lora.bias {
+            Biases::None => false,
+            Biases::All => true,
+            Biases::LoraOnly => {
+                self.weights.get(&format!("{layer}.weight")).is_some_and(|weight| weight.low_rank().is_some())
+            }
+        }
     }
 
     /// A frozen model of some of the layers, in rising order, with everything before and behind them.
@@ -124,22 +261,30 @@ impl LanguageModel {
             anyhow::bail!("there is no layer {layer}: the model has {count}, counted from 0");
         }
         ensure!(!layers.is_empty(), "a model has at least one layer");
+        ensure!(self.lora.is_none(), "the model has an adapter: merge that first");
         let config = self.config.of_layers(layers);
         let weights = config.parameter_shapes().into_iter().map(|(name, _)| {
             let from = with_layer(&name, |layer| layers[layer]);
             (name, self.weights[&from].frozen())
         });
-        Ok(LanguageModel { weights: weights.collect(), config, angles: Angles::default(), ..self.frozen() })
+        let weights = weights.collect();
+        Ok(LanguageModel { weights, config, origin: None, angles: Angles::default(), ..self.frozen() })
     }
 
-    /// The model with variables as parameters. Those that are variables already are taken as they are.
+    /// The model with variables as parameters: all of them, or those of its adapter. Those that are variables already are
+    /// taken as they are.
     pub fn trainable(self) -> Result<Self> {
-        self.map(Weight::trainable)
+        let model = self.map(|name, weight| {
+            let base = if self.trains(name) { weight.base().trainable()? } else { weight.base() };
+            on_top(base, weight, LowRank::trainable)
+        })?;
+        let origin = model.origin.clone().filter(|_| model.lora.is_some());
+        Ok(LanguageModel { origin, ..model })
     }
 
     /// A view of the same weights through which no gradient flows. It sees later updates of the model.
     pub fn frozen(&self) -> Self {
-        self.map(|weight| Ok(weight.frozen())).expect("a view cannot fail")
+        self.map(|_, weight| Ok(weight.frozen())).expect("a view cannot fail")
     }
 
     /// The model with activation checkpointing on or off (as it begins): in passes that will be differentiated each block
@@ -154,12 +299,15 @@ impl LanguageModel {
     /// Errors when its device does not compute in that type.
     pub fn computed_in(self, dtype: Dtype) -> Result<Self> {
         dtype.check(&self.device)?;
-        Ok(LanguageModel { dtype, ..self.map(|weight| weight.read_in(dtype.candle()))? })
+        Ok(LanguageModel { dtype, ..self.map(|_, weight| weight.read_in(dtype.candle()))? })
     }
 
     /// The parameters that can be trained, by their names in Hugging Face checkpoints, in a fixed order: all but frozen
-    /// matrices that are kept in the type they have on disk.
+    /// matrices that are kept in the type they have on disk. Of a model with an adapter, those of the adapter.
     pub fn parameters(&self) -> IndexMap<String, Tensor> {
+        if self.lora.is_some() {
+            return self.adapted();
+        }
         let dense = self.weights.iter().filter_map(|(name, weight)| Some((name.clone(), weight.dense()?.clone())));
         dense.collect()
     }
@@ -200,7 +348,7 @@ impl LanguageModel {
 
     /// The output head by itself, of the same storage.
     pub fn output_head(&self) -> Result<Head> {
-        Ok(Head { weight: self.head()?.clone(), tokens: self.vocabulary() })
+        Ok(Head { weight: self.head()?, tokens: self.vocabulary() })
     }
 
     /// The input embedding `[V, C]`.
@@ -208,9 +356,15 @@ impl LanguageModel {
         Ok(self.weights[self.config.embedding()].tensor()?)
     }
 
-    /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied.
-    pub fn head(&self) -> Result<&Tensor> {
-        Ok(self.head_weight().tensor()?)
+    /// The output head `[V, C]`: logits are `hidden head^T`. The input embedding itself where they are tied. With an adapter on
+    /// it, a matrix that leads back to that.
+    pub fn head(&self) -> Result<Tensor> {
+        let head = self.head_weight();
+        let base = head.tensor()?;
+        Ok(match head.low_rank() {
+            None => base.clone(),
+            Some(low_rank) => (base + low_rank.product()?.to_dtype(base.dtype())?)?,
+        })
     }
 
     pub(crate) fn head_weight(&self) -> &Weight {
@@ -259,7 +413,10 @@ impl LanguageModel {
         let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
         let mut tape = new(backend, rows, dropout);
         let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
-        let anchor = self.weights.values().find_map(Weight::variable).or(prompt.as_ref());
+        let trained = self.weights.values().find_map(|weight| {
+            weight.variable().or(weight.low_rank().map(|low_rank| &low_rank.a).filter(|a| a.is_variable()))
+        });
+        let anchor = trained.or(prompt.as_ref());
         Ok(tape.finish(hidden, anchor, prompt.as_ref())?)
     }
 
@@ -281,6 +438,11 @@ impl LanguageModel {
         for (name, weight) in &self.weights {
             if let Some(found) = first_not_finite(weight.master()?)? {
                 return Ok(Some(format!("its weight `{name}` holds {found}")));
+            }
+        }
+        for (name, tensor) in self.adapted().iter().filter(|_| self.lora.is_some()) {
+            if let Some(found) = first_not_finite(tensor)? {
+                return Ok(Some(format!("its adapter's `{name}` holds {found}")));
             }
         }
         if let Some(found) = prompt.map(first_not_finite).transpose()?.flatten() {
@@ -314,7 +476,13 @@ impl LanguageModel {
         prompt: Option<&Tensor>,
         positions: usize,
     ) -> TensorResult<O::Array> {
-        let weights = Weights { parameters: &self.weights, angles: &self.angles, device: &self.device, positions };
+        let weights = Weights {
+            parameters: &self.weights,
+            layout: self.config.layout(),
+            angles: &self.angles,
+            device: &self.device,
+            positions,
+        };
         self.config.forward(&weights, ops, prompt)
     }
 
@@ -352,14 +520,16 @@ impl LanguageModel {
         Ok(prompt_length)
     }
 
-    fn map(&self, f: impl Fn(&Weight) -> TensorResult<Weight>) -> Result<Self> {
-        let weights = self.weights.iter().map(|(name, weight)| Ok((name.clone(), f(weight)?)));
+    fn map(&self, f: impl Fn(&str, &Weight) -> TensorResult<Weight>) -> Result<Self> {
+        let weights = self.weights.iter().map(|(name, weight)| Ok((name.clone(), f(name, weight)?)));
         Ok(LanguageModel {
             config: self.config.clone(),
             tokenizer: self.tokenizer.clone(),
             generation: self.generation.clone(),
             ends: self.ends.clone(),
             weights: weights.collect::<Result<_>>()?,
+            lora: self.lora.clone(),
+            origin: self.origin.clone(),
             device: self.device.clone(),
             angles: self.angles.clone(),
             dtype: self.dtype,
@@ -375,10 +545,20 @@ impl Value for LanguageModel {
 
     fn save(&self, folder: &Path) -> Result<()> {
         let config = self.config.to_json()?;
-        write_json(&folder.join("config.json"), &config)?;
-        let weights = self.weights.iter().map(|(name, weight)| Ok((name, weight.master()?)));
-        let weights = weights.collect::<Result<Vec<_>>>()?;
-        write_tensors(&folder.join("model.safetensors"), weights.into_iter(), None)?;
+        if let Some(adapter) = self.adapter() {
+            let place = folder.join(ADAPTER);
+            std::fs::create_dir(&place).with_context(|| format!("cannot make `{}`", place.display()))?;
+            adapter.save(&place)?;
+        }
+        if let Some(origin) = self.origin.as_ref().filter(|_| self.lora.is_some()) {
+            ModelFolder::open(origin)?.copy(folder)?;
+        } else {
+            write_json(&folder.join("config.json"), &config)?;
+            let names = self.config.parameter_shapes().into_iter().map(|(name, _)| name);
+            let weights = names.map(|name| Ok((name.clone(), self.weights[&name].master()?.clone())));
+            let weights = weights.collect::<Result<IndexMap<String, Tensor>>>()?;
+            write_tensors(&folder.join("model.safetensors"), weights.iter(), None)?;
+        }
         write_json(&folder.join(generation::FILE), &self.generation.beside(&config, &self.ends))?;
         self.tokenizer.save(folder)
     }
@@ -389,6 +569,17 @@ impl Value for LanguageModel {
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
+    }
+}
+
+/// The folder of a model's adapter, in the model's.
+const ADAPTER: &str = "adapter";
+
+/// `base` with what lies on `weight`, changed.
+fn on_top(base: Weight, weight: &Weight, change: impl Fn(&LowRank) -> TensorResult<LowRank>) -> TensorResult<Weight> {
+    match weight.low_rank() {
+        None => Ok(base),
+        Some(low_rank) => Ok(base.with_low_rank(change(low_rank)?)),
     }
 }
 
@@ -451,6 +642,25 @@ mod tests {
         LanguageModel::of(config, tokenizer, GenerationConfig::default(), parameters.collect(), Device::Cpu)
     }
 
+    /// With an adapter whose matrices are not zero, and dropout before it.
+    fn adapted(model: &LanguageModel) -> LanguageModel {
+        let targets = Some(["c_attn", "mlp.c_proj", "q_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec());
+        let targets = targets.map(|all| {
+            let layers = model.config.linear_layers();
+            all.into_iter().filter(|target| layers.iter().any(|layer| layer.name.ends_with(target))).collect()
+        });
+        let lora = Lora { rank: 3, alpha: 5.0, dropout: 0.3, targets, bias: Biases::All, rslora: false };
+        let model = model.with_new_adapter(&lora, 4).unwrap();
+        let mut adapter = model.adapter().unwrap();
+        for ((name, tensor), seed) in adapter.tensors.iter_mut().zip(50..) {
+            if name.ends_with(B) {
+                let values = numbers(seed, tensor.elem_count());
+                *tensor = Tensor::from_vec(values, tensor.shape(), &Device::Cpu).unwrap();
+            }
+        }
+        model.merged().unwrap().with_adapter(&adapter).unwrap().trainable().unwrap()
+    }
+
     #[test]
     fn the_fused_model_is_the_plain_one_in_value_and_every_gradient() {
         let mut batch = Packed::new();
@@ -488,6 +698,8 @@ mod tests {
                 Family::GptNeox,
                 &json!({"use_parallel_residual": false, "rotary_pct": 1.0, "attention_bias": false}),
             ),
+            adapted(&gpt2(|_| {})),
+            adapted(&llama(|config| (config.attention_bias, config.mlp_bias) = (true, true))),
         ];
         for model in &models {
             let width = model.width();
@@ -578,9 +790,12 @@ mod tests {
             (Family::Opt, 36, false),
             (Family::Qwen3, 24, false),
             (Family::GptNeox, 27, false),
+            // Two matrices on each of three layers of two blocks.
+            (Family::Mistral, 12, false),
         ] {
             let run = |on: bool| {
                 let model = match family {
+                    Family::Mistral => adapted(&other(family, &json!({}))),
                     Family::Gpt2 => gpt2(|_| {}),
                     Family::Llama => llama(|config| config.num_key_value_heads = Some(1)),
                     family => other(family, &json!({})),

@@ -442,7 +442,7 @@ impl TeacherCacheWriter {
         let writer = Self::with_shards_of(SHARD_BYTES, scratch, facts, model.tokenizer.clone(), rows)?;
         if keep == Keep::Hidden {
             let path = writer.scratch.path().join(HEAD);
-            write_tensors(&path, [(&"head".to_owned(), model.head()?)].into_iter(), None)?;
+            write_tensors(&path, [(&"head".to_owned(), &model.head()?)].into_iter(), None)?;
         }
         Ok(writer)
     }

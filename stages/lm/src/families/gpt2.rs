@@ -95,6 +95,8 @@ impl Decoder for Gpt2Config {
         head: "lm_head.weight",
         prefix: "transformer.",
         branch_ends: &["c_proj.weight"],
+        tables: &["transformer.wpe.weight"],
+        layout: Layout::InOut,
     };
 
     fn default_inner(width: usize) -> usize {
@@ -234,7 +236,7 @@ impl TransformerBlock {
     /// Finds the parameters by their names.
     fn new(config: &Gpt2Config, weights: &Weights<'_>, layer: usize) -> Self {
         let name = |part: &str| format!("transformer.h.{layer}.{part}");
-        let linear = |part: &str| weights.layer(&name(part), Layout::InOut);
+        let linear = |part: &str| weights.layer(&name(part));
         let norm = |part: &str| weights.norm(&name(part), config.layer_norm_epsilon);
         // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
         let heads = config.n_head;

@@ -106,6 +106,8 @@ impl Decoder for GptNeoxConfig {
         head: "embed_out.weight",
         prefix: "gpt_neox.",
         branch_ends: &["attention.dense.weight", "dense_4h_to_h.weight"],
+        tables: &[],
+        layout: Layout::OutIn,
     };
 
     fields_of_transformers!();
@@ -251,7 +253,7 @@ impl TransformerBlock {
     /// Finds the parameters by their names. `angles` cover all positions in use.
     fn new(config: &GptNeoxConfig, weights: &Weights<'_>, angles: &Tensor, layer: usize) -> Self {
         let name = |part: &str| format!("gpt_neox.layers.{layer}.{part}");
-        let linear = |part: &str| weights.layer(&name(part), Layout::OutIn);
+        let linear = |part: &str| weights.layer(&name(part));
         let norm = |part: &str| weights.norm(&name(part), config.layer_norm_eps);
         // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
         let (heads, head_width) = (config.num_attention_heads, config.head_width());

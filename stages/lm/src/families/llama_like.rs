@@ -147,6 +147,8 @@ pub(super) const NAMES: Names = Names {
     head: "lm_head.weight",
     prefix: "model.",
     branch_ends: &["o_proj.weight", "down_proj.weight"],
+    tables: &[],
+    layout: Layout::OutIn,
 };
 
 /// What a configuration says of such a decoder.
@@ -371,7 +373,7 @@ impl TransformerBlock {
     /// Finds the parameters by their names. `angles` cover all positions in use.
     fn new(model: &LlamaLike<'_>, weights: &Weights<'_>, angles: &Tensor, layer: usize) -> Self {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let linear = |part: &str| weights.layer(&name(part), Layout::OutIn);
+        let linear = |part: &str| weights.layer(&name(part));
         let norm = |part: &str| weights.rms_norm(&name(part), model.eps);
         let (heads, kv_heads, head_width) = (model.sizes.heads, model.kv_heads, model.head_width());
         let scale = 1.0 / (head_width as f32).sqrt();

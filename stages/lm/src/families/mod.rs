@@ -197,6 +197,20 @@ struct Names {
     prefix: &'static str,
     /// How the names of matrices end that end a residual branch.
     branch_ends: &'static [&'static str],
+    /// The tables of vectors beside the input embedding. All other matrices are those of linear layers.
+    tables: &'static [&'static str],
+    /// How the matrices of its linear layers lie in memory, but for the output head, which is `OutIn`.
+    layout: Layout,
+}
+
+/// A linear layer of a model.
+pub(crate) struct LinearLayer {
+    /// Its name, the part of its parameters' names before `.weight`.
+    pub(crate) name: String,
+    /// Channels that go in.
+    pub(crate) inputs: usize,
+    /// Channels that come out.
+    pub(crate) outputs: usize,
 }
 
 /// Sizes of a model.
@@ -224,6 +238,8 @@ pub struct Sizes {
 /// The parameters of a model by their names, and what else a forward pass needs.
 pub(crate) struct Weights<'a> {
     pub(crate) parameters: &'a IndexMap<String, Weight>,
+    /// How the matrices of linear layers lie.
+    pub(crate) layout: Layout,
     pub(crate) angles: &'a Angles,
     pub(crate) device: &'a Device,
     /// Rows stand at positions below this.
@@ -260,11 +276,16 @@ impl Weights<'_> {
     }
 
     /// A linear layer: `NAME.weight`, and `NAME.bias` where there is one.
-    fn layer(&self, name: &str, layout: Layout) -> Layer {
+    fn layer(&self, name: &str) -> Layer {
         let name_of_bias = format!("{name}.bias");
         let bias = self.parameters.contains_key(&name_of_bias).then(|| self.vector(&name_of_bias).clone());
-        Layer { weight: self.weight(&format!("{name}.weight")).clone(), bias, layout }
+        Layer { weight: self.weight(&format!("{name}.weight")).clone(), bias, layout: self.layout }
     }
+}
+
+/// The name of the layer that a matrix is of.
+pub(crate) fn layer_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 impl Config {
@@ -364,6 +385,29 @@ impl Config {
     /// Before the names of all parameters but the head's.
     pub(crate) fn prefix(&self) -> &'static str {
         self.names().prefix
+    }
+
+    /// How the matrices of linear layers lie in memory, but for the output head.
+    pub(crate) fn layout(&self) -> Layout {
+        self.names().layout
+    }
+
+    /// All linear layers, the output head last.
+    pub(crate) fn linear_layers(&self) -> Vec<LinearLayer> {
+        let Names { embedding, head, tables, layout, .. } = self.names();
+        let Sizes { vocabulary, width, .. } = self.sizes();
+        let mut layers = Vec::new();
+        for (name, shape) in of_any!(self, config => config.parameter_shapes()) {
+            if let [rows, columns] = shape[..]
+                && name != embedding
+                && !tables.contains(&name.as_str())
+            {
+                let [outputs, inputs] = if layout == Layout::InOut { [columns, rows] } else { [rows, columns] };
+                layers.push(LinearLayer { name: layer_of(&name).to_owned(), inputs, outputs });
+            }
+        }
+        layers.push(LinearLayer { name: layer_of(head).to_owned(), inputs: width, outputs: vocabulary });
+        layers
     }
 
     /// Whether a parameter of that name ends a residual branch.

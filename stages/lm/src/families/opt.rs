@@ -110,6 +110,8 @@ impl Decoder for OptConfig {
         head: "lm_head.weight",
         prefix: "model.",
         branch_ends: &["out_proj.weight", "fc2.weight"],
+        tables: &["model.decoder.embed_positions.weight"],
+        layout: Layout::OutIn,
     };
 
     fields_of_transformers!();
@@ -224,7 +226,7 @@ impl Decoder for OptConfig {
         let positions = Positions { table, first: FIRST_POSITION };
         let mut x = if self.projects() {
             let e = ops.embed(tokens, None, prompt)?; // [N, E]
-            let x = ops.linear(&e, &weights.layer(&name("project_in"), Layout::OutIn))?; // [N, C]
+            let x = ops.linear(&e, &weights.layer(&name("project_in")))?; // [N, C]
             let positions = ops.positions(positions)?; // [N, C]
             ops.add(x, positions)?
         } else {
@@ -237,7 +239,7 @@ impl Decoder for OptConfig {
             x = ops.layer_norm(&x, &weights.norm(&name("final_layer_norm"), EPSILON))?;
         }
         if self.projects() {
-            x = ops.linear(&x, &weights.layer(&name("project_out"), Layout::OutIn))?; // [N, E]
+            x = ops.linear(&x, &weights.layer(&name("project_out")))?; // [N, E]
         }
         Ok(x)
     }
@@ -267,7 +269,7 @@ impl TransformerBlock {
     /// Finds the parameters by their names.
     fn new(config: &OptConfig, weights: &Weights<'_>, layer: usize) -> Self {
         let name = |part: &str| format!("model.decoder.layers.{layer}.{part}");
-        let linear = |part: &str| weights.layer(&name(part), Layout::OutIn);
+        let linear = |part: &str| weights.layer(&name(part));
         let norm = |part: &str| weights.norm(&name(part), EPSILON);
         // Every place that drops elements has a number of its own: one a head, and two a block for the branches.
         let heads = config.num_attention_heads;

@@ -42,7 +42,10 @@ impl<'a> Decoder<'a> {
         for rows in together(rows, |row| row.ids.len() + self.soft_length - row.cache.length) {
             hidden.extend(self.hidden(rows)?);
         }
-        Ok(transposed(&hidden, self.model.head_weight(), self.model.width())?)
+        let head = self.model.head_weight();
+        let mut logits = transposed(&hidden, head, self.model.width())?;
+        add_low_rank(&mut logits, &hidden, head)?;
+        Ok(logits)
     }
 
     /// Final hidden states of the last token of every row, `[rows, C]`; what is new of them goes into their caches.
@@ -164,7 +167,7 @@ impl Ops for Cached<'_> {
     fn side_by_side(&mut self, x: &Vec<f32>, layers: &[Layer]) -> TensorResult<Vec<f32>> {
         let part = |layer: &Layer| {
             let bias = layer.bias.as_ref().map(elements).transpose()?;
-            let out = match (layer.layout, bias) {
+            let mut out = match (layer.layout, bias) {
                 (Layout::InOut, Some(bias)) => {
                     by_row::product(x, &elements(layer.weight.tensor()?)?, &bias, layer.inputs()?)
                 }
@@ -180,6 +183,7 @@ impl Ops for Cached<'_> {
                     out
                 }
             };
+            add_low_rank(&mut out, x, &layer.weight)?;
             Ok((out, layer.outputs()?))
         };
         let mut parts = layers.iter().map(part).collect::<TensorResult<Vec<_>>>()?;
@@ -249,6 +253,15 @@ impl Ops for Cached<'_> {
         }
         Ok(out)
     }
+}
+
+/// Adds to what a matrix made of `x` what lies on it makes of it.
+fn add_low_rank(out: &mut [f32], x: &[f32], weight: &Weight) -> TensorResult<()> {
+    let Some(low_rank) = weight.low_rank() else { return Ok(()) };
+    let (rank, inputs) = low_rank.a.dims2()?;
+    let inner = by_row::product_transposed(x, &elements(&low_rank.a)?, inputs);
+    elementwise::add(out, &by_row::product_transposed(&inner, &elements(&low_rank.scaled_b()?)?, rank));
+    Ok(())
 }
 
 /// `a weight^T`, where the weight may be encoded.

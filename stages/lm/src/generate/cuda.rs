@@ -273,7 +273,7 @@ impl<'a, T: Number> Writer<'a, T> {
         let hidden = self.model.forward(&mut pass, None, self.sizes.capacity())?;
         let (width, vocabulary) = (self.model.width(), self.model.vocab_size());
         let mut logits = unset::<f32>(self.device, rows * vocabulary)?;
-        self.backend.matrix(self.model.head()?, |head| {
+        self.backend.matrix(&self.model.head()?, |head| {
             let head = Matrix::new(head, width).transposed();
             product(self.device, &mut logits, Matrix::new(&hidden, width), head, false)
         })?;

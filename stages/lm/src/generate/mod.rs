@@ -93,6 +93,9 @@ pub fn generate(
     check(model, soft_prompt, prompts, options)?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = model.device() {
+        // The kernels that write know whole matrices alone.
+        let whole = model.has_adapter().then(|| model.merged()?.computed_in(model.dtype())).transpose()?;
+        let model = whole.as_ref().unwrap_or(model);
         let generated = match model.dtype() {
             Dtype::F32 => cuda::generate::<f32>(device, model, soft_prompt, prompts, options, progress),
             Dtype::Bf16 => cuda::generate::<half::bf16>(device, model, soft_prompt, prompts, options, progress),

@@ -76,10 +76,25 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
 
     /// What linear layers make of `x`, side by side.
     fn linear(&self, x: &Self::Buffer, layers: &[Layer]) -> Result<Self::Buffer>;
-    /// The gradient of `x`: the sum over the layers, whose gradients stand side by side in `dy`.
-    fn linear_backward_input(&self, dy: &Self::Buffer, layers: &[Layer]) -> Result<Self::Buffer>;
-    /// The gradient of a layer's matrix, in its layout, and that of its bias where `bias`. Its columns of the `channels` of
-    /// `dy` begin at `first`.
+    /// Adds what a linear layer, its bias aside, makes of `x` to its columns of `out`, which begin at `first` of `channels`.
+    fn linear_add(
+        &self,
+        out: &mut Self::Buffer,
+        channels: usize,
+        first: usize,
+        x: &Self::Buffer,
+        layer: &Layer,
+    ) -> Result<()>;
+    /// The gradient of `x`: the sum over the layers, whose gradients stand side by side in `dy`, from column `first` of
+    /// `channels` on.
+    fn linear_backward_input(
+        &self,
+        dy: &Self::Buffer,
+        channels: usize,
+        first: usize,
+        layers: &[Layer],
+    ) -> Result<Self::Buffer>;
+    /// The gradient of a layer's matrix, in its layout. Its columns of the `channels` of `dy` begin at `first`.
     fn linear_backward_weight(
         &self,
         x: &Self::Buffer,
@@ -87,8 +102,9 @@ pub(crate) trait Backend: Clone + Send + Sync + 'static {
         channels: usize,
         first: usize,
         layer: &Layer,
-        bias: bool,
-    ) -> Result<(Tensor, Option<Tensor>)>;
+    ) -> Result<Tensor>;
+    /// The gradients of the biases of layers side by side, as many columns of `dy` each: those that are wanted.
+    fn linear_backward_biases(&self, dy: &Self::Buffer, biases: &[(usize, bool)]) -> Result<Vec<Option<Tensor>>>;
 
     /// The rows of buffers side by side; with each its channels.
     fn join(&self, parts: &[(&Self::Buffer, usize)]) -> Result<Self::Buffer>;

@@ -142,30 +142,49 @@ impl Backend for Cpu {
         Ok(out)
     }
 
-    fn linear_backward_input(&self, dy: &Vec<f32>, layers: &[Layer]) -> Result<Vec<f32>> {
-        let (width, depth) = side_by_side(layers)?;
+    fn linear_add(
+        &self,
+        out: &mut Vec<f32>,
+        channels: usize,
+        first: usize,
+        x: &Vec<f32>,
+        layer: &Layer,
+    ) -> Result<()> {
+        let values = elements(layer.weight.tensor()?)?;
+        product_into_columns(out, channels, first, Matrix::new(x, layer.inputs()?), matrix(&values, layer)?, true);
+        Ok(())
+    }
+
+    fn linear_backward_input(
+        &self,
+        dy: &Vec<f32>,
+        channels: usize,
+        first: usize,
+        layers: &[Layer],
+    ) -> Result<Vec<f32>> {
+        let (_, depth) = side_by_side(layers)?;
         let mut out = Vec::new();
-        let mut first = 0;
+        let mut column = first;
         for layer in layers {
             if let Some(weight) = encoded(layer) {
-                out.resize(dy.len() / width * depth, 0.0);
+                out.resize(dy.len() / channels * depth, 0.0);
                 by_parts(weight, |row, part| {
                     let part = Matrix::new(part, depth);
-                    let dy = Matrix::part(dy, width, first + row, part.rows());
-                    product_into(&mut out, dy, part, first + row > 0);
+                    let dy = Matrix::part(dy, channels, column + row, part.rows());
+                    product_into(&mut out, dy, part, column + row > first);
                 });
-                first += weight.rows;
+                column += weight.rows;
                 continue;
             }
             let values = elements(layer.weight.tensor()?)?;
             let weight = matrix(&values, layer)?;
-            let dy = Matrix::part(dy, width, first, weight.columns());
-            if first == 0 {
+            let dy = Matrix::part(dy, channels, column, weight.columns());
+            if column == first {
                 product_in(&mut out, dy, weight.transposed());
             } else {
                 product_into(&mut out, dy, weight.transposed(), true);
             }
-            first += weight.columns();
+            column += weight.columns();
         }
         Ok(out)
     }
@@ -177,17 +196,26 @@ impl Backend for Cpu {
         channels: usize,
         first: usize,
         layer: &Layer,
-        bias: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
+    ) -> Result<Tensor> {
         let (width, depth) = (layer.outputs()?, layer.inputs()?);
         let (x, gradient) = (Matrix::new(x, depth), Matrix::part(dy, channels, first, width));
         let weight = match layer.layout {
             Layout::InOut => product(x.transposed(), gradient),
             Layout::OutIn => product(gradient.transposed(), x),
         };
-        let bias = bias.then(|| elementwise::sum_rows(dy, channels, first..first + width));
-        let bias = bias.map(|values| Tensor::from_vec(values, width, &Device::Cpu)).transpose()?;
-        Ok((Tensor::from_vec(weight, layer.weight.tensor()?.shape(), &Device::Cpu)?, bias))
+        Tensor::from_vec(weight, layer.weight.dims2()?, &Device::Cpu)
+    }
+
+    fn linear_backward_biases(&self, dy: &Vec<f32>, biases: &[(usize, bool)]) -> Result<Vec<Option<Tensor>>> {
+        let channels = biases.iter().map(|(width, _)| width).sum();
+        let mut first = 0;
+        let gradient = |(width, wanted): &(usize, bool)| {
+            let columns = first..first + width;
+            first += width;
+            let values = wanted.then(|| elementwise::sum_rows(dy, channels, columns));
+            values.map(|values| Tensor::from_vec(values, *width, &Device::Cpu)).transpose()
+        };
+        biases.iter().map(gradient).collect()
     }
 
     fn join(&self, parts: &[(&Vec<f32>, usize)]) -> Result<Vec<f32>> {

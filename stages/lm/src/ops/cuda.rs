@@ -359,10 +359,34 @@ impl<T: Number> Backend for Cuda<T> {
         Ok(out)
     }
 
-    fn linear_backward_input(&self, dy: &CudaSlice<T>, layers: &[Layer]) -> Result<CudaSlice<T>> {
-        let (width, depth) = side_by_side(layers)?;
-        let mut dx = self.unset(dy.len() / width * depth)?;
-        let mut first = 0;
+    fn linear_add(
+        &self,
+        out: &mut CudaSlice<T>,
+        channels: usize,
+        first: usize,
+        x: &CudaSlice<T>,
+        layer: &Layer,
+    ) -> Result<()> {
+        let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
+        self.matrix(layer.weight.tensor()?, |weight| {
+            let weight = match layer.layout {
+                Layout::InOut => Matrix::new(weight, outputs),
+                Layout::OutIn => Matrix::new(weight, inputs).transposed(),
+            };
+            product_into_columns(&self.device, out, channels, first, Matrix::new(x, inputs), weight, true)
+        })
+    }
+
+    fn linear_backward_input(
+        &self,
+        dy: &CudaSlice<T>,
+        channels: usize,
+        first: usize,
+        layers: &[Layer],
+    ) -> Result<CudaSlice<T>> {
+        let (_, depth) = side_by_side(layers)?;
+        let mut dx = self.unset(dy.len() / channels * depth)?;
+        let mut column = first;
         for layer in layers {
             let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
             self.matrix(layer.weight.tensor()?, |weight| {
@@ -370,10 +394,10 @@ impl<T: Number> Backend for Cuda<T> {
                     Layout::InOut => Matrix::new(weight, outputs).transposed(),
                     Layout::OutIn => Matrix::new(weight, inputs),
                 };
-                let dy = Matrix::part(dy, width, first, outputs);
-                product(&self.device, &mut dx, dy, weight, first > 0)
+                let dy = Matrix::part(dy, channels, column, outputs);
+                product(&self.device, &mut dx, dy, weight, column > first)
             })?;
-            first += outputs;
+            column += outputs;
         }
         Ok(dx)
     }
@@ -385,8 +409,7 @@ impl<T: Number> Backend for Cuda<T> {
         channels: usize,
         first: usize,
         layer: &Layer,
-        bias: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
+    ) -> Result<Tensor> {
         let (depth, width) = (layer.inputs()?, layer.outputs()?);
         let mut dweight = unset::<f32>(&self.device, width * depth)?;
         let (x, gradient) = (Matrix::new(x, depth), Matrix::part(dy, channels, first, width));
@@ -394,18 +417,28 @@ impl<T: Number> Backend for Cuda<T> {
             Layout::InOut => product(&self.device, &mut dweight, x.transposed(), gradient, false)?,
             Layout::OutIn => product(&self.device, &mut dweight, gradient.transposed(), x, false)?,
         }
-        let dweight = tensor(&self.device, dweight, layer.weight.tensor()?.shape());
-        if !bias {
-            return Ok((dweight, None));
-        }
+        Ok(tensor(&self.device, dweight, layer.weight.dims2()?))
+    }
+
+    fn linear_backward_biases(&self, dy: &CudaSlice<T>, biases: &[(usize, bool)]) -> Result<Vec<Option<Tensor>>> {
+        let channels = biases.iter().map(|(width, _)| width).sum();
         let mut sums = unset::<f32>(&self.device, channels)?;
         row_kernels::sum_rows(&self.device, &mut sums, dy)?;
-        if width == channels {
-            return Ok((dweight, Some(tensor(&self.device, sums, width))));
+        if let [(_, true)] = biases {
+            return Ok(vec![Some(tensor(&self.device, sums, channels))]);
         }
-        let mut dbias = unset::<f32>(&self.device, width)?;
-        self.device.memcpy_dtod(&sums.slice(first..first + width), &mut dbias)?;
-        Ok((dweight, Some(tensor(&self.device, dbias, width))))
+        let mut first = 0;
+        let gradient = |(width, wanted): &(usize, bool)| {
+            let columns = sums.slice(first..first + width);
+            first += width;
+            if !wanted {
+                return Ok(None);
+            }
+            let mut gradient = unset::<f32>(&self.device, *width)?;
+            self.device.memcpy_dtod(&columns, &mut gradient)?;
+            Ok(Some(tensor(&self.device, gradient, *width)))
+        };
+        biases.iter().map(gradient).collect()
     }
 
     fn join(&self, parts: &[(&CudaSlice<T>, usize)]) -> Result<CudaSlice<T>> {

@@ -83,6 +83,11 @@ impl Layer {
         let (rows, columns) = self.weight.dims2()?;
         Ok(if self.layout == Layout::InOut { rows } else { columns })
     }
+
+    /// A layer `[out, in]` without a bias.
+    fn thin(weight: &Tensor) -> Self {
+        Layer { weight: Weight::new(weight.clone()), bias: None, layout: Layout::OutIn }
+    }
 }
 
 /// Channels that come out of layers side by side, and that go into each.
@@ -192,6 +197,7 @@ mod tests {
     use crate::terms::dropout::Dropout;
     use crate::terms::format::Format;
     use crate::weights::encoded::{Bytes, Encoded};
+    use crate::weights::low_rank::LowRank;
 
     type Tape = tape::Tape<Cpu>;
 
@@ -435,7 +441,11 @@ mod tests {
             // More rows than are decoded at once.
             let ([q, dense_q], [k, dense_k]) = (encoded(format, 8, 600, width), encoded(format, 9, 33, width));
             let bias = variable(5, 0, 33);
+            // What is trained on top of it.
+            let (a, b) = (variable(21, 4, width), variable(22, 600, 4));
+            let low_rank = LowRank { a, b, scale: 0.5, dropout: 0.0, site: 1 << 31 };
             let run = |table: &Weight, q: &Weight, k: &Weight| {
+                let q = &q.with_low_rank(low_rank.clone());
                 let layer = |weight: &Weight, bias: Option<&Tensor>| Layer {
                     weight: weight.clone(),
                     bias: bias.cloned(),
@@ -446,9 +456,13 @@ mod tests {
                 let out = tape.side_by_side(&x, &[layer(q, None), layer(k, Some(&bias))]).unwrap();
                 let out = tape.finish(out, Some(&bias), Some(&prompt)).unwrap();
                 let factors = Tensor::from_vec(numbers(77, out.elem_count()), out.shape(), &Device::Cpu).unwrap();
-                let (store, _) = collect(&(&out * factors).unwrap().sum_all().unwrap()).unwrap();
+                let (store, mut rest) = collect(&(&out * factors).unwrap().sum_all().unwrap()).unwrap();
                 let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                (flat(&out), flat(store.get(&prompt).unwrap()))
+                let trained = [&low_rank.a, &low_rank.b].map(|part| {
+                    let parts = rest.remove(&part.id()).unwrap();
+                    flat(&merge(None, parts, part).unwrap().unwrap())
+                });
+                (flat(&out), flat(store.get(&prompt).unwrap()), trained)
             };
             assert!(run(&table, &q, &k) == run(&dense_table, &dense_q, &dense_k), "{format}");
         }

@@ -12,6 +12,7 @@ use crate::kernels::masks;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
 use crate::weights::Weight;
+use crate::weights::low_rank::LowRank;
 
 /// Runs a forward pass over a batch.
 pub(crate) struct Plain<'a> {
@@ -34,6 +35,17 @@ impl<'a> Plain<'a> {
     /// That block, counted from 0.
     pub(crate) fn broken_block(&self) -> Option<usize> {
         self.watch.and_then(|(_, broken)| broken)
+    }
+
+    fn drop(&self, x: &Tensor, rate: f32, site: u32) -> Result<Tensor> {
+        let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x.clone()) };
+        let (rows, width) = x.dims2()?;
+        let mut mask = vec![0.0; rows * width];
+        for (mask, (id, line)) in mask.chunks_exact_mut(width).zip(self.batch.keys(rows)) {
+            masks::fill(mask, &dropout, rate, site, id, line);
+        }
+        let mask = Tensor::from_vec(mask, (rows, width), x.device())?;
+        x * mask
     }
 
     /// The position of every row, where position 0 is `first`.
@@ -97,10 +109,14 @@ impl Ops for Plain<'_> {
 
     fn side_by_side(&mut self, x: &Tensor, layers: &[Layer]) -> Result<Tensor> {
         let linear = |layer: &Layer| {
-            let y = match layer.layout {
+            let mut y = match layer.layout {
                 Layout::InOut => x.matmul(layer.weight.tensor()?)?,
                 Layout::OutIn => x.matmul(&layer.weight.tensor()?.t()?)?,
             };
+            if let Some(LowRank { a, b, scale, dropout, site }) = layer.weight.low_rank() {
+                let x = self.drop(x, *dropout, *site)?;
+                y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?)?;
+            }
             layer.bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
         };
         Tensor::cat(&layers.iter().map(linear).collect::<Result<Vec<_>>>()?, 1)
@@ -199,14 +215,7 @@ impl Ops for Plain<'_> {
     }
 
     fn dropout(&mut self, x: Tensor, rate: f32, site: u32) -> Result<Tensor> {
-        let Some(dropout) = self.dropout.filter(|_| rate > 0.0) else { return Ok(x) };
-        let (rows, width) = x.dims2()?;
-        let mut mask = vec![0.0; rows * width];
-        for (mask, (id, line)) in mask.chunks_exact_mut(width).zip(self.batch.keys(rows)) {
-            masks::fill(mask, &dropout, rate, site, id, line);
-        }
-        let mask = Tensor::from_vec(mask, (rows, width), x.device())?;
-        x * mask
+        self.drop(&x, rate, site)
     }
 
     fn wanted(&mut self, x: Tensor) -> Result<Tensor> {

@@ -23,6 +23,7 @@ use crate::kernels::rope::Turn;
 use crate::terms::activation::Activation;
 use crate::terms::dropout::Dropout;
 use crate::weights::Weight;
+use crate::weights::low_rank::LowRank;
 
 /// Runs a forward pass over rows, and remembers it if a gradient will be wanted.
 pub(crate) struct Tape<B: Backend> {
@@ -181,8 +182,9 @@ impl<B: Backend> Ops for Tape<B> {
 
     fn layer_norm(&mut self, x: &Array<B>, norm: &LayerNorm) -> Result<Array<B>> {
         let (out, moments) = self.backend.layer_norm(&x.data, norm)?;
-        let parameters = leaf(&norm.weight)?.zip(leaf(&norm.bias)?);
-        let mut out = self.array(out, x.width, x.node.is_some() || parameters.is_some());
+        let parameters = [leaf(&norm.weight)?, leaf(&norm.bias)?];
+        let wanted = parameters.iter().any(Option::is_some);
+        let mut out = self.array(out, x.width, x.node.is_some() || wanted);
         if let Some(node) = out.node {
             let (x_again, norm_again) = (x.data.clone(), norm.clone());
             out.again = Some(Arc::new(move |backend| Ok(backend.layer_norm(&x_again, &norm_again)?.0)));
@@ -190,11 +192,12 @@ impl<B: Backend> Ops for Tape<B> {
             self.record(move |backward| {
                 let dy = backward.take(node)?;
                 let mut dx = backward.sum(x_node, B::len(&x))?;
-                let wanted = parameters.is_some();
                 let gradients = backward.backend.layer_norm_backward(&mut dx, &x, &weight, &moments, &dy, wanted)?;
-                if let Some(((weight, bias), (dweight, dbias))) = parameters.zip(gradients) {
-                    deliver(&weight, Contribution::Dense(dweight))?;
-                    deliver(&bias, Contribution::Dense(dbias))?;
+                let gradients = gradients.into_iter().flat_map(|(weight, bias)| [weight, bias]);
+                for (parameter, gradient) in parameters.into_iter().zip(gradients) {
+                    if let Some(parameter) = parameter {
+                        deliver(&parameter, Contribution::Dense(gradient))?;
+                    }
                 }
                 if let Some(node) = x_node {
                     backward.gradients[node] = Some(Arc::new(dx));
@@ -236,34 +239,51 @@ impl<B: Backend> Ops for Tape<B> {
             bail!("a linear layer over {depth} channels got {}", x.width);
         }
         // The parameters of each layer that want a gradient.
-        let parameters = layers
-            .iter()
-            .map(|layer| Ok((leaf_of(&layer.weight)?, layer.bias.as_ref().map(leaf).transpose()?.flatten())));
-        let parameters: Vec<_> = parameters.collect::<Result<_>>()?;
-        let out = self.backend.linear(&x.data, layers)?;
-        let wanted = parameters.iter().any(|(weight, bias)| weight.is_some() || bias.is_some());
+        let weights = layers.iter().map(|layer| leaf_of(&layer.weight)).collect::<Result<Vec<_>>>()?;
+        let biases = layers.iter().map(|layer| Ok(layer.bias.as_ref().map(leaf).transpose()?.flatten()));
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        let mut out = self.backend.linear(&x.data, layers)?;
+        let mut adapted = Vec::new();
+        let mut first = 0;
+        for layer in layers {
+            if let Some(low_rank) = layer.weight.low_rank() {
+                let place = Place { channels: width, first };
+                adapted.push(Adapted::forward(low_rank, place, self.dropout, &self.backend, &self.batch, &x.data, &mut out)?);
+            }
+            first += layer.outputs()?;
+        }
+        let reads_x = weights.iter().any(Option::is_some) || adapted.iter().any(Adapted::is_trained);
+        let wanted = reads_x || biases.iter().any(Option::is_some);
         let out = self.array(out, width, x.node.is_some() || wanted);
         if let Some(node) = out.node {
-            let layers = layers.to_vec();
-            let (x_node, kept) = (x.node, wanted.then(|| Kept::of(x)));
+            let (layers, batch) = (layers.to_vec(), self.batch.clone());
+            let (x_node, kept) = (x.node, reads_x.then(|| Kept::of(x)));
             self.record(move |backward| {
                 let dy = backward.take(node)?;
-                let kept = kept.map(|x| x.get(&backward.backend)).transpose()?;
+                let backend = backward.backend.clone();
+                let kept = kept.map(|x| x.get(&backend)).transpose()?;
                 let mut first = 0;
-                for (layer, (weight, bias)) in layers.iter().zip(parameters) {
+                for (layer, weight) in layers.iter().zip(&weights) {
                     if let (Some(x), Some(weight)) = (&kept, weight) {
-                        let backend = &backward.backend;
-                        let (dweight, dbias) =
-                            backend.linear_backward_weight(x, &dy, width, first, layer, bias.is_some())?;
-                        deliver(&weight, Contribution::Dense(dweight))?;
-                        if let Some((bias, dbias)) = bias.zip(dbias) {
-                            deliver(&bias, Contribution::Dense(dbias))?;
-                        }
+                        let gradient = backend.linear_backward_weight(x, &dy, width, first, layer)?;
+                        deliver(weight, Contribution::Dense(gradient))?;
                     }
                     first += layer.outputs()?;
                 }
-                if let Some(node) = x_node {
-                    let dx = backward.backend.linear_backward_input(&dy, &layers)?;
+                if biases.iter().any(Option::is_some) {
+                    let wanted = layers.iter().zip(&biases).map(|(layer, bias)| Ok((layer.outputs()?, bias.is_some())));
+                    let gradients = backend.linear_backward_biases(&dy, &wanted.collect::<Result<Vec<_>>>()?)?;
+                    for (bias, gradient) in biases.iter().zip(gradients) {
+                        if let Some((bias, gradient)) = bias.as_ref().zip(gradient) {
+                            deliver(bias, Contribution::Dense(gradient))?;
+                        }
+                    }
+                }
+                let mut dx = x_node.map(|_| backend.linear_backward_input(&dy, width, 0, &layers)).transpose()?;
+                for adapted in adapted {
+                    adapted.backward(&backend, &batch, kept.as_deref(), &dy, dx.as_mut())?;
+                }
+                if let Some((node, dx)) = x_node.zip(dx) {
                     backward.add(node, dx)?;
                 }
                 Ok(())
@@ -456,6 +476,101 @@ impl<B: Backend> Ops for Tape<B> {
         }
         Ok(out)
     }
+}
+
+/// Where the results of a layer stand among those of others: from column `first` of `channels` on.
+#[derive(Clone, Copy)]
+struct Place {
+    channels: usize,
+    first: usize,
+}
+
+/// What of low rank lies on a linear layer, in a pass: `y += scale B A drop(x)`, in two thin products.
+struct Adapted<B: Backend> {
+    low_rank: LowRank,
+    place: Place,
+    dropout: Option<Dropout>,
+    /// `A drop(x)`, `[rows, r]`.
+    inner: B::Buffer,
+}
+
+impl<B: Backend> Adapted<B> {
+    fn forward(
+        low_rank: &LowRank,
+        place: Place,
+        dropout: Option<Dropout>,
+        backend: &B,
+        batch: &Packed,
+        x: &B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<Self> {
+        let dropout = dropout.filter(|_| low_rank.dropout > 0.0);
+        let a = Layer::thin(&low_rank.a);
+        let inner = match dropout {
+            None => backend.linear(x, std::slice::from_ref(&a))?,
+            Some(dropout) => {
+                let x = dropped(low_rank, &dropout, backend, batch, backend.copy(x)?)?;
+                backend.linear(&x, std::slice::from_ref(&a))?
+            }
+        };
+        backend.linear_add(out, place.channels, place.first, &inner, &Layer::thin(&low_rank.scaled_b()?))?;
+        Ok(Adapted { low_rank: low_rank.clone(), place, dropout, inner })
+    }
+
+    fn is_trained(&self) -> bool {
+        self.low_rank.a.is_variable()
+    }
+
+    /// Delivers the gradients of both matrices where they are trained, from `x`; adds that of `x` to `dx`.
+    fn backward(
+        self,
+        backend: &B,
+        batch: &Packed,
+        x: Option<&B::Buffer>,
+        dy: &B::Buffer,
+        dx: Option<&mut B::Buffer>,
+    ) -> Result<()> {
+        let Adapted { low_rank, place: Place { channels, first }, dropout, inner } = self;
+        let (a, b) = (Layer::thin(&low_rank.a), Layer::thin(&low_rank.scaled_b()?));
+        let (rank, inputs) = a.weight.dims2()?;
+        let dinner = backend.linear_backward_input(dy, channels, first, std::slice::from_ref(&b))?; // [rows, r]
+        if let (Some(x), true) = (x, low_rank.a.is_variable()) {
+            let gradient = backend.linear_backward_weight(&inner, dy, channels, first, &b)?;
+            deliver(&low_rank.b, Contribution::Dense(gradient.affine(low_rank.scale, 0.0)?))?;
+            let gradient = match &dropout {
+                None => backend.linear_backward_weight(x, &dinner, rank, 0, &a)?,
+                Some(dropout) => {
+                    let x = dropped(&low_rank, dropout, backend, batch, backend.copy(x)?)?;
+                    backend.linear_backward_weight(&x, &dinner, rank, 0, &a)?
+                }
+            };
+            deliver(&low_rank.a, Contribution::Dense(gradient))?;
+        }
+        match (dx, &dropout) {
+            (None, _) => Ok(()),
+            (Some(dx), None) => {
+                let back = Layer { layout: super::Layout::InOut, ..a };
+                backend.linear_add(dx, inputs, 0, &dinner, &back)
+            }
+            (Some(dx), Some(dropout)) => {
+                let through = backend.linear_backward_input(&dinner, rank, 0, std::slice::from_ref(&a))?;
+                backend.add(dx, &dropped(&low_rank, dropout, backend, batch, through)?)
+            }
+        }
+    }
+}
+
+/// `x` as `A` sees it, or the gradient of what it saw as that of `x`.
+fn dropped<B: Backend>(
+    low_rank: &LowRank,
+    dropout: &Dropout,
+    backend: &B,
+    batch: &Packed,
+    mut x: B::Buffer,
+) -> Result<B::Buffer> {
+    let (_, width) = low_rank.a.dims2()?;
+    backend.dropout(&mut x, width, batch, dropout, low_rank.dropout, low_rank.site)?;
+    Ok(x)
 }
 
 /// Data that a step wants to have again.

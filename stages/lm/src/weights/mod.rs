@@ -1,15 +1,17 @@
 //! The parameters of a model, in the types they are kept in and computed with.
 
 pub(crate) mod encoded;
+pub(crate) mod low_rank;
 
 use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use self::encoded::Encoded;
+use self::low_rank::LowRank;
 
-/// A parameter: a dense matrix or vector, or a frozen matrix in the type it has on disk. A clone is a handle of the same
-/// one.
+/// A parameter: a dense matrix or vector, or a frozen matrix in the type it has on disk, on which something of low rank may
+/// lie. A clone is a handle of the same one.
 ///
 /// What is frozen can be read in another type than it is kept in. What it was converted to is kept with the parameter, for
 /// all who hold it, so that a teacher is converted once, however many passes read it.
@@ -19,6 +21,7 @@ pub(crate) struct Weight {
     /// What passes over a dense parameter read where it is not as it is kept: it was converted.
     converted: Option<Tensor>,
     known: Arc<Known>,
+    low_rank: Option<LowRank>,
 }
 
 /// What a parameter is kept as.
@@ -39,12 +42,27 @@ struct Known {
 impl Weight {
     /// A parameter with these values: trained if they are a variable, else frozen.
     pub(crate) fn new(values: Tensor) -> Self {
-        Weight { kept: Kept::Dense(values), converted: None, known: Arc::default() }
+        Weight { kept: Kept::Dense(values), converted: None, known: Arc::default(), low_rank: None }
     }
 
     /// A frozen matrix of a model on a device.
     pub(crate) fn encoded_on(matrix: Encoded, device: &Device) -> Self {
-        Weight { kept: Kept::Encoded(matrix, device.clone()), converted: None, known: Arc::default() }
+        Weight { kept: Kept::Encoded(matrix, device.clone()), converted: None, known: Arc::default(), low_rank: None }
+    }
+
+    /// The same parameter with this on top of it.
+    pub(crate) fn with_low_rank(&self, low_rank: LowRank) -> Self {
+        Weight { low_rank: Some(low_rank), ..self.clone() }
+    }
+
+    /// The parameter below what is of low rank: all other methods but this and [`Weight::low_rank`] speak of it.
+    pub(crate) fn base(&self) -> Self {
+        Weight { low_rank: None, ..self.clone() }
+    }
+
+    /// What lies on top of it.
+    pub(crate) fn low_rank(&self) -> Option<&LowRank> {
+        self.low_rank.as_ref()
     }
 
     /// The values as they are kept, what is trained and saved; of an encoded matrix, decoded.
@@ -108,7 +126,8 @@ impl Weight {
 
     /// A view through which no gradient flows. It sees later updates.
     pub(crate) fn frozen(&self) -> Self {
-        self.variable().map_or_else(|| self.clone(), |values| Weight::new(values.detach()))
+        let base = self.variable().map_or_else(|| self.clone(), |values| Weight::new(values.detach()));
+        Weight { low_rank: self.low_rank.as_ref().map(LowRank::frozen), ..base }
     }
 
     /// The same parameter, to be read in `dtype`. A variable, and what is no matrix, is read as it is kept: who computes with

@@ -89,7 +89,7 @@ fn step(student: &LanguageModel, teacher: &LanguageModel, prompt: &Tensor, updat
     let hidden = student.hidden(&batch, Some(prompt), Some(&dropout)).unwrap();
     assert_eq!(hidden.device().location(), device.location());
     let target = |hidden, divergence, coefficient, temperature| Target {
-        source: Source::Head { hidden, head: teacher.head().unwrap() },
+        source: Source::Head { hidden, head: &teacher.head().unwrap() },
         divergence,
         coefficient,
         temperature,

@@ -79,7 +79,7 @@ fn log_probabilities_are_whole(model: &LanguageModel) {
                 batch.push(row, &all[..all.len() - 1]);
                 let hidden = model.hidden(&batch, soft_prompt, None).unwrap();
                 let hidden = hidden.narrow(0, prompt.len() - 1, text.ids.len()).unwrap();
-                let expected = log_probs(&hidden, model.head().unwrap(), &text.ids).unwrap();
+                let expected = log_probs(&hidden, &model.head().unwrap(), &text.ids).unwrap();
                 assert!(gap(&text.log_probs, &expected) < 1e-5, "{:?} {expected:?}", text.log_probs);
             }
         }

@@ -128,7 +128,7 @@ fn alone_and_in_company(model: &LanguageModel) {
         let hidden = model.hidden(&batch, None, None).unwrap();
         let labels: Vec<u32> = (0..batch.inputs.len() as u32).map(|i| i * 3 % 40).collect();
         let weights = vec![0.1; labels.len()];
-        let loss = head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss;
+        let loss = head_loss(&hidden, &model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss;
         let gradients = gradients(&loss, &model.parameters()).unwrap();
         (flat(&hidden), gradients.values().map(flat).collect::<Vec<_>>())
     };

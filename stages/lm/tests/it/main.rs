@@ -6,6 +6,7 @@ mod cuda;
 mod generation;
 mod gguf;
 mod llama;
+mod lora;
 mod parity;
 mod training;
 

@@ -36,15 +36,15 @@ fn all() -> impl Iterator<Item = &'static str> {
     ["gpt2"].into_iter().chain(LLAMAS).chain(FAMILIES)
 }
 
-fn fixture(model: &str, name: &str) -> PathBuf {
+pub(crate) fn fixture(model: &str, name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(model).join(name)
 }
 
-fn json(model: &str, name: &str) -> Json {
+pub(crate) fn json(model: &str, name: &str) -> Json {
     serde_json::from_slice(&std::fs::read(fixture(model, name)).unwrap()).unwrap()
 }
 
-fn expected(model: &str) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn expected(model: &str) -> BTreeMap<String, Vec<f32>> {
     let tensors = candle_core::safetensors::load(fixture(model, "expected.safetensors"), &Device::Cpu).unwrap();
     tensors.into_iter().map(|(name, tensor)| (name, flat(&tensor))).collect()
 }
@@ -53,12 +53,12 @@ fn ids(json: &Json) -> Vec<u32> {
     json.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-fn model(name: &str) -> LanguageModel {
+pub(crate) fn model(name: &str) -> LanguageModel {
     LanguageModel::load(&fixture(name, ""), &Device::Cpu).unwrap()
 }
 
 /// Rows of (prompt, response) as inputs, the places whose next token is part of a response, and those tokens.
-fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
+pub(crate) fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
     let (mut batch, mut places, mut labels) = (Packed::new(), Vec::new(), Vec::new());
     for (id, (prompt, response)) in rows.iter().enumerate() {
         let text = [prompt.as_slice(), response].concat();
@@ -70,27 +70,27 @@ fn packed(rows: &[(Vec<u32>, Vec<u32>)]) -> (Packed, Vec<u32>, Vec<u32>) {
     (batch, places, labels)
 }
 
-fn batches(model: &str) -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
+pub(crate) fn batches(model: &str) -> Vec<Vec<(Vec<u32>, Vec<u32>)>> {
     let row = |row: &Json| (ids(&row["prompt"]), ids(&row["response"]));
     let batch = |batch: &Json| batch.as_array().unwrap().iter().map(row).collect();
     json(model, "batch.json").as_array().unwrap().iter().map(batch).collect()
 }
 
 /// The sum of -log p over response tokens, divided by `count`.
-fn loss(model: &LanguageModel, rows: &[(Vec<u32>, Vec<u32>)], count: usize) -> Tensor {
+pub(crate) fn loss(model: &LanguageModel, rows: &[(Vec<u32>, Vec<u32>)], count: usize) -> Tensor {
     let (batch, places, labels) = packed(rows);
     let hidden = model.hidden(&batch, None, None).unwrap();
     let hidden = hidden.index_select(&Tensor::new(places, &Device::Cpu).unwrap(), 0).unwrap();
     let weights = vec![1.0 / count as f32; labels.len()];
-    head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
+    head_loss(&hidden, &model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
 }
 
-fn tokens(rows: &[(Vec<u32>, Vec<u32>)]) -> usize {
+pub(crate) fn tokens(rows: &[(Vec<u32>, Vec<u32>)]) -> usize {
     rows.iter().map(|(_, response)| response.len()).sum()
 }
 
 /// The gradient of a key's bias is zero where keys are not turned: rounding alone decides what AdamW makes of it.
-fn without_key_bias(name: &str, values: &[f32]) -> Vec<f32> {
+pub(crate) fn without_key_bias(name: &str, values: &[f32]) -> Vec<f32> {
     let mut values = values.to_vec();
     if name.ends_with("attn.c_attn.bias") {
         let third = values.len() / 3;

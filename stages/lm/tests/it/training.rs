@@ -24,7 +24,7 @@ fn loss(model: &LanguageModel, rows: &[(u64, Vec<u32>)], prompt: Option<&Tensor>
     }
     let hidden = model.hidden(&batch, prompt, dropout).unwrap();
     let weights = vec![1.0 / 32.0; labels.len()];
-    head_loss(&hidden, model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
+    head_loss(&hidden, &model.head().unwrap(), Some((&labels, 1.0)), &[], &weights).unwrap().loss
 }
 
 fn batch() -> Vec<(u64, Vec<u32>)> {
@@ -51,7 +51,7 @@ fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
 fn parameters_that_a_loss_does_not_depend_on_are_named() {
     let model = small_model(0.0).trainable().unwrap();
     let hidden = (model.embedding().unwrap() * 2.0).unwrap();
-    let loss = head_loss(&hidden, model.head().unwrap(), Some((&[1; 40], 1.0)), &[], &[1.0; 40]).unwrap().loss;
+    let loss = head_loss(&hidden, &model.head().unwrap(), Some((&[1; 40], 1.0)), &[], &[1.0; 40]).unwrap().loss;
     let error = gradients(&loss, &model.parameters()).unwrap_err().to_string();
     assert!(error.contains("`transformer.wpe.weight`, `transformer.h.0.ln_1.weight`"), "{error}");
     assert!(!error.contains("wte"), "{error}");
@@ -154,7 +154,7 @@ fn wanted_tokens_of(model: &LanguageModel) {
         parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
         let [whole, part] = [whole, part].map(|hidden| {
             let loss =
-                head_loss(&hidden, model.head().unwrap(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
+                head_loss(&hidden, &model.head().unwrap(), Some((&[1, 2, 3, 4], 1.0)), &[], &[0.25; 4]).unwrap().loss;
             gradients(&loss, &parameters).unwrap()
         });
         for (name, gradient) in &whole {
