@@ -49,7 +49,7 @@ fn train(model: &LanguageModel) -> Result<()> {
     let mut optimizer = AdamW::new(AdamWOptions::default());
     for update in 0..UPDATES {
         let hidden = model.hidden(&batch, None, None)?; // [N, C]
-        let loss = head_loss(&hidden, model.head()?, Some((&labels, 1.0)), &[], &weights)?.loss; // []
+        let loss = head_loss(&hidden, &model.head()?, Some((&labels, 1.0)), &[], &weights)?.loss; // []
         if update % 20 == 0 || update + 1 == UPDATES {
             println!("update {update:3}  loss {:.3}", loss.to_scalar::<f32>()?);
         }

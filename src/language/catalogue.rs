@@ -43,6 +43,9 @@ fn describe(kind: &dyn Kind) -> String {
     let schema = Schema(kind.schema());
     let mut fields = Vec::new();
     collect_fields(&schema, &schema.0, "", &mut fields);
+    if fields.is_empty() {
+        out += "\nfields of `with`\n    none\n";
+    }
     section(&mut out, "fields of `with`", fields);
     if let Some(alone) = kind.alone() {
         let mut text = format!(

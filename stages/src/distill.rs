@@ -166,8 +166,14 @@ impl Stage for Distill {
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
-        let model =
-            foresight::learner(outlook, "student", config.init.as_ref(), "data", config.lora.as_ref(), config.activation_checkpointing);
+        let model = foresight::learner(
+            outlook,
+            "student",
+            config.init.as_ref(),
+            "data",
+            config.lora.as_ref(),
+            config.activation_checkpointing,
+        );
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
         if outlook.has("cache") {
@@ -224,7 +230,14 @@ impl Operator for Distilling {
         let config = self.config.clone();
         let student = match inputs.take_optional::<LanguageModel>("student")? {
             Some(student) => training::own(student, config.lora.as_ref(), config.seed)?,
-            None => training::initial(config.init.as_ref(), "student", &data, config.lora.as_ref(), config.seed, &self.device)?,
+            None => training::initial(
+                config.init.as_ref(),
+                "student",
+                &data,
+                config.lora.as_ref(),
+                config.seed,
+                &self.device,
+            )?,
         };
         let student = student.computed_in(config.dtype)?.with_activation_checkpointing(config.activation_checkpointing);
         let (teacher, head) = match &cache {

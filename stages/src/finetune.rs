@@ -94,7 +94,14 @@ impl Stage for Finetune {
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
-        let model = foresight::learner(outlook, "model", config.init.as_ref(), "data", config.lora.as_ref(), config.activation_checkpointing);
+        let model = foresight::learner(
+            outlook,
+            "model",
+            config.init.as_ref(),
+            "data",
+            config.lora.as_ref(),
+            config.activation_checkpointing,
+        );
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
     }

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use anyhow::bail;
 use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, Registry, Result};
 pub use lm::gpus;
-use lm::{LanguageModel, SoftPrompt, TeacherCache};
+use lm::{Adapter, LanguageModel, SoftPrompt, TeacherCache};
 
+pub mod adapt;
 pub mod aligned;
 pub mod chat;
 mod columns;
@@ -26,6 +27,7 @@ pub mod finite;
 mod foresight;
 pub mod gguf;
 pub mod instruct;
+pub mod merge;
 pub mod mmidx;
 mod padding;
 pub mod porter;
@@ -48,12 +50,14 @@ pub mod training;
 /// All kinds, by name.
 pub fn registry() -> Registry {
     Registry::new(load)
+        .with(adapt::Adapt)
         .with(cut_layers::CutLayers)
         .with(distill::Distill)
         .with(download::Download)
         .with(evaluate::Evaluate)
         .with(export::Export)
         .with(finetune::Finetune)
+        .with(merge::Merge)
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)
         .with(student_generate::StudentGenerate)
@@ -68,6 +72,7 @@ fn load(port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
     Ok(match port_type {
         PortType::Dataset => Arc::new(Dataset::load(folder)?),
         PortType::Model => Arc::new(LanguageModel::load(folder, &device()?)?),
+        PortType::Adapter => Arc::new(Adapter::load(folder, &device()?)?),
         PortType::SoftPrompt => Arc::new(SoftPrompt::load(folder, &device()?)?),
         PortType::TeacherCache => Arc::new(TeacherCache::load(folder)?),
         PortType::State => bail!("an inner state is read by the kind of the stage that it is of"),

@@ -488,6 +488,71 @@ stages:
         .expect(2, &["`keep` asks for layer 3 and the model has 3 layers, counted from 0: ask for fewer"]);
 }
 
+// ---- what is trained of a model
+
+/// What [`TINY`] gains by this: an adapter of the student is trained, over the student, which stays as it is.
+const ADAPTED: &str = "
+variants:
+  lora:
+    set: {train.learn.lora: {rank: 2, alpha: 4, dropout: 0.1}, train.learn.learning_rate: 0.02}
+  merged:
+    extends: [lora]
+    stages: {whole: {kind: merge, in: {model: train.student}}}
+    rebind: {score.in.model: whole, release.in.model: whole}
+";
+
+#[test]
+fn an_adapter_is_trained_and_cut_anywhere_it_has_the_same_bits() {
+    let text = format!("{TINY}{ADAPTED}");
+    let [at_once, unrolled] = ["--threads 1", "--threads 2 --unroll"].map(|arguments| {
+        let project = project(&text);
+        project.run(&format!("run FILE --variant lora {arguments}")).expect(0, &["done: 9 ran", "ROUGE-L"]);
+        let digests = project.digests("--variant lora");
+        project.run("export FILE train.student --variant lora --to student").expect(0, &[]);
+        // Weights of the student's own are those that it began with: the same blob.
+        project.run("export FILE student0 --variant lora --to before").expect(0, &[]);
+        let [before, after] =
+            ["before", "student"].map(|to| fs::read(project.path(to).join("model.safetensors")).unwrap());
+        assert!(before == after);
+        let adapter = fs::read_to_string(project.path("student/adapter/adapter_config.json")).unwrap();
+        assert!(adapter.contains("\"r\": 2") && adapter.contains("\"lora_dropout\": 0.1"), "{adapter}");
+        // In one piece it answers alike.
+        project.run("run FILE --variant merged").expect(0, &["done: 3 ran, 7 reused"]);
+        let scores = ["lora", "merged"].map(|variant| {
+            let shown = project.run(&format!("show FILE score --variant {variant} --json")).expect(0, &[]);
+            let shown: Json = serde_json::from_str(&shown.stdout).unwrap();
+            shown["stages"]["score"]["metrics"]["rouge_l"]["mean"].as_f64().unwrap()
+        });
+        assert!((scores[0] - scores[1]).abs() < 1e-9, "{scores:?}");
+        digests
+    });
+    assert_eq!(at_once, unrolled);
+}
+
+#[test]
+fn an_adapter_that_is_there_is_not_trained_away_in_silence() {
+    let project = project(&format!(
+        "{TINY}{ADAPTED}
+  again:
+    extends: [lora]
+    stages:
+      more: {{kind: finetune, in: {{data: data.train, model: train.student}}, with: {{take: 8, rounds: 2, learning_rate: 1e-3}}}}
+"
+    ));
+    project
+        .run("run FILE more --variant again")
+        .expect(1, &["the model has an adapter: give `lora` to go on with it, or merge the two first (kind `merge`)"]);
+    project
+        .run("run FILE more --variant again --set more.lora.rank=3")
+        .expect(1, &["the model has an adapter of rank 2, alpha 4", "`lora` asks for another"]);
+    project
+        .run("run FILE more --variant again --set more.lora.rank=2 --set more.lora.alpha=4 --set more.lora.dropout=0.1")
+        .expect(0, &["done: 1 ran"]);
+    project
+        .run("run FILE more --variant again --set train.learn.lora.targets=[q_proj]")
+        .expect(1, &["`targets` names `q_proj`, which is no linear layer of the model: it has `c_attn`"]);
+}
+
 // ---- a disk that takes no more
 
 /// Runs `run p.yaml` where no file may grow beyond so many blocks of 512 bytes: to a program the same as a full disk.
@@ -538,6 +603,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
     let sound = |kind, config| (kind, Conventions::Sound, config);
     let reference = |kind, config| (kind, Conventions::Reference, config);
     vec![
+        sound("adapt", json!({})),
         sound("cut-layers", json!({"keep": {"evenly": 6}})),
         sound("distill", json!({"divergence": "reverse-kl", "learning_rate": 5e-4, "micro_batch": 4})),
         reference("distill", json!({"divergence": "forward-kl", "learning_rate": 5e-4, "micro_batch": 4})),
@@ -547,6 +613,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("export", json!({"dtype": "bf16"})),
         sound("finetune", json!({"init": {"architecture": "gpt2", "layers": 2, "width": 32}, "learning_rate": 2e-3})),
         reference("finetune", json!({"learning_rate": 2e-3, "micro_batch": 4})),
+        sound("merge", json!({})),
         sound("prompt-init", json!({"length": 7, "text": "Suppose you are a student."})),
         sound("prompt-tune", json!({"learning_rate": 1e-3})),
         reference("prompt-tune", json!({"learning_rate": 1e-3})),

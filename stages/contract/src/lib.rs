@@ -26,7 +26,7 @@ pub use facts::{Bounds, Facts, Longest, Vocabulary};
 pub use kind::{
     About, Alone, Check, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage,
 };
-pub use outlook::{Learner, Cause, Finding, Machine, Outlook};
+pub use outlook::{Cause, Finding, Learner, Machine, Outlook};
 pub use port::{Port, PortType, Ports};
 pub use scoring::Scoring;
 pub use tokenizer::TokenizerFile;

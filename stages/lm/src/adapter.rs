@@ -302,12 +302,18 @@ impl Written {
         };
         for field in OTHERWISE {
             if let Some(value) = config.get(field).filter(|value| !is_off(value)) {
-                bail!("`{field}` is {value}, which is not computed here: merge the adapter with PEFT and use the whole model");
+                bail!(
+                    "`{field}` is {value}, which is not computed here: merge the adapter with PEFT and use the whole model"
+                );
             }
         }
         let written: Written = Deserialize::deserialize(config)?;
         ensure!(written.r > 0, "its rank `r` is 0");
-        ensure!((0.0..1.0).contains(&written.lora_dropout), "`lora_dropout` is {}: expected from 0 to 1", written.lora_dropout);
+        ensure!(
+            (0.0..1.0).contains(&written.lora_dropout),
+            "`lora_dropout` is {}: expected from 0 to 1",
+            written.lora_dropout
+        );
         Ok(written)
     }
 }
@@ -340,7 +346,8 @@ impl Value for Adapter {
             .tensors
             .iter()
             .map(|(name, tensor)| {
-                let adapted = name.strip_suffix(".bias").filter(|layer| self.tensors.contains_key(&format!("{layer}{A}")));
+                let adapted =
+                    name.strip_suffix(".bias").filter(|layer| self.tensors.contains_key(&format!("{layer}{A}")));
                 let name = adapted.map_or_else(|| name.clone(), |layer| format!("{layer}{BASE_BIAS}"));
                 (format!("{PREFIX}{name}"), tensor)
             })

@@ -24,7 +24,6 @@ use crate::files::generation::{self, GenerationConfig};
 use crate::files::tensors::{write_json, write_tensors};
 use crate::finite::{first_not_finite, is_finite};
 use crate::head::Head;
-use crate::ops::{Layout, Ops};
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
 #[cfg(feature = "cuda")]
@@ -32,6 +31,7 @@ use crate::ops::cuda::Cuda;
 use crate::ops::plain::Plain;
 use crate::ops::rotary::Angles;
 use crate::ops::tape::Tape;
+use crate::ops::{Layout, Ops};
 use crate::terms::dropout::Dropout;
 use crate::weights::Weight;
 use crate::weights::low_rank::LowRank;

@@ -142,14 +142,7 @@ impl Backend for Cpu {
         Ok(out)
     }
 
-    fn linear_add(
-        &self,
-        out: &mut Vec<f32>,
-        channels: usize,
-        first: usize,
-        x: &Vec<f32>,
-        layer: &Layer,
-    ) -> Result<()> {
+    fn linear_add(&self, out: &mut Vec<f32>, channels: usize, first: usize, x: &Vec<f32>, layer: &Layer) -> Result<()> {
         let values = elements(layer.weight.tensor()?)?;
         product_into_columns(out, channels, first, Matrix::new(x, layer.inputs()?), matrix(&values, layer)?, true);
         Ok(())

@@ -248,7 +248,15 @@ impl<B: Backend> Ops for Tape<B> {
         for layer in layers {
             if let Some(low_rank) = layer.weight.low_rank() {
                 let place = Place { channels: width, first };
-                adapted.push(Adapted::forward(low_rank, place, self.dropout, &self.backend, &self.batch, &x.data, &mut out)?);
+                adapted.push(Adapted::forward(
+                    low_rank,
+                    place,
+                    self.dropout,
+                    &self.backend,
+                    &self.batch,
+                    &x.data,
+                    &mut out,
+                )?);
             }
             first += layer.outputs()?;
         }

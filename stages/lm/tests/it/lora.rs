@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use contract::Value;
 use lm::sample::Sampling;
 use lm::{
-    Adapter, AdamW, AdamWOptions, Biases, Generate, LanguageModel, Lora, Packed, Prompt, Schedule, Warmup, generate,
+    AdamW, AdamWOptions, Adapter, Biases, Generate, LanguageModel, Lora, Packed, Prompt, Schedule, Warmup, generate,
     gradients, learning_rate, norm,
 };
 
@@ -121,7 +121,9 @@ fn a_saved_model_keeps_its_adapter_to_the_bit_and_the_adapter_is_what_peft_wrote
         // Saved once more, from where it was loaded, it has the same bytes.
         let again = tempfile::tempdir().unwrap();
         loaded.save(again.path()).unwrap();
-        for name in ["config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"] {
+        for name in
+            ["config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+        {
             let [one, two] = [&saved, &again].map(|folder| std::fs::read(folder.path().join(name)).unwrap());
             assert!(one == two, "{case}: {name}");
         }
