@@ -30,6 +30,7 @@ pub mod instruct;
 pub mod merge;
 pub mod mmidx;
 mod padding;
+pub mod policy_gradient;
 pub mod porter;
 pub mod prompt_init;
 pub mod prompt_tune;
@@ -38,6 +39,7 @@ pub mod score;
 mod sentencepiece;
 pub mod student_generate;
 pub mod teacher_cache;
+pub mod teacher_generate;
 pub mod template;
 #[cfg(test)]
 mod testing;
@@ -58,10 +60,12 @@ pub fn registry() -> Registry {
         .with(export::Export)
         .with(finetune::Finetune)
         .with(merge::Merge)
+        .with(policy_gradient::PolicyGradient)
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)
         .with(student_generate::StudentGenerate)
         .with(teacher_cache::TeacherCaching)
+        .with(teacher_generate::TeacherGenerate)
         .with(tokenize::Tokenize)
         .with(train_tokenizer::TrainTokenizer)
 }

@@ -8,18 +8,24 @@
 //! ```
 //!
 //! A response ends with the first end token, or is cut off by `max_new_tokens`, the model's context, or
-//! what the stages of the same loop that read it can take. A row's draws depend on the seed, the round and the row alone, so neither batch size nor resumption changes them.
-//! Inputs: `model`, `data` (its prompts). Outputs: `data`, the same rows with new responses and their log-probabilities.
-//! Cost: a forward pass a token of the longest response, over the rows still unfinished.
+//! what the stages of the same loop that read it can take. A row's draws depend on the seed, the round and the row alone, so
+//! neither batch size nor resumption changes them. With `fraction` some rows keep the response they have: the on-policy
+//! fraction λ of GKD (Agarwal et al., "On-policy distillation of language models", 2024, algorithm 1) and ImitKD. With a
+//! `teacher` every token is drawn from `(1 - teacher_share)` of the student's and `teacher_share` of the teacher's
+//! distribution: the teacher-mixed sampling of MiniLLM (Gu et al., 2024, section 2.2).
+//!
+//! Inputs: `model`, `data` (its prompts), `teacher`. Outputs: `data`, the same rows with new responses and their
+//! log-probabilities under what wrote them. Cost: a forward pass a token of the longest response, over the rows still
+//! unfinished.
 
 use contract::limits;
-use contract::random::purpose;
+use contract::random::{philox, purpose, uniform};
 use contract::{
-    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
-    PortType, Ports, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Bounds, Cause, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Longest, Operator,
+    Outlook, Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
 use lm::sample::Sampling;
-use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, generate};
+use lm::{Dtype, Generate, Generated, LanguageModel, Mixed, Prompt, generate, generate_mixed};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +51,14 @@ pub struct Config {
     /// Tokens a response may have.
     #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_new_tokens: usize,
+    /// Share of the rows that are answered anew, drawn row by row in every round; the others keep their response.
+    #[serde(default = "all")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub fraction: f64,
+    /// What the distribution of `teacher` counts in every draw.
+    #[serde(default = "default_teacher_share")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub teacher_share: f64,
     /// What becomes of a response that was cut off; left out: as the conventions say.
     #[serde(default)]
     pub cut_off: Option<CutOff>,
@@ -75,6 +89,15 @@ fn one() -> f32 {
     1.0
 }
 
+fn all() -> f64 {
+    1.0
+}
+
+/// As published.
+fn default_teacher_share() -> f64 {
+    0.2
+}
+
 fn default_batch() -> usize {
     256
 }
@@ -101,7 +124,7 @@ impl Stage for StudentGenerate {
             Conventions::Sound => CutOff::Open,
             Conventions::Reference => CutOff::ForcedEnd,
         });
-        if config.temperature == 0.0 {
+        if config.temperature == 0.0 && config.fraction == 1.0 {
             // Nothing is drawn.
             config.seed = 0;
         }
@@ -115,6 +138,7 @@ impl Stage for StudentGenerate {
         Ports::new()
             .input("model", PortType::Model, "who answers")
             .input("data", PortType::Dataset, "rows with the prompts")
+            .optional("teacher", PortType::Model, "has a say in every token")
             .output("data", PortType::Dataset, "the rows with the answers")
     }
 
@@ -124,11 +148,23 @@ impl Stage for StudentGenerate {
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         outlook.holds("model");
-        outlook.same_vocabulary(&["data", "model"]);
+        outlook.holds("teacher");
+        outlook.same_vocabulary(&["data", "model", "teacher"]);
         outlook.same_end("data", "model");
+        if config.teacher_share != default_teacher_share() && !outlook.has("teacher") {
+            outlook.error(
+                [Cause::Field("teacher_share".into())],
+                "nothing reads `teacher_share` here",
+                "connect `teacher`, who is to have a say",
+            );
+        }
         foresight::computes_in(outlook, config.dtype);
         let data = outlook.input("data");
         let text = outlook.writes("model", None, &outlook.rows("data"), config.max_new_tokens as u64);
+        // Rows that keep their response are as long as they were.
+        let kept =
+            if config.fraction < 1.0 { data.text.most.map(|most| text.most.map(|new| new.max(most))) } else { None };
+        let text = kept.map_or(text, Longest::at_most);
         outlook.output("data", Facts { text, responses: Bounds::ANY, ..data });
     }
 
@@ -142,6 +178,13 @@ impl Stage for StudentGenerate {
 }
 
 impl Config {
+    /// Whether a row is answered anew in this round.
+    fn answers(&self, row: &Row, step: &Step) -> bool {
+        let id = (row.id ^ row.id >> 32) as u32;
+        let [word, ..] = philox(self.seed, [0, id, step.round as u32, purpose::ON_POLICY]);
+        self.fraction == 1.0 || f64::from(uniform(word)) < self.fraction
+    }
+
     fn sampling(&self) -> Sampling {
         Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
     }
@@ -167,8 +210,11 @@ impl Operator for Generating {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let Generating { config, longest } = self;
         let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
+        let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
+        let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
         let data = inputs.take::<Dataset>("data")?;
-        let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
+        let asked: Vec<&Row> = data.rows.iter().filter(|row| config.answers(row, step)).collect();
+        let prompts: Vec<Prompt<'_>> = asked.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
         let options = Generate {
             sampling: config.sampling(),
             max_new_tokens: config.max_new_tokens,
@@ -179,12 +225,23 @@ impl Operator for Generating {
             batch: config.batch,
         };
         let total = prompts.len() as u64;
-        let generated =
-            generate(&model, None, &prompts, &options, &mut |done| sink.progress(done as u64, total, "rows")).map_err(
-                |error| explain(error, NEXT_TOKEN, |at| data.rows.get(at), &[Behind::new("model", &model, None)]),
-            )?;
-        let rows = data.rows.iter().zip(generated).map(|(row, generated)| {
-            self::answered(row, generated, config.cut_off == Some(CutOff::ForcedEnd), data.tokenizer.end)
+        let mut progress = |done| sink.progress(done as u64, total, "rows");
+        let generated = match &teacher {
+            None => generate(&model, None, &prompts, &options, &mut progress),
+            Some(teacher) => {
+                let mixed = Mixed { teacher, share: config.teacher_share };
+                generate_mixed(&model, mixed, &prompts, &options, &mut progress)
+            }
+        };
+        let behind = [Behind::new("model", &model, None)].into_iter();
+        let behind: Vec<Behind<'_>> =
+            behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, None))).collect();
+        let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| asked.get(at).copied(), &behind))?;
+        let force_end = config.cut_off == Some(CutOff::ForcedEnd);
+        let mut generated = generated.into_iter();
+        let rows = data.rows.iter().map(|row| match config.answers(row, step).then(|| generated.next()).flatten() {
+            Some(generated) => answered(row, generated, force_end, data.tokenizer.end),
+            None => row.clone(),
         });
         let rows = rows.collect();
         Ok(Outputs::new().with("data", Dataset { rows, tokenizer: data.tokenizer.clone() }))
@@ -195,7 +252,7 @@ impl Operator for Generating {
     }
 }
 
-fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
+pub(crate) fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
     let Generated { mut ids, log_probs, mut end } = generated;
     if let (End::Length, true, Some(last)) = (end, force_end, ids.last_mut()) {
         *last = end_token;

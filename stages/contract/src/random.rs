@@ -21,6 +21,12 @@ pub mod purpose {
     pub const BOOTSTRAP: u32 = 7;
     /// Initial weights of low-rank adapters.
     pub const LORA: u32 = 8;
+    /// Which rows are answered anew.
+    pub const ON_POLICY: u32 = 9;
+    /// Responses that a teacher writes.
+    pub const TEACH: u32 = 10;
+    /// Order of rollouts in a pass over them.
+    pub const PASS: u32 = 11;
     /// Persona lines of a dataset.
     pub const PERSONA: u32 = 0x40;
     /// Dropout of a student.

@@ -24,13 +24,20 @@ pub(super) struct Decoder<'a> {
     model: &'a LanguageModel,
     soft_prompt: Option<Tensor>,
     soft_length: usize,
+    /// Which of a row's caches are its own.
+    place: usize,
 }
 
 impl<'a> Decoder<'a> {
     pub(super) fn new(model: &'a LanguageModel, soft_prompt: Option<&Tensor>) -> Result<Self> {
         let soft_prompt = soft_prompt.map(|prompt| prompt.detach().contiguous()).transpose()?;
         let soft_length = soft_prompt.as_ref().map_or(0, |prompt| prompt.dims()[0]);
-        Ok(Decoder { model, soft_prompt, soft_length })
+        Ok(Decoder { model, soft_prompt, soft_length, place: 0 })
+    }
+
+    /// That of another model which has a say in the same rows.
+    pub(super) fn of_other(model: &'a LanguageModel) -> Result<Self> {
+        Ok(Decoder { place: 1, ..Decoder::new(model, None)? })
     }
 
     /// Logits of the next token of every row, `[rows, V]`.
@@ -39,7 +46,7 @@ impl<'a> Decoder<'a> {
             return self.logits_plain(rows);
         }
         let mut hidden = Vec::with_capacity(rows.len() * self.model.width());
-        for rows in together(rows, |row| row.ids.len() + self.soft_length - row.cache.length) {
+        for rows in together(rows, |row| row.ids.len() + self.soft_length - row.caches[self.place].length) {
             hidden.extend(self.hidden(rows)?);
         }
         let head = self.model.head_weight();
@@ -52,9 +59,10 @@ impl<'a> Decoder<'a> {
     fn hidden(&self, rows: &mut [Row]) -> Result<Vec<f32>> {
         let mut pass = Cached { inputs: Vec::new(), positions: Vec::new(), counts: Vec::new(), caches: Vec::new() };
         for row in rows {
-            let seen = row.cache.length;
+            let cache = &mut row.caches[self.place];
+            let seen = cache.length;
             if seen == 0 {
-                row.cache = Cache::new(&self.model.config, self.soft_length + row.prompt + row.limit);
+                *cache = Cache::new(&self.model.config, self.soft_length + row.prompt + row.limit);
                 pass.inputs.extend((0..self.soft_length as u32).map(Input::Prompt));
             }
             let new = seen.saturating_sub(self.soft_length);
@@ -62,7 +70,7 @@ impl<'a> Decoder<'a> {
             let count = row.ids.len() + self.soft_length - seen;
             pass.positions.extend((seen..seen + count).map(|p| p as u32));
             pass.counts.push(count);
-            pass.caches.push(&mut row.cache);
+            pass.caches.push(cache);
         }
         let positions = pass.positions.iter().max().map_or(0, |last| *last as usize + 1);
         let hidden = self.model.forward(&mut pass, self.soft_prompt.as_ref(), positions)?;

@@ -13,7 +13,7 @@ use contract::{End, Result};
 use rayon::prelude::*;
 
 use self::cpu::{Cache, Decoder};
-use self::sample::{Choice, Scratch, choose};
+use self::sample::{Choice, Scratch, choose, choose_mixed};
 #[cfg(feature = "cuda")]
 use crate::dtype::Dtype;
 use crate::finite::NotFinite;
@@ -43,6 +43,15 @@ pub struct Generate {
     pub time: u32,
     /// Rows decoded together; changes speed and memory, no draw.
     pub batch: usize,
+}
+
+/// Another model that has a say in every token.
+#[derive(Clone, Copy)]
+pub struct Mixed<'a> {
+    /// It knows the same tokens.
+    pub teacher: &'a LanguageModel,
+    /// What its distribution counts, from 0 to 1; that of the model which writes counts the rest.
+    pub share: f64,
 }
 
 /// What to continue.
@@ -106,6 +115,33 @@ pub fn generate(
             None => Ok(generated),
         };
     }
+    write(model, soft_prompt, None, prompts, options, progress)
+}
+
+/// The same by two models: every token is drawn from a mixture of their distributions. Its log-probability is that of the
+/// mixture. On a GPU this computes every row whole for each token.
+///
+/// Errors as [`generate`] does, for either model.
+pub fn generate_mixed(
+    model: &LanguageModel,
+    mixed: Mixed<'_>,
+    prompts: &[Prompt<'_>],
+    options: &Generate,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Generated>> {
+    check(model, None, prompts, options)?;
+    check(mixed.teacher, None, prompts, options).context("of the teacher who has a say")?;
+    write(model, None, Some(mixed), prompts, options, progress)
+}
+
+fn write(
+    model: &LanguageModel,
+    soft_prompt: Option<&Tensor>,
+    mixed: Option<Mixed<'_>>,
+    prompts: &[Prompt<'_>],
+    options: &Generate,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Generated>> {
     let prompt_length = soft_prompt.map_or(0, |prompt| prompt.dims()[0]);
     let ends = model.ends();
     let mut waiting: Vec<usize> = (0..prompts.len()).collect();
@@ -114,13 +150,16 @@ pub fn generate(
     waiting.sort_by_key(|i| prompts[*i].ids.len());
     let mut finished: Vec<Option<Generated>> = vec![None; prompts.len()];
     let mut decoder = Decoder::new(model, soft_prompt)?;
+    let mut other = mixed.map(|mixed| Decoder::of_other(mixed.teacher)).transpose()?;
+    let vocabulary = mixed.map_or(usize::MAX, |mixed| mixed.teacher.vocabulary()).min(model.vocabulary());
     let mut rows: Vec<Row> = Vec::new();
     let mut done = 0;
     loop {
         while rows.len() < options.batch.max(1) {
             let Some(index) = waiting.pop() else { break };
             let prompt = &prompts[index];
-            let row = Row::new(index, prompt, room(model, prompt_length, prompt, options));
+            let most = mixed.map_or(usize::MAX, |mixed| room(mixed.teacher, 0, prompt, options));
+            let row = Row::new(index, prompt, most.min(room(model, prompt_length, prompt, options)));
             rows.push(row);
         }
         rows.retain_mut(|row| {
@@ -141,8 +180,16 @@ pub fn generate(
         // In one go on a thread of the pool: going there for each of its many small loops would cost more than they do.
         rayon::scope(|_| {
             let logits = decoder.logits(&mut rows)?;
+            if let Some((mixed, other)) = mixed.zip(other.as_mut()) {
+                let others = other.logits(&mut rows)?;
+                let pairs =
+                    logits.par_chunks_exact(model.vocab_size()).zip(others.par_chunks_exact(mixed.teacher.vocab_size()));
+                let with_logits = rows.par_iter_mut().zip(pairs);
+                with_logits.for_each(|(row, (own, other))| row.extend_mixed([own, other], mixed.share, vocabulary, options));
+                return Ok(());
+            }
             let with_logits = rows.par_iter_mut().zip(logits.par_chunks_exact(model.vocab_size()));
-            with_logits.for_each(|(row, logits)| row.extend(logits, model.vocabulary(), options));
+            with_logits.for_each(|(row, logits)| row.extend(logits, vocabulary, options));
             Ok::<_, anyhow::Error>(())
         })?;
         if let Some(row) = rows.iter().find(|row| row.log_probs.last().is_some_and(|log| !log.is_finite())) {
@@ -204,7 +251,8 @@ struct Row {
     log_probs: Vec<f32>,
     /// Longest response.
     limit: usize,
-    cache: Cache,
+    /// Of the model, and of another that has a say.
+    caches: [Cache; 2],
     scratch: Scratch,
 }
 
@@ -217,19 +265,36 @@ impl Row {
             prompt: prompt.ids.len(),
             log_probs: Vec::new(),
             limit,
-            cache: Cache::default(),
+            caches: Default::default(),
             scratch: Scratch::default(),
         }
     }
 
-    fn extend(&mut self, logits: &[f32], vocabulary: usize, options: &Generate) {
+    /// The draw for the next token.
+    fn draw(&self, options: &Generate) -> f32 {
         let position = self.log_probs.len() as u32;
         let row = (self.id ^ self.id >> 32) as u32;
         let [word, ..] = philox(options.seed, [position, row, options.time, options.purpose]);
-        let choice = choose(logits, vocabulary, &self.ids, &options.sampling, uniform(word), &mut self.scratch);
+        uniform(word)
+    }
+
+    fn extend(&mut self, logits: &[f32], vocabulary: usize, options: &Generate) {
+        let draw = self.draw(options);
+        let choice = choose(logits, vocabulary, &self.ids, &options.sampling, draw, &mut self.scratch);
+        self.push(choice, all_finite(logits));
+    }
+
+    fn extend_mixed(&mut self, logits: [&[f32]; 2], share: f64, vocabulary: usize, options: &Generate) {
+        let draw = self.draw(options);
+        let Row { ids, scratch, .. } = self;
+        let choice = choose_mixed(logits, share, vocabulary, ids, &options.sampling, draw, scratch);
+        self.push(choice, logits.into_iter().all(all_finite));
+    }
+
+    fn push(&mut self, choice: Choice, finite: bool) {
         let Choice { token, log_prob } = choice;
         self.ids.push(token);
-        self.log_probs.push(if all_finite(logits) { log_prob } else { f32::NAN });
+        self.log_probs.push(if finite { log_prob } else { f32::NAN });
     }
 
     fn is_finished(&self, ends: &[u32]) -> bool {

@@ -65,6 +65,31 @@ pub fn choose(
     Choice { token: token as u32, log_prob: logits[token] - own.max - own.sum.ln() as f32 }
 }
 
+/// Chooses from a mixture of two models' distributions, `(1 - share) own + share other`, each after its own penalties,
+/// temperature and filters: the teacher-mixed sampling of MiniLLM (Gu et al., 2024, section 2.2).
+///
+/// As [`choose`]; the log-probability is that of the mixture of the distributions as they are.
+pub fn choose_mixed(
+    [own, other]: [&[f32]; 2],
+    share: f64,
+    vocabulary: usize,
+    history: &[u32],
+    sampling: &Sampling,
+    draw: f32,
+    scratch: &mut Scratch,
+) -> Choice {
+    let [a, b] = [own, other].map(|logits| distribution(&logits[..vocabulary], history, sampling));
+    let mixed = a.iter().zip(&b).map(|(a, b)| (1.0 - share) * f64::from(*a) + share * f64::from(*b));
+    let total: f64 = mixed.clone().sum();
+    let token = draw_from((0..).zip(mixed), f64::from(draw) * total);
+    let mut probability = |logits: &[f32]| {
+        let total = total_weight(logits, 1.0, &mut scratch.block_sums);
+        (f64::from(logits[token as usize] - total.max) - total.sum.ln()).exp()
+    };
+    let mixed = (1.0 - share) * probability(own) + share * probability(other);
+    Choice { token, log_prob: mixed.ln() as f32 }
+}
+
 /// The distribution that [`choose`] draws from, `[V]`; greedy gives all to one token.
 pub fn distribution(logits: &[f32], history: &[u32], sampling: &Sampling) -> Vec<f32> {
     let mut processed = Vec::new();
@@ -75,6 +100,14 @@ pub fn distribution(logits: &[f32], history: &[u32], sampling: &Sampling) -> Vec
         return result;
     }
     let mut scratch = Scratch::default();
+    if !sampling.filters() {
+        let Total { max, sum } = total_weight(&processed, sampling.temperature, &mut scratch.block_sums);
+        let scale = scale(sampling.temperature);
+        for (probability, logit) in result.iter_mut().zip(&processed) {
+            *probability = (f64::from(exp((logit - max) * scale)) / sum) as f32;
+        }
+        return result;
+    }
     keep(&processed, sampling, &mut scratch);
     let sum: f64 = scratch.kept.iter().map(|(_, weight)| weight).sum();
     for (token, weight) in scratch.kept {
@@ -324,6 +357,33 @@ mod tests {
                 assert!(fixture.probabilities[token] > 0.0, "{}: {token} at {draw}", fixture.name);
                 assert!(before - 1e-6 <= draw && draw <= after + 1e-6, "{}: {token} at {draw}", fixture.name);
             }
+        }
+    }
+
+    #[test]
+    fn a_mixture_lies_between_its_parts_and_its_log_probability_is_its_own() {
+        let [own, other] = [3, 4].map(|seed| lively_logits(700, seed));
+        let softmax = |logits: &[f32]| {
+            let weights: Vec<f64> = logits.iter().map(|logit| f64::from(*logit).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            weights.into_iter().map(|weight| weight / sum).collect::<Vec<_>>()
+        };
+        let (a, b) = (softmax(&own), softmax(&other));
+        let (sampling, mut scratch) = (Sampling::default(), Scratch::default());
+        for share in [0.0, 0.2, 1.0] {
+            let mixed: Vec<f64> = a.iter().zip(&b).map(|(a, b)| (1.0 - share) * a + share * b).collect();
+            for draw in draws(200) {
+                let choice = choose_mixed([&own, &other], share, 700, &[], &sampling, draw, &mut scratch);
+                let token = choice.token as usize;
+                let before: f64 = mixed[..token].iter().sum();
+                let draw = f64::from(draw);
+                assert!(before - 1e-5 <= draw && draw <= before + mixed[token] + 1e-5, "{token} at {draw}");
+                assert!((f64::from(choice.log_prob) - mixed[token].ln()).abs() < 1e-5);
+            }
+        }
+        for draw in draws(50) {
+            let alone = choose(&own, 700, &[], &sampling, draw, &mut scratch).token;
+            assert_eq!(choose_mixed([&own, &other], 0.0, 700, &[], &sampling, draw, &mut scratch).token, alone);
         }
     }
 

@@ -1,0 +1,295 @@
+//! `teacher-generate`: the teacher answers prompts, so that a student can be trained on what it writes.
+//!
+//! ```yaml
+//! taught:
+//!   kind: teacher-generate
+//!   in: {teacher: teacher, data: data.train}
+//!   with: {max_new_tokens: 256, seed: 10}
+//! ```
+//!
+//! Sequence-level distillation (Kim and Rush, "Sequence-level knowledge distillation", 2016, section 3.2) is `finetune` on the
+//! rows that come out. With `samples` every prompt is answered so many times, each answer a row of its own. A draw depends on
+//! the seed, the row and the number of the answer alone.
+//!
+//! Inputs: `teacher` and its soft prompt, `data` (its prompts). Output: `data`, the rows with the teacher's responses and
+//! their log-probabilities. Cost: a forward pass a token of each response, once.
+
+use anyhow::ensure;
+use contract::limits;
+use contract::random::purpose;
+use contract::{
+    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
+    PortType, Ports, Result, Row, Sink, Stage, Step,
+};
+use lm::sample::Sampling;
+use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::finite::{Behind, NEXT_TOKEN, explain};
+use crate::foresight;
+use crate::student_generate::sampling_errors;
+
+/// The `with` of `teacher-generate`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// 1 samples from the teacher's own distribution; 0 is greedy.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0.0, max = limits::TEMPERATURE.1))]
+    pub temperature: f32,
+    /// Samples among the so many likeliest tokens; 0: all.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = limits::VOCABULARY))]
+    pub top_k: usize,
+    /// Samples among the likeliest tokens that make up this probability; 1: all.
+    #[serde(default = "one")]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
+    pub top_p: f32,
+    /// Tokens a response may have.
+    #[schemars(range(min = 1, max = limits::TOKENS))]
+    pub max_new_tokens: usize,
+    /// Answers to every prompt.
+    #[serde(default = "single")]
+    #[schemars(range(min = 1, max = limits::BATCH))]
+    pub samples: u64,
+    /// What becomes of a response that was cut off; left out: as the conventions say.
+    #[serde(default)]
+    pub cut_off: Option<CutOff>,
+    /// Rows that are decoded together: a matter of memory.
+    #[serde(default = "default_batch")]
+    #[schemars(range(min = 1, max = limits::BATCH))]
+    pub batch: usize,
+    /// Type that matrices are multiplied in; `bf16` needs a GPU.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Seed of the draws.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = limits::SEED))]
+    pub seed: u64,
+}
+
+/// What becomes of a response that was cut off by its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CutOff {
+    /// It stays as it is: there is no end to learn.
+    Open,
+    /// The end token is put behind it, as the published program does when it tokenises the text again.
+    Ended,
+    /// Its row is left out.
+    Dropped,
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+fn single() -> u64 {
+    1
+}
+
+fn default_batch() -> usize {
+    256
+}
+
+/// The kind.
+pub struct TeacherGenerate;
+
+impl Stage for TeacherGenerate {
+    type Config = Config;
+
+    fn about(&self) -> About {
+        About {
+            name: "teacher-generate",
+            version: 1,
+            numerics: Some(lm::NUMERICS),
+            summary: "lets the teacher answer prompts, for a student to be trained on its text",
+            example: "kind: teacher-generate\nin: {teacher: teacher, data: data.train}\nwith: {max_new_tokens: 256, seed: 10}",
+            reads_clock: false,
+        }
+    }
+
+    fn fill(&self, config: &mut Config, conventions: Conventions) {
+        config.cut_off.get_or_insert(match conventions {
+            Conventions::Sound => CutOff::Open,
+            Conventions::Reference => CutOff::Ended,
+        });
+        if config.temperature == 0.0 {
+            // Nothing is drawn.
+            config.seed = 0;
+        }
+    }
+
+    fn validate(&self, config: &Config) -> Vec<ConfigError> {
+        let mut errors = sampling_errors(&config.sampling());
+        if config.temperature == 0.0 && config.samples > 1 {
+            errors.push(
+                ConfigError::at("samples", "greedy answers to one prompt are all the same")
+                    .hint("set `temperature`, or leave `samples` out"),
+            );
+        }
+        errors
+    }
+
+    fn ports(&self, _config: &Config) -> Ports {
+        Ports::new()
+            .input("teacher", PortType::Model, "who answers")
+            .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
+            .input("data", PortType::Dataset, "rows with the prompts")
+            .output("data", PortType::Dataset, "the rows with the answers")
+    }
+
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        vec!["batch"]
+    }
+
+    fn foresee(&self, config: &Config, outlook: &mut Outlook) {
+        outlook.holds("teacher");
+        outlook.same_vocabulary(&["data", "teacher"]);
+        outlook.same_end("data", "teacher");
+        outlook.same_width("teacher", "prompt");
+        foresight::computes_in(outlook, config.dtype);
+        let data = outlook.input("data");
+        let text = outlook.writes("teacher", Some("prompt"), &outlook.rows("data"), config.max_new_tokens as u64);
+        let many = |n: u64| n.saturating_mul(config.samples);
+        let rows = data.rows.iter().map(|rows| Bounds {
+            least: if config.cut_off == Some(CutOff::Dropped) { 0 } else { many(rows.least) },
+            most: many(rows.most),
+        });
+        outlook.output("data", Facts { text, rows: rows.collect(), responses: Bounds::ANY, ..data });
+    }
+
+    fn needs(&self) -> contract::Needs {
+        contract::Needs::GPU
+    }
+
+    fn start(&self, config: Config, _env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        Ok(Box::new(Generating { config }))
+    }
+}
+
+impl Config {
+    fn sampling(&self) -> Sampling {
+        Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
+    }
+}
+
+/// Row ids of the answers to one prompt are so far apart, so that the first has that of the row itself.
+const ANSWERS: u64 = 1 << 32;
+
+struct Generating {
+    config: Config,
+}
+
+impl Operator for Generating {
+    fn run(&mut self, mut inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
+        let config = &self.config;
+        let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(config.dtype)?;
+        let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
+        let data = inputs.take::<Dataset>("data")?;
+        let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
+        let (count, total) = (data.rows.len() as u64, data.rows.len() as u64 * config.samples);
+        let mut rows = Vec::with_capacity(total as usize);
+        for sample in 0..config.samples {
+            let options = Generate {
+                sampling: config.sampling(),
+                max_new_tokens: config.max_new_tokens,
+                longest: usize::MAX,
+                seed: config.seed,
+                purpose: purpose::TEACH,
+                time: sample as u32,
+                batch: config.batch,
+            };
+            let mut progress = |done| sink.progress(sample * count + done as u64, total, "answers");
+            let generated = generate(&teacher, prompt.as_ref(), &prompts, &options, &mut progress);
+            let behind = [Behind::new("teacher", &teacher, prompt.as_ref())];
+            let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| data.rows.get(at), &behind))?;
+            rows.extend(data.rows.iter().zip(generated).filter_map(|(row, generated)| {
+                let row = config.answered(row, generated, data.tokenizer.end)?;
+                Some(Row { id: row.id + sample * ANSWERS, ..row })
+            }));
+        }
+        let left_out = total - rows.len() as u64;
+        if left_out > 0 {
+            ensure!(left_out < total, "every answer was cut off: raise `max_new_tokens`");
+            sink.note(&format!("{left_out} of {total} answers were cut off and are left out"));
+        }
+        Ok(Outputs::new().with("data", Dataset { rows, tokenizer: data.tokenizer.clone() }))
+    }
+}
+
+impl Config {
+    /// The row with this response; `None` where it is left out.
+    fn answered(&self, row: &Row, generated: Generated, end_token: u32) -> Option<Row> {
+        let Generated { mut ids, log_probs, mut end } = generated;
+        let mut log_probs = Some(log_probs);
+        match self.cut_off {
+            Some(CutOff::Dropped) if end == End::Length => return None,
+            Some(CutOff::Ended) if end == End::Length => {
+                ids.push(end_token);
+                // Nobody wrote that token.
+                (log_probs, end) = (None, End::Stop);
+            }
+            _ => {}
+        }
+        let (prompt, references) = (row.prompt.clone(), row.references.clone());
+        Some(Row { id: row.id, prompt, response: ids, end, log_probs, references })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Device;
+    use contract::{Kind, TokenizerFile};
+    use lm::{Architecture, Family};
+    use serde_json::{Value as Json, json};
+
+    use super::*;
+    use crate::testing::{Scratch, output, row};
+
+    fn write(config: Json) -> Arc<Dataset> {
+        let words: serde_json::Map<String, Json> = (0..40).map(|id| (format!("t{id}"), json!(id))).collect();
+        let json = json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"}});
+        let tokenizer = TokenizerFile::new(json.to_string(), 0, 40);
+        let shape = Architecture { heads: Some(2), positions: Some(64), ..Architecture::new(Family::Gpt2, 1, 16) };
+        let model = LanguageModel::init(&shape, tokenizer.clone(), 1, &Device::Cpu).unwrap();
+        let rows = (0..12).map(|id| row(id, &[1 + id as u32, 2], &[3])).collect();
+        let inputs: Vec<(&str, AnyValue)> =
+            vec![("teacher", Arc::new(model)), ("data", Arc::new(Dataset { rows, tokenizer }))];
+        let kind: &dyn Kind = &TeacherGenerate;
+        let outputs = Scratch::new().run(kind, config, inputs.into_iter().collect()).unwrap().0;
+        output(&outputs, "data")
+    }
+
+    #[test]
+    fn every_prompt_is_answered_so_many_times_and_the_first_answers_are_those_of_one() {
+        let one = write(json!({"max_new_tokens": 10, "seed": 5}));
+        let three = write(json!({"max_new_tokens": 10, "seed": 5, "samples": 3, "batch": 5}));
+        assert_eq!((one.rows.len(), three.rows.len()), (12, 36));
+        assert_eq!(one.rows, three.rows[..12]);
+        let answers = |sample: usize| three.rows[12 * sample..][..12].iter().map(|row| row.response.clone());
+        assert!(answers(0).ne(answers(1)) && answers(1).ne(answers(2)));
+        let ids: std::collections::BTreeSet<u64> = three.rows.iter().map(|row| row.id).collect();
+        assert_eq!(ids.len(), 36);
+        for row in &three.rows {
+            assert_eq!(row.log_probs.as_ref().unwrap().len(), row.response.len());
+        }
+    }
+
+    #[test]
+    fn what_was_cut_off_stays_open_is_ended_or_is_dropped() {
+        let rows = |cut_off: &str| write(json!({"max_new_tokens": 20, "seed": 5, "cut_off": cut_off})).rows.clone();
+        let (open, ended, dropped) = (rows("open"), rows("ended"), rows("dropped"));
+        let cut: Vec<&Row> = open.iter().filter(|row| row.end == End::Length).collect();
+        assert!(!cut.is_empty() && cut.len() < open.len());
+        assert_eq!(dropped.len(), open.len() - cut.len());
+        assert!(dropped.iter().all(|row| row.end == End::Stop));
+        for (open, ended) in open.iter().zip(&ended) {
+            assert_eq!((ended.end, ended.response.last()), (End::Stop, Some(&0)));
+            assert_eq!(ended.response[..open.response.len()], open.response);
+        }
+    }
+}
