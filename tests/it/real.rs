@@ -553,6 +553,42 @@ fn an_adapter_that_is_there_is_not_trained_away_in_silence() {
         .expect(1, &["`targets` names `q_proj`, which is no linear layer of the model: it has `c_attn`"]);
 }
 
+/// What [`TINY`] gains by this: MiniLLM, on responses in which the teacher has a say; GKD, half on-policy; SeqKD.
+const METHODS: &str = "
+variants:
+  minillm:
+    remove: [prompt0, train.carry.prompt, train.tune, release]
+    stages:
+      train.learn:
+        kind: policy-gradient
+        in: {student: carry.student, teacher: teacher, data: respond, text: data.valid}
+        with: {learning_rate: 5e-3, passes: 2, batch: 4}
+    rebind: {train.respond.in.teacher: teacher}
+  gkd:
+    remove: [prompt0, train.carry.prompt, train.tune, train.learn.in.prompt, release]
+    set: {train.respond.fraction: 0.5, train.learn.divergence: {jsd: {beta: 0.5}}}
+  seqkd:
+    remove: [prompt0, train, release]
+    stages:
+      taught: {kind: teacher-generate, in: {teacher: teacher, data: data.train}, with: {max_new_tokens: 8, samples: 2}}
+      learnt: {kind: finetune, in: {data: taught, valid: data.valid, model: student0}, with: {take: 8, epochs: 1, learning_rate: 5e-3}}
+    rebind: {score.in.model: learnt}
+";
+
+#[test]
+fn other_methods_are_edits_of_the_graph_and_cut_anywhere_they_have_the_same_bits() {
+    let text = format!("{TINY}{METHODS}");
+    for (variant, ran) in [("minillm", 7), ("gkd", 7), ("seqkd", 8)] {
+        let [at_once, unrolled] = ["--threads 1", "--threads 2 --unroll"].map(|arguments| {
+            let project = project(&text);
+            let done = format!("done: {ran} ran");
+            project.run(&format!("run FILE --variant {variant} {arguments}")).expect(0, &[&done, "ROUGE-L"]);
+            project.digests(&format!("--variant {variant}"))
+        });
+        assert_eq!(at_once, unrolled, "{variant}");
+    }
+}
+
 // ---- a disk that takes no more
 
 /// Runs `run p.yaml` where no file may grow beyond so many blocks of 512 bytes: to a program the same as a full disk.
@@ -614,12 +650,16 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("finetune", json!({"init": {"architecture": "gpt2", "layers": 2, "width": 32}, "learning_rate": 2e-3})),
         reference("finetune", json!({"learning_rate": 2e-3, "micro_batch": 4})),
         sound("merge", json!({})),
+        sound("policy-gradient", json!({"learning_rate": 5e-6, "batch": 64})),
+        reference("policy-gradient", json!({"learning_rate": 5e-6, "padded_to": 256})),
         sound("prompt-init", json!({"length": 7, "text": "Suppose you are a student."})),
         sound("prompt-tune", json!({"learning_rate": 1e-3})),
         reference("prompt-tune", json!({"learning_rate": 1e-3})),
         sound("student-generate", json!({"max_new_tokens": 48, "batch": 7})),
         reference("student-generate", json!({"max_new_tokens": 48})),
         sound("teacher-cache", json!({"keep": {"top_k": 8}, "batch": 4})),
+        sound("teacher-generate", json!({"max_new_tokens": 48, "batch": 7})),
+        reference("teacher-generate", json!({"max_new_tokens": 48})),
         sound("tokenize", json!({"template": "task", "max_length": 96})),
         sound("train-tokenizer", json!({"vocab_size": 1024})),
     ]
