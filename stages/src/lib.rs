@@ -31,6 +31,7 @@ mod padding;
 pub mod porter;
 pub mod prompt_init;
 pub mod prompt_tune;
+pub mod quantize;
 mod records;
 pub mod score;
 mod sentencepiece;
@@ -56,6 +57,7 @@ pub fn registry() -> Registry {
         .with(finetune::Finetune)
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)
+        .with(quantize::Quantize)
         .with(student_generate::StudentGenerate)
         .with(teacher_cache::TeacherCaching)
         .with(tokenize::Tokenize)

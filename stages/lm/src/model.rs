@@ -18,11 +18,13 @@ use rayon::prelude::*;
 use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
 use crate::families::{Architecture, Config, Weights};
+use crate::files::export::fitting;
 use crate::files::folder::ModelFolder;
 use crate::files::generation::{self, GenerationConfig};
-use crate::files::tensors::{write_json, write_tensors};
+use crate::files::tensors::{Parameter, write_json, write_parameters};
 use crate::finite::{first_not_finite, is_finite};
 use crate::head::Head;
+use crate::kernels::encode::encode;
 use crate::ops::Ops;
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
@@ -32,7 +34,9 @@ use crate::ops::plain::Plain;
 use crate::ops::rotary::Angles;
 use crate::ops::tape::Tape;
 use crate::terms::dropout::Dropout;
+use crate::terms::format::Format;
 use crate::weights::Weight;
+use crate::weights::encoded::{Bytes, Encoded};
 
 /// A model with its tokenizer.
 ///
@@ -130,6 +134,67 @@ impl LanguageModel {
             (name, self.weights[&from].frozen())
         });
         Ok(LanguageModel { weights: weights.collect(), config, angles: Angles::default(), ..self.frozen() })
+    }
+
+    /// A frozen model whose matrices are written in `format`, and kept so: those whose rows its blocks do not fill in the format
+    /// that llama.cpp takes instead. Vectors and tables of positions stay as they are.
+    ///
+    /// Errors where a number is none that the format holds: it names the matrix.
+    pub fn quantised(&self, format: Format) -> Result<Self> {
+        let quantise = |name: &str, weight: &Weight| -> Result<Weight> {
+            if !is_quantisable(name, weight) {
+                return Ok(weight.frozen());
+            }
+            let (rows, columns) = weight.dims2()?;
+            let format = fitting(format, columns);
+            if weight.kept_encoded().is_some_and(|matrix| matrix.format == format) {
+                return Ok(weight.clone());
+            }
+            let values = weight.master()?.to_device(&Device::Cpu)?.to_dtype(candle_core::DType::F32)?;
+            let bytes = encode(format, &values.flatten_all()?.to_vec1()?).with_context(|| format!("tensor `{name}`"))?;
+            let matrix = Encoded::new(format, rows, columns, Bytes::Owned(Arc::new(bytes)))?;
+            Ok(Weight::encoded_on(matrix, &self.device))
+        };
+        let weights = self.weights.iter().map(|(name, weight)| Ok((name.clone(), quantise(name, weight)?)));
+        Ok(LanguageModel { weights: weights.collect::<Result<_>>()?, ..self.frozen() })
+    }
+
+    /// How many matrices that can be quantised are kept otherwise than in `format`, and how many there are.
+    pub fn matrices_not_in(&self, format: Format) -> (usize, usize) {
+        let matrices = self.weights.iter().filter(|(name, weight)| is_quantisable(name, weight));
+        let is_in = |weight: &Weight| weight.kept_encoded().is_some_and(|matrix| matrix.format == format);
+        matrices.fold((0, 0), |(others, all), (_, weight)| (others + usize::from(!is_in(weight)), all + 1))
+    }
+
+    /// Bits of a parameter as it is kept, on average; dense ones have 32.
+    pub fn bits_per_weight(&self) -> f64 {
+        let bits = |weight: &Weight| match (weight.kept_encoded(), weight.dense()) {
+            (Some(matrix), _) => 8 * matrix.rows(0..matrix.rows).len(),
+            (None, dense) => 32 * dense.map_or(0, Tensor::elem_count),
+        };
+        let bits: usize = self.weights.values().map(bits).sum();
+        bits as f64 / self.config.parameter_count().max(1) as f64
+    }
+
+    /// The norm of the difference of all matrices from those of `other`, a model of the same shape, by the norm of the latter.
+    pub fn distance_from(&self, other: &LanguageModel) -> Result<f64> {
+        let (mut difference, mut whole) = (0.0, 0.0);
+        for (name, weight) in self.weights.iter().filter(|(name, weight)| is_quantisable(name, weight)) {
+            let values = |weight: &Weight| -> Result<Vec<f32>> {
+                let values = match weight.kept_encoded() {
+                    // Not kept decoded beside it.
+                    Some(matrix) => matrix.tensor(&Device::Cpu)?,
+                    None => weight.master()?.to_device(&Device::Cpu)?,
+                };
+                Ok(values.flatten_all()?.to_vec1()?)
+            };
+            let (own, others) = (values(weight)?, values(&other.weights[name])?);
+            for (own, other) in own.iter().zip(&others) {
+                difference += f64::from(own - other).powi(2);
+                whole += f64::from(*other).powi(2);
+            }
+        }
+        Ok(if whole == 0.0 { 0.0 } else { (difference / whole).sqrt() })
     }
 
     /// The model with variables as parameters. Those that are variables already are taken as they are.
@@ -376,9 +441,15 @@ impl Value for LanguageModel {
     fn save(&self, folder: &Path) -> Result<()> {
         let config = self.config.to_json()?;
         write_json(&folder.join("config.json"), &config)?;
-        let weights = self.weights.iter().map(|(name, weight)| Ok((name, weight.master()?)));
+        let weights = self.weights.iter().map(|(name, weight)| {
+            let parameter = match weight.kept_encoded() {
+                Some(matrix) => Parameter::Encoded(matrix),
+                None => Parameter::Dense(weight.master()?),
+            };
+            Ok((name.clone(), parameter))
+        });
         let weights = weights.collect::<Result<Vec<_>>>()?;
-        write_tensors(&folder.join("model.safetensors"), weights.into_iter(), None)?;
+        write_parameters(&folder.join("model.safetensors"), weights.into_iter(), None)?;
         write_json(&folder.join(generation::FILE), &self.generation.beside(&config, &self.ends))?;
         self.tokenizer.save(folder)
     }
@@ -390,6 +461,11 @@ impl Value for LanguageModel {
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
     }
+}
+
+/// Whether a parameter is a matrix that is multiplied, or a table of tokens. Tables of positions are added, and small.
+fn is_quantisable(name: &str, weight: &Weight) -> bool {
+    weight.dims2().is_ok() && !name.ends_with(".wpe.weight") && !name.ends_with(".embed_positions.weight")
 }
 
 /// The name of a parameter with the number of its layer changed: the only part of it that is a number.
