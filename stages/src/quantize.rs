@@ -230,7 +230,7 @@ mod tests {
                 // Norms and tables of positions have 32 bits.
                 assert!((bits..bits + 2.0).contains(&number("bits_per_weight")), "{family}, {format}: {metrics:?}");
                 assert!(number("weight_error") > last.0 && number("forward_kl") > last.1, "{family}, {format}: {metrics:?}");
-                assert!((number("loss") - number("loss_before")).abs() < 0.1, "{family}, {format}: {metrics:?}");
+                assert!((number("loss") - number("loss_before")).abs() < 0.5, "{family}, {format}: {metrics:?}");
                 last = (number("weight_error"), number("forward_kl"));
                 // Saved and loaded, it says the same to the bit, and is saved to the same bytes.
                 let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
