@@ -249,19 +249,20 @@ impl ModelFolder {
         for place in self.places.values().chain(&self.second_head) {
             let mut first: Option<Vec<f32>> = None;
             for (file, stored) in &place.parts {
-                let values = self.files[*file].values(stored)?;
                 let path = self.files[*file].path().display();
-                let tensor = Tensor::from_vec(values.clone(), values.len(), &Device::Cpu)?;
+                let values = self.files[*file].values(stored)?;
+                let tensor = Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?;
                 if let Some(found) = first_not_finite(&tensor)? {
                     bail!("tensor `{}` in `{path}` holds {found}: get the model again", stored.name);
                 }
-                let is_other = place.share == Share::Whole && first.as_ref().is_some_and(|first| *first != values);
-                ensure!(
-                    !is_other,
-                    "tensor `{}` in `{path}` is not that of the first rank: the files are not of one moment of one model",
-                    stored.name
-                );
-                first.get_or_insert(values);
+                if self.is_parallel && place.share == Share::Whole {
+                    let values = tensor.flatten_all()?.to_vec1()?;
+                    ensure!(
+                        *first.get_or_insert_with(|| values.clone()) == values,
+                        "tensor `{}` in `{path}` is not that of the first rank: the files are not of one moment of one model",
+                        stored.name
+                    );
+                }
             }
         }
         let embedding = &self.places[self.config.embedding()];

@@ -165,7 +165,11 @@ impl Said<'_> {
         let scaling = &self.json["rope_scaling"];
         match scaling["rope_type"].as_str() {
             // That of Llama 3 is a tensor; a dynamic one begins behind the last position.
-            None | Some("dynamic" | "llama3") => {}
+            None | Some("dynamic") => {}
+            Some("llama3") => {
+                let original = scaling["original_max_position_embeddings"].as_u64().unwrap_or(8192);
+                push("rope.scaling.original_context_length", GgufValue::Integer(original.into()));
+            }
             Some("linear") => {
                 let factor = scaling["factor"].as_f64().context("its rotary scaling has no `factor`")?;
                 push("rope.scaling.type", GgufValue::Text("linear".into()));
