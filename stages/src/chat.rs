@@ -167,7 +167,7 @@ impl Chat {
 }
 
 /// The template in the files of a tokenizer, the one called `default` where there are several.
-fn template_in(tokenizer: &TokenizerFile) -> Result<Option<String>> {
+pub(crate) fn template_in(tokenizer: &TokenizerFile) -> Result<Option<String>> {
     let text = |name: &str| {
         let bytes = tokenizer.files.get(name);
         bytes

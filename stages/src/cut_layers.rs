@@ -10,7 +10,7 @@
 //! Embeddings, the last norm, the output head and the tokenizer stay. What is left speaks badly until it is trained, and
 //! learns much faster than from random weights: Sanh et al., "DistilBERT", 2019, section 2, takes every other layer; Shleifer
 //! and Rush, "Pre-trained summarization distillation", 2020, compares choices and finds evenly spaced ones best.
-//! Inputs: `model`, quantised too. Outputs: `model`, in f32. Cost: none.
+//! Inputs: `model`, quantised too. Outputs: `model`, in the types that it has. Cost: none.
 
 use anyhow::ensure;
 use contract::limits;
@@ -85,7 +85,7 @@ impl Stage for CutLayers {
     fn about(&self) -> About {
         About {
             name: "cut-layers",
-            version: 1,
+            version: 2,
             numerics: None,
             summary: "makes a smaller model of some layers of a larger one",
             example: "kind: cut-layers\nin: {model: teacher}\nwith: {keep: {evenly: 6}}",

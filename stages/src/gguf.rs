@@ -1,4 +1,4 @@
-//! The tokenizer in a GGUF file, as the files of a Hugging Face tokenizer.
+//! The tokenizer in a GGUF file, as the files of a Hugging Face tokenizer, and the way back.
 //!
 //! Two makes are read, by `tokenizer.ggml.model`: `gpt2`, byte-level BPE, whose rule for words `tokenizer.ggml.pre` names; and
 //! `llama`, SentencePiece BPE with its scores. Rules for words are those of llama.cpp, which are those of the tokenizers that the
@@ -6,13 +6,15 @@
 //!
 //! Source: `src/llama-vocab.cpp` and `gguf-py/gguf/constants.py` of llama.cpp.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use lm::Gguf;
+use contract::TokenizerFile;
+use lm::{Gguf, GgufValue};
 use serde_json::{Map, Value as Json, json};
 
+use crate::chat::template_in;
 use crate::sentencepiece::{Model, Piece, Sort};
 use crate::tokenizer::{Opened, QWEN2_WORDS, beginning_and_end, is_tokenizer, open_files, open_tokenizer};
 
@@ -186,6 +188,184 @@ fn sentencepiece(gguf: &Gguf, tokens: &[String], sorts: &[Sort]) -> Result<Json>
         roles: BTreeMap::new(),
     };
     model.tokenizer()
+}
+
+/// The metadata by which llama.cpp reads a tokenizer, beside a model with so many `rows` of tokens that stops at `ends`.
+///
+/// Unicode is not composed by llama.cpp, so that a text that is not (NFC) may have other ids there than by this tokenizer.
+///
+/// Errors where llama.cpp divides no text as it does, or finds other pieces.
+pub fn tokenizer_metadata(tokenizer: &TokenizerFile, rows: usize, ends: &[u32]) -> Result<Vec<(String, GgufValue)>> {
+    ensure!(!tokenizer.json.is_empty(), "the model has no tokenizer: a GGUF file holds both");
+    let json: Json = serde_json::from_slice(&tokenizer.json).context("the tokenizer is not JSON")?;
+    let vocabulary = contract::tokenizer::tokens(&json);
+    let size = rows.max(tokenizer.size as usize);
+    let mut tokens: Vec<String> = (0..size).map(|id| format!("[PAD{id}]")).collect();
+    let mut sorts = vec![Sort::Unused; size];
+    for (id, token) in &vocabulary {
+        ensure!((*id as usize) < size, "token {id} is outside of the vocabulary of {size}");
+        tokens[*id as usize] = token.clone();
+        sorts[*id as usize] = Sort::Normal;
+    }
+    for added in json["added_tokens"].as_array().into_iter().flatten() {
+        let id = added["id"].as_u64().context("an added token has no id")? as usize;
+        ensure!(id < size, "added token {id} is outside of the vocabulary");
+        sorts[id] = if added["special"] == true { Sort::Control } else { Sort::UserDefined };
+    }
+    let mut metadata = Vec::new();
+    let mut push = |name: &str, value: GgufValue| metadata.push((key(name), value));
+    let is_byte_level = json["pre_tokenizer"].to_string().contains("\"ByteLevel\"");
+    ensure!(
+        json["model"]["type"] == "BPE",
+        "llama.cpp is given tokenizers of type BPE here, and this is of type {}",
+        json["model"]["type"]
+    );
+    if is_byte_level {
+        let merges = merges(&json)?.into_iter().map(|(left, right)| format!("{left} {right}")).collect();
+        push("model", GgufValue::Text("gpt2".into()));
+        push("pre", GgufValue::Text(rule_for_words(&json)?.into()));
+        push("merges", GgufValue::Texts(merges));
+    } else {
+        if let Some(unknown) = tokenizer.unk.or_else(|| id_of(&vocabulary, &json["model"]["unk_token"])) {
+            sorts[unknown as usize] = Sort::Unknown;
+        }
+        for (token, sort) in tokens.iter().zip(&mut sorts).filter(|(_, sort)| **sort == Sort::Normal) {
+            let is_byte = token.len() == 6 && token.starts_with("<0x") && token.ends_with('>');
+            if is_byte && json["model"]["byte_fallback"] == true {
+                *sort = Sort::Byte;
+            }
+        }
+        push("model", GgufValue::Text("llama".into()));
+        push("pre", GgufValue::Text("default".into()));
+        push("scores", GgufValue::Floats(scores(&json, &tokens, &sorts)?));
+        push("add_space_prefix", GgufValue::Bool(space_before(&json)?));
+    }
+    push("tokens", GgufValue::Texts(tokens));
+    push("token_type", GgufValue::Integers(sorts.into_iter().map(Sort::number).collect()));
+    let TokenizerFile { begin, end, pad, unk, .. } = *tokenizer;
+    for ((_, name), id) in ROLES.into_iter().zip([begin, Some(end), unk, pad]) {
+        if let Some(id) = id {
+            push(name, GgufValue::Integer(id.into()));
+        }
+    }
+    if let Some(other) = ends.iter().find(|id| **id != end) {
+        push("eot_token_id", GgufValue::Integer((*other).into()));
+    }
+    let around = |ids: &[u32], role: Option<u32>, place: &str| {
+        ensure!(
+            ids.is_empty() || ids.len() == 1 && role == Some(ids[0]),
+            "the tokenizer puts the ids {ids:?} {place} a text, and llama.cpp none but one with that role"
+        );
+        Ok(GgufValue::Bool(!ids.is_empty()))
+    };
+    push("add_bos_token", around(&tokenizer.prefix, begin, "before")?);
+    push("add_eos_token", around(&tokenizer.suffix, Some(end), "behind")?);
+    if let Some(template) = template_in(tokenizer)? {
+        metadata.push(("tokenizer.chat_template".into(), GgufValue::Text(template)));
+    }
+    Ok(metadata)
+}
+
+fn id_of(vocabulary: &BTreeMap<u32, String>, token: &Json) -> Option<u32> {
+    let token = token.as_str()?;
+    vocabulary.iter().find(|(_, known)| *known == token).map(|(id, _)| *id)
+}
+
+fn merges(json: &Json) -> Result<Vec<(String, String)>> {
+    let merges = json["model"]["merges"].as_array().context("the tokenizer has no merges")?;
+    let pair = |merge: &Json| match merge {
+        Json::String(text) => text.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned())),
+        pair => Some((pair[0].as_str()?.to_owned(), pair[1].as_str()?.to_owned())),
+    };
+    merges.iter().map(|merge| pair(merge).with_context(|| format!("{merge} is no merge of two tokens"))).collect()
+}
+
+/// The name in llama.cpp of the rule by which a byte-level tokenizer divides text into words.
+fn rule_for_words(json: &Json) -> Result<&'static str> {
+    const NAMES: [&str; 6] = ["gpt-2", "smollm", "llama-bpe", "tekken", "qwen2", "default"];
+    let unknown = || format!("llama.cpp has no rule that divides text into words as {} does", json["pre_tokenizer"]);
+    let pieces = match &json["pre_tokenizer"]["pretokenizers"] {
+        Json::Array(pieces) => pieces.clone(),
+        _ => vec![json["pre_tokenizer"].clone()],
+    };
+    let mut patterns = Vec::new();
+    for piece in &pieces {
+        match piece["type"].as_str() {
+            Some("Split") if piece["behavior"] == "Isolated" && piece["invert"] != true => {
+                patterns.push(piece["pattern"]["Regex"].as_str().with_context(unknown)?);
+            }
+            Some("Digits") if piece["individual_digits"] == true => patterns.push(r"\p{N}"),
+            Some("ByteLevel") => {
+                ensure!(
+                    piece["add_prefix_space"] != true,
+                    "the tokenizer puts a space before a text, and llama.cpp does not"
+                );
+                // What is not said is yes.
+                if piece["use_regex"] != false {
+                    patterns.push(GPT2);
+                }
+            }
+            _ => bail!("{}", unknown()),
+        }
+    }
+    let normalizer = &json["normalizer"];
+    ensure!(
+        normalizer.is_null() || normalizer["type"] == "NFC",
+        "the tokenizer changes text before it divides it, by {normalizer}, and llama.cpp does not"
+    );
+    let name = NAMES.into_iter().find(|name| Words::of(name).is_some_and(|words| words.patterns == patterns));
+    name.with_context(unknown)
+}
+
+/// What llama.cpp goes by in place of merges: the piece of the highest score is put together first.
+///
+/// Errors where it would put together what no merge does.
+fn scores(json: &Json, tokens: &[String], sorts: &[Sort]) -> Result<Vec<f64>> {
+    let mut ranks: HashMap<String, usize> = HashMap::new();
+    let mut pairs: HashSet<(String, String)> = HashSet::new();
+    for (rank, (left, right)) in merges(json)?.into_iter().enumerate() {
+        ranks.entry(format!("{left}{right}")).or_insert(rank);
+        pairs.insert((left, right));
+    }
+    let known: HashSet<&str> = tokens.iter().map(String::as_str).collect();
+    for (token, _) in tokens.iter().zip(sorts).filter(|(_, sort)| **sort == Sort::Normal) {
+        let splits = token.char_indices().skip(1).map(|(middle, _)| token.split_at(middle));
+        let mut splits = splits.filter(|(left, right)| known.contains(left) && known.contains(right));
+        let is_left_out = |(left, right): &(&str, &str)| !pairs.contains(&((*left).to_owned(), (*right).to_owned()));
+        if let Some((left, right)) = splits.find(is_left_out) {
+            bail!("llama.cpp would merge `{left}` and `{right}`, which the tokenizer does not");
+        }
+    }
+    let last = ranks.len() + pairs.len();
+    let score = |(token, sort): (&String, &Sort)| match sort {
+        Sort::Normal => -(ranks.get(token).copied().unwrap_or(last) as f64),
+        _ => 0.0,
+    };
+    Ok(tokens.iter().zip(sorts).map(score).collect())
+}
+
+/// Whether a text begins as if a space stood before it, in a tokenizer of pieces.
+///
+/// Errors where a text is changed otherwise.
+fn space_before(json: &Json) -> Result<bool> {
+    let parts = |json: &Json, list: &str| match &json[list] {
+        Json::Array(parts) => parts.clone(),
+        _ if json.is_null() => Vec::new(),
+        _ => vec![json.clone()],
+    };
+    let mut before = false;
+    let normalizers = parts(&json["normalizer"], "normalizers");
+    for part in normalizers.into_iter().chain(parts(&json["pre_tokenizer"], "pretokenizers")) {
+        match part["type"].as_str() {
+            Some("Prepend") if part["prepend"] == "\u{2581}" => before = true,
+            Some("Replace") if part["pattern"]["String"] == " " && part["content"] == "\u{2581}" => {}
+            Some("Metaspace") if part["replacement"] == "\u{2581}" => {
+                before |= part["prepend_scheme"] != "never" && part["add_prefix_space"] != false;
+            }
+            _ => bail!("the tokenizer changes text by {part}, and llama.cpp does not"),
+        }
+    }
+    Ok(before)
 }
 
 #[cfg(test)]

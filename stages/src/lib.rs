@@ -34,6 +34,7 @@ pub mod policy_gradient;
 pub mod porter;
 pub mod prompt_init;
 pub mod prompt_tune;
+pub mod quantize;
 mod records;
 pub mod score;
 mod sentencepiece;
@@ -63,6 +64,7 @@ pub fn registry() -> Registry {
         .with(policy_gradient::PolicyGradient)
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)
+        .with(quantize::Quantize)
         .with(student_generate::StudentGenerate)
         .with(teacher_cache::TeacherCaching)
         .with(teacher_generate::TeacherGenerate)

@@ -49,6 +49,18 @@ impl Sort {
         })
     }
 
+    /// Its number.
+    pub(crate) fn number(self) -> i64 {
+        match self {
+            Sort::Normal => 1,
+            Sort::Unknown => 2,
+            Sort::Control => 3,
+            Sort::UserDefined => 4,
+            Sort::Unused => 5,
+            Sort::Byte => 6,
+        }
+    }
+
     /// The entry of a piece of this sort in `added_tokens`: of one that is found in a text before it is divided.
     pub(crate) fn added_token(self, id: usize, text: &str) -> Option<Json> {
         let special = match self {

@@ -7,10 +7,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use contract::outlook::Machine;
+use contract::random::purpose;
 use contract::{Conventions, Env, Finding, Inputs, Kind, Outlook, Outputs, Sink, Step, TokenizerFile, Value};
-use lm::{Architecture, Family, LanguageModel, Packed};
+use lm::sample::Sampling;
+use lm::{Architecture, Family, Generate, LanguageModel, Packed, Prompt, generate};
 use serde_json::{Map, Value as Json, json};
 use stages::download::Download;
+use stages::text::{SpecialTokens, Text};
 use tempfile::TempDir;
 
 const SIZE: u32 = 40;
@@ -474,6 +477,8 @@ fn only_the_files_of_a_model_are_its_source() {
         "model.safetensors",
         "model-00001-of-00002.safetensors",
         "pytorch_model.bin",
+        "mp4/pytorch_model_3.bin",
+        "stories.bin",
         "model.safetensors.index.json",
         "tokenizer.json",
         "chat_template.jinja",
@@ -505,4 +510,82 @@ fn packed_weights_become_safetensors() {
         model.parameters().iter().map(|(name, tensor)| (name.clone(), flat(tensor))).collect::<Vec<_>>()
     };
     assert_eq!(values(&came), values(folder.path()));
+}
+
+/// Files that nobody should open: `make_hostile.py`.
+#[test]
+fn hostile_files_are_refused_where_they_come_in() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/checkpoint/hostile");
+    let expected = [
+        ("runs-code.bin", "asks Python for `posix.system`, which no tensor needs: nothing of it was run"),
+        ("runs-code-in-torch.bin", "asks Python for `posix.system`"),
+        ("bomb.bin", "entry `model/data/0` is compressed, to 63.7 KiB of 64.0 MiB"),
+        ("before-1.6.bin", "of a version before 1.6: write it anew in Python"),
+        ("not-a-state-dict.bin", "it holds no dictionary of tensors: save the model's `state_dict()`"),
+        ("a-whole-training.bin", "and has `model`, `epoch`: save the model's `state_dict()` alone"),
+        ("storage-of-another-size.bin", "tensor `w`: its storage is said to hold 255 numbers of F32, and has 32 bytes"),
+        ("cut-off.bin", "its directory is missing"),
+        ("counts.gguf", "is not a whole GGUF file"),
+        ("header.safetensors", "is not a whole safetensors file"),
+        ("overlap.safetensors", "is not a whole safetensors file"),
+        ("sizes.llama2c", "is no whole model of llama2.c"),
+    ];
+    let there: Vec<String> = fs::read_dir(&fixtures)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !expected.iter().any(|(known, _)| known == name))
+        .collect();
+    assert!(there.is_empty(), "hostile files that nothing is expected of: {there:?}");
+    for (file, expected) in expected {
+        let folder = model(Family::Llama);
+        fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        let name = match file.rsplit_once('.').unwrap().1 {
+            "bin" => "pytorch_model.bin",
+            "gguf" => "model.gguf",
+            "safetensors" => "model.safetensors",
+            _ => {
+                fs::remove_file(folder.path().join("config.json")).unwrap();
+                "model.bin"
+            }
+        };
+        fs::copy(fixtures.join(file), folder.path().join(name)).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", download(folder.path(), scratch.path()).0.err().expect(file));
+        assert!(error.contains(expected) && error.contains(name), "{file}: {error}");
+        assert!(error_of(&foresee(folder.path())).contains(expected), "{file}");
+    }
+}
+
+/// The documented text of a model of llama2.c, from the file as it was published with its tokenizer beside it.
+#[test]
+fn a_model_of_llama2_c_tells_its_story() {
+    let data = std::env::var_os("PIPELINE_TEST_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"), std::path::PathBuf::from);
+    let published = data.join("weights/stories260K");
+    if !published.exists() {
+        println!("skipped: `{}` is not there; set PIPELINE_TEST_DATA", published.display());
+        return;
+    }
+    let (folder, scratch) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::copy(published.join("stories260K.bin"), folder.path().join("stories260K.bin")).unwrap();
+    fs::copy(published.join("tok512.model"), folder.path().join("tokenizer.model")).unwrap();
+    let outlook = foresee(folder.path());
+    assert!(outlook.findings.iter().all(|finding| !finding.is_error), "{:?}", outlook.findings);
+    assert_eq!(outlook.outputs["model"].family.as_deref(), Some("llama"));
+    download(folder.path(), scratch.path()).0.unwrap();
+    let model = LanguageModel::load(&scratch.path().join("model"), &Device::Cpu).unwrap();
+    let options = Generate {
+        sampling: Sampling::greedy(),
+        max_new_tokens: 200,
+        longest: usize::MAX,
+        seed: 0,
+        purpose: purpose::GENERATE,
+        time: 0,
+        batch: 1,
+    };
+    let written = generate(&model, None, &[Prompt { row: 0, ids: &[1] }], &options, &mut |_| {}).unwrap();
+    let text = Text::new(&model.tokenizer, SpecialTokens::Text).unwrap().decode(&written[0].ids).unwrap();
+    let expected = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she \
+                    saw a big, red ball. She wanted to play with it, but it was too high.";
+    assert!(text.trim_start().starts_with(expected), "{text}");
 }

@@ -655,6 +655,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("prompt-init", json!({"length": 7, "text": "Suppose you are a student."})),
         sound("prompt-tune", json!({"learning_rate": 1e-3})),
         reference("prompt-tune", json!({"learning_rate": 1e-3})),
+        sound("quantize", json!({"format": "q4_0", "batch": 4})),
         sound("student-generate", json!({"max_new_tokens": 48, "batch": 7})),
         reference("student-generate", json!({"max_new_tokens": 48})),
         sound("teacher-cache", json!({"keep": {"top_k": 8}, "batch": 4})),

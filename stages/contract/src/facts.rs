@@ -155,6 +155,9 @@ pub struct Facts {
     /// Positions of a model: its longest sequence, soft prompt included.
     #[serde(skip_serializing_if = "is_open")]
     pub positions: Option<u64>,
+    /// Family of a model, by its name in pipelines.
+    #[serde(skip_serializing_if = "is_open")]
+    pub family: Option<String>,
     /// Blocks of a model.
     #[serde(skip_serializing_if = "is_open")]
     pub layers: Option<u64>,

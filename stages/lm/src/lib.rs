@@ -42,6 +42,7 @@ pub use families::{
     Architecture, Config, EndTokens, Family, Gpt2Config, GptNeoxConfig, LayerType, LlamaConfig, MistralConfig,
     OptConfig, Qwen2Config, Qwen3Config, RopeScaling, Sizes,
 };
+pub use files::export::{families_in_llama_cpp, is_in_llama_cpp};
 pub use files::folder::{MODEL_FILES, ModelFolder};
 pub use files::gguf::{Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
 pub use finite::{NotFinite, is_finite};

@@ -4,7 +4,7 @@
 //! Dimensions: `N` tokens of the batch, `C` channels, `V` vocabulary.
 
 use std::any::Any;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
@@ -19,11 +19,13 @@ use crate::adapter::{A, Adapter, B, Biases, Lora};
 use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
 use crate::families::{Architecture, Config, Weights, layer_of};
+use crate::files::export::fitting;
 use crate::files::folder::ModelFolder;
 use crate::files::generation::{self, GenerationConfig};
-use crate::files::tensors::{write_json, write_tensors};
+use crate::files::tensors::{Parameter, write_json, write_parameters};
 use crate::finite::{first_not_finite, is_finite};
 use crate::head::Head;
+use crate::kernels::encode::encode;
 use crate::ops::backend::Backend;
 use crate::ops::cpu::Cpu;
 #[cfg(feature = "cuda")]
@@ -33,7 +35,9 @@ use crate::ops::rotary::Angles;
 use crate::ops::tape::Tape;
 use crate::ops::{Layout, Ops};
 use crate::terms::dropout::Dropout;
+use crate::terms::format::Format;
 use crate::weights::Weight;
+use crate::weights::encoded::{Bytes, Encoded};
 use crate::weights::low_rank::LowRank;
 
 /// A model with its tokenizer.
@@ -50,8 +54,6 @@ pub struct LanguageModel {
     weights: IndexMap<String, Weight>,
     /// Of what the adapter is made that lies on the weights, if one does.
     lora: Option<Lora>,
-    /// The folder whose weights these are, below the adapter.
-    origin: Option<PathBuf>,
     device: Device,
     angles: Angles,
     activation_checkpointing: bool,
@@ -90,16 +92,13 @@ impl LanguageModel {
     ///
     /// Errors name the file, and the tensor with expected and found shape.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
-        let (origin, adapter) = (folder.to_owned(), folder.join(ADAPTER));
+        let adapter = folder.join(ADAPTER);
         let mut folder = ModelFolder::open(folder)?;
         let tokenizer = folder.tokenizer()?;
         let parameters = folder.parameters(device)?;
         let ModelFolder { config, generation, .. } = folder;
-        let mut model = LanguageModel::of(config, tokenizer, generation, parameters, device.clone());
-        if adapter.is_dir() {
-            model = model.with_adapter(&Adapter::load(&adapter, device)?)?;
-        }
-        Ok(LanguageModel { origin: Some(origin), ..model })
+        let model = LanguageModel::of(config, tokenizer, generation, parameters, device.clone());
+        if adapter.is_dir() { model.with_adapter(&Adapter::load(&adapter, device)?) } else { Ok(model) }
     }
 
     fn of(
@@ -116,7 +115,6 @@ impl LanguageModel {
             generation,
             weights: parameters,
             lora: None,
-            origin: None,
             device,
             angles: Angles::default(),
             activation_checkpointing: false,
@@ -235,7 +233,7 @@ impl LanguageModel {
         if self.config.sizes().tied && model.weights.contains_key(head) && embedding != head {
             model.config.untie();
         }
-        (model.lora, model.origin) = (None, None);
+        model.lora = None;
         Ok(model)
     }
 
@@ -268,18 +266,84 @@ impl LanguageModel {
             (name, self.weights[&from].frozen())
         });
         let weights = weights.collect();
-        Ok(LanguageModel { weights, config, origin: None, angles: Angles::default(), ..self.frozen() })
+        Ok(LanguageModel { weights, config, angles: Angles::default(), ..self.frozen() })
+    }
+
+    /// A frozen model whose matrices are written in `format`, and kept so: those whose rows its blocks do not fill in the format
+    /// that llama.cpp takes instead. Vectors and tables of positions stay as they are.
+    ///
+    /// Errors where a number is none that the format holds: it names the matrix.
+    pub fn quantised(&self, format: Format) -> Result<Self> {
+        ensure!(self.lora.is_none(), "the model has an adapter: merge that first");
+        let quantise = |name: &str, weight: &Weight| -> Result<Weight> {
+            if !self.is_quantisable(name, weight) {
+                return Ok(weight.frozen());
+            }
+            let (rows, columns) = weight.dims2()?;
+            let format = fitting(format, columns);
+            if weight.kept_encoded().is_some_and(|matrix| matrix.format == format) {
+                return Ok(weight.clone());
+            }
+            let values = weight.master()?.to_device(&Device::Cpu)?.to_dtype(candle_core::DType::F32)?;
+            let bytes =
+                encode(format, &values.flatten_all()?.to_vec1()?).with_context(|| format!("tensor `{name}`"))?;
+            let matrix = Encoded::new(format, rows, columns, Bytes::Owned(Arc::new(bytes)))?;
+            Ok(Weight::encoded_on(matrix, &self.device))
+        };
+        let weights = self.weights.iter().map(|(name, weight)| Ok((name.clone(), quantise(name, weight)?)));
+        Ok(LanguageModel { weights: weights.collect::<Result<_>>()?, ..self.frozen() })
+    }
+
+    /// Whether a parameter is a matrix that is multiplied, or the table of tokens. Tables of positions are added, and small.
+    fn is_quantisable(&self, name: &str, weight: &Weight) -> bool {
+        weight.dims2().is_ok() && !self.config.is_table(name)
+    }
+
+    /// How many matrices that can be quantised are kept otherwise than in `format`, and how many there are.
+    pub fn matrices_not_in(&self, format: Format) -> (usize, usize) {
+        let matrices = self.weights.iter().filter(|(name, weight)| self.is_quantisable(name, weight));
+        let is_in = |weight: &Weight| weight.kept_encoded().is_some_and(|matrix| matrix.format == format);
+        matrices.fold((0, 0), |(others, all), (_, weight)| (others + usize::from(!is_in(weight)), all + 1))
+    }
+
+    /// Bits of a parameter as it is kept, on average; dense ones have 32.
+    pub fn bits_per_weight(&self) -> f64 {
+        let bits = |weight: &Weight| match (weight.kept_encoded(), weight.dense()) {
+            (Some(matrix), _) => 8 * matrix.rows(0..matrix.rows).len(),
+            (None, dense) => 32 * dense.map_or(0, Tensor::elem_count),
+        };
+        let bits: usize = self.weights.values().map(bits).sum();
+        bits as f64 / self.config.parameter_count().max(1) as f64
+    }
+
+    /// The norm of the difference of all matrices from those of `other`, a model of the same shape, by the norm of the latter.
+    pub fn distance_from(&self, other: &LanguageModel) -> Result<f64> {
+        let (mut difference, mut whole) = (0.0, 0.0);
+        for (name, weight) in self.weights.iter().filter(|(name, weight)| self.is_quantisable(name, weight)) {
+            let values = |weight: &Weight| -> Result<Vec<f32>> {
+                let values = match weight.kept_encoded() {
+                    // Not kept decoded beside it.
+                    Some(matrix) => matrix.tensor(&Device::Cpu)?,
+                    None => weight.master()?.to_device(&Device::Cpu)?,
+                };
+                Ok(values.flatten_all()?.to_vec1()?)
+            };
+            let (own, others) = (values(weight)?, values(&other.weights[name])?);
+            for (own, other) in own.iter().zip(&others) {
+                difference += f64::from(own - other).powi(2);
+                whole += f64::from(*other).powi(2);
+            }
+        }
+        Ok(if whole == 0.0 { 0.0 } else { (difference / whole).sqrt() })
     }
 
     /// The model with variables as parameters: all of them, or those of its adapter. Those that are variables already are
     /// taken as they are.
     pub fn trainable(self) -> Result<Self> {
-        let model = self.map(|name, weight| {
+        self.map(|name, weight| {
             let base = if self.trains(name) { weight.base().trainable()? } else { weight.base() };
             on_top(base, weight, LowRank::trainable)
-        })?;
-        let origin = model.origin.clone().filter(|_| model.lora.is_some());
-        Ok(LanguageModel { origin, ..model })
+        })
     }
 
     /// A view of the same weights through which no gradient flows. It sees later updates of the model.
@@ -529,7 +593,6 @@ impl LanguageModel {
             ends: self.ends.clone(),
             weights: weights.collect::<Result<_>>()?,
             lora: self.lora.clone(),
-            origin: self.origin.clone(),
             device: self.device.clone(),
             angles: self.angles.clone(),
             dtype: self.dtype,
@@ -550,15 +613,17 @@ impl Value for LanguageModel {
             std::fs::create_dir(&place).with_context(|| format!("cannot make `{}`", place.display()))?;
             adapter.save(&place)?;
         }
-        if let Some(origin) = self.origin.as_ref().filter(|_| self.lora.is_some()) {
-            ModelFolder::open(origin)?.copy(folder)?;
-        } else {
-            write_json(&folder.join("config.json"), &config)?;
-            let names = self.config.parameter_shapes().into_iter().map(|(name, _)| name);
-            let weights = names.map(|name| Ok((name.clone(), self.weights[&name].master()?.clone())));
-            let weights = weights.collect::<Result<IndexMap<String, Tensor>>>()?;
-            write_tensors(&folder.join("model.safetensors"), weights.iter(), None)?;
-        }
+        write_json(&folder.join("config.json"), &config)?;
+        let weights = self.config.parameter_shapes().into_iter().map(|(name, _)| {
+            let weight = &self.weights[&name];
+            let parameter = match weight.kept_encoded() {
+                Some(matrix) => Parameter::Encoded(matrix),
+                None => Parameter::Dense(weight.master()?),
+            };
+            Ok((name, parameter))
+        });
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        write_parameters(&folder.join("model.safetensors"), weights.into_iter(), None)?;
         write_json(&folder.join(generation::FILE), &self.generation.beside(&config, &self.ends))?;
         self.tokenizer.save(folder)
     }

@@ -74,6 +74,13 @@ macro_rules! families {
             $($(#[$doc])* $name($config),)*
         }
 
+        impl Config {
+            /// Whose it is.
+            pub fn family(&self) -> Family {
+                match self { $(Config::$name(_) => Family::$name,)* }
+            }
+        }
+
         /// Runs the same on the configuration of any family.
         macro_rules! of_any {
             ($of:expr, $it:ident => $run:expr) => {
@@ -325,6 +332,12 @@ impl Config {
         of_any!(self, config => config.sizes())
     }
 
+    /// Heads of keys and values.
+    pub(crate) fn kv_heads(&self) -> usize {
+        let fewer = self.to_json().ok().and_then(|json| json["num_key_value_heads"].as_u64());
+        fewer.map_or(self.sizes().heads, |heads| heads as usize)
+    }
+
     /// Rows `V` of the embedding; may be more than the tokenizer has ids.
     pub fn vocab_size(&self) -> usize {
         self.sizes().vocabulary
@@ -390,6 +403,11 @@ impl Config {
     /// How the matrices of linear layers lie in memory, but for the output head.
     pub(crate) fn layout(&self) -> Layout {
         self.names().layout
+    }
+
+    /// Whether a parameter of that name is a table of vectors beside the input embedding.
+    pub(crate) fn is_table(&self, name: &str) -> bool {
+        self.names().tables.contains(&name)
     }
 
     /// All linear layers, the output head last.
@@ -467,6 +485,7 @@ impl Config {
     pub fn facts(&self) -> Facts {
         Facts {
             positions: Some(self.positions() as u64),
+            family: Some(self.family().name().to_owned()),
             layers: Some(self.layers() as u64),
             width: Some(self.width() as u64),
             embeddings: Bounds::exactly(self.vocab_size() as u64),

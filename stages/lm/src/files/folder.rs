@@ -15,11 +15,17 @@ use serde_json::Value as Json;
 
 use super::generation::{self, GenerationConfig};
 use super::gguf::Gguf;
-use super::tensors::{Stored, TensorFile, write_json};
+use super::llama2c::Llama2cFile;
+use super::parallel::{RANKS, Share, share};
+use super::pickle::PickleFile;
+use super::tensors::{Entry, Stored, TensorFile, write_json, write_one_by_one};
 use super::tokenizer;
 use crate::families::Config;
 use crate::finite::first_not_finite;
+use crate::kernels::encode::encode;
+use crate::terms::format::Format;
 use crate::weights::Weight;
+use crate::weights::encoded::Encoded;
 
 /// A folder that holds a model this crate computes.
 pub struct ModelFolder {
@@ -28,6 +34,8 @@ pub struct ModelFolder {
     pub config: Config,
     pub(crate) generation: GenerationConfig,
     files: Vec<TensorFile>,
+    /// Whether each file is the part of a rank.
+    is_parallel: bool,
     index: Option<&'static str>,
     /// Where each parameter is, in the order of [`Config::parameter_shapes`].
     places: IndexMap<String, Place>,
@@ -35,10 +43,12 @@ pub struct ModelFolder {
     second_head: Option<Place>,
 }
 
-/// A tensor in one of the files.
+/// A tensor in one of the files, or its parts in all of them.
 struct Place {
-    file: usize,
-    stored: Stored,
+    parts: Vec<(usize, Stored)>,
+    share: Share,
+    /// Of the whole.
+    shape: Vec<usize>,
 }
 
 /// Names of the files of a folder that make a model without its tokenizer, or their endings.
@@ -54,22 +64,27 @@ pub const MODEL_FILES: [&str; 7] = [
 
 impl ModelFolder {
     /// Looks into a folder: `config.json`, `generation_config.json`, and the headers of the files that hold its weights,
-    /// `model.safetensors`, `pytorch_model.bin`, or those that an index names, or else a GGUF file (or the parts of one), by
-    /// itself too, which says all that `config.json` would.
+    /// `model.safetensors`, `pytorch_model.bin`, those that an index names, or those of the ranks of a tensor-parallel program,
+    /// `mp4/pytorch_model_0.bin` and so on; or else a GGUF file (or the parts of one) or one of llama2.c, by itself too, which
+    /// say all that `config.json` would.
     ///
     /// Errors when the model is none that this crate computes, or tensors are missing, foreign, there twice, or of another
     /// shape or type than they must be: they name file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.join("config.json").exists()
-            && let Some(file) = Gguf::at(path)?
-        {
-            return ModelFolder::of_gguf(path, &file);
+        if !path.join("config.json").exists() {
+            if let Some(file) = Gguf::at(path)? {
+                return ModelFolder::of_gguf(path, &file);
+            }
+            if let Some(file) = llama2c_at(path)? {
+                let (tensors, config) = TensorFile::open_llama2c(&file)?;
+                return ModelFolder::of(folder_of(path), Config::read(config, &file)?, vec![tensors], Kind::Alone);
+            }
         }
         ensure!(path.is_dir(), "`{}` is no folder: expected that of a model, with its `config.json`", path.display());
         let config = Config::load(path)?;
-        let (names, index) = weight_files(path)?;
+        let (names, kind) = weight_files(path)?;
         let files = names.iter().map(|name| TensorFile::open(&path.join(name))).collect::<Result<_>>()?;
-        ModelFolder::of(path, config, files, index)
+        ModelFolder::of(path, config, files, kind)
     }
 
     /// A model that a GGUF file describes by itself, at `path` or in that folder.
@@ -80,18 +95,18 @@ impl ModelFolder {
             "`{}` is one of several files of a model: name their folder",
             path.display()
         );
-        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
-        ModelFolder::of(folder, Config::read(config, file)?, vec![tensors], None)
+        ModelFolder::of(folder_of(path), Config::read(config, file)?, vec![tensors], Kind::Alone)
     }
 
-    fn of(path: &Path, config: Config, files: Vec<TensorFile>, index: Option<&'static str>) -> Result<Self> {
+    fn of(path: &Path, config: Config, files: Vec<TensorFile>, kind: Kind) -> Result<Self> {
         let generation = GenerationConfig::load(path)?;
         let mut folder = ModelFolder {
             path: path.to_owned(),
             config,
             generation,
             files,
-            index,
+            is_parallel: kind == Kind::Parallel,
+            index: if let Kind::Indexed(index) = kind { Some(index) } else { None },
             places: IndexMap::new(),
             second_head: None,
         };
@@ -106,7 +121,7 @@ impl ModelFolder {
         for (file, tensors) in self.files.iter().enumerate() {
             for stored in tensors.tensors()? {
                 let name = canonical(&stored.name, &self.config);
-                let expected = match shapes.get(&name) {
+                let whole = match shapes.get(&name) {
                     Some(shape) => shape,
                     // That of a tied model: the embedding under another name, or else a second matrix.
                     None if name == head => &shapes[embedding],
@@ -118,19 +133,32 @@ impl ModelFolder {
                     ),
                 };
                 let place = || format!("tensor `{}` in `{}`", stored.name, tensors.path().display());
+                let share = if self.is_parallel { share(&self.config, &name) } else { Share::Whole };
+                let expected = share.part_shape(&name, whole, self.files.len())?;
                 ensure!(
-                    *expected == stored.shape,
+                    expected == stored.shape,
                     "{} has shape {:?}, expected {expected:?} by `config.json`",
                     place(),
                     stored.shape
                 );
                 stored.check_dtype().map_err(|error| anyhow!("{} {error}", place()))?;
-                if let Some(first) = found.get(&name) {
-                    let (also, in_file) = (&first.stored.name, self.files[first.file].path().display());
-                    bail!("{} is there twice, also as `{also}` in `{in_file}`: remove one", place());
+                let parts = &mut found
+                    .entry(name)
+                    .or_insert_with(|| Place { parts: Vec::new(), share, shape: whole.clone() })
+                    .parts;
+                if let Some((first, also)) = parts.last().filter(|(first, _)| !self.is_parallel || *first == file) {
+                    let in_file = self.files[*first].path().display();
+                    bail!("{} is there twice, also as `{}` in `{in_file}`: remove one", place(), also.name);
                 }
-                found.insert(name, Place { file, stored });
+                parts.push((file, stored));
             }
+        }
+        let expected = if self.is_parallel { self.files.len() } else { 1 };
+        if let Some((_, place)) = found.iter().find(|(_, place)| place.parts.len() < expected) {
+            let is_there = |file: &usize| place.parts.iter().any(|(with, _)| with == file);
+            let without = (0..expected).find(|file| !is_there(file)).unwrap_or(0);
+            let (name, path) = (&place.parts[0].1.name, self.files[without].path().display());
+            bail!("tensor `{name}` is missing in `{path}`, and there for other ranks");
         }
         if self.config.sizes().tied
             && let Some(place) = found.swap_remove(head)
@@ -216,13 +244,25 @@ impl ModelFolder {
 
     /// Reads every value. Gives what is odd, as sentences.
     ///
-    /// Errors when one is not finite: it names the tensor.
+    /// Errors when one is not finite, or what ranks have in common differs between them: it names the tensor.
     pub fn check_values(&self) -> Result<Vec<String>> {
         for place in self.places.values().chain(&self.second_head) {
-            let tensor = self.read(place, &Device::Cpu)?;
-            if let Some(found) = first_not_finite(&tensor)? {
-                let path = self.files[place.file].path().display();
-                bail!("tensor `{}` in `{path}` holds {found}: get the model again", place.stored.name);
+            let mut first: Option<Vec<f32>> = None;
+            for (file, stored) in &place.parts {
+                let path = self.files[*file].path().display();
+                let values = self.files[*file].values(stored)?;
+                let tensor = Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?;
+                if let Some(found) = first_not_finite(&tensor)? {
+                    bail!("tensor `{}` in `{path}` holds {found}: get the model again", stored.name);
+                }
+                if self.is_parallel && place.share == Share::Whole {
+                    let values = tensor.flatten_all()?.to_vec1()?;
+                    ensure!(
+                        *first.get_or_insert_with(|| values.clone()) == values,
+                        "tensor `{}` in `{path}` is not that of the first rank: the files are not of one moment of one model",
+                        stored.name
+                    );
+                }
             }
         }
         let embedding = &self.places[self.config.embedding()];
@@ -240,25 +280,66 @@ impl ModelFolder {
     /// stay in it, all else as f32. A head that was to be the embedding and is another matrix stays, as in `transformers`;
     /// the configuration says so then.
     pub(crate) fn parameters(&mut self, device: &Device) -> Result<IndexMap<String, Weight>> {
+        self.settle_head()?;
         let mut parameters = IndexMap::with_capacity(self.places.len());
         for (name, place) in &self.places {
-            let weight = match self.files[place.file].encoded(&place.stored)? {
+            let weight = match self.encoded_at(place)? {
                 Some(matrix) => Weight::encoded_on(matrix, device),
                 None => Weight::new(self.read(place, device)?),
             };
             parameters.insert(name.clone(), weight);
         }
+        Ok(parameters)
+    }
+
+    /// Makes a second head that is not the embedding a parameter, and drops one that is.
+    pub(super) fn settle_head(&mut self) -> Result<()> {
         if self.second_head.is_some() {
-            let embedding = match parameters[self.config.embedding()].dense() {
-                Some(values) => values.clone(),
-                None => self.read(&self.places[self.config.embedding()], device)?,
-            };
-            if let Some(head) = self.unlike_head(&embedding)? {
-                parameters.insert(self.config.head().to_owned(), Weight::new(head));
+            let embedding = self.read(&self.places[self.config.embedding()], &Device::Cpu)?;
+            let is_other = self.unlike_head(&embedding)?.is_some();
+            if let Some(head) = self.second_head.take().filter(|_| is_other) {
+                self.places.insert(self.config.head().to_owned(), head);
                 self.config.untie();
             }
         }
-        Ok(parameters)
+        Ok(())
+    }
+
+    /// Names and shapes of the parameters, in the order of [`Config::parameter_shapes`].
+    pub(super) fn names(&self) -> Vec<(String, Vec<usize>)> {
+        self.places.iter().map(|(name, place)| (name.clone(), place.shape.clone())).collect()
+    }
+
+    /// The values of a parameter, in row-major order.
+    pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
+        self.values_at(self.places.get(name).with_context(|| format!("there is no parameter `{name}`"))?)
+    }
+
+    /// A parameter as it lies in its file, where it is a matrix of half floats or quantised.
+    pub(super) fn encoded(&self, name: &str) -> Result<Option<Encoded>> {
+        self.encoded_at(self.places.get(name).with_context(|| format!("there is no parameter `{name}`"))?)
+    }
+
+    /// The type of a parameter in its file.
+    pub(super) fn format(&self, name: &str) -> Option<Format> {
+        Some(self.places.get(name)?.parts[0].1.format())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files that hold its weights.
+    pub(super) fn files(&self) -> &[TensorFile] {
+        &self.files
+    }
+
+    fn encoded_at(&self, place: &Place) -> Result<Option<Encoded>> {
+        match &place.parts[..] {
+            [(file, stored)] => self.files[*file].encoded(stored),
+            _ => Ok(None),
+        }
     }
 
     /// The second head, where it is not the embedding.
@@ -269,12 +350,20 @@ impl ModelFolder {
         Ok((values(&head)? != values(embedding)?).then_some(head))
     }
 
-    fn read(&self, place: &Place, device: &Device) -> Result<Tensor> {
-        let values = self.files[place.file].values(&place.stored.name)?;
-        Ok(Tensor::from_vec(values, place.stored.shape.as_slice(), device)?)
+    fn values_at(&self, place: &Place) -> Result<Vec<f32>> {
+        let read = |(file, stored): &(usize, Stored)| self.files[*file].values(stored);
+        if !self.is_parallel || place.share == Share::Whole {
+            return read(&place.parts[0]);
+        }
+        let parts = place.parts.iter().map(read).collect::<Result<_>>()?;
+        Ok(place.share.joined(&place.shape, parts))
     }
 
-    /// Copies the model without its tokenizer. What PyTorch packed becomes safetensors, in the type it has.
+    fn read(&self, place: &Place, device: &Device) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.values_at(place)?, place.shape.as_slice(), device)?)
+    }
+
+    /// Copies the model without its tokenizer, in the types it has. What PyTorch or llama2.c packed becomes safetensors.
     pub fn copy(&self, to: &Path) -> Result<()> {
         let copy_as = |from: &Path, name: &str| {
             std::fs::copy(from, to.join(name)).map(drop).with_context(|| format!("cannot copy `{}`", from.display()))
@@ -293,17 +382,16 @@ impl ModelFolder {
                 copy_as(part, &name)
             });
         }
-        copy("config.json")?;
+        if self.path.join("config.json").exists() {
+            copy("config.json")?;
+        } else {
+            write_json(&to.join("config.json"), &self.config.to_json()?)?;
+        }
         if self.path.join(generation::FILE).exists() {
             copy(generation::FILE)?;
         }
-        if let [file] = &self.files[..]
-            && file.is_pickle()
-        {
-            return file.convert(&to.join("model.safetensors"));
-        }
-        if self.files.iter().any(TensorFile::is_pickle) {
-            return self.convert(to);
+        if !self.files.iter().all(TensorFile::is_kept) {
+            return self.write_as_kept(to);
         }
         if let Some(index) = self.index {
             copy(index)?;
@@ -314,47 +402,106 @@ impl ModelFolder {
         Ok(())
     }
 
-    /// Shards of PyTorch's become shards of safetensors.
-    fn convert(&self, to: &Path) -> Result<()> {
-        let mut map = serde_json::Map::new();
-        for file in &self.files {
-            let name = Path::new(name_of(file.path())).with_extension("safetensors");
-            let name = name.to_string_lossy();
-            for stored in file.tensors()? {
-                map.insert(stored.name, name.as_ref().into());
-            }
-            file.convert(&to.join(name.as_ref()))?;
-        }
-        let index = serde_json::json!({"metadata": {}, "weight_map": map});
-        write_json(&to.join("model.safetensors.index.json"), &index)
+    /// Writes all of it as one safetensors file, in the types it has.
+    fn write_as_kept(&self, to: &Path) -> Result<()> {
+        let head = self.second_head.as_ref().map(|place| (self.config.head(), place));
+        let places: Vec<(&str, &Place)> =
+            self.places.iter().map(|(name, place)| (name.as_str(), place)).chain(head).collect();
+        let format = |place: &Place| match place.parts[0].1.format() {
+            format @ (Format::F16 | Format::BF16) => format,
+            _ => Format::F32,
+        };
+        let entries: Vec<Entry> =
+            places.iter().map(|(name, place)| Entry::new(name, &place.shape, format(place))).collect::<Result<_>>()?;
+        write_one_by_one(&to.join("model.safetensors"), &entries, |index| {
+            let (name, place) = places[index];
+            encode(format(place), &self.values_at(place)?).with_context(|| format!("tensor `{name}`"))
+        })
     }
+}
+
+/// How weights lie in a folder.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// In one file.
+    Alone,
+    /// In several, which an index names.
+    Indexed(&'static str),
+    /// In one for each rank.
+    Parallel,
+}
+
+/// The folder that a path is, or that a file is in.
+fn folder_of(path: &Path) -> &Path {
+    if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) }
+}
+
+/// The file of llama2.c that `path` is or, of a folder, the only `.bin` that it holds.
+fn llama2c_at(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(Llama2cFile::is(path).then(|| path.to_owned()));
+    }
+    let entries = std::fs::read_dir(path).map_err(|error| files::cannot("read", path, error))?;
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let files: Vec<PathBuf> =
+        paths.filter(|path| path.extension().is_some_and(|ending| ending == "bin") && !PickleFile::is(path)).collect();
+    Ok(if let [file] = &files[..] { Some(file.clone()) } else { None })
 }
 
 fn name_of(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-/// The names of the files that hold a folder's weights, and the index that names them.
-fn weight_files(folder: &Path) -> Result<(Vec<String>, Option<&'static str>)> {
+/// The names of the files that hold a folder's weights, and how they do.
+fn weight_files(folder: &Path) -> Result<(Vec<String>, Kind)> {
     for (single, index) in
         [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")]
     {
         if folder.join(single).exists() {
-            return Ok((vec![single.to_owned()], None));
+            return Ok((vec![single.to_owned()], Kind::Alone));
         }
         let path = folder.join(index);
         if path.exists() {
-            return Ok((shards(folder, &path)?, Some(index)));
+            return Ok((shards(folder, &path)?, Kind::Indexed(index)));
         }
     }
     if let Some(file) = Gguf::at(folder)? {
-        return Ok((vec![name_of(&file).to_owned()], None));
+        return Ok((vec![name_of(&file).to_owned()], Kind::Alone));
+    }
+    if let Some(names) = ranks(folder)? {
+        return Ok((names, Kind::Parallel));
     }
     bail!(
         "no weights in `{}`: expected `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, \
-         `pytorch_model.bin.index.json` or a `.gguf`",
+         `pytorch_model.bin.index.json`, `mp4/pytorch_model_0.bin` and so on, or a `.gguf`",
         folder.display()
     )
+}
+
+/// The files of all ranks, where a folder has one `mpN`.
+fn ranks(folder: &Path) -> Result<Option<Vec<String>>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| files::cannot("read", folder, error))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut found: Vec<(usize, String)> =
+        names.filter_map(|name| Some((name.strip_prefix("mp")?.parse().ok()?, name))).collect();
+    found.sort();
+    let (count, name) = match &found[..] {
+        [] => return Ok(None),
+        [(count, name)] => (*count, name),
+        [(_, one), (_, other), ..] => {
+            bail!("`{}` holds a model for several numbers of ranks, `{one}` and `{other}`: keep one", folder.display())
+        }
+    };
+    ensure!(
+        (1..=RANKS).contains(&count),
+        "`{name}` in `{}` is for {count} ranks: at most {RANKS} are read",
+        folder.display()
+    );
+    let files: Vec<String> = (0..count).map(|rank| format!("{name}/pytorch_model_{rank}.bin")).collect();
+    if let Some(missing) = files.iter().find(|file| !folder.join(file).exists()) {
+        bail!("`{}` has no `{missing}`: get the parts of all {count} ranks", folder.display());
+    }
+    Ok(Some(files))
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<String>> {

@@ -5,7 +5,9 @@
 //!
 //! Source: the specification, `docs/gguf.md` in the repository `ggml-org/ggml`, and `ggml-common.h` for the sizes of blocks.
 
+pub(crate) mod convert;
 mod model;
+pub(crate) mod write;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -648,55 +650,26 @@ pub(crate) mod tests {
         }
 
         pub(crate) fn values(mut self, name: &str, shape: &[u64], format: Format, values: Vec<u8>) -> Self {
-            self.tensors.push((name.into(), shape.iter().rev().copied().collect(), format, values));
+            self.tensors.push((name.into(), shape.to_vec(), format, values));
             self
         }
 
-        fn value(value: &GgufValue) -> Vec<u8> {
-            fn list<T>(kind: u32, items: &[T], bytes: impl Fn(&T) -> Vec<u8>) -> Vec<u8> {
-                let head = [ARRAY.to_le_bytes(), kind.to_le_bytes()].concat();
-                [head, (items.len() as u64).to_le_bytes().to_vec(), items.iter().flat_map(bytes).collect()].concat()
-            }
-            let one = |kind: u32, bytes: &[u8]| [&kind.to_le_bytes(), bytes].concat();
-            match value {
-                GgufValue::Integer(number) => match u32::try_from(*number) {
-                    Ok(number) => one(4, &number.to_le_bytes()),
-                    Err(_) => one(11, &(*number as i64).to_le_bytes()),
-                },
-                GgufValue::Float(number) => one(FLOAT32, &(*number as f32).to_le_bytes()),
-                GgufValue::Bool(value) => one(BOOL, &[(*value).into()]),
-                GgufValue::Text(value) => one(TEXT, &text(value)),
-                GgufValue::Bytes(bytes) => list(0, bytes, |byte| vec![*byte]),
-                GgufValue::Integers(numbers) => list(5, numbers, |number| (*number as i32).to_le_bytes().to_vec()),
-                GgufValue::Floats(numbers) => list(FLOAT32, numbers, |number| (*number as f32).to_le_bytes().to_vec()),
-                GgufValue::Bools(values) => list(BOOL, values, |value| vec![(*value).into()]),
-                GgufValue::Texts(texts) => list(TEXT, texts, |item| text(item)),
-            }
-        }
-
         pub(crate) fn bytes(&self) -> Vec<u8> {
-            let mut bytes = MAGIC.to_vec();
-            bytes.extend(self.version.to_le_bytes());
-            bytes.extend((self.tensors.len() as u64).to_le_bytes());
-            bytes.extend((self.keys.len() as u64).to_le_bytes());
-            for (key, value) in &self.keys {
-                bytes.extend([text(key), Writer::value(value)].concat());
+            let entries: Vec<write::Entry> = self
+                .tensors
+                .iter()
+                .map(|(name, shape, format, _)| write::Entry {
+                    name: name.clone(),
+                    shape: shape.iter().map(|size| *size as usize).collect(),
+                    format: *format,
+                })
+                .collect();
+            let mut bytes = write::header(self.version, &self.keys, &entries).unwrap();
+            for (_, _, _, values) in &self.tensors {
+                bytes.extend(values);
+                bytes.resize(bytes.len().next_multiple_of(32), 0);
             }
-            let mut offset = 0_u64;
-            let mut data = Vec::new();
-            for (name, shape, format, values) in &self.tensors {
-                bytes.extend(text(name));
-                bytes.extend((shape.len() as u32).to_le_bytes());
-                bytes.extend(shape.iter().flat_map(|size| size.to_le_bytes()));
-                let (number, _) = FORMATS.iter().find(|(_, known)| known == format).unwrap();
-                bytes.extend(number.to_le_bytes());
-                bytes.extend(offset.to_le_bytes());
-                data.extend(values);
-                data.resize(data.len().next_multiple_of(32), 0);
-                offset = data.len() as u64;
-            }
-            bytes.resize(bytes.len().next_multiple_of(32), 0);
-            [bytes, data].concat()
+            bytes
         }
 
         pub(crate) fn open(&self) -> Gguf {

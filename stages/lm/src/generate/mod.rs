@@ -182,10 +182,12 @@ fn write(
             let logits = decoder.logits(&mut rows)?;
             if let Some((mixed, other)) = mixed.zip(other.as_mut()) {
                 let others = other.logits(&mut rows)?;
-                let pairs =
-                    logits.par_chunks_exact(model.vocab_size()).zip(others.par_chunks_exact(mixed.teacher.vocab_size()));
+                let pairs = logits
+                    .par_chunks_exact(model.vocab_size())
+                    .zip(others.par_chunks_exact(mixed.teacher.vocab_size()));
                 let with_logits = rows.par_iter_mut().zip(pairs);
-                with_logits.for_each(|(row, (own, other))| row.extend_mixed([own, other], mixed.share, vocabulary, options));
+                with_logits
+                    .for_each(|(row, (own, other))| row.extend_mixed([own, other], mixed.share, vocabulary, options));
                 return Ok(());
             }
             let with_logits = rows.par_iter_mut().zip(logits.par_chunks_exact(model.vocab_size()));

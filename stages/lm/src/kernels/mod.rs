@@ -23,6 +23,7 @@ pub(crate) mod cuda;
 pub(crate) mod decode;
 pub(crate) mod elementary;
 pub(crate) mod elementwise;
+pub(crate) mod encode;
 pub(crate) mod head;
 pub(crate) mod layer_norm;
 #[expect(unsafe_code, reason = "maps files")]

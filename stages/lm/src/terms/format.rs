@@ -2,8 +2,12 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// A way to write numbers down: floats, or blocks of small integers that share scales, as GGUF files have them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// 32 bits.
     F32,
@@ -22,20 +26,24 @@ pub enum Format {
     /// 8 bits and a scale.
     Q8_0,
     /// 2 bits, in blocks of blocks.
+    #[serde(rename = "q2_k")]
     Q2K,
     /// 3 bits, in blocks of blocks.
+    #[serde(rename = "q3_k")]
     Q3K,
     /// 4 bits, in blocks of blocks.
+    #[serde(rename = "q4_k")]
     Q4K,
     /// 5 bits, in blocks of blocks.
+    #[serde(rename = "q5_k")]
     Q5K,
     /// 6 bits, in blocks of blocks.
+    #[serde(rename = "q6_k")]
     Q6K,
 }
 
 impl Format {
     /// All of them.
-    #[cfg(test)]
     pub(crate) const ALL: [Format; 13] = [
         Format::F32,
         Format::F16,
@@ -69,6 +77,11 @@ impl Format {
             Format::Q5K => "Q5_K",
             Format::Q6K => "Q6_K",
         }
+    }
+
+    /// Whether its numbers are integers in blocks.
+    pub fn is_quantised(self) -> bool {
+        self.block() > 1
     }
 
     /// Numbers that are written together: a row of a matrix has a multiple of so many.

@@ -86,6 +86,14 @@ impl Weight {
         }
     }
 
+    /// The matrix where it is kept encoded, wherever the model is: what is saved.
+    pub(crate) fn kept_encoded(&self) -> Option<&Encoded> {
+        match &self.kept {
+            Kept::Encoded(matrix, _) => Some(matrix),
+            Kept::Dense(_) => None,
+        }
+    }
+
     /// Rows and columns of a matrix.
     pub(crate) fn dims2(&self) -> Result<(usize, usize)> {
         match &self.kept {

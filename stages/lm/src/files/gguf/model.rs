@@ -60,12 +60,12 @@ const ARCHITECTURES: [Architecture; 3] = [
 ];
 
 /// Factors of rotary frequencies, one for each pair of channels.
-const FREQUENCIES: &str = "rope_freqs.weight";
-const HEAD: &str = "output.weight";
-const EMBEDDING: &str = "token_embd.weight";
+pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
+pub(super) const HEAD: &str = "output.weight";
+pub(super) const EMBEDDING: &str = "token_embd.weight";
 
 /// The parts of a block, as llama.cpp and Hugging Face call them.
-const PARTS: [(&str, &str); 11] = [
+pub(super) const PARTS: [(&str, &str); 11] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
