@@ -16,6 +16,7 @@
 
 use anyhow::ensure;
 use contract::limits;
+use contract::outlook::Rows;
 use contract::random::purpose;
 use contract::{
     About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
@@ -49,6 +50,10 @@ pub struct Config {
     /// Tokens a response may have.
     #[schemars(range(min = 1, max = limits::TOKENS))]
     pub max_new_tokens: usize,
+    /// Only the first so many rows, as a window's `rows`.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = limits::ROWS))]
+    pub rows: Option<u64>,
     /// Answers to every prompt.
     #[serde(default = "single")]
     #[schemars(range(min = 1, max = limits::BATCH))]
@@ -151,8 +156,12 @@ impl Stage for TeacherGenerate {
         outlook.same_width("teacher", "prompt");
         foresight::computes_in(outlook, config.dtype);
         let data = outlook.input("data");
-        let text = outlook.writes("teacher", Some("prompt"), &outlook.rows("data"), config.max_new_tokens as u64);
-        let many = |n: u64| n.saturating_mul(config.samples);
+        let first = config.rows.unwrap_or(u64::MAX);
+        let rows = outlook.rows("data");
+        let rows = Rows { prompt: rows.prompt.of_first(first), text: rows.text.of_first(first), ..rows };
+        outlook.takes_rows("data", "rows", config.rows);
+        let text = outlook.writes("teacher", Some("prompt"), &rows, config.max_new_tokens as u64);
+        let many = |n: u64| n.min(first).saturating_mul(config.samples);
         let rows = data.rows.iter().map(|rows| Bounds {
             least: if config.cut_off == Some(CutOff::Dropped) { 0 } else { many(rows.least) },
             most: many(rows.most),
@@ -188,8 +197,9 @@ impl Operator for Generating {
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
-        let prompts: Vec<Prompt<'_>> = data.rows.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
-        let (count, total) = (data.rows.len() as u64, data.rows.len() as u64 * config.samples);
+        let asked = &data.rows[..data.rows.len().min(config.rows.map_or(usize::MAX, |rows| rows as usize))];
+        let prompts: Vec<Prompt<'_>> = asked.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
+        let (count, total) = (asked.len() as u64, asked.len() as u64 * config.samples);
         let mut rows = Vec::with_capacity(total as usize);
         for sample in 0..config.samples {
             let options = Generate {
@@ -204,8 +214,8 @@ impl Operator for Generating {
             let mut progress = |done| sink.progress(sample * count + done as u64, total, "answers");
             let generated = generate(&teacher, prompt.as_ref(), &prompts, &options, &mut progress);
             let behind = [Behind::new("teacher", &teacher, prompt.as_ref())];
-            let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| data.rows.get(at), &behind))?;
-            rows.extend(data.rows.iter().zip(generated).filter_map(|(row, generated)| {
+            let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| asked.get(at), &behind))?;
+            rows.extend(asked.iter().zip(generated).filter_map(|(row, generated)| {
                 let row = config.answered(row, generated, data.tokenizer.end)?;
                 Some(Row { id: row.id + sample * ANSWERS, ..row })
             }));
