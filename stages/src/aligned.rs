@@ -1,9 +1,12 @@
 //! Text aligned by response token: what is trained on, measured and cached.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
+use anyhow::Context;
 use candle_core::Tensor;
-use contract::{Result, Row};
+use contract::dataset::{ANSWERS, row_name};
+use contract::{Dataset, End, Result, Row};
 use lm::{Dropout, LanguageModel, Packed, Response};
 
 /// Text of some rows, laid out for a model, with the places that predict response tokens.
@@ -78,9 +81,46 @@ impl Aligned {
         rows.map(response).collect()
     }
 
+    /// The same responses behind the prompts of a view.
+    ///
+    /// Errors when it lacks one of the rows.
+    pub fn seen_in(&self, view: &View) -> Result<Aligned> {
+        let row = |Response { row, tokens, .. }: Response<'_>| {
+            let (prompt, response) = (view.prompt_of(row)?.to_vec(), tokens.to_vec());
+            Ok(Row { id: row, prompt, response, end: End::Length, log_probs: None, references: Vec::new() })
+        };
+        let rows: Vec<Row> = self.rows().into_iter().map(row).collect::<Result<_>>()?;
+        Ok(Aligned::of(&rows))
+    }
+
     /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
     pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         model.hidden(&self.packed, prompt, dropout)
+    }
+}
+
+/// What a teacher reads in place of the prompts that its student reads, by row.
+pub struct View(HashMap<u64, Vec<u32>>);
+
+impl View {
+    /// The prompts of a dataset.
+    pub fn of(data: &Dataset) -> Self {
+        View(data.rows.iter().map(|row| (row.id % ANSWERS, row.prompt.clone())).collect())
+    }
+
+    /// What is read before the responses of a row.
+    ///
+    /// Errors when there is no such row, or it has no prompt.
+    pub fn prompt_of(&self, row: u64) -> Result<&[u32]> {
+        let prompt = self.0.get(&(row % ANSWERS)).filter(|prompt| !prompt.is_empty());
+        let prompt = prompt.with_context(|| {
+            format!(
+                "`view` has no prompt for {}: tokenise the same corpus, with room for what stands around its prompts \
+                 (`max_prompt_length`, `max_length`)",
+                row_name(row)
+            )
+        });
+        Ok(prompt?)
     }
 }
 
@@ -98,6 +138,12 @@ mod tests {
         assert_eq!(text.labels, [4, 5, 8]);
         let found: Vec<_> = text.rows().iter().map(|it| (it.row, it.prompt, it.tokens)).collect();
         assert_eq!(found, [(0, &[1, 2, 3][..], &[4, 5][..]), (2, &[7], &[8])]);
+        let seen = vec![row(0, &[9, 1, 2, 3], &[]), row(2, &[8], &[])];
+        let view = View::of(&Dataset { rows: seen, tokenizer: contract::TokenizerFile::new("", 0, 9) });
+        let other = text.seen_in(&view).unwrap();
+        assert_eq!(other.labels, text.labels);
+        assert_eq!(other.rows().iter().map(|it| it.prompt).collect::<Vec<_>>(), [&[9, 1, 2, 3][..], &[8]]);
+        assert!(view.prompt_of(1).unwrap_err().to_string().contains("row 2 of `train`"));
         for (row, found) in [&rows[0], &rows[2]].into_iter().zip(found) {
             assert_eq!((Aligned::prompt_of(row), Aligned::response_of(row)), (found.1, found.2));
         }

@@ -15,7 +15,10 @@
 //! keeps hidden states, the student gets the same bits as from the teacher itself. Connect no `teacher` beside it: the
 //! model would be read for nothing.
 //!
-//! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`. Outputs: `model`, and a row of metrics an update.
+//! With `view` the teacher reads other prompts before the same responses, such as those that `tokenize` primes: response
+//! priming. Responses are aligned token by token, whatever stands before them.
+//!
+//! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`; `view`. Outputs: `model`, and a row of metrics an update.
 //! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
 
 use std::path::Path;
@@ -33,6 +36,7 @@ use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPromp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::aligned::View;
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
@@ -143,6 +147,7 @@ impl Stage for Distill {
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
             .optional("teacher", PortType::Model, "the teacher, frozen")
             .optional("cache", PortType::TeacherCache, "what the teacher says of a fixed text, in place of running it")
+            .optional("view", PortType::Dataset, "rows of the same ids whose prompts the teacher reads instead")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .optional(
                 "prompt_before",
@@ -187,7 +192,8 @@ impl Stage for Distill {
                 );
             }
         } else if outlook.has("teacher") {
-            foresight::reader(outlook, "teacher", Some("prompt"), "data");
+            outlook.same_vocabulary(&["data", "view"]);
+            foresight::reader(outlook, "teacher", Some("prompt"), if outlook.has("view") { "view" } else { "data" });
         }
         let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
         let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
@@ -225,6 +231,12 @@ impl Operator for Distilling {
         let data = inputs.take::<Dataset>("data")?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
+        let view = inputs.take_optional::<Dataset>("view")?;
+        ensure!(
+            view.is_none() || cache.is_none(),
+            "`view` does nothing beside `cache`: connect it where the cache is made"
+        );
+        let view = view.map(|view| View::of(&view));
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let config = self.config.clone();
@@ -266,7 +278,8 @@ impl Operator for Distilling {
                 (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
                 (None, Some(teacher)) => {
                     let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
-                    Said::Hidden(text.hidden(teacher, prompt.as_ref(), None)?)
+                    let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
+                    Said::Hidden(seen.as_ref().unwrap_or(text).hidden(teacher, prompt.as_ref(), None)?)
                 }
                 (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
             };

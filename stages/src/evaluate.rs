@@ -35,7 +35,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, View};
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
 use crate::foresight;
 use crate::padding::Padding;
@@ -212,6 +212,7 @@ impl Stage for Evaluate {
             ports.optional("teacher", PortType::Model, doc)
         };
         ports
+            .optional("view", PortType::Dataset, "rows of the same ids whose prompts `teacher` reads instead")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the model")
             .output("metrics", PortType::Metrics, "every metric with its interval and seeds")
             .output("predictions", PortType::Predictions, "every answer with its scores")
@@ -225,7 +226,7 @@ impl Stage for Evaluate {
         let data = outlook.input("data");
         let rows = config.seen(outlook.rows("data"));
         outlook.holds("model");
-        outlook.same_vocabulary(&["data", "model", "teacher"]);
+        outlook.same_vocabulary(&["data", "view", "model", "teacher"]);
         outlook.same_end("data", "model");
         outlook.same_width("model", "prompt");
         foresight::computes_in(outlook, config.dtype);
@@ -291,6 +292,13 @@ impl Config {
     }
 }
 
+/// A teacher that answers are compared with, and what it reads before them.
+#[derive(Clone, Copy)]
+struct Judge<'a> {
+    teacher: &'a LanguageModel,
+    view: Option<&'a View>,
+}
+
 struct Evaluating {
     config: Config,
     padding: Padding,
@@ -304,6 +312,7 @@ impl Operator for Evaluating {
         let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
+        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
         let rows = evaluated_rows(&data, config)?;
@@ -326,7 +335,8 @@ impl Operator for Evaluating {
             for (seed, generated) in &answers {
                 scores.text(*seed, &rows, generated, &data, &mut predictions)?;
                 if let (true, Some(teacher)) = (config.measures(Metric::ReverseKl), &teacher) {
-                    scores.distance(*seed, self.reverse_kl(&model, prompt.as_ref(), teacher, &rows, generated)?);
+                    let judge = Judge { teacher, view: view.as_ref() };
+                    scores.distance(*seed, self.reverse_kl(&model, prompt.as_ref(), judge, &rows, generated)?);
                 }
             }
             metrics.extend(scores.summary());
@@ -442,7 +452,7 @@ impl Evaluating {
         &self,
         model: &LanguageModel,
         prompt: Option<&Tensor>,
-        teacher: &LanguageModel,
+        Judge { teacher, view }: Judge<'_>,
         rows: &[Row],
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
@@ -459,7 +469,8 @@ impl Evaluating {
                 Vec::new()
             } else {
                 let own = text.hidden(model, prompt, None)?;
-                let other = text.hidden(teacher, None, None)?;
+                let seen = view.map(|view| text.seen_in(view)).transpose()?;
+                let other = seen.as_ref().unwrap_or(&text).hidden(teacher, None, None)?;
                 let teacher = Target {
                     source: Source::Head { hidden: &other, head: &head },
                     divergence: Divergence::ReverseKl,

@@ -22,6 +22,7 @@ pub mod distill;
 pub mod download;
 pub mod evaluate;
 pub mod export;
+pub mod exposure_bias;
 pub mod finetune;
 pub mod finite;
 mod foresight;
@@ -59,6 +60,7 @@ pub fn registry() -> Registry {
         .with(download::Download)
         .with(evaluate::Evaluate)
         .with(export::Export)
+        .with(exposure_bias::ExposureBias)
         .with(finetune::Finetune)
         .with(merge::Merge)
         .with(policy_gradient::PolicyGradient)

@@ -37,7 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, View};
 use crate::finite::{Behind, not_finite};
 use crate::foresight;
 use crate::training::{self, Mean, MicroBatch, Parts, Trainer, Training};
@@ -208,6 +208,7 @@ impl Stage for PolicyGradient {
             )
             .input("teacher", PortType::Model, "the teacher, frozen")
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
+            .optional("view", PortType::Dataset, "rows of the same ids whose prompts the teacher reads instead")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .optional("text", PortType::Dataset, "text on which the student keeps what it knew")
             .output("model", PortType::Model, "the trained student")
@@ -226,7 +227,8 @@ impl Stage for PolicyGradient {
         let model = foresight::learner(outlook, "student", init, "data", lora, config.activation_checkpointing);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
-        foresight::reader(outlook, "teacher", Some("prompt"), "data");
+        outlook.same_vocabulary(&["data", "view"]);
+        foresight::reader(outlook, "teacher", Some("prompt"), if outlook.has("view") { "view" } else { "data" });
         if outlook.has("text") {
             outlook.same_vocabulary(&["data", "text"]);
             outlook.reads("student", None, &outlook.rows("text"));
@@ -272,7 +274,9 @@ impl Operator for Learning {
         let student = student.computed_in(dtype)?.with_activation_checkpointing(config.activation_checkpointing);
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
-        let policy = Policy { config: &config, student: &student, teacher: &teacher, prompt: prompt.as_ref() };
+        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
+        let (prompt_of, view) = (prompt.as_ref(), view.as_ref());
+        let policy = Policy { config: &config, student: &student, teacher: &teacher, prompt: prompt_of, view };
         let rollouts = policy.judge(&data)?;
 
         let rows = data.rows.len();
@@ -328,9 +332,16 @@ struct Policy<'a> {
     student: &'a LanguageModel,
     teacher: &'a LanguageModel,
     prompt: Option<&'a Tensor>,
+    view: Option<&'a View>,
 }
 
 impl Policy<'_> {
+    /// Hidden states of the teacher where they predict response tokens, as it sees the text.
+    fn taught(&self, text: &Aligned) -> Result<Tensor> {
+        let seen = self.view.map(|view| text.seen_in(view)).transpose()?;
+        seen.as_ref().unwrap_or(text).hidden(self.teacher, self.prompt, None)
+    }
+
     /// The returns of a round's responses, by row id.
     fn judge(&self, data: &Dataset) -> Result<HashMap<u64, Rollout>> {
         let size = self.config.micro_batch.map_or(data.rows.len(), |rows| rows as usize).max(1);
@@ -341,7 +352,7 @@ impl Policy<'_> {
                 continue;
             }
             let own = log_probs(&text.hidden(self.student, None, None)?, &self.student.head()?, &text.labels)?;
-            let other = log_probs(&text.hidden(self.teacher, self.prompt, None)?, &self.teacher.head()?, &text.labels)?;
+            let other = log_probs(&self.taught(&text)?, &self.teacher.head()?, &text.labels)?;
             let tokens = text.rows().into_iter().zip(&text.responses);
             for (row, (response, place)) in rows.iter().filter(|row| Aligned::tokens_of(row) > 0).zip(tokens) {
                 debug_assert_eq!(row.id, response.row);
@@ -414,7 +425,7 @@ impl Policy<'_> {
         parts.add("policy_gradient", policy);
         parts.add("loss", policy);
         if *single_step > 0.0 {
-            let taught = text.hidden(self.teacher, self.prompt, None)?;
+            let taught = self.taught(text)?;
             let other = self.teacher.output_head()?.beside(self.student.vocab_size())?;
             let target = Target {
                 source: Source::Head { hidden: &taught, head: &other },

@@ -11,10 +11,14 @@
 //! rows that come out. With `samples` every prompt is answered so many times, each answer a row of its own. A draw depends on
 //! the seed, the row and the number of the answer alone.
 //!
-//! Inputs: `teacher` and its soft prompt, `data` (its prompts). Output: `data`, the rows with the teacher's responses and
+//! With `view` the teacher reads other prompts, such as those that `tokenize` primes, and the answers still belong to the
+//! prompts of `data`: response priming.
+//!
+//! Inputs: `teacher` and its soft prompt, `data` (its prompts), `view`. Output: `data`, the rows with the teacher's responses and
 //! their log-probabilities. Cost: a forward pass a token of each response, once.
 
 use anyhow::ensure;
+use contract::dataset::ANSWERS;
 use contract::limits;
 use contract::outlook::Rows;
 use contract::random::purpose;
@@ -27,6 +31,7 @@ use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::aligned::View;
 use crate::finite::{Behind, NEXT_TOKEN, explain};
 use crate::foresight;
 use crate::student_generate::sampling_errors;
@@ -142,6 +147,7 @@ impl Stage for TeacherGenerate {
             .input("teacher", PortType::Model, "who answers")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .input("data", PortType::Dataset, "rows with the prompts")
+            .optional("view", PortType::Dataset, "rows of the same ids whose prompts the teacher reads instead")
             .output("data", PortType::Dataset, "the rows with the answers")
     }
 
@@ -151,7 +157,7 @@ impl Stage for TeacherGenerate {
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         outlook.holds("teacher");
-        outlook.same_vocabulary(&["data", "teacher"]);
+        outlook.same_vocabulary(&["data", "view", "teacher"]);
         outlook.same_end("data", "teacher");
         outlook.same_width("teacher", "prompt");
         foresight::computes_in(outlook, config.dtype);
@@ -184,9 +190,6 @@ impl Config {
     }
 }
 
-/// Row ids of the answers to one prompt are so far apart, so that the first has that of the row itself.
-const ANSWERS: u64 = 1 << 32;
-
 struct Generating {
     config: Config,
 }
@@ -197,8 +200,14 @@ impl Operator for Generating {
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
+        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
         let asked = &data.rows[..data.rows.len().min(config.rows.map_or(usize::MAX, |rows| rows as usize))];
-        let prompts: Vec<Prompt<'_>> = asked.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
+        let prompt_of = |row: &'_ Row| match &view {
+            None => Ok(row.prompt.clone()),
+            Some(view) => Ok::<_, anyhow::Error>(view.prompt_of(row.id)?.to_vec()),
+        };
+        let ids: Vec<Vec<u32>> = asked.iter().map(prompt_of).collect::<Result<_>>()?;
+        let prompts: Vec<Prompt<'_>> = asked.iter().zip(&ids).map(|(row, ids)| Prompt { row: row.id, ids }).collect();
         let (count, total) = (asked.len() as u64, asked.len() as u64 * config.samples);
         let mut rows = Vec::with_capacity(total as usize);
         for sample in 0..config.samples {

@@ -14,6 +14,9 @@
 //! Prompt and answer are tokenised as one text, and the response is what follows the prompt's ids; the prompt begins as `bos`
 //! says, and the end token is added. What is spelled like a control token stays text. Where the seam merges (the prompt's ids are no prefix of the text's), both are tokenised apart.
 //!
+//! `prime` puts text around what is asked, as a teacher may be shown it: the student reads a dataset without. Leave more room
+//! there (`max_prompt_length`, `max_length`), so that no row is missing.
+//!
 //! `template: chat` writes prompt and answer as the chat template does that the tokenizer carries. The response is then what
 //! the assistant says, up to the token that ends its turn. A dataset has one response a row: of a conversation with several
 //! answers `download` makes as many rows, each with all that was said before as its prompt. The template itself begins a
@@ -74,9 +77,38 @@ pub struct Config {
     /// day, so that a result does not depend on when it was made.
     #[serde(default)]
     pub date: Option<String>,
+    /// Text around what is asked in every row, for a teacher that is to see it where its student does not. None by default.
+    #[serde(default)]
+    pub prime: Option<Prime>,
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
+}
+
+/// Text around what is asked; `{answer}` in it stands for the row's first right answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Prime {
+    /// Directly before it.
+    #[serde(default)]
+    pub before: String,
+    /// Directly behind it.
+    #[serde(default)]
+    pub after: String,
+}
+
+impl Prime {
+    fn around(&self, row: &CorpusRow) -> CorpusRow {
+        let answer = row.references.first().unwrap_or(&row.output);
+        let [before, after] = [&self.before, &self.after].map(|text| text.replace("{answer}", answer));
+        let around = |asked: &str| format!("{before}{asked}{after}");
+        let mut turns = row.turns.clone();
+        if let Some(asked) = turns.iter_mut().rfind(|turn| turn.role == "user") {
+            asked.content = around(&asked.content);
+        }
+        let prompt = row.prompt.as_deref().map(around);
+        CorpusRow { instruction: around(&row.instruction), prompt, turns, ..row.clone() }
+    }
 }
 
 /// What happens to a row that is too long.
@@ -328,7 +360,9 @@ impl Writer<'_> {
         let train = split == Split::Train;
         let Config { max_length, max_prompt_length, too_long, ref personas, .. } = *self.config;
         let line = personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id));
-        let Exchange { prompt, mut response } = self.exchange(row, line).with_context(|| row_name(row.id))?;
+        let primed = self.config.prime.as_ref().map(|prime| prime.around(row));
+        let asked = primed.as_ref().unwrap_or(row);
+        let Exchange { prompt, mut response } = self.exchange(asked, line).with_context(|| row_name(row.id))?;
         if train && (prompt.len() > max_prompt_length || prompt.len() >= max_length) {
             return Ok(Fate::LongPrompt);
         }
@@ -407,6 +441,19 @@ mod tests {
 
     fn config(json: serde_json::Value) -> Config {
         serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn what_primes_stands_around_what_is_asked_and_may_hold_the_answer() {
+        let (text, _) = bytes(&[]);
+        let prime = json!({"before": "As a teacher: ", "after": " (it is {answer})"});
+        let rows = |prime: Option<&serde_json::Value>| {
+            let config = config(json!({"template": "task", "prime": prime}));
+            tokenize(&[row(7, "Hi", "Yo")], Split::Train, &config, &text).unwrap().0.remove(0)
+        };
+        let (primed, plain) = (rows(Some(&prime)), rows(None));
+        assert_eq!(text.decode(&primed.prompt).unwrap(), "Task: As a teacher: Hi (it is Yo)\nAnswer:");
+        assert_eq!((primed.response, primed.id), (plain.response, plain.id));
     }
 
     #[test]

@@ -647,6 +647,8 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("evaluate", json!({"max_new_tokens": 48, "batch": 7})),
         reference("evaluate", json!({})),
         sound("export", json!({"dtype": "bf16"})),
+        sound("exposure-bias", json!({"max_new_tokens": 48, "batch": 7})),
+        reference("exposure-bias", json!({"max_new_tokens": 48})),
         sound("finetune", json!({"init": {"architecture": "gpt2", "layers": 2, "width": 32}, "learning_rate": 2e-3})),
         reference("finetune", json!({"learning_rate": 2e-3, "micro_batch": 4})),
         sound("merge", json!({})),

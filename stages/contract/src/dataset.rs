@@ -23,8 +23,15 @@ pub const SPLITS: [&str; 3] = ["train", "valid", "test"];
 /// below 2^32.
 pub const SPLIT_ROWS: u64 = 1 << 30;
 
+/// Ids of several answers to one prompt are so far apart; the first has that of the row itself.
+pub const ANSWERS: u64 = 1 << 32;
+
 /// A row as people know it: `row 7 of `train``, counted from 1.
 pub fn row_name(id: u64) -> String {
+    let (answer, id) = (id / ANSWERS, id % ANSWERS);
+    if answer > 0 {
+        return format!("answer {} to {}", answer + 1, row_name(id));
+    }
     match SPLITS.get((id / SPLIT_ROWS) as usize) {
         Some(split) => format!("row {} of `{split}`", id % SPLIT_ROWS + 1),
         None => format!("row {id}"),
