@@ -12,7 +12,8 @@ use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, R
 pub use lm::gpus;
 use lm::{LanguageModel, SoftPrompt, TeacherCache};
 
-pub mod aligned;
+pub mod address;
+mod aligned;
 pub mod chat;
 mod columns;
 pub mod corpus;
@@ -28,6 +29,7 @@ pub mod gguf;
 pub mod instruct;
 pub mod mmidx;
 mod padding;
+mod parquet_rows;
 pub mod porter;
 pub mod prompt_init;
 pub mod prompt_tune;
