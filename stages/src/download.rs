@@ -1003,6 +1003,116 @@ mod tests {
     }
 
     #[test]
+    fn a_split_may_be_in_parts_as_on_the_hub() {
+        let scratch = Scratch::new();
+        let row = |text: &str| format!("{{\"question\":\"{text}\",\"answer\":\"a\"}}\n");
+        scratch.file("set/train-00001-of-00002.jsonl", row("b"));
+        let folder = scratch.path().join("set");
+        let message = error(json!({"source": folder}));
+        assert!(message.contains("train-00000-of-00002.jsonl`, and other parts of `train` are there"), "{message}");
+        scratch.file("set/train-00000-of-00002.jsonl", row("a"));
+        scratch.file("set/validation-00000-of-00001.jsonl", row("v"));
+        scratch.file("set/train-notes.jsonl", row("x"));
+        let ([train, valid, test], _) = download(json!({"source": folder})).unwrap();
+        let asked: Vec<&str> = train.iter().chain(&valid).map(|row| row.instruction.as_str()).collect();
+        assert_eq!((asked, test.len()), (vec!["a", "b", "v"], 0));
+        scratch.file("set/train-00000-of-00003.jsonl", row("c"));
+        assert!(error(json!({"source": folder})).contains("parts of more than one `train`"));
+        fs::remove_file(folder.join("train-00000-of-00003.jsonl")).unwrap();
+        scratch.file("set/valid.csv", "question,answer\nx,y\n");
+        assert!(error(json!({"source": folder})).contains("validation-00000-of-00001.jsonl` are there"));
+    }
+
+    #[test]
+    fn parquet_is_read_by_its_columns() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/parquet");
+        let read = |name: &str, fields: &Json| {
+            download(json!({"source": {"train": folder.join(name)}, "fields": fields})).map(|([train, ..], _)| train)
+        };
+        for fields in [json!({"instruction": "id", "output": "question"}), json!({"document": "question"})] {
+            let rows = read("zstd.parquet", &fields).unwrap();
+            assert_eq!(rows, read("rows.jsonl", &fields).unwrap());
+            assert_eq!((rows.len(), rows[7].output.as_str()), (20, "question 2"));
+        }
+        let error = format!("{:#}", read("snappy.parquet", &json!({"output": "picture"})).unwrap_err());
+        assert!(error.contains("snappy.parquet, row 1`: expected text") && error.contains("in `picture`, got an object"), "{error}");
+        let error = format!("{:#}", read("snappy.parquet", &json!({"output": "answers"})).unwrap_err());
+        assert!(error.contains("row 1`: expected text or a list of texts in `answers`, got an empty list"), "{error}");
+    }
+
+    #[test]
+    fn conversations_and_lists_of_answers_come_from_parquet() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/parquet/plain.parquet");
+        let mut rows = Vec::new();
+        let fields = Fields::default();
+        let mut columns = Columns::new(&fields);
+        records::read(&path, |mut record| {
+            // Without a question it is a conversation, without a conversation an answered question.
+            let (mut asked, index) = (record.fields.clone(), rows.len() / 2);
+            record.fields.retain(|name, _| name == "messages");
+            asked.retain(|name, _| name != "messages");
+            let answers = asked.shift_remove("answers").unwrap();
+            rows.extend(columns.rows(record)?.into_iter().take(1));
+            asked.insert("answer".into(), if index % 3 == 0 { "none".into() } else { answers });
+            rows.extend(columns.rows(records::Record { fields: asked, place: "here".into() })?);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(rows.len(), 40);
+        assert_eq!((rows[4].instruction.as_str(), rows[4].output.as_str()), ("Frage 2?", "üü"));
+        assert_eq!((rows[5].instruction.as_str(), rows[5].input.as_str()), ("question 2", "context 2"));
+        assert_eq!(rows[5].references, ["a2", "same"]);
+        assert_eq!(rows[3].input, "");
+    }
+
+    #[test]
+    fn rows_of_a_text_alone_are_documents() {
+        let scratch = Scratch::new();
+        let lines = scratch.file("a.jsonl", "{\"text\": \"one\\ntwo\", \"id\": 3}\n{\"text\": \"\"}\n");
+        let text = scratch.file("a.txt", "one<@x(x!>two\n");
+        let documents = |with: Json| download(with).map(|([train, ..], warnings)| (train, warnings));
+        let (rows, warnings) = documents(json!({"source": {"train": lines}})).unwrap();
+        assert_eq!((rows[0].output.as_str(), rows.iter().all(CorpusRow::is_document)), ("one\ntwo", true));
+        assert_eq!(warnings, Vec::<String>::new());
+        let (of_text, _) = documents(json!({"source": {"train": text}, "form": "text-lines"})).unwrap();
+        assert_eq!(of_text[0], rows[0]);
+        let (named, _) = documents(json!({"source": {"train": lines}, "fields": {"document": "text"}})).unwrap();
+        assert_eq!(named, rows);
+        // Beside a question and an answer, a text is a column like others.
+        let both = scratch.file("b.jsonl", "{\"question\": \"q\", \"answer\": \"a\", \"text\": \"t\"}\n");
+        assert_eq!(documents(json!({"source": {"train": both}})).unwrap().0[0].output, "a");
+        assert_eq!(documents(json!({"source": {"train": both}, "fields": {"document": "text"}})).unwrap().0[0].output, "t");
+        let message = error(json!({"source": {"train": both}, "fields": {"document": "body"}}));
+        assert!(message.contains("b.jsonl:1` has no document") && message.contains("fields: {document: ...}"), "{message}");
+        let config = json!({"source": "a", "fields": {"document": "t", "output": "o"}});
+        let errors = Download.resolve(&config, Conventions::Sound).unwrap_err();
+        assert_eq!((errors[0].path.join("."), errors[0].message.as_str()), ("fields.output".into(), "a document asks and answers nothing"));
+    }
+
+    #[test]
+    fn what_is_elsewhere_is_named_with_its_field_and_only_what_is_read_is_taken() {
+        let sources = |with: Json| Kind::sources(&Download, &Download.resolve(&with, Conventions::Sound).unwrap());
+        let [model] = &sources(json!({"model": "hub:a/b@v1"}))[..] else { panic!("one source") };
+        let there = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "a.gguf"];
+        let there = there.map(str::to_owned);
+        assert_eq!(model.choose(&there).join(" "), "config.json model.safetensors tokenizer.json");
+        let [tokenizer] = &sources(json!({"tokenizer": "hub:a/b"}))[..] else { panic!("one source") };
+        assert_eq!(tokenizer.choose(&there).join(" "), "config.json tokenizer.json");
+        let web = json!({"url": "https://x.org/a", "sha256": "0f".repeat(32)});
+        let found = sources(json!({"source": {"train": web, "test": "hub:datasets/a/b/t.parquet"}}));
+        let found: Vec<String> = found.iter().map(|source| format!("{} {}", source.field.join("."), source.at)).collect();
+        assert_eq!(found, ["source.train https://x.org/a", "source.test hub:datasets/a/b/t.parquet"]);
+        assert_eq!(sources(json!({"source": web})).len(), 1);
+        let errors = |with: Json| {
+            let errors = Download.resolve(&with, Conventions::Sound).unwrap_err();
+            errors.into_iter().map(|e| format!("{} {}", e.path.join("."), e.message)).collect::<Vec<_>>().join("; ")
+        };
+        assert!(errors(json!({"model": "hub:gpt2"})).contains("model `hub:gpt2` names no repository"));
+        assert!(errors(json!({"source": {"test": "https://x.org/a"}})).contains("source.test an address of the web needs"));
+        assert!(errors(json!({"source": "builtin:instruct", "form": "text-lines"})).contains("form nothing reads"));
+    }
+
+    #[test]
     fn what_cannot_be_read_is_named() {
         let scratch = Scratch::new();
         assert!(error(json!({"source": "nowhere.jsonl"})).contains("nowhere.jsonl"));
@@ -1024,7 +1134,7 @@ mod tests {
         assert!(errors(json!({"source": "builtin:other"})).contains("no built-in corpus `builtin:other`"));
         assert!(errors(json!({"source": {}})).contains("expected a file"));
         assert!(errors(json!({"bin": "a"})).contains("`bin` needs the tokenizer"));
-        assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, or paths by split"));
+        assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, `hub:OWNER/NAME`, `{url: ..., sha256: ...}`, or these"));
         assert!(errors(json!({"source": {"trian": "a"}})).contains("trian"));
         assert!(errors(json!({"source": "a", "fields": {"output": "none"}})).contains("fields.output a row without"));
         let nothing = json!({"source": "a", "fields": {"instruction": "none", "prompt": "none"}});

@@ -37,9 +37,11 @@ pub(crate) fn each<E: From<anyhow::Error>>(
 /// The library is not made for files that are damaged, and panics over some.
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T> {
     let damaged = |what: &str| anyhow!("it is not read as Parquet, which it begins as; it may be cut short or damaged: {what}");
+    let packing = |what: &str| anyhow!("it is packed in a way that is not read ({what}); save it with snappy, gzip or zstd");
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(read) => read.map_err(|error| match &error {
-            ParquetError::NYI(what) => anyhow!("it is packed in a way that is not read ({what}); save it with snappy, gzip or zstd"),
+            ParquetError::NYI(what) => packing(what),
+            ParquetError::General(what) if what.contains("Disabled feature") => packing(what),
             other => damaged(&other.to_string()),
         }),
         Err(_) => Err(damaged("its pages are not what its end says")),
@@ -85,59 +87,85 @@ fn json(field: &Field) -> Result<Json> {
     })
 }
 
-/// Files for tests.
 #[cfg(test)]
-pub(crate) mod testing {
-    use std::sync::Arc;
+mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
 
-    use parquet::basic::Compression;
-    use parquet::column::writer::ColumnWriter;
-    use parquet::data_type::ByteArray;
-    use parquet::file::properties::WriterProperties;
-    use parquet::file::writer::SerializedFileWriter;
-    use parquet::schema::parser::parse_message_type;
+    use serde_json::json;
 
-    /// The leaves of a column: values, and their levels where it may repeat or be absent.
-    pub(crate) struct Leaf {
-        pub(crate) values: Vec<&'static str>,
-        pub(crate) defined: Vec<i16>,
-        pub(crate) repeated: Vec<i16>,
+    use super::*;
+    use crate::records;
+    use crate::testing::Scratch;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/parquet").join(name)
     }
 
-    impl Leaf {
-        /// Of a column of texts that are all there.
-        pub(crate) fn required(values: &[&'static str]) -> Self {
-            Leaf { values: values.to_vec(), defined: Vec::new(), repeated: Vec::new() }
-        }
+    fn rows(path: &Path) -> Result<Vec<Json>> {
+        let mut rows = Vec::new();
+        records::read(path, |record| {
+            rows.push(Json::Object(record.fields));
+            Ok(())
+        })?;
+        Ok(rows)
     }
 
-    /// A file with one group of rows.
-    pub(crate) fn write(schema: &str, leaves: &[Leaf], compression: Compression) -> Vec<u8> {
-        let schema = Arc::new(parse_message_type(schema).unwrap());
-        let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
-        let mut bytes = Vec::new();
-        let mut writer = SerializedFileWriter::new(&mut bytes, schema, properties).unwrap();
-        let mut group = writer.next_row_group().unwrap();
-        let mut leaves = leaves.iter();
-        while let Some(mut column) = group.next_column().unwrap() {
-            let Leaf { values, defined, repeated } = leaves.next().unwrap();
-            let levels = |levels: &'_ [i16]| (!levels.is_empty()).then(|| levels.to_vec());
-            let (defined, repeated) = (levels(defined), levels(repeated));
-            match column.untyped() {
-                ColumnWriter::ByteArrayColumnWriter(writer) => {
-                    let values: Vec<ByteArray> = values.iter().map(|value| (*value).into()).collect();
-                    writer.write_batch(&values, defined.as_deref(), repeated.as_deref()).unwrap();
-                }
-                ColumnWriter::Int64ColumnWriter(writer) => {
-                    let values: Vec<i64> = values.iter().map(|value| value.parse().unwrap()).collect();
-                    writer.write_batch(&values, defined.as_deref(), repeated.as_deref()).unwrap();
-                }
-                _ => panic!("a column of texts or numbers"),
+    #[test]
+    fn rows_that_python_wrote_are_those_of_the_lines() {
+        let expected = rows(&fixture("rows.jsonl")).unwrap();
+        for name in ["none", "snappy", "gzip", "zstd", "plain"] {
+            let mut found = rows(&fixture(&format!("{name}.parquet"))).unwrap();
+            for row in &mut found {
+                let row = row.as_object_mut().unwrap();
+                // What JSON has no spelling for is still there, and no text.
+                assert_eq!(row.shift_remove("picture"), Some(json!({"bytes": 3})), "{name}");
+                assert!(row.shift_remove("day").unwrap().as_str().unwrap().starts_with("2024-07-26"), "{name}");
             }
-            column.close().unwrap();
+            assert_eq!(found, expected, "{name}");
         }
-        group.close().unwrap();
-        writer.close().unwrap();
-        bytes
+    }
+
+    #[test]
+    fn a_row_is_named_by_its_number() {
+        let mut places = Vec::new();
+        let error = records::read(&fixture("snappy.parquet"), |record| {
+            places.push(record.place.clone());
+            anyhow::bail!("`{}` is odd", record.place)
+        });
+        assert!(places[0].ends_with("snappy.parquet, row 1") && places[19].ends_with("row 20"), "{places:?}");
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("20 rows of") && error.contains("snappy.parquet, row 2` is odd"), "{error}");
+    }
+
+    #[test]
+    fn another_packing_is_named_with_those_that_are_read() {
+        let error = rows(&fixture("brotli.parquet")).unwrap_err().to_string();
+        assert!(error.contains("brotli") && error.contains("save it with snappy, gzip or zstd"), "{error}");
+    }
+
+    /// Cut anywhere, or with any byte changed: an error or rows, and no panic that leaves the reader.
+    #[test]
+    fn a_damaged_file_is_an_error() {
+        let scratch = Scratch::new();
+        let whole = fs::read(fixture("snappy.parquet")).unwrap();
+        for length in [4, 8, 100, whole.len() / 2, whole.len() - 1] {
+            let error = rows(&scratch.file("cut.parquet", &whole[..length])).unwrap_err().to_string();
+            assert!(error.contains("cut.parquet`") && error.contains("as Parquet"), "{length}: {error}");
+        }
+        let mut refused = 0;
+        for at in (4..whole.len()).step_by(37) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x55;
+            refused += usize::from(rows(&scratch.file("damaged.parquet", &damaged)).is_err());
+        }
+        assert!(refused > 20, "{refused}");
+    }
+
+    #[test]
+    fn what_unfolds_without_end_is_refused_before_it_is_read() {
+        let file = fs::File::open(fixture("snappy.parquet")).unwrap();
+        let error = each(file, 1000, |_| Ok::<_, anyhow::Error>(())).unwrap_err().to_string();
+        assert!(error.contains("which no file of text does"), "{error}");
     }
 }

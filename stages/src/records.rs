@@ -700,10 +700,28 @@ mod tests {
     }
 
     #[test]
+    fn the_lines_of_a_text_are_documents_where_that_is_said() {
+        let scratch = Scratch::new();
+        let text = "\u{feff}{a}<@x(x!>  b, c \r\n\n[\"d\"]";
+        for content in [text.as_bytes().to_vec(), gzip(text)] {
+            let path = scratch.file("a.txt", content);
+            let mut found = Vec::new();
+            let take = |record: Record| {
+                found.push((record.place.rsplit_once(':').unwrap().1.to_owned(), record.fields["text"].clone()));
+                Ok(())
+            };
+            read_documents(&path, take).unwrap();
+            assert_eq!(found, [("1".to_owned(), json!("{a}\n  b, c ")), ("3".to_owned(), json!("[\"d\"]"))]);
+        }
+        let error = read_documents(&scratch.file("a.txt", b"PAR1"), |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("is a Parquet file, not text"), "{error}");
+    }
+
+    #[test]
     fn what_is_no_text_is_named_with_the_forms_that_are_read() {
         let scratch = Scratch::new();
         let cases: [(&[u8], &str); 5] = [
-            (b"PAR1\x15\x04", "is a Parquet file"),
+            (&gzip(b"PAR1\x15\x04"), "is a Parquet file that is packed once more"),
             (b"PK\x03\x04", "zip"),
             (b"\xff\xfea\0", "UTF-16"),
             (b"ab\0c", "no text"),

@@ -617,6 +617,86 @@ mod tests {
         assert_eq!(prompt(Split::Valid), "Task: Hi\nAnswer:");
     }
 
+    /// The published program's own loop: ids of a line with its line break, then the end token, into a buffer that is cut
+    /// wherever it is long enough; the first rows validate.
+    fn as_published(lines: &[&str], text: &Text, length: usize, valid: usize, train: usize) -> [Vec<Vec<u32>>; 2] {
+        let (mut buffer, mut made) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for line in lines {
+            buffer.extend(text.encode(&format!("{line}\n")).unwrap());
+            buffer.push(text.end());
+            while buffer.len() >= length {
+                let rest = buffer.split_off(length);
+                let split = usize::from(made[0].len() >= valid);
+                made[split].push(std::mem::replace(&mut buffer, rest));
+            }
+        }
+        made[1].truncate(train);
+        made
+    }
+
+    #[test]
+    fn documents_are_joined_and_cut_as_the_published_program_does_it() {
+        let (text, _) = bytes(&["t h"]);
+        let documents = ["the first", "a", "", "another one\nof two lines", "the end"];
+        let rows: Vec<CorpusRow> = documents.iter().map(|text| CorpusRow::document((*text).to_owned())).collect();
+        let mut log = Log::default();
+        for (length, valid, train) in [(4, 2, 100), (7, 1, 3), (16, 0, 100)] {
+            let documents_part = Documents { valid, train: Some(train), line_break: Some(true) };
+            let chunks = Chunks { documents: documents_part, length, text: &text, begin: &[] };
+            let [training, validating, _] = chunks.of(&[rows.clone(), vec![], vec![]], &mut log).unwrap();
+            let [expected_valid, expected_train] = as_published(&documents, &text, length, valid, train);
+            let whole = |rows: &[Row]| -> Vec<Vec<u32>> {
+                rows.iter().map(|row| [&row.prompt[..], &row.response].concat()).collect()
+            };
+            assert_eq!((whole(&validating), whole(&training)), (expected_valid, expected_train), "{length}");
+            // Everything but the last position is a target, and nothing is forced on a row that ends in the middle.
+            for row in validating.iter().chain(&training) {
+                assert_eq!((row.prompt.len(), row.response.len()), (1, length - 1));
+                assert_eq!(row.end == End::Stop, row.response.last() == Some(&text.end()));
+            }
+            assert_eq!(training[0].id, Split::Train.row_id(0));
+        }
+        assert_eq!(log.notes[0], "the last 6 of 48 tokens of `train` make no row of 7");
+    }
+
+    #[test]
+    fn documents_begin_as_asked_and_every_split_is_its_own() {
+        let (text, _) = bytes(&[]);
+        let corpus = ["ab", "cd", "ef"].map(|text| vec![CorpusRow::document(text.to_owned()); 2]);
+        let chunks = |documents| Chunks { documents, length: 2, text: &text, begin: &[9] };
+        let end = text.end();
+        let [train, valid, test] = chunks(Documents::default()).of(&corpus, &mut Log::default()).unwrap();
+        let a = text.encode("ab").unwrap();
+        assert_eq!((train[0].prompt[0], &train[0].response), (9, &a[..1].to_vec()));
+        assert_eq!((train[1].prompt[0], &train[1].response), (a[1], &vec![end]));
+        assert_eq!([train.len(), valid.len(), test.len()], [4; 3]);
+        let error = chunks(Documents { valid: 1, ..Documents::default() }).of(&corpus, &mut Log::default()).unwrap_err();
+        assert!(error.to_string().contains("would make them twice"), "{error}");
+        let alone = [corpus[0].clone(), vec![], vec![]];
+        let error = chunks(Documents { valid: 4, ..Documents::default() }).of(&alone, &mut Log::default()).unwrap_err();
+        assert!(error.to_string().contains("asks for 4 rows to validate on, and there are 4 in all"), "{error}");
+    }
+
+    #[test]
+    fn documents_and_answers_are_not_taken_for_each_other() {
+        let (text, _) = bytes(&[]);
+        let document = CorpusRow::document("a".into());
+        let error = tokenize(&[document], Split::Train, &config(json!({})), &text).unwrap_err().to_string();
+        assert!(error.contains("row 1 of `train` is a document") && error.contains("`documents: {}`"), "{error}");
+        let chunks = Chunks { documents: Documents::default(), length: 2, text: &text, begin: &[] };
+        let corpus = [vec![row(0, "Hi", "Yo")], vec![], vec![]];
+        let error = chunks.of(&corpus, &mut Log::default()).unwrap_err().to_string();
+        assert!(error.contains("row 1 of `train` asks or answers something"), "{error}");
+        let resolved = |with, conventions| contract::Kind::resolve(&Tokenize, &with, conventions);
+        for (conventions, expected) in [(Conventions::Sound, false), (Conventions::Reference, true)] {
+            let config = resolved(json!({"documents": {}}), conventions).unwrap();
+            assert_eq!(config["documents"]["line_break"], expected);
+        }
+        let errors = resolved(json!({"documents": {}, "template": "task", "too_long": "drop"}), Conventions::Sound).unwrap_err();
+        let fields: Vec<String> = errors.iter().map(|error| error.path.join(".")).collect();
+        assert_eq!(fields, ["template", "too_long"]);
+    }
+
     #[test]
     fn the_stage_gives_three_datasets_and_says_what_it_left_out() {
         let scratch = Scratch::new();
