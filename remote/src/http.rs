@@ -16,8 +16,10 @@ use ureq::{Agent, Body, Error as Failed};
 use crate::checksum::Checksum;
 use crate::settings::{Settings, Token};
 
-/// Times that a request is made before it has failed; what a download gains counts anew.
+/// Times that a download is tried before it has failed; what it gains counts anew.
 const TRIES: u32 = 5;
+/// Times that a question is asked. Somebody waits for the answer, and without a network there is none.
+const QUESTIONS: u32 = 3;
 /// Most redirects in a row: the hub needs two.
 const REDIRECTS: usize = 8;
 /// Longest that a server may ask to be left alone for.
@@ -121,7 +123,10 @@ impl Client {
                     tries = if there > most { 1 } else { tries + 1 };
                     most = most.max(there);
                     if tries >= TRIES {
-                        bail!("{text}, {TRIES} times in a row; {} are kept, and the same command goes on", in_words(there));
+                        bail!(
+                            "{text}, {TRIES} times in a row; {} are kept, and the same command goes on",
+                            in_words(there)
+                        );
                     }
                     self.wait(tries, wait);
                 }
@@ -150,9 +155,10 @@ impl Client {
         let mut response = self.once(url, Ask::Content(done))?;
         let range = header(&response, CONTENT_RANGE.as_str()).unwrap_or_default();
         match response.status().as_u16() {
-            206 if range.strip_prefix("bytes ").and_then(|range| range.split_once('-')).is_some_and(|(from, _)| {
-                from.parse() == Ok(done)
-            }) => {}
+            206 if range
+                .strip_prefix("bytes ")
+                .and_then(|range| range.split_once('-'))
+                .is_some_and(|(from, _)| from.parse() == Ok(done)) => {}
             // It holds no more than what is there.
             416 if range.strip_prefix("bytes */").is_some_and(|all| all.parse() == Ok(done)) => return Ok(()),
             206 | 416 => {
@@ -181,7 +187,10 @@ impl Client {
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    return Err(Failure::passing(format!("{} cut the connection after {done} bytes: {error}", host(url))));
+                    return Err(Failure::passing(format!(
+                        "{} cut the connection after {done} bytes: {error}",
+                        host(url)
+                    )));
                 }
             };
             file.write_all(&buffer[..read]).map_err(local("write"))?;
@@ -200,9 +209,9 @@ impl Client {
     fn persist<T>(&self, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
         for tries in 1.. {
             match attempt() {
-                Err(Failure::Passing(_, wait)) if tries < TRIES => self.wait(tries, wait),
+                Err(Failure::Passing(_, wait)) if tries < QUESTIONS => self.wait(tries, wait),
                 Err(Failure::Passing(text, wait)) => {
-                    return Err(Failure::Passing(format!("{text}, {TRIES} times in a row"), wait));
+                    return Err(Failure::Passing(format!("{text}, {QUESTIONS} times in a row"), wait));
                 }
                 other => return other,
             }

@@ -42,10 +42,8 @@ pub(crate) struct Repository<'a> {
 impl Remote {
     /// The commit that a branch or a tag is.
     pub(crate) fn look_up(&self, at: &HubPath) -> Result<String> {
-        let way_out = format!(
-            "give a commit, as `{}`, or go online",
-            HubPath { revision: "COMMIT".into(), ..at.clone() }
-        );
+        let way_out =
+            format!("give a commit, as `{}`, or go online", HubPath { revision: "COMMIT".into(), ..at.clone() });
         let cached = || {
             let path = self.folder(at).join("refs").join(&at.revision);
             let commit = fs::read_to_string(path).ok()?.trim().to_owned();
@@ -78,7 +76,8 @@ impl Remote {
         let url = format!("{}/api/{kind}{}/revision/{revision}", self.settings.endpoint, at.repository);
         let text = self.client.text(&url)?;
         let wrong = |what: String| Failure::Lasting(anyhow!("the hub's answer about `{at}` {what}"));
-        let found: Revision = serde_json::from_str(&text).map_err(|error| wrong(format!("is not understood: {error}")))?;
+        let found: Revision =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("is not understood: {error}")))?;
         if !is_commit(&found.sha) {
             return Err(wrong("names no commit".into()));
         }
@@ -106,7 +105,9 @@ impl Remote {
                 )
             }
             Failure::Refused(404, text) => {
-                anyhow!("{text} for `{at}`: there is no such repository, revision or file, or it is private (see `HF_TOKEN`)")
+                anyhow!(
+                    "{text} for `{at}`: there is no such repository, revision or file, or it is private (see `HF_TOKEN`)"
+                )
             }
             other => anyhow::Error::from(other).context(format!("cannot fetch `{at}`")),
         }
@@ -189,7 +190,12 @@ impl<'a> Repository<'a> {
             None => {
                 let revision = self.remote.revision(self.at, self.commit);
                 let revision = revision.map_err(|failure| self.remote.explained(self.at, failure))?;
-                ensure!(revision.sha == self.commit, "the hub names another commit for `{}`: {}", self.at, revision.sha);
+                ensure!(
+                    revision.sha == self.commit,
+                    "the hub names another commit for `{}`: {}",
+                    self.at,
+                    revision.sha
+                );
                 self.remote.keep_list(self.at, &revision)?;
                 revision.siblings.into_iter().map(|file| file.rfilename).collect()
             }
@@ -240,9 +246,13 @@ impl<'a> Repository<'a> {
         let linked = header(&head, "x-linked-etag");
         let size = if linked.is_some() || head.status().is_redirection() { "x-linked-size" } else { "content-length" };
         let size = header(&head, size).and_then(|size| size.parse().ok());
-        let etag = linked.or_else(|| header(&head, "etag")).map(|etag| etag.trim_start_matches("W/").trim_matches('"').to_owned());
-        let is_name = |etag: &String| !etag.is_empty() && etag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
-        let etag = etag.filter(is_name).with_context(|| format!("the hub gives `{file}` of `{}` no `ETag`", self.at))?;
+        let etag = linked
+            .or_else(|| header(&head, "etag"))
+            .map(|etag| etag.trim_start_matches("W/").trim_matches('"').to_owned());
+        let is_name =
+            |etag: &String| !etag.is_empty() && etag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        let etag =
+            etag.filter(is_name).with_context(|| format!("the hub gives `{file}` of `{}` no `ETag`", self.at))?;
 
         let folder = self.remote.folder(self.at);
         let blob = folder.join("blobs").join(&etag);

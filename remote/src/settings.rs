@@ -44,11 +44,14 @@ impl Settings {
 
     fn of(variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
         let path = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let text = |name: &str| variable(name).and_then(|value| value.into_string().ok()).filter(|text| !text.trim().is_empty());
+        let text = |name: &str| {
+            variable(name).and_then(|value| value.into_string().ok()).filter(|text| !text.trim().is_empty())
+        };
         let is_on = |name: &str| {
             text(name).is_some_and(|text| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str()))
         };
-        let caches = path("XDG_CACHE_HOME").unwrap_or_else(|| path("HOME").unwrap_or_else(|| "/".into()).join(".cache"));
+        let caches =
+            path("XDG_CACHE_HOME").unwrap_or_else(|| path("HOME").unwrap_or_else(|| "/".into()).join(".cache"));
         let home = path("HF_HOME").unwrap_or_else(|| caches.join("huggingface"));
         let from_file = || fs::read_to_string(path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"))).ok();
         let token = text("HF_TOKEN").or_else(from_file).map(|token| token.trim().to_owned());

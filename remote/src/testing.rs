@@ -21,7 +21,8 @@ pub(crate) struct Request {
 impl Request {
     /// The first byte that is asked for.
     pub(crate) fn from(&self) -> usize {
-        let range = self.headers.get("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+        let range =
+            self.headers.get("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
         range.unwrap_or(0)
     }
 }
@@ -117,7 +118,8 @@ fn serve(stream: &TcpStream, seen: &Requests, answer: &dyn Fn(&Request) -> Answe
         seen.last()?.clone()
     };
     let Answer { status, headers, body, length, cut, hangs } = answer(&request);
-    let mut head = format!("HTTP/1.1 {status} it\r\nConnection: close\r\nContent-Length: {}\r\n", length.unwrap_or(body.len()));
+    let mut head =
+        format!("HTTP/1.1 {status} it\r\nConnection: close\r\nContent-Length: {}\r\n", length.unwrap_or(body.len()));
     headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
     let body = if request.method == "HEAD" { &[] } else { &body[..cut.unwrap_or(body.len())] };
     let mut stream = stream;
@@ -162,7 +164,8 @@ impl Hub {
             let key = (repository.to_owned(), revision.to_owned());
             let commit = self.branches.get(&key).cloned().unwrap_or(revision.to_owned());
             let files = self.commits.get(&(key.0, commit.clone()))?;
-            let siblings: Vec<String> = files.iter().map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}")).collect();
+            let siblings: Vec<String> =
+                files.iter().map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}")).collect();
             let body = format!("{{\"sha\": \"{commit}\", \"siblings\": [{}]}}", siblings.join(", "));
             return Some(Answer { body: body.into_bytes(), ..Answer::status(200) });
         }

@@ -18,8 +18,8 @@ use crate::graph::{Entry, Exit, Graph, Operator, Origin, Subgraph};
 use crate::ground::source::Place;
 use crate::ground::source::Span;
 use crate::language::diagnostic::{Diagnostic, Diagnostics};
-use crate::plan::{Settled, content, key};
 use crate::plan::selection::Selection;
+use crate::plan::{Settled, content, key};
 use crate::rounds::flow::{Entering, Leaving, Part, Seen, look};
 
 /// A walk over the graph that remembers what it has seen.

@@ -17,9 +17,9 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::graph::Entry;
 use crate::ground::trouble::{Blamed, own_panic};
-use crate::plan::{Settled, content};
 use crate::plan::key::{Action, InputDigests};
 use crate::plan::results;
+use crate::plan::{Settled, content};
 use crate::run::executor::{Control, Ending, Executor, Running};
 use crate::run::protocol::{Input, Job, Message, Outcome};
 use crate::run::slots::Slot;

@@ -57,8 +57,14 @@ impl Fields {
         let is_none = |name: &Option<String>| name.as_deref() == Some(NONE);
         let mut errors = Vec::new();
         let documents = self.document.as_ref().is_some_and(|name| name != NONE);
-        let others = [("instruction", &self.instruction), ("input", &self.input), ("output", &self.output), ("prompt", &self.prompt)];
-        for (field, _) in others.iter().filter(|(_, name)| documents && name.as_ref().is_some_and(|name| name != NONE)) {
+        let others = [
+            ("instruction", &self.instruction),
+            ("input", &self.input),
+            ("output", &self.output),
+            ("prompt", &self.prompt),
+        ];
+        for (field, _) in others.iter().filter(|(_, name)| documents && name.as_ref().is_some_and(|name| name != NONE))
+        {
             let error = ConfigError::at(&format!("fields.{field}"), "a document asks and answers nothing");
             errors.push(error.hint("name either the column of the documents or those of questions and answers"));
         }

@@ -646,11 +646,16 @@ fn parts(folder: &Path, name: &str, ending: &str) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(folder).with_context(|| format!("cannot read folder `{}`", folder.display()))? {
         let entry = entry.with_context(|| format!("cannot read folder `{}`", folder.display()))?.file_name();
         let inner = entry.to_str().and_then(|file| file.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(ending));
-        let count = inner.and_then(|inner| inner.strip_suffix('.')?.split_once("-of-")).map(|(_, count)| count.to_owned());
+        let count =
+            inner.and_then(|inner| inner.strip_suffix('.')?.split_once("-of-")).map(|(_, count)| count.to_owned());
         counts.extend(count.filter(|count| count.len() == 5 && count.bytes().all(|digit| digit.is_ascii_digit())));
     }
     let Some(count) = counts.pop_first() else { return Ok(Vec::new()) };
-    ensure!(counts.is_empty(), "`{}` holds parts of more than one `{name}`; name the files in `source`", folder.display());
+    ensure!(
+        counts.is_empty(),
+        "`{}` holds parts of more than one `{name}`; name the files in `source`",
+        folder.display()
+    );
     let part = |index: usize| folder.join(format!("{name}-{index:05}-of-{count}.{ending}"));
     let parts: Vec<PathBuf> = (0..count.parse()?).map(part).collect();
     match parts.iter().find(|part| !part.exists()) {
@@ -1035,7 +1040,10 @@ mod tests {
             assert_eq!((rows.len(), rows[7].output.as_str()), (20, "question 2"));
         }
         let error = format!("{:#}", read("snappy.parquet", &json!({"output": "picture"})).unwrap_err());
-        assert!(error.contains("snappy.parquet, row 1`: expected text") && error.contains("in `picture`, got an object"), "{error}");
+        assert!(
+            error.contains("snappy.parquet, row 1`: expected text") && error.contains("in `picture`, got an object"),
+            "{error}"
+        );
         let error = format!("{:#}", read("snappy.parquet", &json!({"output": "answers"})).unwrap_err());
         assert!(error.contains("row 1`: expected text or a list of texts in `answers`, got an empty list"), "{error}");
     }
@@ -1081,12 +1089,21 @@ mod tests {
         // Beside a question and an answer, a text is a column like others.
         let both = scratch.file("b.jsonl", "{\"question\": \"q\", \"answer\": \"a\", \"text\": \"t\"}\n");
         assert_eq!(documents(json!({"source": {"train": both}})).unwrap().0[0].output, "a");
-        assert_eq!(documents(json!({"source": {"train": both}, "fields": {"document": "text"}})).unwrap().0[0].output, "t");
+        assert_eq!(
+            documents(json!({"source": {"train": both}, "fields": {"document": "text"}})).unwrap().0[0].output,
+            "t"
+        );
         let message = error(json!({"source": {"train": both}, "fields": {"document": "body"}}));
-        assert!(message.contains("b.jsonl:1` has no document") && message.contains("fields: {document: ...}"), "{message}");
+        assert!(
+            message.contains("b.jsonl:1` has no document") && message.contains("fields: {document: ...}"),
+            "{message}"
+        );
         let config = json!({"source": "a", "fields": {"document": "t", "output": "o"}});
         let errors = Download.resolve(&config, Conventions::Sound).unwrap_err();
-        assert_eq!((errors[0].path.join("."), errors[0].message.as_str()), ("fields.output".into(), "a document asks and answers nothing"));
+        assert_eq!(
+            (errors[0].path.join("."), errors[0].message.as_str()),
+            ("fields.output".into(), "a document asks and answers nothing")
+        );
     }
 
     #[test]
@@ -1100,7 +1117,8 @@ mod tests {
         assert_eq!(tokenizer.choose(&there).join(" "), "config.json tokenizer.json");
         let web = json!({"url": "https://x.org/a", "sha256": "0f".repeat(32)});
         let found = sources(json!({"source": {"train": web, "test": "hub:datasets/a/b/t.parquet"}}));
-        let found: Vec<String> = found.iter().map(|source| format!("{} {}", source.field.join("."), source.at)).collect();
+        let found: Vec<String> =
+            found.iter().map(|source| format!("{} {}", source.field.join("."), source.at)).collect();
         assert_eq!(found, ["source.train https://x.org/a", "source.test hub:datasets/a/b/t.parquet"]);
         assert_eq!(sources(json!({"source": web})).len(), 1);
         let errors = |with: Json| {
@@ -1108,7 +1126,9 @@ mod tests {
             errors.into_iter().map(|e| format!("{} {}", e.path.join("."), e.message)).collect::<Vec<_>>().join("; ")
         };
         assert!(errors(json!({"model": "hub:gpt2"})).contains("model `hub:gpt2` names no repository"));
-        assert!(errors(json!({"source": {"test": "https://x.org/a"}})).contains("source.test an address of the web needs"));
+        assert!(
+            errors(json!({"source": {"test": "https://x.org/a"}})).contains("source.test an address of the web needs")
+        );
         assert!(errors(json!({"source": "builtin:instruct", "form": "text-lines"})).contains("form nothing reads"));
     }
 
@@ -1134,7 +1154,10 @@ mod tests {
         assert!(errors(json!({"source": "builtin:other"})).contains("no built-in corpus `builtin:other`"));
         assert!(errors(json!({"source": {}})).contains("expected a file"));
         assert!(errors(json!({"bin": "a"})).contains("`bin` needs the tokenizer"));
-        assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, `hub:OWNER/NAME`, `{url: ..., sha256: ...}`, or these"));
+        assert!(
+            errors(json!({"source": 3}))
+                .contains("`builtin:instruct`, a path, `hub:OWNER/NAME`, `{url: ..., sha256: ...}`, or these")
+        );
         assert!(errors(json!({"source": {"trian": "a"}})).contains("trian"));
         assert!(errors(json!({"source": "a", "fields": {"output": "none"}})).contains("fields.output a row without"));
         let nothing = json!({"source": "a", "fields": {"instruction": "none", "prompt": "none"}});

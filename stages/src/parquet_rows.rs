@@ -23,7 +23,10 @@ pub(crate) fn each<E: From<anyhow::Error>>(
 ) -> Result<(), E> {
     let reader = guarded(|| SerializedFileReader::new(file))?;
     let groups = reader.metadata().row_groups();
-    let unfolded: u64 = groups.iter().map(|group| u64::try_from(group.total_byte_size()).unwrap_or(u64::MAX)).fold(0, u64::saturating_add);
+    let unfolded: u64 = groups
+        .iter()
+        .map(|group| u64::try_from(group.total_byte_size()).unwrap_or(u64::MAX))
+        .fold(0, u64::saturating_add);
     if unfolded > most {
         return Err(anyhow!("it unfolds to {}, which no file of text does", in_words(unfolded)).into());
     }
@@ -36,8 +39,10 @@ pub(crate) fn each<E: From<anyhow::Error>>(
 
 /// The library is not made for files that are damaged, and panics over some.
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T> {
-    let damaged = |what: &str| anyhow!("it is not read as Parquet, which it begins as; it may be cut short or damaged: {what}");
-    let packing = |what: &str| anyhow!("it is packed in a way that is not read ({what}); save it with snappy, gzip or zstd");
+    let damaged =
+        |what: &str| anyhow!("it is not read as Parquet, which it begins as; it may be cut short or damaged: {what}");
+    let packing =
+        |what: &str| anyhow!("it is packed in a way that is not read ({what}); save it with snappy, gzip or zstd");
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(read) => read.map_err(|error| match &error {
             ParquetError::NYI(what) => packing(what),

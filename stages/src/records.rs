@@ -21,7 +21,8 @@ use serde_json::{Map, Value as Json};
 use crate::parquet_rows;
 
 /// The forms that are read, for messages.
-pub(crate) const FORMS: &str = "rows are read from JSON lines, a JSON list, CSV or TSV, each plain or gzipped, and from Parquet";
+pub(crate) const FORMS: &str =
+    "rows are read from JSON lines, a JSON list, CSV or TSV, each plain or gzipped, and from Parquet";
 
 /// Most bytes of one record: a book has one or two million.
 const RECORD: u64 = 64 << 20;
@@ -64,7 +65,8 @@ pub(crate) fn read_documents(path: &Path, take: impl FnMut(Record) -> Result<()>
 
 fn read_as(form: Option<Form>, path: &Path, take: impl FnMut(Record) -> Result<()>) -> Result<()> {
     let name = path.display().to_string();
-    let mut reader = Reader { form: form.unwrap_or(Form::Lines), wrong: Wrong::default(), take, gauge: Rc::default(), name };
+    let mut reader =
+        Reader { form: form.unwrap_or(Form::Lines), wrong: Wrong::default(), take, gauge: Rc::default(), name };
     match reader.read(path, form.is_some()) {
         Ok(()) | Err(Stop::Enough) => reader.wrong.conclude(&reader.name, reader.form),
         Err(Stop::Unreadable(error)) => Err(unreadable(path, error)),

@@ -670,7 +670,8 @@ mod tests {
         assert_eq!((train[0].prompt[0], &train[0].response), (9, &a[..1].to_vec()));
         assert_eq!((train[1].prompt[0], &train[1].response), (a[1], &vec![end]));
         assert_eq!([train.len(), valid.len(), test.len()], [4; 3]);
-        let error = chunks(Documents { valid: 1, ..Documents::default() }).of(&corpus, &mut Log::default()).unwrap_err();
+        let error =
+            chunks(Documents { valid: 1, ..Documents::default() }).of(&corpus, &mut Log::default()).unwrap_err();
         assert!(error.to_string().contains("would make them twice"), "{error}");
         let alone = [corpus[0].clone(), vec![], vec![]];
         let error = chunks(Documents { valid: 4, ..Documents::default() }).of(&alone, &mut Log::default()).unwrap_err();
@@ -692,7 +693,8 @@ mod tests {
             let config = resolved(json!({"documents": {}}), conventions).unwrap();
             assert_eq!(config["documents"]["line_break"], expected);
         }
-        let errors = resolved(json!({"documents": {}, "template": "task", "too_long": "drop"}), Conventions::Sound).unwrap_err();
+        let errors =
+            resolved(json!({"documents": {}, "template": "task", "too_long": "drop"}), Conventions::Sound).unwrap_err();
         let fields: Vec<String> = errors.iter().map(|error| error.path.join(".")).collect();
         assert_eq!(fields, ["template", "too_long"]);
     }

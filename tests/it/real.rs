@@ -572,7 +572,9 @@ fn the_keys_of_every_kind_are_as_reviewed() {
         let inputs: InputDigests =
             ports.inputs.iter().map(|port| (Entry::Port(port.name.clone()), artifact(port))).collect();
         let operator = Operator { kind: name.into(), config, ports, places: BTreeMap::new() };
-        let mut digest = |source: &contract::Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
+        let mut digest = |source: &contract::Source| {
+            Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) })
+        };
         let action = key::action(&Subgraph::Operator(operator), &inputs, &registry, &mut digest).unwrap();
         let mut stage = action.preimage["stage"].clone();
         // Digests of inputs are the same for every kind.

@@ -117,7 +117,10 @@ fn a_file_or_a_folder_of_a_repository_is_fetched_alone() {
     let path = fixture.fetch("a/b/README.md").unwrap();
     assert_eq!(fs::read(path).unwrap(), b"read me");
     let error = fixture.fetch("a/b/nowhere").unwrap_err();
-    assert!(error.contains("`hub:a/b/nowhere` is not in the repository; there are `README.md`, `config.json`"), "{error}");
+    assert!(
+        error.contains("`hub:a/b/nowhere` is not in the repository; there are `README.md`, `config.json`"),
+        "{error}"
+    );
     let error = fixture.fetch("a/b/deep").unwrap_err();
     assert!(error.contains("`hub:a/b/deep` has no file that is read here; there are `er/x y.txt`"), "{error}");
 }
@@ -134,7 +137,10 @@ fn without_a_network_the_cache_does_and_says_what_it_lacks() {
     assert_eq!(commit, OLD);
     fixture.fetch_with(&remote, "a/b").unwrap();
     let error = fixture.fetch_with(&remote, "a/c").unwrap_err();
-    assert!(error.contains("cannot be reached") && error.contains("give a commit, as `hub:a/c@COMMIT`, or go online"), "{error}");
+    assert!(
+        error.contains("cannot be reached") && error.contains("give a commit, as `hub:a/c@COMMIT`, or go online"),
+        "{error}"
+    );
     fixture.offline = true;
     fixture.fetch("a/b").unwrap();
     fixture.fetch(&format!("a/b@{OLD}")).unwrap();
@@ -183,7 +189,8 @@ fn a_download_of_the_hub_goes_on_where_it_was_and_is_looked_at() {
         let is_cut = request.path.starts_with("/large") && request.before == 0;
         Answer { cut: is_cut.then_some(60_000), ..answer }
     });
-    let partial = fixture.folder.path().join(format!("hub/models--a--b/blobs/{}.incomplete", names(&[7; 100_000], true)));
+    let partial =
+        fixture.folder.path().join(format!("hub/models--a--b/blobs/{}.incomplete", names(&[7; 100_000], true)));
     fixture.fetch("a/b").unwrap();
     let asked: Vec<usize> = fixture.server.requests().iter().map(Request::from).filter(|from| *from > 0).collect();
     assert_eq!((asked, partial.exists()), (vec![60_000; 2], false));
@@ -219,7 +226,10 @@ fn a_refusal_says_what_to_do() {
     });
     let error = fixture.fetch("a/b").unwrap_err();
     let page = format!("accept its conditions on {}/a/b, and set `HF_TOKEN`", fixture.server.url);
-    assert!(error.contains("401 (GatedRepo)") && error.contains("there is no token") && error.contains(&page), "{error}");
+    assert!(
+        error.contains("401 (GatedRepo)") && error.contains("there is no token") && error.contains(&page),
+        "{error}"
+    );
     fixture.token = Some(Token("hidden-token".into()));
     let error = fixture.fetch("a/b").unwrap_err();
     assert!(error.contains("the token that is used may not read it") && !error.contains("hidden"), "{error}");

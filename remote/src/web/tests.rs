@@ -72,7 +72,8 @@ fn a_file_in_the_cache_that_was_damaged_is_fetched_again() {
 
 #[test]
 fn a_connection_that_is_cut_goes_on_where_it_was() {
-    let fixture = Fixture::new(|request| Answer { cut: Some(5.min(BODY.len() - request.from())), ..Answer::file(request, BODY) });
+    let fixture =
+        Fixture::new(|request| Answer { cut: Some(5.min(BODY.len() - request.from())), ..Answer::file(request, BODY) });
     assert_eq!(fixture.fetch().unwrap(), BODY);
     // More cuts than tries: what gains ground goes on.
     assert_eq!(fixture.ranges(), [0, 5, 10, 15, 20, 25, 30, 35]);
@@ -86,7 +87,10 @@ fn a_later_process_goes_on_with_what_is_there() {
         _ => Answer::file(request, BODY),
     });
     let error = fixture.fetch().unwrap_err();
-    assert!(error.contains("answers with 500, 5 times in a row; 7 B are kept, and the same command goes on"), "{error}");
+    assert!(
+        error.contains("answers with 500, 5 times in a row; 7 B are kept, and the same command goes on"),
+        "{error}"
+    );
     assert_eq!(fs::read(fixture.partial()).unwrap(), &BODY[..7]);
     assert_eq!(fixture.fetch().unwrap(), BODY);
     assert!(!fixture.partial().exists());
@@ -148,7 +152,8 @@ fn redirects_are_followed_so_far_and_no_further() {
     });
     assert_eq!(fixture.fetch().unwrap(), BODY);
     assert_eq!(fixture.server.log()[1..], ["GET /next", "GET /last?signature=hidden-signature"]);
-    let refused = |to: fn(&Request) -> String| Fixture::new(move |request| Answer::redirect(&to(request))).fetch().unwrap_err();
+    let refused =
+        |to: fn(&Request) -> String| Fixture::new(move |request| Answer::redirect(&to(request))).fetch().unwrap_err();
     assert!(refused(|_| "/file?key=hidden-key".into()).contains("redirects in a circle"));
     assert!(refused(|request| format!("{}x", request.path)).contains("redirects more than 8 times"));
     assert!(refused(|_| "http://example.org/hidden".into()).contains("not encrypted"));

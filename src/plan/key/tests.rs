@@ -76,7 +76,8 @@ fn entries() -> InputDigests {
 }
 
 fn made(subgraph: &Subgraph, inputs: &InputDigests) -> Action {
-    let mut digest = |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
+    let mut digest =
+        |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
     action(subgraph, inputs, &fakes::registry(), &mut digest).unwrap()
 }
 
@@ -365,7 +366,8 @@ fn listed(config: Json) -> Result<Action> {
     let registry = fakes::registry().with(Listed);
     let config = registry.get("listed").unwrap().resolve(&config, Conventions::Sound).unwrap();
     let operator = Operator { kind: "listed".into(), config, ports: contract::Ports::new(), places: BTreeMap::new() };
-    let mut digest = |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
+    let mut digest =
+        |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
     action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest)
 }
 

@@ -125,7 +125,8 @@ impl Source {
         let best = self.one_of.iter().find(|group| names.iter().any(|name| in_group(group, name)));
         // Whatever has the ending of a group's files is one of theirs.
         let ending = |text: &str| text.rsplit_once('.').map(|(_, ending)| ending.to_owned());
-        let endings: Vec<_> = self.one_of.iter().flatten().filter(|name| !name.ends_with(".json")).map(|name| ending(name)).collect();
+        let endings: Vec<_> =
+            self.one_of.iter().flatten().filter(|name| !name.ends_with(".json")).map(|name| ending(name)).collect();
         let is_wanted = |name: &&String| {
             let is_weights = self.one_of.iter().any(|group| fits_any(group, name)) || endings.contains(&ending(name));
             self.takes(name) && (!is_weights || best.is_some_and(|group| in_group(group, name)))
@@ -414,11 +415,24 @@ mod tests {
 
     #[test]
     fn of_weights_in_several_formats_the_best_one_is_fetched() {
-        let groups: [&[&str]; 3] = [&["model.safetensors"], &["model.safetensors.index.json", "model-*.safetensors"], &["*.gguf"]];
-        let source = Source::new(&["model"], "x").only(&["config.json", "*.safetensors", "model.safetensors.index.json", "*.gguf"]);
+        let groups: [&[&str]; 3] =
+            [&["model.safetensors"], &["model.safetensors.index.json", "model-*.safetensors"], &["*.gguf"]];
+        let source = Source::new(&["model"], "x").only(&[
+            "config.json",
+            "*.safetensors",
+            "model.safetensors.index.json",
+            "*.gguf",
+        ]);
         let source = source.one_of(&groups);
         let chosen = |names: &[&str]| source.choose(&owned(names)).join(" ");
-        let all = ["README.md", "config.json", "model.safetensors", "adapter.safetensors", "onnx/model.safetensors", "a.gguf"];
+        let all = [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "adapter.safetensors",
+            "onnx/model.safetensors",
+            "a.gguf",
+        ];
         assert_eq!(chosen(&all), "config.json model.safetensors");
         let index = ["model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "a.gguf"];
         assert_eq!(chosen(&index), index[..3].join(" "));
@@ -431,6 +445,10 @@ mod tests {
         let source = Source::new(&["source"], "x").only(&["train-*.parquet", "*.bin", "a"]);
         let taken = ["train-1.parquet", "x.bin", "a", "train-.parquet"];
         assert!(taken.iter().all(|name| source.takes(name)));
-        assert!(["train.parquet", "bin", "b", "train-1.parquet.gz", "xtrain-1.parquet"].iter().all(|name| !source.takes(name)));
+        assert!(
+            ["train.parquet", "bin", "b", "train-1.parquet.gz", "xtrain-1.parquet"]
+                .iter()
+                .all(|name| !source.takes(name))
+        );
     }
 }

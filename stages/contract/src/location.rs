@@ -60,8 +60,10 @@ impl HubPath {
     /// Reads what follows `hub:`. Errors say what is expected.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = |what: &str| {
-            format!("`{HUB}{text}` {what}; expected `{HUB}OWNER/NAME`, `{HUB}OWNER/NAME@REVISION`, or these with `/PATH/IN/IT`, \
-                     for a data set with `datasets/` in front")
+            format!(
+                "`{HUB}{text}` {what}; expected `{HUB}OWNER/NAME`, `{HUB}OWNER/NAME@REVISION`, or these with `/PATH/IN/IT`, \
+                     for a data set with `datasets/` in front"
+            )
         };
         let (kind, rest) = match text.strip_prefix("datasets/") {
             Some(rest) => ("datasets/", rest),
@@ -109,10 +111,14 @@ impl WebFile {
     /// Errors when it is no address from which a file may be taken, or its digest is none.
     pub fn check(&self) -> Result<(), String> {
         let WebFile { url, digest } = self;
-        let Some(host) = host_of(url) else { return Err(format!("`{self}` is no address that begins with `https://`")) };
+        let Some(host) = host_of(url) else {
+            return Err(format!("`{self}` is no address that begins with `https://`"));
+        };
         if host.contains('@') {
             // Never printed: it is in every message about the address.
-            return Err("an address with a name or password in it would be kept with the pipeline; give one without".into());
+            return Err(
+                "an address with a name or password in it would be kept with the pipeline; give one without".into()
+            );
         }
         if !url.starts_with("https://") && !is_this_machine(url) {
             return Err(format!("`{self}` is not encrypted; give an address that begins with `https://`"));
@@ -206,7 +212,9 @@ mod tests {
     #[test]
     fn an_address_is_encrypted_or_of_this_machine_and_shows_no_secret() {
         let file = |url: &str| WebFile { url: url.into(), digest: FileDigest::Sha256("0f".repeat(32)) };
-        for url in ["https://x.org/a", "http://localhost:80/a", "http://127.0.0.1:9/", "http://[::1]/a", "http://[::1]:8/a"] {
+        for url in
+            ["https://x.org/a", "http://localhost:80/a", "http://127.0.0.1:9/", "http://[::1]/a", "http://[::1]:8/a"]
+        {
             assert_eq!(file(url).check(), Ok(()), "{url}");
         }
         let refused = |url: &str| file(url).check().unwrap_err();
