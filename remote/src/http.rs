@@ -240,9 +240,12 @@ impl Client {
                     let Some(to) = to else {
                         return Err(Failure::Lasting(anyhow!("{} redirects to nowhere", host(&url))));
                     };
-                    if !to.starts_with("https://") && !(is_this_machine(&to) && is_this_machine(&url)) {
-                        let text = "{} redirects to an address that is not encrypted".replace("{}", &host(&url));
-                        return Err(Failure::Lasting(anyhow!(text)));
+                    let is_safe = to.starts_with("https://") || is_this_machine(&to) && is_this_machine(&url);
+                    if !is_safe {
+                        return Err(Failure::Lasting(anyhow!(
+                            "{} redirects to an address that is not encrypted",
+                            host(&url)
+                        )));
                     }
                     let is_told = header(&response, "x-linked-etag").is_some() || origin(&to) != origin(&url);
                     if matches!(ask, Ask::Headers) && is_told {

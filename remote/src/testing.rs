@@ -126,8 +126,10 @@ fn serve(stream: &TcpStream, seen: &Requests, answer: &dyn Fn(&Request) -> Answe
     stream.write_all(head.as_bytes()).ok()?;
     stream.write_all(b"\r\n").ok()?;
     stream.write_all(body).ok()?;
-    while hangs {
-        thread::park();
+    if hangs {
+        loop {
+            thread::park();
+        }
     }
     Some(())
 }

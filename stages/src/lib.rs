@@ -13,7 +13,7 @@ pub use lm::gpus;
 use lm::{LanguageModel, SoftPrompt, TeacherCache};
 
 pub mod address;
-mod aligned;
+pub mod aligned;
 pub mod chat;
 mod columns;
 pub mod corpus;

@@ -554,6 +554,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         reference("student-generate", json!({"max_new_tokens": 48})),
         sound("teacher-cache", json!({"keep": {"top_k": 8}, "batch": 4})),
         sound("tokenize", json!({"template": "task", "max_length": 96})),
+        reference("tokenize", json!({"documents": {"valid": 10000}})),
         sound("train-tokenizer", json!({"vocab_size": 1024})),
     ]
 }
