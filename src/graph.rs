@@ -155,6 +155,14 @@ impl Subgraph {
             Subgraph::Loop(_) | Subgraph::Operator(_) => None,
         }
     }
+
+    /// The stages in it.
+    pub(crate) fn operators_mut(&mut self) -> Vec<&mut Operator> {
+        match self {
+            Subgraph::Operator(operator) => vec![operator],
+            Subgraph::Loop(body) => body.stages.values_mut().map(|stage| &mut stage.operator).collect(),
+        }
+    }
 }
 
 /// One stage with its configuration resolved.

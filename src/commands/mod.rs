@@ -196,6 +196,10 @@ pub(crate) fn pretty(value: &Json) -> String {
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("PIPELINE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    // What fetches files would log addresses, and some of them hold a secret.
+    let filter = ["ureq", "ureq_proto", "rustls"].iter().fold(filter, |filter, library| {
+        filter.add_directive(format!("{library}=off").parse().expect("a name and a level"))
+    });
     let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     // A test may have set one up already.
     let _ = logger.try_init();

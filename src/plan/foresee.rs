@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
 use cache::Record;
-use contract::{Cause, Facts, Finding, Machine, Outlook, Registry};
+use contract::{Cause, Facts, Finding, Location, Machine, Outlook, Registry, Source};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
@@ -18,8 +18,8 @@ use crate::graph::{Entry, Exit, Graph, Operator, Origin, Subgraph};
 use crate::ground::source::Place;
 use crate::ground::source::Span;
 use crate::language::diagnostic::{Diagnostic, Diagnostics};
-use crate::plan::Settled;
 use crate::plan::selection::Selection;
+use crate::plan::{Settled, content, key};
 use crate::rounds::flow::{Entering, Leaving, Part, Seen, look};
 
 /// A walk over the graph that remembers what it has seen.
@@ -74,7 +74,7 @@ impl<'a> Foresight<'a> {
         let subgraph = &self.graph.subgraphs[node].subgraph;
         let fresh = self.seen.get(&node).is_none_or(|(before, _)| *before != entries);
         if fresh {
-            let seen = look(subgraph, &entries, self.registry, &self.machine);
+            let seen = look_at_hand(subgraph, &entries, self.registry, &self.machine);
             self.seen.insert(node, (entries, seen));
         }
         let (_, seen) = &self.seen[&node];
@@ -262,6 +262,48 @@ impl Foreseen {
     }
 }
 
+/// Looks at a subgraph, and into those of its files that are elsewhere but have been fetched before.
+fn look_at_hand(subgraph: &Subgraph, entries: &Entering, registry: &Registry, machine: &Machine) -> Seen {
+    let mut subgraph = subgraph.clone();
+    let mut fetched: Vec<(String, String)> = Vec::new();
+    for operator in subgraph.operators_mut() {
+        let sources = registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default();
+        for source in sources {
+            let path = content::at_hand(&source).and_then(|path| path.to_str().map(str::to_owned));
+            if let Some(path) = path
+                && key::put(&mut operator.config, &source.field, path.as_str().into(), &operator.kind).is_ok()
+            {
+                fetched.push((path, source.at.to_string()));
+            }
+        }
+    }
+    let mut seen = look(&subgraph, entries, registry, machine);
+    for (_, finding) in &mut seen.findings {
+        let as_written = |text: &String, (path, written): &(String, String)| text.replace(path, written);
+        finding.message = fetched.iter().fold(finding.message.clone(), |text, place| as_written(&text, place));
+        finding.hint = fetched.iter().fold(finding.hint.clone(), |text, place| as_written(&text, place));
+    }
+    seen
+}
+
+/// Whether a source is where it is said to be, as far as that is known without fetching it; else why not, and what to do.
+fn is_there(source: &Source) -> Result<(), (anyhow::Error, &'static str)> {
+    match &source.at {
+        Location::Local(path) => match fs::metadata(path) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                Err((contract::files::cannot("read", path, error), "give the path of a file or folder that is there"))
+            }
+        },
+        Location::Hub(at) => content::REMOTE
+            .commit(at)
+            .map(drop)
+            .map_err(|error| (error, "a full commit after `@` needs nobody to look it up")),
+        // Nobody is asked before it is read.
+        Location::Web(_) => Ok(()),
+    }
+}
+
 /// Files that a stage names and that are not there.
 fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Finding)> {
     let operators: Vec<(Part, &Operator)> = match subgraph {
@@ -275,10 +317,8 @@ fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Findi
     for (part, operator) in operators {
         let sources = registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default();
         for source in sources {
-            let Err(error) = fs::metadata(&source.path) else { continue };
+            let Err((error, hint)) = is_there(&source) else { continue };
             let mut outlook = Outlook::default();
-            let error = contract::files::cannot("read", &source.path, error);
-            let hint = "give the path of a file or folder that is there";
             outlook.error([Cause::Field(source.field.join("."))], format!("{error:#}"), hint);
             missing.extend(outlook.findings.into_iter().map(|finding| (part.clone(), finding)));
         }

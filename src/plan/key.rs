@@ -11,15 +11,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use cache::{Artifact, Digest, Key};
+use cache::{Artifact, Key};
 use contract::{About, Kind, Registry, Source};
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
 use crate::graph::{BodyStage, Carry, Entry, Exit, Keep, Loop, Operator, Order, Origin, PortRef, Subgraph, Window};
+pub use crate::plan::preimage::SourcePart;
 use crate::plan::preimage::{
-    CarryPart, ContentPart, KeepPart, LoopPart, OperatorPart, Preimage, ReadPart, SlicesPart, SourcePart, StagePart,
-    WindowPart,
+    CarryPart, ContentPart, KeepPart, LoopPart, OperatorPart, Preimage, ReadPart, SlicesPart, StagePart, WindowPart,
 };
 use crate::rounds::find_kind;
 use crate::rounds::program::{Chosen, Program, Slot, Source as Read};
@@ -36,11 +36,11 @@ pub struct Action {
     pub preimage: Json,
     /// The subgraph; a loop is in canonical order, so that a place in it is what the preimage calls it.
     pub subgraph: Subgraph,
-    /// Local files that are read, with what they held when the key was made.
-    pub sources: Vec<(Source, Digest)>,
+    /// Files outside of the pipeline that are read, with what the key says they hold.
+    pub sources: Vec<(Source, SourcePart)>,
 }
 
-/// A local file that a stage names cannot be read: the user's affair, not the store's.
+/// A file that a stage names cannot be read or found: the user's affair, not the store's.
 #[derive(Debug, thiserror::Error)]
 #[error("`{field}` of stage kind `{kind}`: {reason}")]
 pub struct UnreadableSource {
@@ -52,7 +52,7 @@ pub struct UnreadableSource {
     pub reason: String,
 }
 
-/// Makes the preimage of a subgraph. `digest` hashes a local file or folder.
+/// Makes the preimage of a subgraph. `content` says what a file or folder holds.
 ///
 /// Errors when any part of it cannot be computed: a stage kind is unknown, a local file cannot be read, or a kind names a
 /// source where its configuration has none. Then nothing can be cached, and nothing run.
@@ -60,9 +60,9 @@ pub fn action(
     subgraph: &Subgraph,
     inputs: &InputDigests,
     registry: &Registry,
-    digest: &mut dyn FnMut(&Source) -> Result<Digest>,
+    content: &mut dyn FnMut(&Source) -> Result<SourcePart>,
 ) -> Result<Action> {
-    let mut maker = Maker { registry, inputs, digest, sources: Vec::new() };
+    let mut maker = Maker { registry, inputs, content, sources: Vec::new() };
     let (subgraph, preimage) = match subgraph {
         Subgraph::Operator(operator) => {
             let read = |(entry, artifact): (&Entry, _)| {
@@ -91,8 +91,8 @@ type Described = BTreeMap<String, OperatorPart>;
 struct Maker<'a> {
     registry: &'a Registry,
     inputs: &'a InputDigests,
-    digest: &'a mut dyn FnMut(&Source) -> Result<Digest>,
-    sources: Vec<(Source, Digest)>,
+    content: &'a mut dyn FnMut(&Source) -> Result<SourcePart>,
+    sources: Vec<(Source, SourcePart)>,
 }
 
 impl Maker<'_> {
@@ -109,17 +109,16 @@ impl Maker<'_> {
         let mut config = operator.config.clone();
         let known = self.sources.len();
         for source in kind.sources(&operator.config) {
-            let digest = (self.digest)(&source).map_err(|error| UnreadableSource {
+            let part = (self.content)(&source).map_err(|error| UnreadableSource {
                 field: source.field.join("."),
                 kind: operator.kind.clone(),
                 reason: format!("{error:#}"),
             })?;
-            let part = serde_json::to_value(SourcePart { content: digest })?;
-            put(&mut config, &source.field, part, &operator.kind)?;
-            self.sources.push((source, digest));
+            put(&mut config, &source.field, serde_json::to_value(&part)?, &operator.kind)?;
+            self.sources.push((source, part));
         }
         for field in kind.outside_key(&operator.config) {
-            let named = |(source, _): &(Source, Digest)| source.field.first().is_some_and(|first| first == field);
+            let named = |(source, _): &(Source, SourcePart)| source.field.first().is_some_and(|first| first == field);
             ensure!(
                 !self.sources[known..].iter().any(named),
                 "stage kind `{}` names the source `{field}` and leaves it out of the key: a fault of the kind",

@@ -3,6 +3,7 @@
 //!
 //! Nothing here prints, runs or writes to the store but what it remembers of files already hashed.
 
+pub(crate) mod content;
 pub(crate) mod foresee;
 pub(crate) mod history;
 pub mod key;
@@ -181,8 +182,8 @@ fn known_result(decision: &Decision, store: &Store) -> Result<Option<Settled>> {
 ///
 /// Errors when its key cannot be computed, for example since a local file is missing, or when the store fails.
 pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Decision> {
-    let mut digest = |source: &Source| Ok(store.digest_files(&source.path, &|name| source.takes(name))?);
-    let action = key::action(&node.subgraph, inputs, registry, &mut digest)
+    let mut content = |source: &Source| content::of(source, store);
+    let action = key::action(&node.subgraph, inputs, registry, &mut content)
         .with_context(|| format!("cannot tell what stage `{}` depends on", node.name))?;
     match store.lookup(&action.key)? {
         Lookup::Hit(record) => Ok(Decision::Cached(Settled { action, record })),

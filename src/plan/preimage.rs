@@ -9,7 +9,7 @@
 use cache::{Artifact, Digest};
 use contract::PortType;
 use indexmap::IndexMap;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::graph::{Every, Last, Mode, Order};
@@ -123,16 +123,36 @@ pub(crate) struct OperatorPart {
     /// Whether it reads the clock of the loop; left out where it does not.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) clock: bool,
-    /// `with`, without values at their default and fields that change no result. A local file stands there as
-    /// [`SourcePart`].
+    /// `with`, without values at their default and fields that change no result. A file outside of the pipeline
+    /// stands there as [`SourcePart`].
     pub(crate) config: Json,
 }
 
-/// A local file or folder in the place of its path.
-#[derive(Serialize)]
-pub(crate) struct SourcePart {
-    /// Digest of its bytes; of a folder, of the files that are read.
-    pub(crate) content: Digest,
+/// A file or folder outside of the pipeline, by what it holds, in the place of where it is. Neither path, address, host nor
+/// the name of a branch is in it; which files of a repository are read follows from the kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SourcePart {
+    /// A local one, or one of the web that is named by the same hash.
+    Content {
+        /// Digest of its bytes; of a folder, of the files that are read.
+        content: Digest,
+    },
+    /// On the Hugging Face hub.
+    Hub {
+        /// `OWNER/NAME` of a model, `datasets/OWNER/NAME` of a data set.
+        hub: String,
+        /// The commit.
+        commit: String,
+        /// The file or folder in it; left out where it is the whole.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        path: String,
+    },
+    /// Of the web, named by another hash.
+    Sha256 {
+        /// SHA-256 of its bytes.
+        sha256: String,
+    },
 }
 
 /// What an input of a stage reads.

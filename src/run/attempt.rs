@@ -12,14 +12,14 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow};
 use cache::{Artifact, Guard, Lookup, Record, Store, StoreError, Work};
-use contract::PortType;
+use contract::{PortType, Source};
 use serde_json::{Map, Value as Json, json};
 
 use crate::graph::Entry;
 use crate::ground::trouble::{Blamed, own_panic};
-use crate::plan::Settled;
 use crate::plan::key::{Action, InputDigests};
 use crate::plan::results;
+use crate::plan::{Settled, content};
 use crate::run::executor::{Control, Ending, Executor, Running};
 use crate::run::protocol::{Input, Job, Message, Outcome};
 use crate::run::slots::Slot;
@@ -218,8 +218,8 @@ impl Attempt {
             Outcome::Failed { fault, text } => Err(anyhow!(Blamed { fault, text })),
             Outcome::Changed { source } => {
                 // The file's times may not have shown it, so that the next key must not trust them.
-                for (source, _) in &self.action.sources {
-                    let _ = self.store.digest_files_now(&source.path, &|name| source.takes(name));
+                for (source, path) in self.local_sources() {
+                    let _ = self.store.digest_files_now(path, &|name| source.takes(name));
                 }
                 Ok(Ended::Changed { source })
             }
@@ -273,12 +273,17 @@ impl Attempt {
     /// run was not about the edit.
     fn compare_sources(&self) {
         for (source, before) in &self.action.sources {
-            if self.store.digest_files(&source.path, &|name| source.takes(name)).ok() != Some(*before) {
-                let path = source.path.display();
+            if source.at.local().is_some() && content::of(source, &self.store).ok().as_ref() != Some(before) {
+                let path = &source.at;
                 let text = format!("`{path}` changed since it was read; the result is that of what it held before");
                 (self.say)(Update::Said(Message::Warned { part: None, text }));
             }
         }
+    }
+
+    /// What is elsewhere is named by its content, and cannot change.
+    fn local_sources(&self) -> impl Iterator<Item = (&Source, &Path)> {
+        self.action.sources.iter().filter_map(|(source, _)| Some((source, source.at.local()?)))
     }
 }
 

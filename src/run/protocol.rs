@@ -11,6 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::graph::{Entry, Subgraph};
 use crate::ground::trouble::Fault;
+use crate::plan::key::SourcePart;
 
 /// To the worker.
 #[derive(Serialize, Deserialize)]
@@ -27,8 +28,8 @@ pub(crate) enum Order {
 pub(crate) struct Job {
     /// In canonical order, see [`crate::plan::key`].
     pub(crate) subgraph: Subgraph,
-    /// Local files that its stages name, with what the key says they hold.
-    pub(crate) sources: Vec<(Source, Digest)>,
+    /// Files outside of the pipeline that its stages name, with what the key says they hold.
+    pub(crate) sources: Vec<(Source, SourcePart)>,
     /// Content that enters, by entry.
     pub(crate) inputs: BTreeMap<Entry, Input>,
     /// Folder `outputs/NAME` of each output, named as in the store, is made here.

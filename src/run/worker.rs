@@ -175,7 +175,12 @@ fn listen(stop: &Stop) {
 
 fn work(mut job: Job, registry: &Registry, stop: &Stop) -> Result<Outcome> {
     let since = Instant::now();
-    if let Some(source) = sources::take(&mut job.subgraph, &job.sources, &job.work, registry)? {
+    let mut report = Report::new();
+    let mut tell = |done: u64, all: Option<u64>| {
+        let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
+        report.progress(None, mebibytes(done), mebibytes(all.unwrap_or(0).max(done)), "MiB");
+    };
+    if let Some(source) = sources::take(&mut job.subgraph, &job.sources, &job.work, registry, &mut tell)? {
         return Ok(Outcome::Changed { source });
     }
     let scratch = job.work.join("scratch");

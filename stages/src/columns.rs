@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::corpus::{CorpusRow, Turn};
-use crate::records::Record;
+use crate::records::{Record, TEXT};
 
 /// Names of a row's columns. `none` is for a column that is not to be read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +35,9 @@ pub struct Fields {
     /// The kind of task: `family` or `category` unless given.
     #[serde(default)]
     pub family: Option<String>,
+    /// A document, which is to be continued and not answered: `text`, where a row asks and answers nothing, unless given.
+    #[serde(default)]
+    pub document: Option<String>,
 }
 
 /// In place of a name: no such column.
@@ -45,6 +48,7 @@ const INPUT: &[&str] = &["input", "context"];
 const OUTPUT: &[&str] = &["output", "response", "answer", "completion"];
 const PROMPT: &[&str] = &["prompt"];
 const FAMILY: &[&str] = &["family", "category"];
+const DOCUMENT: &[&str] = &[TEXT];
 const CONVERSATION: &[&str] = &["messages", "conversations", "conversation", "dialog", "dialogue"];
 
 impl Fields {
@@ -52,6 +56,21 @@ impl Fields {
     pub(crate) fn errors(&self) -> Vec<ConfigError> {
         let is_none = |name: &Option<String>| name.as_deref() == Some(NONE);
         let mut errors = Vec::new();
+        let documents = self.document.as_ref().is_some_and(|name| name != NONE);
+        let others = [
+            ("instruction", &self.instruction),
+            ("input", &self.input),
+            ("output", &self.output),
+            ("prompt", &self.prompt),
+        ];
+        for (field, _) in others.iter().filter(|(_, name)| documents && name.as_ref().is_some_and(|name| name != NONE))
+        {
+            let error = ConfigError::at(&format!("fields.{field}"), "a document asks and answers nothing");
+            errors.push(error.hint("name either the column of the documents or those of questions and answers"));
+        }
+        if documents {
+            return errors;
+        }
         if is_none(&self.output) {
             let error = ConfigError::at("fields.output", "a row without an answer teaches nothing");
             errors.push(error.hint("name the column of the answers"));
@@ -95,13 +114,21 @@ impl<'a> Columns<'a> {
         for name in object.keys().filter(|name| !self.there.contains(name.as_str())).collect::<Vec<_>>() {
             self.there.insert(name.clone());
         }
-        let Fields { instruction, prompt, output, .. } = self.fields;
+        let Fields { instruction, prompt, output, document, .. } = self.fields;
         let asked = [(instruction, INSTRUCTION), (prompt, PROMPT), (output, OUTPUT)];
         let is_row = asked.iter().any(|(name, usual)| {
             name.as_ref().is_some_and(|name| name != NONE)
                 || candidates(&object, name, usual).iter().any(|(_, value)| says_something(value))
         });
         let spoken = CONVERSATION.iter().find_map(|name| Some((*name, object.get(*name)?.as_array()?)));
+        let text = find(&object, "document", document, DOCUMENT).map_err(|error| anyhow!("`{place}` {error}"))?;
+        let names_document = document.as_ref().is_some_and(|name| name != NONE);
+        if let Some((name, value)) = text.filter(|_| names_document || !is_row && spoken.is_none()) {
+            return Ok(vec![self.document(name, value, &place)?]);
+        }
+        if names_document {
+            bail!(unknown(&place, &object, "document", "document"));
+        }
         match spoken.filter(|_| !is_row) {
             Some((name, turns)) => {
                 let rows = conversation(turns).and_then(|turns| answered(&turns));
@@ -114,6 +141,16 @@ impl<'a> Columns<'a> {
             }
             None => self.row(&object, &place).map(|row| vec![row]),
         }
+    }
+
+    fn document(&mut self, name: &str, value: &Json, place: &str) -> Result<CorpusRow> {
+        let found = text(value);
+        let text = found.with_context(|| format!("`{place}`: expected text in `{name}`, got {}", describe(value)))?;
+        if !self.read.contains(name) {
+            self.read.insert(name.to_owned());
+        }
+        self.rows += 1;
+        Ok(CorpusRow::document(text))
     }
 
     fn row(&mut self, object: &Map<String, Json>, place: &str) -> Result<CorpusRow> {
@@ -183,13 +220,14 @@ impl<'a> Columns<'a> {
     ///
     /// Errors when `fields` names a column that no row has.
     pub(crate) fn conclude(self, sink: &mut dyn Sink) -> Result<()> {
-        let Fields { instruction, input, output, prompt, family } = self.fields;
+        let Fields { instruction, input, output, prompt, family, document } = self.fields;
         let named = [
             ("instruction", instruction),
             ("input", input),
             ("output", output),
             ("prompt", prompt),
             ("family", family),
+            ("document", document),
         ];
         for (option, name) in named {
             let Some(name) = name.as_ref().filter(|name| *name != NONE) else { continue };

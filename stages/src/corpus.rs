@@ -54,7 +54,7 @@ pub struct Turn {
     pub content: String,
 }
 
-/// One example.
+/// One example, or a document: a text that answers nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CorpusRow {
@@ -70,13 +70,26 @@ pub struct CorpusRow {
     /// The conversation before the answer, where it is more than the instruction, which is the last thing that the user says.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub turns: Vec<Turn>,
-    /// The answer to learn.
+    /// The answer to learn, or the document.
     pub output: String,
-    /// All right answers, `output` among them.
+    /// All right answers, `output` among them; of a document none.
     pub references: Vec<String>,
     /// Kind of task, where the source names it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
+}
+
+impl CorpusRow {
+    /// A text that answers nothing.
+    pub fn document(text: String) -> Self {
+        CorpusRow { output: text, ..CorpusRow::default() }
+    }
+
+    /// Whether it is one.
+    pub fn is_document(&self) -> bool {
+        let asks = [&self.instruction, &self.input, self.prompt.as_ref().unwrap_or(&self.input)];
+        asks.iter().all(|text| text.is_empty()) && self.turns.is_empty() && self.references.is_empty()
+    }
 }
 
 /// Writes one split into the folder of a corpus.

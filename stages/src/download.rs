@@ -7,20 +7,36 @@
 //! gpt2:      {kind: download, with: {tokenizer: checkpoints/gpt2}}
 //! processed: {kind: download, with: {bin: processed/dolly, tokenizer: checkpoints/gpt2}}
 //! teacher:   {kind: download, with: {model: checkpoints/gpt2-xl}}
+//! student:   {kind: download, with: {model: "hub:HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2"}}
+//! quantised: {kind: download, with: {model: hub:owner/name-GGUF/name.Q4_K_M.gguf}}
+//! gsm8k:     {kind: download, with: {source: hub:datasets/openai/gsm8k/main}}
+//! web:       {kind: download, with: {source: {url: "https://example.org/dolly.jsonl", sha256: ...}}}
+//! pretrain:  {kind: download, with: {source: openwebtext.txt, form: text-lines}}
 //! ```
 //!
 //! No inputs. The configuration decides the outputs: `source` gives `corpus`; `tokenizer` alone gives `tokenizer`; `bin`
-//! gives datasets `train`, `valid`, `test`; `model` gives `model`. Cost: reading the files; the built-in corpus takes a
-//! fraction of a second. Files are local; their content, not their path, is part of the result's key.
+//! gives datasets `train`, `valid`, `test`; `model` gives `model`. Cost: reading the files, and fetching those that are
+//! elsewhere; the built-in corpus takes a fraction of a second. The content of files, not their path, is part of the
+//! result's key.
 //!
-//! A file of rows is JSON lines, a JSON list, CSV or TSV, plain or gzipped; its bytes say which. Rows are told by their
+//! `hub:[datasets/]OWNER/NAME[@REVISION][/PATH]` is a repository of the Hugging Face hub, or a file or folder in it, at a branch,
+//! tag or commit, `main` unless given. In the key stands the commit that it is when a plan is made, so a branch that moves
+//! gives another result, and a full commit needs nobody to be asked. Only files that are read are fetched, when the stage
+//! runs, into the cache that `transformers` uses: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are
+//! heeded. Of the web, by `url`, a file is taken whose digest is given, and the digest stands in the key.
+//!
+//! A file of rows is JSON lines, a JSON list, CSV or TSV, plain or gzipped, or Parquet; its bytes say which. Rows are told by their
 //! columns: Alpaca's and MiniLLM's `instruction`, `input`, `output` (a text, or a list of right answers), `prompt`; Dolly's
 //! `instruction`, `context`, `response`; GSM8K's `question`, `answer`; `prompt` with `completion`, which need
 //! `template: ready` where they are tokenised. `fields` names others, or `none` for a column that is not to be read.
 //! Conversations, `messages` with `role` and `content` or ShareGPT's `conversations` with `from` and `value`, become a row for
-//! each answer, with all that was said before; they need `template: chat`. `split` counts conversations, `limit` rows.
+//! each answer, with all that was said before; they need `template: chat`. `split` counts conversations, `limit` rows. Documents,
+//! to be continued and not answered, are rows of a `text` alone, or with `form: text-lines` the lines of a file of text.
+//! In a folder, the files of a split are called after it (`valid` also `validation`), and there may be several parts, as in
+//! `train-00000-of-00002.parquet`.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,9 +52,11 @@ use contract::{
 use lm::ModelFolder;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value as Json;
 
+pub use crate::address::{Address, Web};
 use crate::columns::Columns;
 pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
@@ -51,6 +69,15 @@ use crate::{mmidx, records};
 /// Name of the built-in corpus.
 const BUILTIN: &str = "builtin:instruct";
 
+/// Weights as they lie in repositories, the best first: often several of these are there, and one is enough.
+const WEIGHTS: [&[&str]; 5] = [
+    &["model.safetensors"],
+    &["model.safetensors.index.json", "model-*.safetensors"],
+    &["pytorch_model.bin"],
+    &["pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+    &["*.gguf"],
+];
+
 /// The stage kind.
 pub struct Download;
 
@@ -58,9 +85,10 @@ pub struct Download;
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// A corpus: `builtin:instruct`; a file of rows (JSON lines, a JSON list, CSV or TSV, plain or gzipped); a folder with
-    /// such files named `train`, `valid` and `test` (`.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz`); or such files
-    /// by split. Paths begin in the folder that `pipeline` is started in.
+    /// A corpus: `builtin:instruct`; a file of rows (JSON lines, a JSON list, CSV or TSV, plain or gzipped, or Parquet); a
+    /// folder with such files named `train`, `valid` and `test` (`.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz`, or
+    /// `.parquet`); or such files by split. Each is a path, which begins in the folder that `pipeline` is started in,
+    /// `hub:datasets/OWNER/NAME[@REVISION][/PATH]`, or `{url: ..., sha256: ...}`.
     #[serde(default)]
     pub source: Option<Place>,
     /// Training rows of the built-in corpus. 8000 unless given: enough for a small teacher to learn its tasks.
@@ -74,33 +102,47 @@ pub struct Config {
     /// How the rows of a file are divided; all of them train unless given.
     #[serde(default)]
     pub split: Option<Division>,
+    /// What a file is, where its bytes do not say so.
+    #[serde(default)]
+    pub form: Option<Form>,
     /// Names of the columns of a row, where they are not found by themselves.
     #[serde(default)]
     pub fields: Fields,
     /// Most rows of each split; all unless given.
     #[serde(default)]
     pub limit: Limit,
-    /// A tokenizer: a `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`.
+    /// A tokenizer: a `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; a path,
+    /// `hub:OWNER/NAME[@REVISION]`, or `{url: ..., sha256: ...}`.
     #[serde(default)]
-    pub tokenizer: Option<String>,
+    pub tokenizer: Option<Address>,
     /// Text of the token that ends a text, where the tokenizer's files do not name it.
     #[serde(default)]
     pub end_token: Option<String>,
     /// A folder of token files as the reference programs write them: `train_0.bin`, `train_0.idx` and so on, with
     /// `train.jsonl` (the texts) beside where it is there. Needs `tokenizer`.
     #[serde(default)]
-    pub bin: Option<String>,
+    pub bin: Option<Address>,
     /// A Hugging Face model folder: `config.json`, weights (`model.safetensors`, `pytorch_model.bin`, or several files that an
-    /// index names) and a tokenizer.
+    /// index names) and a tokenizer; or a GGUF file. A path, `hub:OWNER/NAME[@REVISION][/PATH]`, or of a GGUF file
+    /// `{url: ..., sha256: ...}`.
     #[serde(default)]
-    pub model: Option<String>,
+    pub model: Option<Address>,
+}
+
+/// What a file of a corpus is, where its bytes do not say so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// Text, each line of which is a document; `<@x(x!>` in it stands for a line break. So the reference programs keep the
+    /// corpora that models are pretrained on.
+    TextLines,
 }
 
 /// Where a corpus is.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Place {
     /// `builtin:instruct`, a file or a folder.
-    One(String),
+    One(Address),
     /// A file for each split.
     Files(Files),
 }
@@ -110,18 +152,18 @@ pub enum Place {
 #[serde(deny_unknown_fields)]
 pub struct Files {
     /// Rows to train on.
-    #[serde(default)]
-    pub train: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<Address>,
     /// Rows to choose by.
-    #[serde(default)]
-    pub valid: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid: Option<Address>,
     /// Rows to report on.
-    #[serde(default)]
-    pub test: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Address>,
 }
 
 impl Files {
-    fn of(&self, split: Split) -> Option<&String> {
+    fn of(&self, split: Split) -> Option<&Address> {
         match split {
             Split::Train => self.train.as_ref(),
             Split::Valid => self.valid.as_ref(),
@@ -198,7 +240,7 @@ impl Stage for Download {
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = Vec::new();
-        let Config { source, rows, seed, split, fields, limit, tokenizer, end_token, bin, model } = config;
+        let Config { source, rows, seed, split, form, fields, limit, tokenizer, end_token, bin, model } = config;
         let what = [source.is_some(), bin.is_some(), model.is_some()];
         match what.iter().filter(|given| **given).count() {
             0 if tokenizer.is_some() => {}
@@ -221,6 +263,7 @@ impl Stage for Download {
         unread("rows", rows.is_some() && !builtin, &format!("`source: {BUILTIN}`; files have `limit`"));
         unread("seed", seed.is_some() && !builtin, &format!("`source: {BUILTIN}`"));
         unread("split", split.is_some() && !one_file, "a `source` that is one file");
+        unread("form", form.is_some() && (source.is_none() || builtin), "a `source` of files");
         unread("fields", *fields != Fields::default() && (source.is_none() || builtin), "a `source` of files");
         unread("limit", *limit != Limit::default() && source.is_none(), "`source`");
         unread("tokenizer", tokenizer.is_some() && source.is_some(), "a `download` of its own, or to `bin`");
@@ -229,7 +272,7 @@ impl Stage for Download {
             errors.push(ConfigError::at("tokenizer", "`bin` needs the tokenizer that its ids come from"));
         }
         match source {
-            Some(Place::One(name)) if name.starts_with("builtin:") && !builtin => errors.push(
+            Some(Place::One(Address::Text(name))) if name.starts_with("builtin:") && !builtin => errors.push(
                 ConfigError::at("source", format!("there is no built-in corpus `{name}`"))
                     .hint(format!("there is `{BUILTIN}`")),
             ),
@@ -237,6 +280,9 @@ impl Stage for Download {
                 errors.push(ConfigError::at("source", "expected a file for `train`, `valid` or `test`"));
             }
             _ => {}
+        }
+        for (field, address) in config.addresses() {
+            errors.extend(address.location().err().map(|text| ConfigError::at(&field.join("."), text)));
         }
         errors.extend(fields.errors());
         errors
@@ -259,24 +305,22 @@ impl Stage for Download {
     }
 
     fn sources(&self, config: &Config) -> Vec<Source> {
-        let source = |field: &[&str], path: &String| Source::new(field, path);
-        let corpus = match &config.source {
-            Some(Place::One(path)) if !config.is_builtin() => vec![source(&["source"], path).only(&file_names())],
-            Some(Place::Files(files)) => Split::ALL
-                .into_iter()
-                .filter_map(|split| files.of(split).map(|path| source(&["source", split.name()], path)))
-                .collect(),
-            _ => Vec::new(),
+        let source = |(field, address): (Vec<&'static str>, &Address)| {
+            let source = Source::at(&field, address.location().ok()?);
+            Some(match field[..] {
+                ["source"] => source.only(&file_names()),
+                // Token files, and the texts beside them.
+                ["bin"] => source.only(&[file_names(), vec!["*.bin".into(), "*.idx".into()]].concat()),
+                ["tokenizer"] => source.only(&crate::tokenizer::sources()),
+                // Neither a page about the model nor what is left of its training.
+                ["model"] => {
+                    let files: Vec<&str> = lm::MODEL_FILES.into_iter().chain(crate::tokenizer::sources()).collect();
+                    source.only(&files).one_of(&WEIGHTS)
+                }
+                _ => source,
+            })
         };
-        // Token files, and the texts beside them.
-        let token_files: Vec<String> = file_names().into_iter().chain(["*.bin".into(), "*.idx".into()]).collect();
-        let bin = config.bin.as_ref().map(|path| source(&["bin"], path).only(&token_files));
-        let tokenizer = config.tokenizer.as_ref();
-        let tokenizer = tokenizer.map(|path| source(&["tokenizer"], path).only(&crate::tokenizer::sources()));
-        // Neither a page about the model nor what is left of its training.
-        let model_files: Vec<&str> = lm::MODEL_FILES.into_iter().chain(crate::tokenizer::sources()).collect();
-        let model = config.model.as_ref().map(|path| source(&["model"], path).only(&model_files));
-        corpus.into_iter().chain(bin).chain(tokenizer).chain(model).collect()
+        config.addresses().into_iter().filter_map(source).collect()
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
@@ -291,7 +335,7 @@ impl Stage for Download {
             return;
         }
         // A path that leads nowhere is an error of its own.
-        let there = |path: &'_ Option<String>| path.as_ref().map(PathBuf::from).filter(|path| path.exists());
+        let there = |address: &'_ Option<Address>| address.as_ref().and_then(Address::path_at_hand);
         if let Some(path) = there(tokenizer)
             && let Some(tokenizer) = foresee_tokenizer(&path, end_token.as_deref(), "tokenizer", outlook)
             && bin.is_none()
@@ -316,7 +360,23 @@ impl Config {
     }
 
     fn is_builtin(&self) -> bool {
-        self.source == Some(Place::One(BUILTIN.to_owned()))
+        matches!(&self.source, Some(Place::One(Address::Text(name))) if name == BUILTIN)
+    }
+
+    /// All that is read, each with its field.
+    fn addresses(&self) -> Vec<(Vec<&'static str>, &Address)> {
+        let mut found = Vec::new();
+        match &self.source {
+            Some(Place::One(address)) if !self.is_builtin() => found.push((vec!["source"], address)),
+            Some(Place::Files(files)) => {
+                let named = |split: Split| Some((vec!["source", split.name()], files.of(split)?));
+                found.extend(Split::ALL.into_iter().filter_map(named));
+            }
+            _ => {}
+        }
+        let named = [("bin", &self.bin), ("tokenizer", &self.tokenizer), ("model", &self.model)];
+        found.extend(named.into_iter().filter_map(|(field, address)| Some((vec![field], address.as_ref()?))));
+        found
     }
 }
 
@@ -386,9 +446,9 @@ impl Operator for Run {
         }
         if let Some(model) = model {
             let folder = self.folder("model")?;
-            let path = Path::new(model);
-            let model = ModelFolder::open(path)?;
-            let tokenizer = take_in(path, end_token, sink)?;
+            let path = model.path()?;
+            let model = ModelFolder::open(&path)?;
+            let tokenizer = take_in(&path, end_token, sink)?;
             model.check_tokenizer(&tokenizer)?;
             model.check_values()?.iter().for_each(|odd| sink.warn(odd));
             model.copy(&folder)?;
@@ -396,9 +456,9 @@ impl Operator for Run {
             return Ok(Outputs::new().with("model", Folder::new(PortType::Model, folder)));
         }
         let path = tokenizer.as_ref().context("`download` has nothing to bring in")?;
-        let tokenizer = take_in(Path::new(path), end_token, sink)?;
+        let tokenizer = take_in(&path.path()?, end_token, sink)?;
         if let Some(bin) = bin {
-            return read_token_files(Path::new(bin), &tokenizer, sink);
+            return read_token_files(&bin.path()?, &tokenizer, sink);
         }
         let folder = self.folder("tokenizer")?;
         tokenizer.save(&folder)?;
@@ -425,38 +485,43 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
     }
     let mut columns = Columns::new(&config.fields);
     let mut kept = Kept::new(config.limit);
+    let read = |path: &Path, columns: &mut Columns, keep: &mut dyn FnMut(Vec<CorpusRow>) -> Result<()>| {
+        each_record(path, config.form, columns, keep)
+    };
     match source {
-        Place::One(path) if Path::new(path).is_dir() => {
-            let folder = Path::new(path);
+        Place::One(address) if address.path()?.is_dir() => {
+            let folder = &address.path()?;
+            let path = folder.display();
             ensure!(
                 config.split.is_none(),
                 "`{path}` is a folder with a file for each split; `split` is for a single file"
             );
             let files = Split::ALL.map(|split| find(folder, split));
             ensure!(
-                !files.iter().all(|file| matches!(file, Ok(None))),
+                !files.iter().all(|files| files.as_ref().is_ok_and(Vec::is_empty)),
                 "`{path}` holds no file of rows; expected `train`, `valid` or `test` with one of the endings {}",
                 ENDINGS.map(|ending| format!("`.{ending}`")).join(", ")
             );
-            for (split, file) in Split::ALL.into_iter().zip(files) {
-                if let Some(file) = file? {
-                    each_record(&file, &mut columns, |rows| kept.add(split, rows))?;
+            for (split, files) in Split::ALL.into_iter().zip(files) {
+                for file in files? {
+                    read(&file, &mut columns, &mut |rows| kept.add(split, rows))?;
                 }
             }
         }
-        Place::One(path) => {
+        Place::One(address) => {
+            let path = address.path()?;
             let division = config.split.unwrap_or_default();
             let mut count = 0;
-            each_record(Path::new(path), &mut columns, |rows| {
+            read(&path, &mut columns, &mut |rows| {
                 count += 1;
                 kept.add(division.split_of(count - 1), rows)
             })?;
-            division.check(count, path)?;
+            division.check(count, &path)?;
         }
         Place::Files(files) => {
             for split in Split::ALL {
-                if let Some(path) = files.of(split) {
-                    each_record(Path::new(path), &mut columns, |rows| kept.add(split, rows))?;
+                if let Some(address) = files.of(split) {
+                    read(&address.path()?, &mut columns, &mut |rows| kept.add(split, rows))?;
                 }
             }
         }
@@ -464,7 +529,7 @@ fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[
     columns.conclude(sink)?;
     if kept.seen == [0; 3] {
         match source {
-            Place::One(path) => bail!("`{path}` has no rows"),
+            Place::One(address) => bail!("`{}` has no rows", address.path()?.display()),
             Place::Files(_) => bail!("the files of the corpus have no rows"),
         }
     }
@@ -522,46 +587,102 @@ impl Division {
         }
     }
 
-    fn check(self, rows: usize, path: &str) -> Result<()> {
+    fn check(self, rows: usize, path: &Path) -> Result<()> {
         let Division { valid, test } = self;
         ensure!(
             valid.saturating_add(test) <= rows,
-            "`split` asks for {valid} rows to validate and {test} to test, but `{path}` has {rows}"
+            "`split` asks for {valid} rows to validate and {test} to test, but `{}` has {rows}",
+            path.display()
         );
         Ok(())
     }
 }
 
 /// Endings of the files of rows in a folder. They only choose the file; its bytes say what it is.
-const ENDINGS: [&str; 8] = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "tsv", "tsv.gz"];
+const ENDINGS: [&str; 9] = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "tsv", "tsv.gz", "parquet"];
 
-/// Names of the files of rows in a folder.
-fn file_names() -> Vec<String> {
-    let of = |split: Split| ENDINGS.map(|ending| format!("{}.{ending}", split.name()));
-    Split::ALL.into_iter().flat_map(of).collect()
+/// What the files of a split are called.
+fn names_of(split: Split) -> &'static [&'static str] {
+    match split {
+        Split::Train => &["train"],
+        Split::Valid => &["valid", "validation"],
+        Split::Test => &["test"],
+    }
 }
 
-/// The one file of a split in a folder.
-fn find(folder: &Path, split: Split) -> Result<Option<PathBuf>> {
-    let names = ENDINGS.map(|ending| format!("{}.{ending}", split.name()));
-    let mut found = names.iter().map(|name| folder.join(name)).filter(|path| path.exists());
-    let first = found.next();
-    if let (Some(first), Some(second)) = (&first, found.next()) {
-        bail!("both `{}` and `{}` are there; name the files in `source`", first.display(), second.display());
+/// Names of the files of rows in a folder: of whole splits, and of the parts of one.
+fn file_names() -> Vec<String> {
+    let names = Split::ALL.into_iter().flat_map(names_of);
+    let endings = names.flat_map(|name| ENDINGS.map(|ending| (name, ending)));
+    endings.flat_map(|(name, ending)| [format!("{name}.{ending}"), format!("{name}-*.{ending}")]).collect()
+}
+
+/// The files of a split in a folder: one, or all parts of one, in order.
+///
+/// Errors where it is there twice, or a part is missing.
+fn find(folder: &Path, split: Split) -> Result<Vec<PathBuf>> {
+    let names = names_of(split).iter().flat_map(|name| ENDINGS.map(|ending| (name, ending)));
+    let mut found: Vec<Vec<PathBuf>> = Vec::new();
+    for (name, ending) in names {
+        let whole = folder.join(format!("{name}.{ending}"));
+        if whole.exists() {
+            found.push(vec![whole]);
+        }
+        let parts = parts(folder, name, ending)?;
+        if !parts.is_empty() {
+            found.push(parts);
+        }
     }
-    Ok(first)
+    if let [first, second, ..] = &found[..] {
+        let (first, second) = (first[0].display(), second[0].display());
+        bail!("both `{first}` and `{second}` are there; name the files in `source`");
+    }
+    Ok(found.pop().unwrap_or_default())
+}
+
+/// The files `NAME-00000-of-00002.ENDING` and so on, as data sets of the hub are cut.
+fn parts(folder: &Path, name: &str, ending: &str) -> Result<Vec<PathBuf>> {
+    let mut counts = BTreeSet::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read folder `{}`", folder.display()))? {
+        let entry = entry.with_context(|| format!("cannot read folder `{}`", folder.display()))?.file_name();
+        let inner = entry.to_str().and_then(|file| file.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(ending));
+        let count =
+            inner.and_then(|inner| inner.strip_suffix('.')?.split_once("-of-")).map(|(_, count)| count.to_owned());
+        counts.extend(count.filter(|count| count.len() == 5 && count.bytes().all(|digit| digit.is_ascii_digit())));
+    }
+    let Some(count) = counts.pop_first() else { return Ok(Vec::new()) };
+    ensure!(
+        counts.is_empty(),
+        "`{}` holds parts of more than one `{name}`; name the files in `source`",
+        folder.display()
+    );
+    let part = |index: usize| folder.join(format!("{name}-{index:05}-of-{count}.{ending}"));
+    let parts: Vec<PathBuf> = (0..count.parse()?).map(part).collect();
+    match parts.iter().find(|part| !part.exists()) {
+        Some(missing) => bail!("there is no file `{}`, and other parts of `{name}` are there", missing.display()),
+        None => Ok(parts),
+    }
 }
 
 /// Hands on the rows of one file, those of a conversation together.
-fn each_record(path: &Path, columns: &mut Columns, mut keep: impl FnMut(Vec<CorpusRow>) -> Result<()>) -> Result<()> {
-    records::read(path, |record| keep(columns.rows(record)?))
+fn each_record(
+    path: &Path,
+    form: Option<Form>,
+    columns: &mut Columns,
+    keep: &mut dyn FnMut(Vec<CorpusRow>) -> Result<()>,
+) -> Result<()> {
+    let take = |record| keep(columns.rows(record)?);
+    match form {
+        None => records::read(path, take),
+        Some(Form::TextLines) => records::read_documents(path, take),
+    }
 }
 
 /// All rows of one file, numbered from 0.
 #[cfg(test)]
 pub(crate) fn read_rows(path: &Path, fields: &Fields) -> Result<Vec<CorpusRow>> {
     let mut rows = Vec::new();
-    each_record(path, &mut Columns::new(fields), |found| {
+    each_record(path, None, &mut Columns::new(fields), &mut |found| {
         found.into_iter().for_each(|row| rows.push(CorpusRow { id: rows.len() as u64, ..row }));
         Ok(())
     })?;
@@ -601,13 +722,16 @@ fn read_token_files(folder: &Path, tokenizer: &TokenizerFile, sink: &mut dyn Sin
 }
 
 fn references_beside(folder: &Path, split: Split, rows: usize) -> Result<Option<Vec<Vec<String>>>> {
-    let Some(path) = find(folder, split)? else { return Ok(None) };
+    let files = find(folder, split)?;
+    let Some(path) = files.first() else { return Ok(None) };
     let fields = Fields::default();
-    let mut references = Vec::new();
-    each_record(&path, &mut Columns::new(&fields), |rows| {
-        references.extend(rows.into_iter().map(|row| row.references));
-        Ok(())
-    })?;
+    let (mut columns, mut references) = (Columns::new(&fields), Vec::new());
+    for file in &files {
+        each_record(file, None, &mut columns, &mut |rows| {
+            references.extend(rows.into_iter().map(|row| row.references));
+            Ok(())
+        })?;
+    }
     ensure!(
         references.len() == rows,
         "`{}` has {}, but the token files beside it have {rows}",
@@ -627,7 +751,7 @@ fn take_in(path: &Path, end_token: Option<&str>, sink: &mut dyn Sink) -> Result<
 impl Serialize for Place {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Place::One(path) => serializer.serialize_str(path),
+            Place::One(address) => address.serialize(serializer),
             Place::Files(files) => files.serialize(serializer),
         }
     }
@@ -640,15 +764,21 @@ impl<'de> Deserialize<'de> for Place {
             type Value = Place;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "`{BUILTIN}`, a path, or paths by split")
+                write!(f, "`{BUILTIN}`, a path, `hub:OWNER/NAME`, `{{url: ..., sha256: ...}}`, or these by split")
             }
 
-            fn visit_str<E: serde::de::Error>(self, path: &str) -> Result<Place, E> {
-                Ok(Place::One(path.to_owned()))
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Place, E> {
+                Ok(Place::One(Address::Text(text.to_owned())))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Place, A::Error> {
-                Files::deserialize(MapAccessDeserializer::new(map)).map(Place::Files)
+                let map = Json::deserialize(MapAccessDeserializer::new(map))?;
+                let read = if map.get("url").is_some() {
+                    Address::deserialize(map).map(Place::One)
+                } else {
+                    Files::deserialize(map).map(Place::Files)
+                };
+                read.map_err(A::Error::custom)
             }
         }
         deserializer.deserialize_any(PlaceVisitor)
@@ -661,15 +791,15 @@ impl JsonSchema for Place {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let files = generator.subschema_for::<Files>();
-        json_schema!({"anyOf": [{"type": "string"}, files]})
+        let (web, files) = (generator.subschema_for::<Web>(), generator.subschema_for::<Files>());
+        json_schema!({"anyOf": [{"type": "string"}, web, files]})
     }
 }
 
 #[cfg(test)]
 mod tests {
     use contract::{Conventions, End, Kind};
-    use serde_json::{Value as Json, json};
+    use serde_json::json;
 
     use super::*;
     use crate::testing::{Scratch, folder, output, shared_data};
@@ -878,6 +1008,131 @@ mod tests {
     }
 
     #[test]
+    fn a_split_may_be_in_parts_as_on_the_hub() {
+        let scratch = Scratch::new();
+        let row = |text: &str| format!("{{\"question\":\"{text}\",\"answer\":\"a\"}}\n");
+        scratch.file("set/train-00001-of-00002.jsonl", row("b"));
+        let folder = scratch.path().join("set");
+        let message = error(json!({"source": folder}));
+        assert!(message.contains("train-00000-of-00002.jsonl`, and other parts of `train` are there"), "{message}");
+        scratch.file("set/train-00000-of-00002.jsonl", row("a"));
+        scratch.file("set/validation-00000-of-00001.jsonl", row("v"));
+        scratch.file("set/train-notes.jsonl", row("x"));
+        let ([train, valid, test], _) = download(json!({"source": folder})).unwrap();
+        let asked: Vec<&str> = train.iter().chain(&valid).map(|row| row.instruction.as_str()).collect();
+        assert_eq!((asked, test.len()), (vec!["a", "b", "v"], 0));
+        scratch.file("set/train-00000-of-00003.jsonl", row("c"));
+        assert!(error(json!({"source": folder})).contains("parts of more than one `train`"));
+        fs::remove_file(folder.join("train-00000-of-00003.jsonl")).unwrap();
+        scratch.file("set/valid.csv", "question,answer\nx,y\n");
+        assert!(error(json!({"source": folder})).contains("validation-00000-of-00001.jsonl` are there"));
+    }
+
+    #[test]
+    fn parquet_is_read_by_its_columns() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/parquet");
+        let read = |name: &str, fields: &Json| {
+            download(json!({"source": {"train": folder.join(name)}, "fields": fields})).map(|([train, ..], _)| train)
+        };
+        for fields in [json!({"instruction": "id", "output": "question"}), json!({"document": "question"})] {
+            let rows = read("zstd.parquet", &fields).unwrap();
+            assert_eq!(rows, read("rows.jsonl", &fields).unwrap());
+            assert_eq!((rows.len(), rows[7].output.as_str()), (20, "question 2"));
+        }
+        let error = format!("{:#}", read("snappy.parquet", &json!({"output": "picture"})).unwrap_err());
+        assert!(
+            error.contains("snappy.parquet, row 1`: expected text") && error.contains("in `picture`, got an object"),
+            "{error}"
+        );
+        let error = format!("{:#}", read("snappy.parquet", &json!({"output": "answers"})).unwrap_err());
+        assert!(error.contains("row 1`: expected text or a list of texts in `answers`, got an empty list"), "{error}");
+    }
+
+    #[test]
+    fn conversations_and_lists_of_answers_come_from_parquet() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/parquet/plain.parquet");
+        let mut rows = Vec::new();
+        let fields = Fields::default();
+        let mut columns = Columns::new(&fields);
+        records::read(&path, |mut record| {
+            // Without a question it is a conversation, without a conversation an answered question.
+            let (mut asked, index) = (record.fields.clone(), rows.len() / 2);
+            record.fields.retain(|name, _| name == "messages");
+            asked.retain(|name, _| name != "messages");
+            let answers = asked.shift_remove("answers").unwrap();
+            rows.extend(columns.rows(record)?.into_iter().take(1));
+            asked.insert("answer".into(), if index % 3 == 0 { "none".into() } else { answers });
+            rows.extend(columns.rows(records::Record { fields: asked, place: "here".into() })?);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(rows.len(), 40);
+        assert_eq!((rows[4].instruction.as_str(), rows[4].output.as_str()), ("Frage 2?", "üü"));
+        assert_eq!((rows[5].instruction.as_str(), rows[5].input.as_str()), ("question 2", "context 2"));
+        assert_eq!(rows[5].references, ["a2", "same"]);
+        assert_eq!(rows[3].input, "");
+    }
+
+    #[test]
+    fn rows_of_a_text_alone_are_documents() {
+        let scratch = Scratch::new();
+        let lines = scratch.file("a.jsonl", "{\"text\": \"one\\ntwo\", \"id\": 3}\n{\"text\": \"\"}\n");
+        let text = scratch.file("a.txt", "one<@x(x!>two\n");
+        let documents = |with: Json| download(with).map(|([train, ..], warnings)| (train, warnings));
+        let (rows, warnings) = documents(json!({"source": {"train": lines}})).unwrap();
+        assert_eq!((rows[0].output.as_str(), rows.iter().all(CorpusRow::is_document)), ("one\ntwo", true));
+        assert_eq!(warnings, Vec::<String>::new());
+        let (of_text, _) = documents(json!({"source": {"train": text}, "form": "text-lines"})).unwrap();
+        assert_eq!(of_text[0], rows[0]);
+        let (named, _) = documents(json!({"source": {"train": lines}, "fields": {"document": "text"}})).unwrap();
+        assert_eq!(named, rows);
+        // Beside a question and an answer, a text is a column like others.
+        let both = scratch.file("b.jsonl", "{\"question\": \"q\", \"answer\": \"a\", \"text\": \"t\"}\n");
+        assert_eq!(documents(json!({"source": {"train": both}})).unwrap().0[0].output, "a");
+        assert_eq!(
+            documents(json!({"source": {"train": both}, "fields": {"document": "text"}})).unwrap().0[0].output,
+            "t"
+        );
+        let message = error(json!({"source": {"train": both}, "fields": {"document": "body"}}));
+        assert!(
+            message.contains("b.jsonl:1` has no document") && message.contains("fields: {document: ...}"),
+            "{message}"
+        );
+        let config = json!({"source": "a", "fields": {"document": "t", "output": "o"}});
+        let errors = Download.resolve(&config, Conventions::Sound).unwrap_err();
+        assert_eq!(
+            (errors[0].path.join("."), errors[0].message.as_str()),
+            ("fields.output".into(), "a document asks and answers nothing")
+        );
+    }
+
+    #[test]
+    fn what_is_elsewhere_is_named_with_its_field_and_only_what_is_read_is_taken() {
+        let sources = |with: Json| Kind::sources(&Download, &Download.resolve(&with, Conventions::Sound).unwrap());
+        let [model] = &sources(json!({"model": "hub:a/b@v1"}))[..] else { panic!("one source") };
+        let there = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "a.gguf"];
+        let there = there.map(str::to_owned);
+        assert_eq!(model.choose(&there).join(" "), "config.json model.safetensors tokenizer.json");
+        let [tokenizer] = &sources(json!({"tokenizer": "hub:a/b"}))[..] else { panic!("one source") };
+        assert_eq!(tokenizer.choose(&there).join(" "), "config.json tokenizer.json");
+        let web = json!({"url": "https://x.org/a", "sha256": "0f".repeat(32)});
+        let found = sources(json!({"source": {"train": web, "test": "hub:datasets/a/b/t.parquet"}}));
+        let found: Vec<String> =
+            found.iter().map(|source| format!("{} {}", source.field.join("."), source.at)).collect();
+        assert_eq!(found, ["source.train https://x.org/a", "source.test hub:datasets/a/b/t.parquet"]);
+        assert_eq!(sources(json!({"source": web})).len(), 1);
+        let errors = |with: Json| {
+            let errors = Download.resolve(&with, Conventions::Sound).unwrap_err();
+            errors.into_iter().map(|e| format!("{} {}", e.path.join("."), e.message)).collect::<Vec<_>>().join("; ")
+        };
+        assert!(errors(json!({"model": "hub:gpt2"})).contains("model `hub:gpt2` names no repository"));
+        assert!(
+            errors(json!({"source": {"test": "https://x.org/a"}})).contains("source.test an address of the web needs")
+        );
+        assert!(errors(json!({"source": "builtin:instruct", "form": "text-lines"})).contains("form nothing reads"));
+    }
+
+    #[test]
     fn what_cannot_be_read_is_named() {
         let scratch = Scratch::new();
         assert!(error(json!({"source": "nowhere.jsonl"})).contains("nowhere.jsonl"));
@@ -899,7 +1154,10 @@ mod tests {
         assert!(errors(json!({"source": "builtin:other"})).contains("no built-in corpus `builtin:other`"));
         assert!(errors(json!({"source": {}})).contains("expected a file"));
         assert!(errors(json!({"bin": "a"})).contains("`bin` needs the tokenizer"));
-        assert!(errors(json!({"source": 3})).contains("`builtin:instruct`, a path, or paths by split"));
+        assert!(
+            errors(json!({"source": 3}))
+                .contains("`builtin:instruct`, a path, `hub:OWNER/NAME`, `{url: ..., sha256: ...}`, or these")
+        );
         assert!(errors(json!({"source": {"trian": "a"}})).contains("trian"));
         assert!(errors(json!({"source": "a", "fields": {"output": "none"}})).contains("fields.output a row without"));
         let nothing = json!({"source": "a", "fields": {"instruction": "none", "prompt": "none"}});

@@ -13,6 +13,7 @@ pub use lm::gpus;
 use lm::{Adapter, LanguageModel, SoftPrompt, TeacherCache};
 
 pub mod adapt;
+pub mod address;
 pub mod aligned;
 pub mod chat;
 mod columns;
@@ -31,6 +32,7 @@ pub mod instruct;
 pub mod merge;
 pub mod mmidx;
 mod padding;
+mod parquet_rows;
 pub mod policy_gradient;
 pub mod porter;
 pub mod prompt_init;

@@ -1,7 +1,7 @@
 //! Records of a file of rows, one after another: JSON objects a line each, the objects of one JSON list, or the lines of a
-//! table (CSV, TSV) whose first line names the columns; plain or gzipped.
+//! table (CSV, TSV) whose first line names the columns; plain or gzipped. Or the rows of a Parquet file.
 //!
-//! Which of these a file is, its bytes say, never its name. Only what the caller keeps of a record stays in memory, a
+//! Which of these a file is, its bytes say, never its name; only text whose lines are documents has to be called that. Only what the caller keeps of a record stays in memory, a
 //! record has a largest size, and what is packed may not unfold without end. All records are looked at, and errors name the lines of the
 //! first few that are wrong and count the others.
 
@@ -12,14 +12,17 @@ use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Result, anyhow, bail};
-use contract::files;
+use contract::files::{self, Input};
 use flate2::bufread::MultiGzDecoder;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, de};
 use serde_json::{Map, Value as Json};
 
+use crate::parquet_rows;
+
 /// The forms that are read, for messages.
-pub(crate) const FORMS: &str = "rows are read from JSON lines, a JSON list, CSV or TSV, each plain or gzipped";
+pub(crate) const FORMS: &str =
+    "rows are read from JSON lines, a JSON list, CSV or TSV, each plain or gzipped, and from Parquet";
 
 /// Most bytes of one record: a book has one or two million.
 const RECORD: u64 = 64 << 20;
@@ -46,9 +49,25 @@ pub(crate) struct Record {
 /// Errors when the file cannot be read, and when records are wrong: by themselves, or because `take` says so. Errors of
 /// `take` should name the record's place.
 pub(crate) fn read(path: &Path, take: impl FnMut(Record) -> Result<()>) -> Result<()> {
+    read_as(None, path, take)
+}
+
+/// The column of a document, in a file whose lines are documents.
+pub(crate) const TEXT: &str = "text";
+/// What stands for a line break in a document that is one line, as in the corpora of the reference programs.
+const LINE_BREAK: &str = "<@x(x!>";
+
+/// As [`read`], of a file of text whose lines are documents: each is a record with a `text`, in which `<@x(x!>` has become a
+/// line break.
+pub(crate) fn read_documents(path: &Path, take: impl FnMut(Record) -> Result<()>) -> Result<()> {
+    read_as(Some(Form::Documents), path, take)
+}
+
+fn read_as(form: Option<Form>, path: &Path, take: impl FnMut(Record) -> Result<()>) -> Result<()> {
     let name = path.display().to_string();
-    let mut reader = Reader { form: Form::Lines, wrong: Wrong::default(), take, gauge: Rc::default(), name };
-    match reader.read(path) {
+    let mut reader =
+        Reader { form: form.unwrap_or(Form::Lines), wrong: Wrong::default(), take, gauge: Rc::default(), name };
+    match reader.read(path, form.is_some()) {
         Ok(()) | Err(Stop::Enough) => reader.wrong.conclude(&reader.name, reader.form),
         Err(Stop::Unreadable(error)) => Err(unreadable(path, error)),
         Err(Stop::Refused(error)) => Err(error),
@@ -61,6 +80,8 @@ enum Form {
     Lines,
     List,
     Table,
+    /// Text, of which each line is a document.
+    Documents,
 }
 
 /// Why a file is not read on.
@@ -69,6 +90,18 @@ enum Stop {
     Refused(anyhow::Error),
     /// Too many records are wrong.
     Enough,
+}
+
+/// Why rows of Parquet are not read on.
+enum Broken {
+    Stop(Stop),
+    File(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Broken {
+    fn from(error: anyhow::Error) -> Self {
+        Broken::File(error)
+    }
 }
 
 impl From<io::Error> for Stop {
@@ -86,10 +119,14 @@ struct Reader<F> {
 }
 
 impl<F: FnMut(Record) -> Result<()>> Reader<F> {
-    fn read(&mut self, path: &Path) -> Result<(), Stop> {
+    /// `is_told` where the form is given, and the bytes are not asked.
+    fn read(&mut self, path: &Path, is_told: bool) -> Result<(), Stop> {
         let input = files::open(path, files::ROWS).map_err(Stop::Refused)?;
         let size = input.size();
         let mut input = BufReader::new(input);
+        if input.fill_buf()?.starts_with(parquet_rows::MAGIC) {
+            return self.parquet(input.into_inner(), size);
+        }
         let packed = input.fill_buf()?.starts_with(&[0x1f, 0x8b]);
         let stream: Box<dyn Read> = if packed {
             self.gauge.most.set(UNFOLDED.max(size.saturating_mul(RATIO)));
@@ -99,11 +136,14 @@ impl<F: FnMut(Record) -> Result<()>> Reader<F> {
         };
         let mut stream = BufReader::new(Metered { stream, gauge: Rc::clone(&self.gauge) });
         let (head, skipped) = head(&mut stream)?;
-        self.form = form(&head).map_err(|what| Stop::Refused(anyhow!("`{}` {what}; {FORMS}", self.name)))?;
+        let text = form(&head).map_err(|what| Stop::Refused(anyhow!("`{}` {what}; {FORMS}", self.name)))?;
+        if !is_told {
+            self.form = text;
+        }
         let header = Header::of(&head);
         let stream = Cursor::new(head).chain(stream);
         match self.form {
-            Form::Lines => self.lines(stream, skipped),
+            Form::Lines | Form::Documents => self.lines(stream, skipped),
             Form::List => self.list(stream),
             Form::Table => self.table(stream, &header, skipped),
         }
@@ -127,6 +167,12 @@ impl<F: FnMut(Record) -> Result<()>> Reader<F> {
             if line.is_empty() {
                 continue;
             }
+            if self.form == Form::Documents {
+                let text = str::from_utf8(&bytes).unwrap_or(line).trim_end_matches(['\r', '\n']);
+                let text = text.trim_start_matches('\u{feff}').replace(LINE_BREAK, "\n");
+                self.record(Record { fields: Map::from_iter([(TEXT.to_owned(), text.into())]), place })?;
+                continue;
+            }
             match serde_json::from_str(line) {
                 Ok(element) => self.element(element, place)?,
                 Err(error) => {
@@ -137,6 +183,23 @@ impl<F: FnMut(Record) -> Result<()>> Reader<F> {
             }
         }
         Ok(())
+    }
+
+    fn parquet(&mut self, input: Input, size: u64) -> Result<(), Stop> {
+        if self.form == Form::Documents {
+            return Err(Stop::Refused(anyhow!("`{}` is a Parquet file, not text", self.name)));
+        }
+        let mut number = 0_usize;
+        let name = self.name.clone();
+        let read = parquet_rows::each(input.into_file(), UNFOLDED.max(size.saturating_mul(RATIO)), |fields| {
+            number += 1;
+            let place = format!("{name}, row {number}");
+            self.record(Record { fields, place }).map_err(Broken::Stop)
+        });
+        read.map_err(|broken| match broken {
+            Broken::Stop(stop) => stop,
+            Broken::File(error) => Stop::Refused(anyhow!("cannot read `{name}`: {error:#}")),
+        })
     }
 
     fn list(&mut self, stream: impl BufRead) -> Result<(), Stop> {
@@ -230,7 +293,7 @@ impl Wrong {
         // Any text is a table of sorts, so say how it came to be taken for one.
         let why = match form {
             Form::Table => format!("; its first line was taken for the names of columns, as {FORMS}"),
-            Form::Lines | Form::List => String::new(),
+            Form::Lines | Form::List | Form::Documents => String::new(),
         };
         if self.count <= 1 {
             return self.shown.pop().map_or(Ok(()), |error| Err(anyhow!("{error:#}{why}")));
@@ -331,7 +394,7 @@ fn head(stream: &mut impl Read) -> io::Result<(Vec<u8>, u64)> {
 /// What a file is that begins so, or what it is instead of text.
 fn form(head: &[u8]) -> Result<Form, &'static str> {
     const OTHERS: [(&[u8], &str); 9] = [
-        (b"PAR1", "is a Parquet file"),
+        (parquet_rows::MAGIC, "is a Parquet file that is packed once more"),
         (b"PK\x03\x04", "is a zip archive or a spreadsheet"),
         (b"\x28\xb5\x2f\xfd", "is packed with zstd"),
         (b"\xfd7zXZ\0", "is packed with xz"),
@@ -639,10 +702,28 @@ mod tests {
     }
 
     #[test]
+    fn the_lines_of_a_text_are_documents_where_that_is_said() {
+        let scratch = Scratch::new();
+        let text = "\u{feff}{a}<@x(x!>  b, c \r\n\n[\"d\"]";
+        for content in [text.as_bytes().to_vec(), gzip(text)] {
+            let path = scratch.file("a.txt", content);
+            let mut found = Vec::new();
+            let take = |record: Record| {
+                found.push((record.place.rsplit_once(':').unwrap().1.to_owned(), record.fields["text"].clone()));
+                Ok(())
+            };
+            read_documents(&path, take).unwrap();
+            assert_eq!(found, [("1".to_owned(), json!("{a}\n  b, c ")), ("3".to_owned(), json!("[\"d\"]"))]);
+        }
+        let error = read_documents(&scratch.file("a.txt", b"PAR1"), |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("is a Parquet file, not text"), "{error}");
+    }
+
+    #[test]
     fn what_is_no_text_is_named_with_the_forms_that_are_read() {
         let scratch = Scratch::new();
         let cases: [(&[u8], &str); 5] = [
-            (b"PAR1\x15\x04", "is a Parquet file"),
+            (&gzip(b"PAR1\x15\x04"), "is a Parquet file that is packed once more"),
             (b"PK\x03\x04", "zip"),
             (b"\xff\xfea\0", "UTF-16"),
             (b"ab\0c", "no text"),

@@ -21,6 +21,17 @@
 //! the assistant says, up to the token that ends its turn. A dataset has one response a row: of a conversation with several
 //! answers `download` makes as many rows, each with all that was said before as its prompt. The template itself begins a
 //! text, so `bos` adds something only where it is `yes`.
+//!
+//! ```yaml
+//! pretrain:
+//!   kind: tokenize
+//!   in: {corpus: documents, tokenizer: tokenizer}
+//!   with: {documents: {valid: 10000, train: 10000000}, max_length: 512}
+//! ```
+//!
+//! `documents` makes rows of texts that ask nothing, as models are pretrained on: the ids of all documents of a split, an end
+//! token behind each, stand in one line, and every `max_length` of them are a row; what is left over at the end is dropped. A
+//! row's prompt is its first id and its response all others, so that every position but the last teaches.
 
 use anyhow::{Context, Result, ensure};
 use contract::dataset::{SPLITS, row_name};
@@ -83,6 +94,27 @@ pub struct Config {
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
+    /// Makes rows of exactly `max_length` ids of documents. Left out: the corpus asks and answers.
+    #[serde(default)]
+    pub documents: Option<Documents>,
+}
+
+/// How documents become rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Documents {
+    /// Rows from the beginning of the training documents that become the split `valid`. The published programs take 10,000.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = limits::ROWS))]
+    pub valid: usize,
+    /// Most rows to train on after those; all unless given. The published programs take 10 or 20 million.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = limits::ROWS))]
+    pub train: Option<usize>,
+    /// Whether a line break stands between a document and its end token, as the published programs leave it there from the
+    /// line that a document was. Left out: as the conventions say.
+    #[serde(default)]
+    pub line_break: Option<bool>,
 }
 
 /// Text around what is asked; `{answer}` in it stands for the row's first right answer.
@@ -150,6 +182,9 @@ impl Stage for Tokenize {
         let reference = conventions == Conventions::Reference;
         config.special_tokens.get_or_insert(if reference { SpecialTokens::Parse } else { SpecialTokens::Text });
         config.bos.get_or_insert(if reference { Bos::No } else { Bos::FromTokenizer });
+        if let Some(documents) = &mut config.documents {
+            documents.line_break.get_or_insert(reference);
+        }
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -170,6 +205,16 @@ impl Stage for Tokenize {
                 errors.push(error.hint("it belongs to `template: chat`"));
             }
         }
+        let for_answers = [
+            ("template", config.template != Template::default()),
+            ("max_prompt_length", config.max_prompt_length != max_prompt_length()),
+            ("too_long", config.too_long != TooLong::default()),
+            ("personas", config.personas.is_some()),
+        ];
+        for (field, _) in for_answers.iter().filter(|(_, is_there)| *is_there && config.documents.is_some()) {
+            let error = ConfigError::at(field, format!("nothing reads `{field}` here"));
+            errors.push(error.hint("`documents` are cut into rows of `max_length`, and have no prompt"));
+        }
         if let Some(Err(error)) = config.date.as_ref().map(|date| date.parse::<Date>()) {
             errors.push(ConfigError::at("date", error.to_string()));
         }
@@ -179,6 +224,20 @@ impl Stage for Tokenize {
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         let Facts { vocabulary, ends, .. } = outlook.input("tokenizer");
         let rows = outlook.input("corpus").rows;
+        if config.documents.is_some() {
+            for split in SPLITS {
+                let facts = Facts {
+                    vocabulary: vocabulary.clone(),
+                    ends: ends.clone(),
+                    rows: vec![Bounds::ANY],
+                    prompt: Longest::at_most(Some(1)),
+                    text: Longest::at_most(Some(config.max_length as u64)),
+                    ..Facts::default()
+                };
+                outlook.output(split, facts);
+            }
+            return;
+        }
         let (longest, prompt) = (config.max_length as u64, config.max_prompt_length.min(config.max_length - 1) as u64);
         for (index, split) in SPLITS.into_iter().enumerate() {
             // Training rows may be dropped; the others are kept, however long their prompt.
@@ -216,6 +275,20 @@ impl Operator for Run {
             Bos::FromTokenizer if chat.is_some() => Vec::new(),
             bos => bos.ids(&tokenizer)?,
         };
+        if let Some(documents) = self.config.documents {
+            let corpus = Split::ALL.map(|split| corpus::read(corpus.path(), split));
+            let [train, valid, test] = corpus;
+            let corpus = [train?, valid?, test?];
+            for (split, rows) in Split::ALL.into_iter().zip(&corpus) {
+                self.config.say_what_is_spelled(rows, split, &text, sink);
+            }
+            let chunks = Chunks { documents, length: self.config.max_length, text: &text, begin: &begin };
+            let mut outputs = Outputs::new();
+            for (split, rows) in Split::ALL.into_iter().zip(chunks.of(&corpus, sink)?) {
+                outputs = outputs.with(split.name(), Dataset { rows, tokenizer: tokenizer.clone() });
+            }
+            return Ok(outputs);
+        }
         let writer = Writer { config: &self.config, text: &text, chat: chat.as_ref(), begin: &begin };
         let mut outputs = Outputs::new();
         for (done, split) in Split::ALL.into_iter().enumerate() {
@@ -357,6 +430,11 @@ impl Writer<'_> {
     }
 
     fn fate(&self, row: &CorpusRow, split: Split) -> Result<Fate> {
+        ensure!(
+            !row.is_document(),
+            "{} is a document, which asks and answers nothing; `documents: {{}}` makes rows of documents",
+            row_name(row.id)
+        );
         let train = split == Split::Train;
         let Config { max_length, max_prompt_length, too_long, ref personas, .. } = *self.config;
         let line = personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id));
@@ -397,6 +475,83 @@ impl Writer<'_> {
         }
         let Exchange { prompt, response } = chat.exchange(&turns, &row.output)?;
         Ok(Exchange { prompt: begun(begin, prompt), response })
+    }
+}
+
+/// What makes rows of documents.
+struct Chunks<'a> {
+    documents: Documents,
+    /// Ids of a row.
+    length: usize,
+    text: &'a Text,
+    /// Ids that a document begins with.
+    begin: &'a [u32],
+}
+
+impl Chunks<'_> {
+    /// The rows of all splits, of which `corpus` has the documents.
+    fn of(&self, corpus: &[Vec<CorpusRow>; 3], sink: &mut dyn Sink) -> Result<[Vec<Row>; 3]> {
+        let Documents { valid, train, .. } = self.documents;
+        let is_given = !corpus[Split::Valid as usize].is_empty();
+        ensure!(
+            valid == 0 || !is_given,
+            "the corpus has documents to validate on, so that `documents: {{valid: {valid}}}` would make them twice"
+        );
+        let mut chunks = Split::ALL.map(|_| Vec::new());
+        for split in Split::ALL {
+            let ids = self.ids(&corpus[split as usize])?;
+            let rest = ids.len() % self.length;
+            if rest > 0 {
+                let held = format!("the last {rest} of {} tokens of `{}` make no row", ids.len(), split.name());
+                sink.note(&format!("{held} of {}", self.length));
+            }
+            chunks[split as usize] = ids.chunks_exact(self.length).map(<[u32]>::to_vec).collect();
+        }
+        let [training, validating, _] = &mut chunks;
+        if valid > 0 {
+            ensure!(
+                training.len() > valid,
+                "`documents` asks for {valid} rows to validate on, and there are {} in all",
+                training.len()
+            );
+            validating.extend(training.drain(..valid));
+        }
+        training.truncate(train.unwrap_or(usize::MAX));
+        let mut rows = Split::ALL.map(|_| Vec::new());
+        for (split, chunks) in Split::ALL.into_iter().zip(chunks) {
+            ensure!(chunks.len() <= Split::MOST_ROWS, "a split has at most {} rows", Split::MOST_ROWS);
+            let metrics = json!({"split": split.name(), "rows": chunks.len(), "tokens": chunks.len() * self.length});
+            sink.metrics(metrics.as_object().expect("an object was written").clone());
+            let chunks = chunks.into_iter().enumerate();
+            rows[split as usize] = chunks.map(|(index, ids)| self.row(split.row_id(index), ids)).collect();
+        }
+        Ok(rows)
+    }
+
+    /// The ids of documents, one after the other, an end token behind each.
+    fn ids(&self, rows: &[CorpusRow]) -> Result<Vec<u32>> {
+        let of_row = |row: &CorpusRow| -> Result<Vec<u32>> {
+            ensure!(
+                row.is_document(),
+                "{} asks or answers something; `documents` is for a corpus of texts alone",
+                row_name(row.id)
+            );
+            let ids = match self.documents.line_break {
+                Some(true) => self.text.encode(&format!("{}\n", row.output))?,
+                _ => self.text.encode(&row.output)?,
+            };
+            let mut ids = begun(self.begin, ids);
+            ids.push(self.text.end());
+            Ok(ids)
+        };
+        let ids: Vec<Vec<u32>> = rows.par_iter().map(of_row).collect::<Result<_>>()?;
+        Ok(ids.concat())
+    }
+
+    fn row(&self, id: u64, mut ids: Vec<u32>) -> Row {
+        let response = ids.split_off(1);
+        let end = if response.last() == Some(&self.text.end()) { End::Stop } else { End::Length };
+        Row { id, prompt: ids, response, end, log_probs: None, references: Vec::new() }
     }
 }
 
@@ -507,6 +662,88 @@ mod tests {
         let train = prompt(Split::Train);
         assert!(train.starts_with("Suppose you are a") && train.ends_with(".\nTask: Hi\nAnswer:"), "{train}");
         assert_eq!(prompt(Split::Valid), "Task: Hi\nAnswer:");
+    }
+
+    /// The published program's own loop: ids of a line with its line break, then the end token, into a buffer that is cut
+    /// wherever it is long enough; the first rows validate.
+    fn as_published(lines: &[&str], text: &Text, length: usize, valid: usize, train: usize) -> [Vec<Vec<u32>>; 2] {
+        let (mut buffer, mut made) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for line in lines {
+            buffer.extend(text.encode(&format!("{line}\n")).unwrap());
+            buffer.push(text.end());
+            while buffer.len() >= length {
+                let rest = buffer.split_off(length);
+                let split = usize::from(made[0].len() >= valid);
+                made[split].push(std::mem::replace(&mut buffer, rest));
+            }
+        }
+        made[1].truncate(train);
+        made
+    }
+
+    #[test]
+    fn documents_are_joined_and_cut_as_the_published_program_does_it() {
+        let (text, _) = bytes(&["t h"]);
+        let documents = ["the first", "a", "", "another one\nof two lines", "the end"];
+        let rows: Vec<CorpusRow> = documents.iter().map(|text| CorpusRow::document((*text).to_owned())).collect();
+        let mut log = Log::default();
+        for (length, valid, train) in [(4, 2, 100), (7, 1, 3), (16, 0, 100)] {
+            let documents_part = Documents { valid, train: Some(train), line_break: Some(true) };
+            let chunks = Chunks { documents: documents_part, length, text: &text, begin: &[] };
+            let [training, validating, _] = chunks.of(&[rows.clone(), vec![], vec![]], &mut log).unwrap();
+            let [expected_valid, expected_train] = as_published(&documents, &text, length, valid, train);
+            let whole = |rows: &[Row]| -> Vec<Vec<u32>> {
+                rows.iter().map(|row| [&row.prompt[..], &row.response].concat()).collect()
+            };
+            assert_eq!((whole(&validating), whole(&training)), (expected_valid, expected_train), "{length}");
+            // Everything but the last position is a target, and nothing is forced on a row that ends in the middle.
+            for row in validating.iter().chain(&training) {
+                assert_eq!((row.prompt.len(), row.response.len()), (1, length - 1));
+                assert_eq!(row.end == End::Stop, row.response.last() == Some(&text.end()));
+            }
+            assert_eq!(training[0].id, Split::Train.row_id(0));
+        }
+        assert_eq!(log.notes[0], "the last 6 of 48 tokens of `train` make no row of 7");
+    }
+
+    #[test]
+    fn documents_begin_as_asked_and_every_split_is_its_own() {
+        let (text, _) = bytes(&[]);
+        let corpus = ["ab", "cd", "ef"].map(|text| vec![CorpusRow::document(text.to_owned()); 2]);
+        let chunks = |documents| Chunks { documents, length: 2, text: &text, begin: &[9] };
+        let end = text.end();
+        let [train, valid, test] = chunks(Documents::default()).of(&corpus, &mut Log::default()).unwrap();
+        let a = text.encode("ab").unwrap();
+        assert_eq!((train[0].prompt[0], &train[0].response), (9, &a[..1].to_vec()));
+        assert_eq!((train[1].prompt[0], &train[1].response), (a[1], &vec![end]));
+        assert_eq!([train.len(), valid.len(), test.len()], [4; 3]);
+        let error =
+            chunks(Documents { valid: 1, ..Documents::default() }).of(&corpus, &mut Log::default()).unwrap_err();
+        assert!(error.to_string().contains("would make them twice"), "{error}");
+        let alone = [corpus[0].clone(), vec![], vec![]];
+        let error = chunks(Documents { valid: 4, ..Documents::default() }).of(&alone, &mut Log::default()).unwrap_err();
+        assert!(error.to_string().contains("asks for 4 rows to validate on, and there are 4 in all"), "{error}");
+    }
+
+    #[test]
+    fn documents_and_answers_are_not_taken_for_each_other() {
+        let (text, _) = bytes(&[]);
+        let document = CorpusRow::document("a".into());
+        let error = tokenize(&[document], Split::Train, &config(json!({})), &text).unwrap_err().to_string();
+        assert!(error.contains("row 1 of `train` is a document") && error.contains("`documents: {}`"), "{error}");
+        let chunks = Chunks { documents: Documents::default(), length: 2, text: &text, begin: &[] };
+        let corpus = [vec![row(0, "Hi", "Yo")], vec![], vec![]];
+        let error = chunks.of(&corpus, &mut Log::default()).unwrap_err().to_string();
+        assert!(error.contains("row 1 of `train` asks or answers something"), "{error}");
+        let resolved = |with, conventions| contract::Kind::resolve(&Tokenize, &with, conventions);
+        for (conventions, expected) in [(Conventions::Sound, false), (Conventions::Reference, true)] {
+            let config = resolved(json!({"documents": {}}), conventions).unwrap();
+            assert_eq!(config["documents"]["line_break"], expected);
+        }
+        let errors =
+            resolved(json!({"documents": {}, "template": "task", "too_long": "drop"}), Conventions::Sound).unwrap_err();
+        let fields: Vec<String> = errors.iter().map(|error| error.path.join(".")).collect();
+        assert_eq!(fields, ["template", "too_long"]);
     }
 
     #[test]

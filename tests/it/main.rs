@@ -14,4 +14,6 @@ mod limits;
 mod output;
 #[cfg(feature = "stages")]
 mod real;
+#[cfg(feature = "stages")]
+mod remote;
 mod runs;

@@ -15,7 +15,7 @@ use cache::{Artifact, Digest, FileEntry, Key, Store};
 use contract::Conventions;
 use contract::random::{below, philox};
 use promptkd::graph::{Entry, Operator, Subgraph};
-use promptkd::plan::key::{self, InputDigests};
+use promptkd::plan::key::{self, InputDigests, SourcePart};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value as Json, json};
 
@@ -664,6 +664,7 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("teacher-generate", json!({"max_new_tokens": 48, "batch": 7})),
         reference("teacher-generate", json!({"max_new_tokens": 48})),
         sound("tokenize", json!({"template": "task", "max_length": 96})),
+        reference("tokenize", json!({"documents": {"valid": 10000}})),
         sound("train-tokenizer", json!({"vocab_size": 1024})),
     ]
 }
@@ -682,7 +683,9 @@ fn the_keys_of_every_kind_are_as_reviewed() {
         let inputs: InputDigests =
             ports.inputs.iter().map(|port| (Entry::Port(port.name.clone()), artifact(port))).collect();
         let operator = Operator { kind: name.into(), config, ports, places: BTreeMap::new() };
-        let mut digest = |source: &contract::Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
+        let mut digest = |source: &contract::Source| {
+            Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) })
+        };
         let action = key::action(&Subgraph::Operator(operator), &inputs, &registry, &mut digest).unwrap();
         let mut stage = action.preimage["stage"].clone();
         // Digests of inputs are the same for every kind.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use cache::{FileEntry, Store};
+use cache::{Digest, FileEntry, Store};
 use contract::Conventions;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -76,7 +76,8 @@ fn entries() -> InputDigests {
 }
 
 fn made(subgraph: &Subgraph, inputs: &InputDigests) -> Action {
-    let mut digest = |source: &Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
+    let mut digest =
+        |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
     action(subgraph, inputs, &fakes::registry(), &mut digest).unwrap()
 }
 
@@ -305,7 +306,7 @@ fn a_file_that_cannot_be_read_is_named_with_its_field() {
     let operator = Operator { kind: "read-rows".into(), config, ports, places: BTreeMap::new() };
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).unwrap();
-    let mut digest = |source: &Source| Ok(store.digest_path(&source.path)?);
+    let mut digest = |source: &Source| crate::plan::content::of(source, &store);
     let error = action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest).unwrap_err();
     assert!(error.to_string().starts_with("`path` of stage kind `read-rows`: "), "{error}");
     assert!(error.to_string().contains("nowhere.txt"), "{error}");
@@ -343,7 +344,7 @@ impl contract::Stage for Listed {
 
     fn sources(&self, config: &ListedConfig) -> Vec<Source> {
         let path = |field: &Vec<String>| format!("at-{}", field.join("-"));
-        let source = |field: &Vec<String>| Source { field: field.clone(), path: path(field).into(), only: None };
+        let source = |field: &Vec<String>| Source { field: field.clone(), ..Source::new(&[], path(field)) };
         config.says.iter().map(source).collect()
     }
 
@@ -365,7 +366,8 @@ fn listed(config: Json) -> Result<Action> {
     let registry = fakes::registry().with(Listed);
     let config = registry.get("listed").unwrap().resolve(&config, Conventions::Sound).unwrap();
     let operator = Operator { kind: "listed".into(), config, ports: contract::Ports::new(), places: BTreeMap::new() };
-    let mut digest = |source: &Source| Ok(Digest::of(source.path.as_os_str().as_encoded_bytes()));
+    let mut digest =
+        |source: &Source| Ok(SourcePart::Content { content: Digest::of(source.at.to_string().as_bytes()) });
     action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest)
 }
 

@@ -93,7 +93,7 @@ impl Bench {
         let config = kind.resolve(&json!({"path": self.source()}), Conventions::Sound).unwrap();
         let ports = kind.ports(&config);
         let operator = Operator { kind: "read-rows".into(), config, ports, places: BTreeMap::new() };
-        let mut digest = |source: &contract::Source| Ok(self.store.digest_path(&source.path)?);
+        let mut digest = |source: &contract::Source| crate::plan::content::of(source, &self.store);
         key::action(&Subgraph::Operator(operator), &BTreeMap::new(), &registry, &mut digest).unwrap()
     }
 
@@ -216,7 +216,7 @@ fn what_was_told_to_stop_before_it_began_never_begins() {
 fn a_source_that_changed_is_named() {
     let bench = Bench::new(|job, _, _| {
         let [(source, _)] = job.sources.as_slice() else { panic!("one source is in the key") };
-        Ending::Told(Outcome::Changed { source: source.path.clone() })
+        Ending::Told(Outcome::Changed { source: source.at.local().unwrap().to_owned() })
     });
     let (_, Ended::Changed { source }) = bench.attempt(|_| {}) else { panic!("the file has changed") };
     assert_eq!(source, bench.source());

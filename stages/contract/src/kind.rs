@@ -11,6 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::Result;
 use crate::clock::Step;
+use crate::location::Location;
 use crate::outlook::Outlook;
 use crate::port::{PortType, Ports};
 use crate::value::{AnyValue, Inputs, Outputs};
@@ -69,42 +70,80 @@ impl ConfigError {
     }
 }
 
-/// A local file or folder whose content decides the result. Its digest takes the field's place in the key.
+/// A file or folder outside of the pipeline whose content decides the result. In the key stands what it holds: of a local one
+/// the digest, of one that is elsewhere the commit or the digest that names it.
 ///
-/// A running stage never meets the original. Before it starts, the runner makes a private copy of what the key says was
-/// there and puts the copy's path into the field. A file's copy has a name that says nothing, not even an ending: bytes
-/// alone decide how it is read. The files of a folder keep their names, which are part of its digest.
+/// A running stage never meets the original. Before it starts, the runner fetches what is elsewhere, makes a private copy of
+/// what the key says was there and puts the copy's path into the field. A file's copy has a name that says nothing, not even
+/// an ending: bytes alone decide how it is read. The files of a folder keep their names, which are part of its digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// Path of the field inside `with` that names it; an item of a list is called by its index.
     pub field: Vec<String>,
-    /// Where it is, relative to the folder that `pipeline` was started in.
-    pub path: PathBuf,
-    /// Which files of a folder are read, as names inside of it or endings such as `*.safetensors`; all where absent. Others
-    /// are in no key, and are not there for the running stage.
+    /// Where it is; a path begins in the folder that `pipeline` was started in.
+    pub at: Location,
+    /// Which files of a folder are read, as names inside of it or patterns with a `*`, such as `*.safetensors`; all where
+    /// absent. Others are in no key, and are not there for the running stage.
     pub only: Option<Vec<String>>,
+    /// Groups of patterns of which one is enough, the best first: of a folder that is elsewhere only the files of the first
+    /// group that it has are fetched. Weights are often there in several formats.
+    pub one_of: Vec<Vec<String>>,
 }
 
 impl Source {
-    /// What the field `field` of `with` names.
+    /// What the field `field` of `with` names, on this machine.
     pub fn new(field: &[&str], path: impl Into<PathBuf>) -> Self {
-        Source { field: field.iter().map(|part| (*part).to_owned()).collect(), path: path.into(), only: None }
+        Source::at(field, Location::Local(path.into()))
     }
 
-    /// Of a folder, only the files with these names or endings.
+    /// What the field `field` of `with` names, wherever it is.
+    pub fn at(field: &[&str], at: Location) -> Self {
+        let field = field.iter().map(|part| (*part).to_owned()).collect();
+        Source { field, at, only: None, one_of: Vec::new() }
+    }
+
+    /// Of a folder, only the files with these names or patterns.
     pub fn only(mut self, files: &[impl AsRef<str>]) -> Self {
-        self.only = Some(files.iter().map(|file| file.as_ref().to_owned()).collect());
+        self.only = Some(owned(files));
+        self
+    }
+
+    /// Of these groups of files one is enough.
+    pub fn one_of(mut self, groups: &[&[&str]]) -> Self {
+        self.one_of = groups.iter().map(|group| owned(group)).collect();
         self
     }
 
     /// Whether a file of the folder is read, by its path inside with `/`.
     pub fn takes(&self, name: &str) -> bool {
-        let fits = |pattern: &String| match pattern.strip_prefix('*') {
-            Some(ending) => name.ends_with(ending),
-            None => name == pattern,
-        };
-        self.only.as_ref().is_none_or(|patterns| patterns.iter().any(fits))
+        self.only.as_ref().is_none_or(|patterns| fits_any(patterns, name))
     }
+
+    /// Of a folder that is elsewhere, the files to fetch, of those that it has.
+    pub fn choose(&self, names: &[String]) -> Vec<String> {
+        let in_group = |group: &Vec<String>, name: &str| !name.contains('/') && fits_any(group, name);
+        let best = self.one_of.iter().find(|group| names.iter().any(|name| in_group(group, name)));
+        // Whatever has the ending of a group's files is one of theirs.
+        let ending = |text: &str| text.rsplit_once('.').map(|(_, ending)| ending.to_owned());
+        let endings: Vec<_> =
+            self.one_of.iter().flatten().filter(|name| !name.ends_with(".json")).map(|name| ending(name)).collect();
+        let is_wanted = |name: &&String| {
+            let is_weights = self.one_of.iter().any(|group| fits_any(group, name)) || endings.contains(&ending(name));
+            self.takes(name) && (!is_weights || best.is_some_and(|group| in_group(group, name)))
+        };
+        names.iter().filter(is_wanted).cloned().collect()
+    }
+}
+
+fn owned(texts: &[impl AsRef<str>]) -> Vec<String> {
+    texts.iter().map(|text| text.as_ref().to_owned()).collect()
+}
+
+fn fits_any(patterns: &[String], name: &str) -> bool {
+    patterns.iter().any(|pattern| match pattern.split_once('*') {
+        Some((start, end)) => name.len() >= start.len() + end.len() && name.starts_with(start) && name.ends_with(end),
+        None => name == pattern,
+    })
 }
 
 /// How a training kind is used outside of a `loop:`, where it is short for a loop with this one stage.
@@ -205,7 +244,7 @@ pub trait Kind: Send + Sync {
     fn resolve(&self, config: &Json, conventions: Conventions) -> Result<Json, Vec<ConfigError>>;
     /// Ports under a resolved configuration.
     fn ports(&self, config: &Json) -> Ports;
-    /// Local files that a resolved configuration names.
+    /// Files outside of the pipeline that a resolved configuration names.
     fn sources(&self, config: &Json) -> Vec<Source>;
     /// Fields of a resolved configuration that change no result beyond rounding, such as how many rows fit in memory.
     fn outside_key(&self, config: &Json) -> Vec<&'static str>;
@@ -241,7 +280,7 @@ pub trait Stage: Send + Sync + 'static {
     /// Ports. Only sources may let the configuration decide them.
     fn ports(&self, config: &Self::Config) -> Ports;
 
-    /// Local files that the configuration names.
+    /// Files outside of the pipeline that the configuration names.
     fn sources(&self, _config: &Self::Config) -> Vec<Source> {
         Vec::new()
     }
@@ -367,5 +406,49 @@ impl Registry {
     /// Reads a value back.
     pub fn load(&self, port_type: PortType, folder: &Path, env: &Env) -> Result<AnyValue> {
         (self.load)(port_type, folder, env)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_weights_in_several_formats_the_best_one_is_fetched() {
+        let groups: [&[&str]; 3] =
+            [&["model.safetensors"], &["model.safetensors.index.json", "model-*.safetensors"], &["*.gguf"]];
+        let source = Source::new(&["model"], "x").only(&[
+            "config.json",
+            "*.safetensors",
+            "model.safetensors.index.json",
+            "*.gguf",
+        ]);
+        let source = source.one_of(&groups);
+        let chosen = |names: &[&str]| source.choose(&owned(names)).join(" ");
+        let all = [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "adapter.safetensors",
+            "onnx/model.safetensors",
+            "a.gguf",
+        ];
+        assert_eq!(chosen(&all), "config.json model.safetensors");
+        let index = ["model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "a.gguf"];
+        assert_eq!(chosen(&index), index[..3].join(" "));
+        assert_eq!(chosen(&["config.json", "a.gguf", "x.safetensors"]), "config.json a.gguf");
+        assert_eq!(Source::new(&["source"], "x").choose(&owned(&all)).len(), all.len());
+    }
+
+    #[test]
+    fn a_pattern_has_one_star_anywhere() {
+        let source = Source::new(&["source"], "x").only(&["train-*.parquet", "*.bin", "a"]);
+        let taken = ["train-1.parquet", "x.bin", "a", "train-.parquet"];
+        assert!(taken.iter().all(|name| source.takes(name)));
+        assert!(
+            ["train.parquet", "bin", "b", "train-1.parquet.gz", "xtrain-1.parquet"]
+                .iter()
+                .all(|name| !source.takes(name))
+        );
     }
 }

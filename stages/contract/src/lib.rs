@@ -13,6 +13,7 @@ pub mod facts;
 pub mod files;
 pub mod kind;
 pub mod limits;
+pub mod location;
 pub mod outlook;
 pub mod port;
 pub mod random;
@@ -26,6 +27,7 @@ pub use facts::{Bounds, Facts, Longest, Vocabulary};
 pub use kind::{
     About, Alone, Check, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage,
 };
+pub use location::{FileDigest, HubPath, Location, WebFile};
 pub use outlook::{Cause, Finding, Learner, Machine, Outlook};
 pub use port::{Port, PortType, Ports};
 pub use scoring::Scoring;
