@@ -16,6 +16,7 @@ const SHIPPED: &[(&str, &str)] = &[
     ("methods/minillm.yaml", include_str!("../pipelines/methods/minillm.yaml")),
     ("methods/seqkd.yaml", include_str!("../pipelines/methods/seqkd.yaml")),
     ("promptkd.yaml", include_str!("../pipelines/promptkd.yaml")),
+    ("response-priming.yaml", include_str!("../pipelines/response-priming.yaml")),
     ("smollm2.yaml", include_str!("../pipelines/smollm2.yaml")),
 ];
 

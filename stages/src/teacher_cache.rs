@@ -28,7 +28,7 @@ use lm::{Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, Teache
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, View};
 use crate::finite::{Behind, explain};
 use crate::foresight;
 
@@ -106,6 +106,7 @@ impl Stage for TeacherCaching {
         Ports::new()
             .input("teacher", PortType::Model, "the teacher, frozen")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
+            .optional("view", PortType::Dataset, "rows of the same ids whose prompts the teacher reads instead")
             .input("data", PortType::Dataset, "the text, given or written once")
             .output("cache", PortType::TeacherCache, "what the teacher says of every response token")
     }
@@ -118,7 +119,7 @@ impl Stage for TeacherCaching {
         let data = outlook.input("data");
         let first = config.rows.unwrap_or(u64::MAX);
         outlook.holds("teacher");
-        outlook.same_vocabulary(&["data", "teacher"]);
+        outlook.same_vocabulary(&["data", "view", "teacher"]);
         outlook.same_end("data", "teacher");
         outlook.same_width("teacher", "prompt");
         let rows = outlook.rows("data");
@@ -152,6 +153,7 @@ impl Operator for Caching {
         let Config { keep, storage, temperature, rows, batch, dtype } = self.config;
         let teacher = inputs.take::<LanguageModel>("teacher")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
+        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
         let data = inputs.take::<Dataset>("data")?;
         let rows: Vec<&Row> = (data.rows.iter())
             .take(rows.map_or(usize::MAX, |rows| rows as usize))
@@ -169,7 +171,8 @@ impl Operator for Caching {
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {
             let text = Aligned::of(rows.iter().copied());
-            let hidden = text.hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C]
+            let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
+            let hidden = seen.as_ref().unwrap_or(&text).hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C]
             let said = match keep {
                 Keep::Hidden => Ok(Said::Hidden(hidden)),
                 Keep::TopK(k) => TopK::of(&hidden, &head, k, temperature).map(Said::TopK),

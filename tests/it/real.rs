@@ -66,7 +66,7 @@ fn every_shipped_pipeline_is_right_in_every_profile_and_ablation() {
     let project = project("");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
     let mut checked = 0;
-    for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+    for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
         let (file, text) = (path.display(), fs::read_to_string(&path).unwrap());
         let profiles = names_in("profiles", &text).into_iter().map(|name| format!("--all --profile {name}"));
         let ablations = names_in("ablations", &text).into_iter().map(|name| format!("--ablation {name}"));
@@ -587,6 +587,44 @@ fn other_methods_are_edits_of_the_graph_and_cut_anywhere_they_have_the_same_bits
         });
         assert_eq!(at_once, unrolled, "{variant}");
     }
+}
+
+/// What [`TINY`] gains by this: the teacher is told how to answer, and writes what the student learns, which is not told.
+const PRIMED: &str = "
+variants:
+  primed:
+    remove: [prompt0, train, release]
+    stages:
+      told: {kind: tokenize, in: {corpus: corpus, tokenizer: tokenizer}, with: {template: task, max_length: 220, max_prompt_length: 200, prime: {before: 'As a teacher: '}}}
+      taught: {kind: teacher-generate, in: {teacher: teacher, data: data.train, view: told.train}, with: {rows: 24, max_new_tokens: 8}}
+      learnt: {kind: distill, in: {student: student0, teacher: teacher, view: told.train, data: taught}, with: {divergence: reverse-kl, take: 8, epochs: 1, learning_rate: 5e-3}}
+    rebind: {score.in.model: learnt, score.in.view: told.test}
+  cached:
+    extends: [primed]
+    remove: [learnt.in.teacher, learnt.in.view]
+    stages: {said: {kind: teacher-cache, in: {teacher: teacher, view: told.train, data: taught}}}
+    rebind: {learnt.in.cache: said}
+  blind:
+    extends: [primed]
+    remove: [taught.in.view, learnt.in.view]
+";
+
+#[test]
+fn a_primed_teacher_is_heard_by_a_student_that_is_not_told() {
+    let project = project(&format!("{TINY}{PRIMED}"));
+    project.run("run FILE --variant primed,cached,blind").expect(0, &["reverse KL"]);
+    let digest = |variant: &str, stage: &str, port: &str| {
+        let shown = project.run(&format!("show FILE {stage} --variant {variant} --json")).expect(0, &[]);
+        let shown: Json = serde_json::from_str(&shown.stdout).unwrap();
+        shown["stages"][stage]["outputs"][port]["digest"].as_str().unwrap().to_owned()
+    };
+    // From hidden states that were kept it learns the same bits; from a teacher that is not told, something else.
+    assert_eq!(digest("primed", "learnt", "model"), digest("cached", "learnt", "model"));
+    assert_ne!(digest("primed", "taught", "data"), digest("blind", "taught", "data"));
+    assert_ne!(digest("primed", "learnt", "model"), digest("blind", "learnt", "model"));
+    project
+        .run("run FILE --variant primed --set told.max_prompt_length=80")
+        .expect(1, &["`view` has no prompt for row ", "`max_prompt_length`"]);
 }
 
 // ---- a disk that takes no more
