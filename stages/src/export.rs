@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use contract::{
-    About, AnyValue, Cause, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports, Sink,
-    Stage, Step, TokenizerFile,
+    About, AnyValue, Cause, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports,
+    Sink, Stage, Step, TokenizerFile,
 };
 use lm::{Format, ModelFolder, families_in_llama_cpp, is_in_llama_cpp};
 use schemars::JsonSchema;
@@ -64,8 +64,15 @@ impl Config {
 
 /// A number of bytes as people write it: `2GB` is 2,000,000,000, and `2GiB` is 2,147,483,648.
 fn bytes(text: &str) -> Option<u64> {
-    const UNITS: [(&str, u64); 7] =
-        [("KIB", 1 << 10), ("MIB", 1 << 20), ("GIB", 1 << 30), ("KB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("B", 1)];
+    const UNITS: [(&str, u64); 7] = [
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("B", 1),
+    ];
     let text = text.trim().to_uppercase();
     let (number, unit) = UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)))?;
     let number: u64 = number.trim_end().parse().ok()?;
@@ -139,9 +146,13 @@ impl Stage for Export {
         let Config { dtype, shard, tensor_parallel, gguf } = config;
         let mut errors = Vec::new();
         if let Some(text) = shard.as_deref().filter(|text| bytes(text).is_none()) {
-            errors.push(ConfigError::at("shard", format!("`{text}` is no number of bytes")).hint("write it as `2GB` or `500MiB`"));
+            errors.push(
+                ConfigError::at("shard", format!("`{text}` is no number of bytes"))
+                    .hint("write it as `2GB` or `500MiB`"),
+            );
         }
-        let with_gguf = [("dtype", dtype.is_some()), ("shard", shard.is_some()), ("tensor_parallel", tensor_parallel.is_some())];
+        let with_gguf =
+            [("dtype", dtype.is_some()), ("shard", shard.is_some()), ("tensor_parallel", tensor_parallel.is_some())];
         for (field, _) in with_gguf.iter().filter(|(_, given)| *given && gguf.is_some()) {
             errors.push(ConfigError::at(field, "a GGUF file has no use for it").hint("leave it out, or `gguf`"));
         }
@@ -162,6 +173,13 @@ impl Stage for Export {
                 format!("llama.cpp computes no model of type `{family}`"),
                 format!("it computes {}: leave `gguf` out for others", families_in_llama_cpp()),
             );
+        }
+        if config.gguf.is_some()
+            && let Some(tokenizer) = outlook.input("model").vocabulary.and_then(|vocabulary| vocabulary.file)
+            && let Err(error) = tokenizer_metadata(&tokenizer, 0, &[])
+        {
+            let causes = [Cause::Field("gguf".into()), Cause::Input("model".into(), "model".into())];
+            outlook.error(causes, format!("{error:#}"), "leave `gguf` out for a model with this tokenizer");
         }
     }
 
@@ -227,7 +245,8 @@ fn write_dataset(dataset: &Dataset, name: &str, folder: &Path) -> Result<()> {
 /// Rewrites the weights of a model folder as they are asked for, and says so in its configuration.
 fn convert_model(folder: &Path, config: &Config) -> Result<()> {
     let mut model = ModelFolder::open(folder)?;
-    let is_asked_for = config.dtype.is_some() || config.shard.is_some() || config.tensor_parallel.is_some() || config.gguf.is_some();
+    let is_asked_for =
+        config.dtype.is_some() || config.shard.is_some() || config.tensor_parallel.is_some() || config.gguf.is_some();
     if !is_asked_for && model.is_plain() {
         return Ok(());
     }
@@ -312,7 +331,8 @@ mod tests {
 
     fn model(family: &str) -> LanguageModel {
         let (kv_heads, tied) = (["llama", "mistral", "qwen2", "qwen3"].contains(&family).then_some(4), family != "opt");
-        let architecture = json!({"architecture": family, "layers": 2, "width": 64, "heads": 4, "kv_heads": kv_heads, "tied": tied});
+        let architecture =
+            json!({"architecture": family, "layers": 2, "width": 64, "heads": 4, "kv_heads": kv_heads, "tied": tied});
         let mut architecture = architecture;
         if kv_heads.is_none() {
             architecture.as_object_mut().unwrap().remove("kv_heads");
@@ -354,8 +374,12 @@ mod tests {
                 .filter(|name| name.ends_with(".safetensors"))
                 .collect();
             let count = names.len();
-            assert!(count > 2 && names.contains(&format!("model-00001-of-{count:05}.safetensors")), "{family}: {names:?}");
-            let index: Json = serde_json::from_slice(&fs::read(sharded.join("model.safetensors.index.json")).unwrap()).unwrap();
+            assert!(
+                count > 2 && names.contains(&format!("model-00001-of-{count:05}.safetensors")),
+                "{family}: {names:?}"
+            );
+            let index: Json =
+                serde_json::from_slice(&fs::read(sharded.join("model.safetensors.index.json")).unwrap()).unwrap();
             let numbers = model.config.parameter_count();
             assert_eq!(index["metadata"], json!({"total_parameters": numbers, "total_size": 4 * numbers}));
             assert!(logits(&opened(&sharded)) == expected, "{family}");
@@ -392,7 +416,10 @@ mod tests {
                 value = input(PortType::Model, &parts);
             }
             let error = format!("{:#}", export(&scratch, model, json!({"tensor_parallel": 8})).err().unwrap());
-            assert!(error.contains("which 8 ranks do not share evenly") && error.contains("4 heads"), "{family}: {error}");
+            assert!(
+                error.contains("which 8 ranks do not share evenly") && error.contains("4 heads"),
+                "{family}: {error}"
+            );
         }
     }
 
@@ -405,7 +432,9 @@ mod tests {
         let second = fs::read(path(1)).unwrap();
         fs::remove_file(path(1)).unwrap();
         assert!(error().contains("has no `mp2/pytorch_model_1.bin`: get the parts of all 2 ranks"));
-        let other = export(&scratch, Arc::new(self::model("llama").cut_to(&[1]).unwrap()), json!({"tensor_parallel": 2})).unwrap();
+        let other =
+            export(&scratch, Arc::new(self::model("llama").cut_to(&[1]).unwrap()), json!({"tensor_parallel": 2}))
+                .unwrap();
         fs::copy(other.join("mp2/pytorch_model_1.bin"), path(1)).unwrap();
         assert!(error().contains("is missing in") && error().contains("pytorch_model_1.bin"), "{}", error());
         fs::write(path(1), &second).unwrap();
@@ -421,7 +450,10 @@ mod tests {
         let error = format!("{:#}", ModelFolder::open(&parts).unwrap().check_values().unwrap_err());
         assert!(error.contains("is not that of the first rank"), "{error}");
         let error = format!("{:#}", export(&scratch, model, json!({"tensor_parallel": 3})).err().unwrap());
-        assert!(error.contains("tensor `model.layers.0.self_attn.q_proj.weight` has 4 heads, which 3 ranks"), "{error}");
+        assert!(
+            error.contains("tensor `model.layers.0.self_attn.q_proj.weight` has 4 heads, which 3 ranks"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -437,8 +469,9 @@ mod tests {
                 let gap = logits(&read).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(gap <= precision * largest, "{family}, {format}: {gap} of {largest}");
                 let tokenizer = crate::gguf::open_any_tokenizer(&folder, None).unwrap().tokenizer;
-                let [one, other] = [&tokenizer, &model.tokenizer]
-                    .map(|tokenizer| Text::new(tokenizer, SpecialTokens::Text).unwrap().encode("hello world, hell").unwrap());
+                let [one, other] = [&tokenizer, &model.tokenizer].map(|tokenizer| {
+                    Text::new(tokenizer, SpecialTokens::Text).unwrap().encode("hello world, hell").unwrap()
+                });
                 assert_eq!((one, tokenizer.end), (other, model.tokenizer.end), "{family}");
             }
         }
@@ -452,7 +485,8 @@ mod tests {
             let scratch = Scratch::new();
             let open = |path: &Path| crate::gguf::open_any_tokenizer(path, None).unwrap().tokenizer;
             let tokenizer = open(&folder.join(format!("{name}.gguf")));
-            let architecture = serde_json::from_value(json!({"architecture": "llama", "layers": 1, "width": 32})).unwrap();
+            let architecture =
+                serde_json::from_value(json!({"architecture": "llama", "layers": 1, "width": 32})).unwrap();
             let model = LanguageModel::init(&architecture, tokenizer.clone(), 1, &Device::Cpu).unwrap();
             let exported = export(&scratch, Arc::new(model), json!({"gguf": "f16"})).unwrap();
             let again = open(&exported);
@@ -492,8 +526,18 @@ mod tests {
             assert!(error.contains(expected), "{expected}: {error}");
         }
         let prefixed = TokenizerFile { prefix: vec![5, 6], ..plain };
-        assert!(tokenizer_metadata(&prefixed, 300, &[0]).unwrap_err().to_string().contains("puts the ids [5, 6] before a text"));
-        assert!(tokenizer_metadata(&TokenizerFile::new("", 0, 9), 9, &[0]).unwrap_err().to_string().contains("no tokenizer"));
+        assert!(
+            tokenizer_metadata(&prefixed, 300, &[0])
+                .unwrap_err()
+                .to_string()
+                .contains("puts the ids [5, 6] before a text")
+        );
+        assert!(
+            tokenizer_metadata(&TokenizerFile::new("", 0, 9), 9, &[0])
+                .unwrap_err()
+                .to_string()
+                .contains("no tokenizer")
+        );
     }
 
     #[test]
@@ -510,15 +554,46 @@ mod tests {
     }
 
     #[test]
+    fn what_is_quantised_leaves_as_it_is_or_as_f32() {
+        let scratch = Scratch::new();
+        let small = Arc::new(model("llama").quantised(Format::Q4_0).unwrap());
+        let expected = logits(&small);
+        let gguf = export(&scratch, small.clone(), json!({"gguf": "q4_0"})).unwrap();
+        assert!(logits(&opened(&gguf)) == expected);
+        let plain = export(&scratch, small, json!({})).unwrap();
+        assert!(opened(&plain).parameters().len() == opened(&plain).config.parameter_shapes().len());
+        assert!(logits(&opened(&plain)) == expected);
+        // A file of llama.cpp comes in and goes out in the terms of Hugging Face.
+        let scratch = Scratch::new();
+        let back = export(&scratch, input(PortType::Model, &with_tokenizer(&gguf)), json!({"dtype": "f32"})).unwrap();
+        assert!(back.join("config.json").is_file() && !back.join("model.gguf").exists());
+        assert!(logits(&opened(&back)) == expected);
+    }
+
+    /// The folder as `download` leaves it.
+    fn with_tokenizer(gguf: &Path) -> PathBuf {
+        let whole = make(&gguf.with_file_name("whole")).unwrap();
+        ModelFolder::open(gguf).unwrap().copy(&whole).unwrap();
+        crate::gguf::open_any_tokenizer(gguf, None).unwrap().tokenizer.save(&whole).unwrap();
+        whole
+    }
+
+    #[test]
     fn options_that_do_not_go_together_are_errors() {
         let errors = |with: Json| {
             let errors = Export.validate(&serde_json::from_value(with).unwrap());
             errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(errors(json!({"shard": "2 things"})), "shard");
-        assert_eq!(errors(json!({"gguf": "q4_0", "dtype": "f16", "shard": "2GB", "tensor_parallel": 2})), "dtype shard tensor_parallel");
+        assert_eq!(
+            errors(json!({"gguf": "q4_0", "dtype": "f16", "shard": "2GB", "tensor_parallel": 2})),
+            "dtype shard tensor_parallel"
+        );
         assert_eq!(errors(json!({"shard": "2GB", "tensor_parallel": 2})), "shard");
-        assert_eq!((bytes("2GB"), bytes("5 MiB"), bytes("7b"), bytes("0KB")), (Some(2_000_000_000), Some(5 << 20), Some(7), None));
+        assert_eq!(
+            (bytes("2GB"), bytes("5 MiB"), bytes("7b"), bytes("0KB")),
+            (Some(2_000_000_000), Some(5 << 20), Some(7), None)
+        );
     }
 
     #[test]
@@ -533,7 +608,11 @@ mod tests {
         fs::write(&path, bytes).unwrap();
         let export = |with| export(&scratch, input(PortType::Model, &saved), with);
         let error = format!("{:#}", export(json!({"dtype": "f16"})).err().unwrap());
-        assert!(error.contains("tensor `model.") && error.contains("cannot be written in F16, which holds numbers up to 65504"), "{error}");
+        assert!(
+            error.contains("tensor `model.")
+                && error.contains("cannot be written in F16, which holds numbers up to 65504"),
+            "{error}"
+        );
         export(json!({"dtype": "bf16"})).unwrap();
     }
 

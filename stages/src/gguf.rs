@@ -215,7 +215,11 @@ pub fn tokenizer_metadata(tokenizer: &TokenizerFile, rows: usize, ends: &[u32]) 
     let mut metadata = Vec::new();
     let mut push = |name: &str, value: GgufValue| metadata.push((key(name), value));
     let is_byte_level = json["pre_tokenizer"].to_string().contains("\"ByteLevel\"");
-    ensure!(json["model"]["type"] == "BPE", "llama.cpp is given tokenizers of type BPE here, and this is of type {}", json["model"]["type"]);
+    ensure!(
+        json["model"]["type"] == "BPE",
+        "llama.cpp is given tokenizers of type BPE here, and this is of type {}",
+        json["model"]["type"]
+    );
     if is_byte_level {
         let merges = merges(&json)?.into_iter().map(|(left, right)| format!("{left} {right}")).collect();
         push("model", GgufValue::Text("gpt2".into()));
@@ -292,7 +296,10 @@ fn rule_for_words(json: &Json) -> Result<&'static str> {
             }
             Some("Digits") if piece["individual_digits"] == true => patterns.push(r"\p{N}"),
             Some("ByteLevel") => {
-                ensure!(piece["add_prefix_space"] != true, "the tokenizer puts a space before a text, and llama.cpp does not");
+                ensure!(
+                    piece["add_prefix_space"] != true,
+                    "the tokenizer puts a space before a text, and llama.cpp does not"
+                );
                 // What is not said is yes.
                 if piece["use_regex"] != false {
                     patterns.push(GPT2);

@@ -122,7 +122,9 @@ impl Operator for Quantizing {
         let small = model.quantised(format)?;
         let (others, all) = small.matrices_not_in(format);
         if others > 0 {
-            sink.note(&format!("{others} of {all} matrices are in a larger format: rows are no multiples of the blocks of {format}"));
+            sink.note(&format!(
+                "{others} of {all} matrices are in a larger format: rows are no multiples of the blocks of {format}"
+            ));
         }
         let mut metrics = Metrics::default();
         metrics.0.insert("bits_per_weight".into(), json!(small.bits_per_weight()));
@@ -132,7 +134,10 @@ impl Operator for Quantizing {
                 .take(rows.map_or(usize::MAX, |rows| rows as usize))
                 .filter(|row| Aligned::tokens_of(row) > 0)
                 .collect();
-            ensure!(!rows.is_empty(), "`data` has no response to measure anything on: leave it out, or choose another split");
+            ensure!(
+                !rows.is_empty(),
+                "`data` has no response to measure anything on: leave it out, or choose another split"
+            );
             let [before, now, distance] = measure(&model, &small, &rows, batch as usize, sink)?;
             metrics.0.insert("loss_before".into(), json!(before));
             metrics.0.insert("loss".into(), json!(now));
@@ -195,7 +200,8 @@ mod tests {
     use crate::testing::{Scratch, output, row};
 
     fn model(family: &str, width: usize) -> Arc<LanguageModel> {
-        let architecture = json!({"architecture": family, "layers": 2, "width": width, "inner": 2 * width, "positions": 32});
+        let architecture =
+            json!({"architecture": family, "layers": 2, "width": width, "inner": 2 * width, "positions": 32});
         let architecture: Architecture = serde_json::from_value(architecture).unwrap();
         let tokenizer = crate::train_tokenizer::from_merges(&["h e", "l l"]);
         Arc::new(LanguageModel::init(&architecture, tokenizer, 3, &Device::Cpu).unwrap())
@@ -223,13 +229,18 @@ mod tests {
         for family in ["llama", "gpt2", "opt", "gpt_neox", "qwen3"] {
             let model = model(family, 256);
             let mut last = (0.0, 0.0);
-            for (format, bits) in [("bf16", 16.0), ("q8_0", 8.5), ("q6_k", 6.5625), ("q5_0", 5.5), ("q4_0", 4.5), ("q2_k", 2.625)] {
+            for (format, bits) in
+                [("bf16", 16.0), ("q8_0", 8.5), ("q6_k", 6.5625), ("q5_0", 5.5), ("q4_0", 4.5), ("q2_k", 2.625)]
+            {
                 let (small, metrics, notes) = run(&model, json!({"format": format}));
                 let number = |name: &str| metrics.number(name).unwrap();
                 assert!(notes.is_empty(), "{family}, {format}: {notes:?}");
                 // Norms and tables of positions have 32 bits.
                 assert!((bits..bits + 2.0).contains(&number("bits_per_weight")), "{family}, {format}: {metrics:?}");
-                assert!(number("weight_error") > last.0 && number("forward_kl") > last.1, "{family}, {format}: {metrics:?}");
+                assert!(
+                    number("weight_error") > last.0 && number("forward_kl") > last.1,
+                    "{family}, {format}: {metrics:?}"
+                );
                 assert!((number("loss") - number("loss_before")).abs() < 0.5, "{family}, {format}: {metrics:?}");
                 last = (number("weight_error"), number("forward_kl"));
                 // Saved and loaded, it says the same to the bit, and is saved to the same bytes.
@@ -238,7 +249,8 @@ mod tests {
                 let again = LanguageModel::load(folders[0].path(), &Device::Cpu).unwrap();
                 assert!(hidden(&again) == hidden(&small), "{family}, {format}");
                 again.save(folders[1].path()).unwrap();
-                let bytes = folders.each_ref().map(|folder| std::fs::read(folder.path().join("model.safetensors")).unwrap());
+                let bytes =
+                    folders.each_ref().map(|folder| std::fs::read(folder.path().join("model.safetensors")).unwrap());
                 assert!(bytes[0] == bytes[1], "{family}, {format}");
             }
             assert!(last.0 > 0.05 && last.0 < 0.5, "{family}: {last:?}");

@@ -151,7 +151,8 @@ impl LanguageModel {
                 return Ok(weight.clone());
             }
             let values = weight.master()?.to_device(&Device::Cpu)?.to_dtype(candle_core::DType::F32)?;
-            let bytes = encode(format, &values.flatten_all()?.to_vec1()?).with_context(|| format!("tensor `{name}`"))?;
+            let bytes =
+                encode(format, &values.flatten_all()?.to_vec1()?).with_context(|| format!("tensor `{name}`"))?;
             let matrix = Encoded::new(format, rows, columns, Bytes::Owned(Arc::new(bytes)))?;
             Ok(Weight::encoded_on(matrix, &self.device))
         };

@@ -492,7 +492,11 @@ fn ranks(folder: &Path) -> Result<Option<Vec<String>>> {
             bail!("`{}` holds a model for several numbers of ranks, `{one}` and `{other}`: keep one", folder.display())
         }
     };
-    ensure!((1..=RANKS).contains(&count), "`{name}` in `{}` is for {count} ranks: at most {RANKS} are read", folder.display());
+    ensure!(
+        (1..=RANKS).contains(&count),
+        "`{name}` in `{}` is for {count} ranks: at most {RANKS} are read",
+        folder.display()
+    );
     let files: Vec<String> = (0..count).map(|rank| format!("{name}/pytorch_model_{rank}.bin")).collect();
     if let Some(missing) = files.iter().find(|file| !folder.join(file).exists()) {
         bail!("`{}` has no `{missing}`: get the parts of all {count} ranks", folder.display());

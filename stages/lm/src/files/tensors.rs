@@ -79,9 +79,9 @@ pub(crate) fn write_parameters<'a>(
             }
         });
     }
-    let views = stored.iter().map(|(name, dtype, shape, bytes)| {
-        Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?))
-    });
+    let views = stored
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?)));
     let views = views.collect::<Result<Vec<_>>>()?;
     // One pair only: the order of a hash map must not reach the bytes.
     let (key, value) = metadata.unwrap_or(("format".to_owned(), "pt".to_owned()));
@@ -130,7 +130,13 @@ pub(crate) fn write_one_by_one(
     file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).map_err(failed)?;
     for (index, entry) in entries.iter().enumerate() {
         let bytes = bytes(index)?;
-        ensure!(bytes.len() == entry.bytes(), "tensor `{}` has {} bytes, expected {}", entry.name, bytes.len(), entry.bytes());
+        ensure!(
+            bytes.len() == entry.bytes(),
+            "tensor `{}` has {} bytes, expected {}",
+            entry.name,
+            bytes.len(),
+            entry.bytes()
+        );
         file.write_all(&bytes).map_err(failed)?;
     }
     file.flush().map_err(failed)
@@ -545,7 +551,7 @@ mod tests {
     #[test]
     fn headers_that_lie_are_refused() {
         let error = |bytes: &[u8]| {
-            let error = open(bytes).and_then(|file| file.tensors().map(drop)).err().expect("an error");
+            let error = open(bytes).and_then(|file| file.tensors().map(drop)).unwrap_err();
             format!("{error:#}")
         };
         let entry = |shape: &str, dtype: &str, places: &str| {
@@ -553,8 +559,14 @@ mod tests {
             file(&format!(r#"{{"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{places}}}}}"#), &[0; 36])
         };
         let cases = [
-            (include_bytes!("../../../../tests/fixtures/checkpoint/hostile/header.safetensors").to_vec(), "its header is cut off"),
-            (include_bytes!("../../../../tests/fixtures/checkpoint/hostile/overlap.safetensors").to_vec(), "is not a whole"),
+            (
+                include_bytes!("../../../../tests/fixtures/checkpoint/hostile/header.safetensors").to_vec(),
+                "its header is cut off",
+            ),
+            (
+                include_bytes!("../../../../tests/fixtures/checkpoint/hostile/overlap.safetensors").to_vec(),
+                "is not a whole",
+            ),
             (entry("[9]", "F32", "[0,36]"), ""),
             (entry("[10]", "F32", "[0,36]"), "is not a whole"),
             (entry("[9]", "F32", "[4,40]"), "is not a whole"),

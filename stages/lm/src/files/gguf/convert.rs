@@ -133,7 +133,10 @@ impl Said<'_> {
         let epsilon = |key: &str| Ok::<_, anyhow::Error>(GgufValue::Float(self.number(key)?));
         match self.config {
             Config::Gpt2(config) => {
-                self.refuse(self.json["activation_function"] != "gelu_new", "its `activation_function` is not `gelu_new`")?;
+                self.refuse(
+                    self.json["activation_function"] != "gelu_new",
+                    "its `activation_function` is not `gelu_new`",
+                )?;
                 self.refuse(
                     config.scale_attn_by_inverse_layer_idx || !config.scale_attn_weights,
                     "its attention is scaled by layer, or not at all",

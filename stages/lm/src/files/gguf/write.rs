@@ -62,7 +62,8 @@ pub(super) fn header(version: u32, metadata: &[(String, GgufValue)], entries: &[
     }
     let mut offset = 0_u64;
     for entry in entries {
-        let bytes = entry.bytes().with_context(|| format!("tensor `{}` fills no blocks of {}", entry.name, entry.format))?;
+        let bytes =
+            entry.bytes().with_context(|| format!("tensor `{}` fills no blocks of {}", entry.name, entry.format))?;
         let number = FORMATS.iter().find(|(_, format)| *format == entry.format).map(|(number, _)| *number);
         text(&mut out, &entry.name);
         out.extend((entry.shape.len() as u32).to_le_bytes());

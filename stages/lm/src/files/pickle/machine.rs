@@ -349,7 +349,9 @@ impl Machine<'_> {
 
     fn size(&self, index: Index) -> Result<u64> {
         match &self.values[index as usize] {
-            Value::Integer(number) => u64::try_from(*number).ok().with_context(|| format!("a size of a tensor is {number}")),
+            Value::Integer(number) => {
+                u64::try_from(*number).ok().with_context(|| format!("a size of a tensor is {number}"))
+            }
             _ => bail!("a size of a tensor is no number"),
         }
     }

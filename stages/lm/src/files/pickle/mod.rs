@@ -19,8 +19,8 @@ use indexmap::IndexMap;
 use safetensors::Dtype;
 
 use self::machine::{Described, shown};
-use self::zip::Place;
 pub(crate) use self::write::{Saved, write};
+use self::zip::Place;
 
 /// An open file of tensors, whose values stay on disk until they are asked for.
 pub(crate) struct PickleFile {
@@ -91,8 +91,9 @@ impl PickleFile {
         let mut tensors = IndexMap::new();
         for (name, described) in machine::run(&bytes(pickle)?)? {
             let key = &described.storage.key;
-            let place = entry(&format!("data/{key}"))
-                .with_context(|| format!("tensor `{}` lies in storage `{}`, which is not there", shown(&name), shown(key)))?;
+            let place = entry(&format!("data/{key}")).with_context(|| {
+                format!("tensor `{}` lies in storage `{}`, which is not there", shown(&name), shown(key))
+            })?;
             let tensor = PickleTensor::of(&described, place).with_context(|| format!("tensor `{}`", shown(&name)))?;
             tensors.insert(name, tensor);
         }
@@ -149,11 +150,15 @@ impl PickleTensor {
         let count = shape.iter().try_fold(1_u64, |all, size| all.checked_mul(*size));
         // One that repeats numbers of its storage would make much of little.
         let count = count.filter(|count| *count <= storage.count);
-        let count = count.with_context(|| format!("it has sizes {shape:?}, more than its storage of {}", storage.count))?;
+        let count =
+            count.with_context(|| format!("it has sizes {shape:?}, more than its storage of {}", storage.count))?;
         let last = if count == 0 {
             Some(0)
         } else {
-            shape.iter().zip(strides).try_fold(1_u64, |end, (size, stride)| end.checked_add((size - 1).checked_mul(*stride)?))
+            shape
+                .iter()
+                .zip(strides)
+                .try_fold(1_u64, |end, (size, stride)| end.checked_add((size - 1).checked_mul(*stride)?))
         };
         let end = last.and_then(|last| last.checked_add(*offset)).filter(|end| *end <= storage.count);
         ensure!(

@@ -157,9 +157,15 @@ fn what_a_program_says_of_its_storage_is_held_against_it() {
         (said("FloatStorage", 8, 0, &[2, 4], &[1]), "2 sizes and 1 strides"),
         (said("FloatStorage", 8, 0, &[1; 9], &[1; 9]), "9 sizes: expected at most 8"),
         (said("ComplexFloatStorage", 8, 0, &[1], &[1]), "asks Python for `torch.ComplexFloatStorage`"),
-        (error(&archive(&program("FloatStorage", 8, 0, &[8], &[1]), &[("1", &floats(8))])), "lies in storage `0`, which is not there"),
+        (
+            error(&archive(&program("FloatStorage", 8, 0, &[8], &[1]), &[("1", &floats(8))])),
+            "lies in storage `0`, which is not there",
+        ),
         (error(&archive(b"]Nq\0.", &[])), "holds no dictionary of tensors"),
-        (error(&archive(&[b"}(".to_vec(), text("model"), b"}u.".to_vec()].concat(), &[])), "and has `model`: save the model's `state_dict()`"),
+        (
+            error(&archive(&[b"}(".to_vec(), text("model"), b"}u.".to_vec()].concat(), &[])),
+            "and has `model`: save the model's `state_dict()`",
+        ),
         (error(&archive(b"}", &[])), "its pickle is cut off"),
         (error(&archive(b"h\x05.", &[])), "recalls what it did not remember"),
         (error(&archive(b"R.", &[])), "takes what is not there"),
@@ -183,7 +189,10 @@ fn archives_that_lie_are_refused() {
     // The last entry is that of the storage.
     let cases = [
         (with(directory + 10, &8_u16.to_le_bytes()), "entry `model/data/0` is compressed, to 32 B of 32 B"),
-        (with(directory + 24, &1_000_000_u32.to_le_bytes()), "entry `model/data/0` is compressed, to 32 B of 976.6 KiB"),
+        (
+            with(directory + 24, &1_000_000_u32.to_le_bytes()),
+            "entry `model/data/0` is compressed, to 32 B of 976.6 KiB",
+        ),
         (with(directory + 8, &1_u16.to_le_bytes()), "entry `model/data/0` is encrypted"),
         (with(directory + 42, &0_u32.to_le_bytes()), "overlap"),
         (with(directory + 42, &7_u32.to_le_bytes()), "entry `model/data/0` is not where the directory says"),
@@ -193,7 +202,10 @@ fn archives_that_lie_are_refused() {
         (with(good.len() - 6, &0xfff0_0000_u32.to_le_bytes()), "its directory lies outside of it"),
         (error(b"PK\x03\x04 and nothing else that an archive has"), "its directory is missing"),
         (error(b"not a zip"), "`torch.save` of PyTorch 1.6 or later writes: get it again"),
-        (error(&[OLD_MAGIC, &[0; 90]].concat()), "of a version before 1.6: write it anew in Python, `torch.save(torch.load("),
+        (
+            error(&[OLD_MAGIC, &[0; 90]].concat()),
+            "of a version before 1.6: write it anew in Python, `torch.save(torch.load(",
+        ),
         (error(b""), "does not begin as what"),
     ];
     for (error, expected) in cases {
@@ -212,7 +224,9 @@ fn archives_that_lie_are_refused() {
     let end = bytes.len();
     bytes[end - 10..end - 6].copy_from_slice(&u32::MAX.to_le_bytes());
     open(&bytes).unwrap();
-    for (place, expected) in [(32, "has no room for 18446744073709551615 entries"), (40, "lies outside"), (48, "lies outside")] {
+    for (place, expected) in
+        [(32, "has no room for 18446744073709551615 entries"), (40, "lies outside"), (48, "lies outside")]
+    {
         let mut bytes = bytes.clone();
         bytes[large + place..large + place + 8].fill(0xff);
         assert!(error(&bytes).contains(expected), "{expected}: {}", error(&bytes));
@@ -224,7 +238,15 @@ fn names_that_repeat_cost_no_more_than_they_are_long() {
     // One long name for very many tensors would be copied for each.
     let tensor = &program("FloatStorage", 8, 0, &[8], &[1])[4 + text("w").len()..];
     let tensor = &tensor[..tensor.len() - 2];
-    let twice = [b"}(".to_vec(), text(&"w".repeat(1 << 16)), b"q\x01".to_vec(), tensor.to_vec(), b"h\x01".to_vec(), tensor.to_vec(), b"u.".to_vec()];
+    let twice = [
+        b"}(".to_vec(),
+        text(&"w".repeat(1 << 16)),
+        b"q\x01".to_vec(),
+        tensor.to_vec(),
+        b"h\x01".to_vec(),
+        tensor.to_vec(),
+        b"u.".to_vec(),
+    ];
     assert!(error(&archive(&twice.concat(), &[("0", &floats(8))])).contains("is there twice"));
     let long_key = String::from_utf8_lossy(&program("FloatStorage", 8, 0, &[8], &[1])).into_owned();
     assert!(long_key.contains("storage"));

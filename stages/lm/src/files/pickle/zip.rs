@@ -59,7 +59,12 @@ fn read(file: &File, from: u64, count: u64) -> Result<Vec<u8>> {
 pub(super) fn entries(file: &File, size: u64) -> Result<IndexMap<String, Place>> {
     let (count, start, end) = directory(file, size)?;
     let length = end.checked_sub(start).context("its directory ends before it begins")?;
-    ensure!(length <= DIRECTORY, "its directory has {}, and at most {} are read", in_words(length), in_words(DIRECTORY));
+    ensure!(
+        length <= DIRECTORY,
+        "its directory has {}, and at most {} are read",
+        in_words(length),
+        in_words(DIRECTORY)
+    );
     // The fixed part of an entry.
     ensure!(count <= length / 46, "its directory has no room for {count} entries");
     let bytes = read(file, start, length)?;
@@ -124,7 +129,8 @@ fn entry(file: &File, rest: &mut Record<'_>, directory: u64) -> Result<(String, 
     let lengths = [rest.number::<2>()?, rest.number::<2>()?, rest.number::<2>()?];
     rest.take(2 + 2 + 4)?;
     let mut from = rest.number::<4>()?;
-    let [name, extra, _] = [rest.take(lengths[0] as usize)?, rest.take(lengths[1] as usize)?, rest.take(lengths[2] as usize)?];
+    let [name, extra, _] =
+        [rest.take(lengths[0] as usize)?, rest.take(lengths[1] as usize)?, rest.take(lengths[2] as usize)?];
     let name = String::from_utf8(name.to_vec()).context("the name of an entry is not UTF-8")?;
     let mut extra = Record(extra);
     while extra.0.len() >= 4 {
@@ -212,7 +218,8 @@ impl<W: Write> Writer<W> {
         extra.extend(b"FB");
         extra.extend((filling as u16).to_le_bytes());
         extra.extend(std::iter::repeat_n(b'Z', filling as usize));
-        let local = [&LOCAL.to_le_bytes()[..], &common, &(extra.len() as u16).to_le_bytes(), name.as_bytes(), &extra].concat();
+        let local =
+            [&LOCAL.to_le_bytes()[..], &common, &(extra.len() as u16).to_le_bytes(), name.as_bytes(), &extra].concat();
         self.put(&local)?;
         self.put(bytes)?;
 
