@@ -97,8 +97,7 @@ impl Llama2cFile {
         let values = match tensor.group {
             None => self.floats(tensor.start, count)?,
             Some(group) => {
-                let mut numbers = vec![0; count];
-                self.file.read_exact_at(&mut numbers, tensor.start)?;
+                let numbers = self.bytes(tensor.start, count)?;
                 let scales = self.floats(tensor.start + count as u64, count / group)?;
                 let groups = numbers.chunks_exact(group).zip(scales);
                 groups.flat_map(|(group, scale)| group.iter().map(move |byte| f32::from(*byte as i8) * scale)).collect()
@@ -109,9 +108,17 @@ impl Llama2cFile {
         Ok(row_order(rows, heads).iter().flat_map(|row| &values[row * width..][..width]).copied().collect())
     }
 
-    fn floats(&self, start: u64, count: usize) -> Result<Vec<f32>> {
-        let mut bytes = vec![0; 4 * count];
+    /// A file of holes may be larger than all memory.
+    fn bytes(&self, start: u64, count: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(count).context("there is no memory for it")?;
+        bytes.resize(count, 0);
         self.file.read_exact_at(&mut bytes, start)?;
+        Ok(bytes)
+    }
+
+    fn floats(&self, start: u64, count: usize) -> Result<Vec<f32>> {
+        let bytes = self.bytes(start, 4 * count)?;
         let (words, _) = bytes.as_chunks::<4>();
         Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
     }

@@ -468,7 +468,8 @@ fn to_f32(dtype: Dtype, file: &mut impl Read, bytes: usize) -> Result<Vec<f32>> 
     fn words<const N: usize>(file: &mut impl Read, bytes: usize, parse: impl Fn([u8; N]) -> f32) -> Result<Vec<f32>> {
         /// Bytes read at a time, a multiple of every size of a number.
         const PIECE: usize = 1 << 20;
-        let mut values = Vec::with_capacity(bytes / N);
+        let mut values = Vec::new();
+        values.try_reserve_exact(bytes / N).context("there is no memory for it")?;
         let mut piece = vec![0; PIECE.min(bytes)];
         let mut left = bytes;
         while left > 0 {
