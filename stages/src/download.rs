@@ -122,8 +122,9 @@ pub struct Config {
     /// `train.jsonl` (the texts) beside where it is there. Needs `tokenizer`.
     #[serde(default)]
     pub bin: Option<Address>,
-    /// A Hugging Face model folder: `config.json`, weights (`model.safetensors`, `pytorch_model.bin`, or several files that an
-    /// index names) and a tokenizer; or a GGUF file. A path, `hub:OWNER/NAME[@REVISION][/PATH]`, or of a GGUF file
+    /// A model with its tokenizer: a Hugging Face folder of `config.json` and weights (`model.safetensors`,
+    /// `pytorch_model.bin`, several files that an index names, or the parts of tensor-parallel ranks in `mp4/`), a GGUF file, or
+    /// a folder with the `.bin` of llama2.c. A path, `hub:OWNER/NAME[@REVISION][/PATH]`, or of a GGUF file
     /// `{url: ..., sha256: ...}`.
     #[serde(default)]
     pub model: Option<Address>,
@@ -222,8 +223,9 @@ impl Stage for Download {
         About {
             name: "download",
             // 2: rows with a key twice, or two columns for the same thing, are refused. 3: a tokenizer is read from all its files
-            // and kept with them. 4: all values of a model are looked at.
-            version: 4,
+            // and kept with them. 4: all values of a model are looked at. 5: what PyTorch packed becomes one file in the order of
+            // the model.
+            version: 5,
             numerics: None,
             summary: "brings a corpus, a tokenizer, token files or a model into the pipeline",
             example: "corpus:\n  kind: download\n  with: {source: builtin:instruct, rows: 8000}\n",

@@ -174,6 +174,13 @@ impl Stage for Export {
                 format!("it computes {}: leave `gguf` out for others", families_in_llama_cpp()),
             );
         }
+        if config.gguf.is_some()
+            && let Some(tokenizer) = outlook.input("model").vocabulary.and_then(|vocabulary| vocabulary.file)
+            && let Err(error) = tokenizer_metadata(&tokenizer, 0, &[])
+        {
+            let causes = [Cause::Field("gguf".into()), Cause::Input("model".into(), "model".into())];
+            outlook.error(causes, format!("{error:#}"), "leave `gguf` out for a model with this tokenizer");
+        }
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
@@ -471,6 +478,69 @@ mod tests {
     }
 
     #[test]
+    fn tokenizers_of_every_make_survive_the_way_through_gguf() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf");
+        let texts: Json = serde_json::from_slice(&fs::read(folder.join("ids.json")).unwrap()).unwrap();
+        for name in ["smollm", "llama-bpe", "qwen2", "llama"] {
+            let scratch = Scratch::new();
+            let open = |path: &Path| crate::gguf::open_any_tokenizer(path, None).unwrap().tokenizer;
+            let tokenizer = open(&folder.join(format!("{name}.gguf")));
+            let architecture =
+                serde_json::from_value(json!({"architecture": "llama", "layers": 1, "width": 32})).unwrap();
+            let model = LanguageModel::init(&architecture, tokenizer.clone(), 1, &Device::Cpu).unwrap();
+            let exported = export(&scratch, Arc::new(model), json!({"gguf": "f16"})).unwrap();
+            let again = open(&exported);
+            let roles = |tokenizer: &TokenizerFile| {
+                let TokenizerFile { begin, end, pad, unk, size, .. } = *tokenizer;
+                (begin, end, pad, unk, size, tokenizer.prefix.clone(), tokenizer.suffix.clone())
+            };
+            assert_eq!(roles(&again), roles(&tokenizer), "{name}");
+            let text = Text::new(&again, SpecialTokens::Parse).unwrap();
+            for (sample, ids) in texts["texts"].as_array().unwrap().iter().zip(texts[name].as_array().unwrap()) {
+                assert_eq!(json!(text.encode(sample.as_str().unwrap()).unwrap()), *ids, "{name}: {sample}");
+            }
+            let template = |tokenizer: &TokenizerFile| crate::chat::template_in(tokenizer).unwrap();
+            assert_eq!(template(&again), template(&tokenizer), "{name}");
+        }
+    }
+
+    #[test]
+    fn tokenizers_that_llama_cpp_cannot_follow_are_refused() {
+        let plain = crate::train_tokenizer::from_merges(&["h e"]);
+        let with = |change: &dyn Fn(&mut Json)| {
+            let mut json: Json = serde_json::from_slice(&plain.json).unwrap();
+            change(&mut json);
+            let tokenizer = TokenizerFile { json: Arc::new(json.to_string().into_bytes()), ..plain.clone() };
+            format!("{:#}", tokenizer_metadata(&tokenizer, 300, &[0]).unwrap_err())
+        };
+        let split = json!({"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": false});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
+        let sequence = json!({"type": "Sequence", "pretokenizers": [split, bytes]});
+        for (error, expected) in [
+            (with(&|json| json["model"]["type"] = json!("Unigram")), "of type \"Unigram\""),
+            (with(&|json| json["pre_tokenizer"] = sequence.clone()), "no rule that divides text into words as"),
+            (with(&|json| json["pre_tokenizer"]["add_prefix_space"] = json!(true)), "puts a space before a text"),
+            (with(&|json| json["normalizer"] = json!({"type": "Lowercase"})), "changes text before it divides it"),
+            (with(&|json| json["pre_tokenizer"] = Json::Null), "neither one of bytes nor of SentencePiece's"),
+        ] {
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+        let prefixed = TokenizerFile { prefix: vec![5, 6], ..plain };
+        assert!(
+            tokenizer_metadata(&prefixed, 300, &[0])
+                .unwrap_err()
+                .to_string()
+                .contains("puts the ids [5, 6] before a text")
+        );
+        assert!(
+            tokenizer_metadata(&TokenizerFile::new("", 0, 9), 9, &[0])
+                .unwrap_err()
+                .to_string()
+                .contains("no tokenizer")
+        );
+    }
+
+    #[test]
     fn what_llama_cpp_does_not_compute_is_refused() {
         let scratch = Scratch::new();
         let error = export(&scratch, Arc::new(model("opt")), json!({"gguf": "f16"})).err().unwrap();
@@ -481,6 +551,31 @@ mod tests {
         let config: Config = serde_json::from_value(json!({"gguf": "q8_0"})).unwrap();
         Export.foresee(&config, &mut outlook);
         assert_eq!(outlook.findings[0].message, "llama.cpp computes no model of type `opt`");
+    }
+
+    #[test]
+    fn what_is_quantised_leaves_as_it_is_or_as_f32() {
+        let scratch = Scratch::new();
+        let small = Arc::new(model("llama").quantised(Format::Q4_0).unwrap());
+        let expected = logits(&small);
+        let gguf = export(&scratch, small.clone(), json!({"gguf": "q4_0"})).unwrap();
+        assert!(logits(&opened(&gguf)) == expected);
+        let plain = export(&scratch, small, json!({})).unwrap();
+        assert!(opened(&plain).parameters().len() == opened(&plain).config.parameter_shapes().len());
+        assert!(logits(&opened(&plain)) == expected);
+        // A file of llama.cpp comes in and goes out in the terms of Hugging Face.
+        let scratch = Scratch::new();
+        let back = export(&scratch, input(PortType::Model, &with_tokenizer(&gguf)), json!({"dtype": "f32"})).unwrap();
+        assert!(back.join("config.json").is_file() && !back.join("model.gguf").exists());
+        assert!(logits(&opened(&back)) == expected);
+    }
+
+    /// The folder as `download` leaves it.
+    fn with_tokenizer(gguf: &Path) -> PathBuf {
+        let whole = make(&gguf.with_file_name("whole")).unwrap();
+        ModelFolder::open(gguf).unwrap().copy(&whole).unwrap();
+        crate::gguf::open_any_tokenizer(gguf, None).unwrap().tokenizer.save(&whole).unwrap();
+        whole
     }
 
     #[test]

@@ -338,7 +338,7 @@ fn scores(json: &Json, tokens: &[String], sorts: &[Sort]) -> Result<Vec<f64>> {
     }
     let last = ranks.len() + pairs.len();
     let score = |(token, sort): (&String, &Sort)| match sort {
-        Sort::Normal => -(ranks.get(token).copied().unwrap_or(last) as f64),
+        Sort::Normal => 0.0 - ranks.get(token).copied().unwrap_or(last) as f64,
         _ => 0.0,
     };
     Ok(tokens.iter().zip(sorts).map(score).collect())
@@ -353,18 +353,20 @@ fn space_before(json: &Json) -> Result<bool> {
         _ if json.is_null() => Vec::new(),
         _ => vec![json.clone()],
     };
-    let mut before = false;
+    let (mut before, mut marks_spaces) = (false, false);
     let normalizers = parts(&json["normalizer"], "normalizers");
     for part in normalizers.into_iter().chain(parts(&json["pre_tokenizer"], "pretokenizers")) {
         match part["type"].as_str() {
             Some("Prepend") if part["prepend"] == "\u{2581}" => before = true,
-            Some("Replace") if part["pattern"]["String"] == " " && part["content"] == "\u{2581}" => {}
+            Some("Replace") if part["pattern"]["String"] == " " && part["content"] == "\u{2581}" => marks_spaces = true,
             Some("Metaspace") if part["replacement"] == "\u{2581}" => {
+                marks_spaces = true;
                 before |= part["prepend_scheme"] != "never" && part["add_prefix_space"] != false;
             }
             _ => bail!("the tokenizer changes text by {part}, and llama.cpp does not"),
         }
     }
+    ensure!(marks_spaces, "the tokenizer is neither one of bytes nor of SentencePiece's, which llama.cpp knows");
     Ok(before)
 }
 

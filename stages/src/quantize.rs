@@ -8,9 +8,9 @@
 //! ```
 //!
 //! A matrix becomes blocks of small integers with scales, as GGUF files hold them; it stays so in memory, in the store, and in
-//! `export` with `gguf`. Passes decode while they compute, and gradients go through it, so that it can stand as a teacher, or
-//! as the frozen part of a student. Numbers are rounded to nearest without looking at any text (`llama-quantize --pure` does
-//! the same). Matrices whose rows blocks do not fill take the next larger format; norms, biases and tables of positions stay
+//! `export` with `gguf`. Passes decode while they compute, and gradients pass through, so that the model can stand as a teacher; a
+//! stage that trains all of it decodes it first. Numbers are rounded to nearest without looking at any text, as `llama-quantize
+//! --pure` does. Matrices whose rows blocks do not fill take the next larger format; norms, biases and tables of positions stay
 //! as they are. Matrices of GPT-2 are quantised and saved alike, and decoded whole where a pass reads them, because they lie
 //! transposed.
 //! Inputs: `model`, and `data` to measure on. Outputs: `model`, and `metrics`: `bits_per_weight`; `weight_error`, the norm of the

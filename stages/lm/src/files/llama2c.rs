@@ -55,6 +55,9 @@ struct Header {
     group: u64,
 }
 
+/// A tensor in its turn: name, sizes, and the heads whose rows stand in another order.
+type Laid = (String, Vec<u64>, Option<u64>);
+
 impl Llama2cFile {
     /// Whether a file is one: it begins with the mark of newer versions, or its size is what seven numbers at its start say.
     pub(crate) fn is(path: &Path) -> bool {
@@ -94,8 +97,7 @@ impl Llama2cFile {
         let values = match tensor.group {
             None => self.floats(tensor.start, count)?,
             Some(group) => {
-                let mut numbers = vec![0; count];
-                self.file.read_exact_at(&mut numbers, tensor.start)?;
+                let numbers = self.bytes(tensor.start, count)?;
                 let scales = self.floats(tensor.start + count as u64, count / group)?;
                 let groups = numbers.chunks_exact(group).zip(scales);
                 groups.flat_map(|(group, scale)| group.iter().map(move |byte| f32::from(*byte as i8) * scale)).collect()
@@ -106,9 +108,17 @@ impl Llama2cFile {
         Ok(row_order(rows, heads).iter().flat_map(|row| &values[row * width..][..width]).copied().collect())
     }
 
-    fn floats(&self, start: u64, count: usize) -> Result<Vec<f32>> {
-        let mut bytes = vec![0; 4 * count];
+    /// A file of holes may be larger than all memory.
+    fn bytes(&self, start: u64, count: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(count).context("there is no memory for it")?;
+        bytes.resize(count, 0);
         self.file.read_exact_at(&mut bytes, start)?;
+        Ok(bytes)
+    }
+
+    fn floats(&self, start: u64, count: usize) -> Result<Vec<f32>> {
+        let bytes = self.bytes(start, 4 * count)?;
         let (words, _) = bytes.as_chunks::<4>();
         Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
     }
@@ -217,59 +227,42 @@ impl Header {
 
     /// All tensors, in the order of the file, whose size is known to fit.
     fn tensors(&self) -> Vec<Llama2cTensor> {
-        let group = (self.version == 2).then_some(self.group as usize);
-        let mut tensors = Vec::new();
-        let mut end = if self.version == 0 { 28 } else { HEADER };
-        let mut push = |name: String, shape: &[u64], heads: Option<u64>| {
-            let is_matrix = shape.len() == 2;
+        let is_first_version = self.version == 0;
+        let of_layers = |part: &str, shape: &[u64], heads: Option<u64>| -> Vec<Laid> {
+            let name = |layer| format!("model.layers.{layer}.{part}.weight");
+            (0..self.layers).map(|layer| (name(layer), shape.to_vec(), heads)).collect()
+        };
+        let alone = |name: &str, shape: &[u64]| vec![(name.to_owned(), shape.to_vec(), None)];
+        let table = [self.vocabulary, self.width];
+        let embedding = alone("model.embed_tokens.weight", &table);
+        let last_norm = alone("model.norm.weight", &[self.width]);
+        let [before, behind] =
+            ["input_layernorm", "post_attention_layernorm"].map(|norm| of_layers(norm, &[self.width], None));
+        let matrices = self.matrices().map(|(part, rows, columns, heads)| of_layers(part, &[rows, columns], heads));
+        let [attention, feed_forward] = [&matrices[..4], &matrices[4..]].map(<[Vec<Laid>]>::concat);
+        let head = if self.is_tied { Vec::new() } else { alone("lm_head.weight", &table) };
+        let laid = if is_first_version {
+            [embedding, before, attention, behind, feed_forward, last_norm, head]
+        } else {
+            [before, behind, last_norm, embedding, attention, feed_forward, head]
+        };
+        let mut end = if is_first_version { 28 } else { HEADER };
+        let place = |(name, shape, heads): Laid| {
+            if name == "lm_head.weight" {
+                end += self.angles_bytes().unwrap_or(0);
+            }
+            let (is_matrix, start) = (shape.len() == 2, end);
             let numbers = shape.iter().product::<u64>();
-            let bytes = if is_matrix { self.matrix_bytes(numbers) } else { Some(4 * numbers) };
-            let shape = shape.iter().map(|size| *size as usize).collect();
-            let interleaved_heads = heads.map(|heads| heads as usize);
-            tensors.push(Llama2cTensor {
+            end += if is_matrix { self.matrix_bytes(numbers).unwrap_or(0) } else { 4 * numbers };
+            Llama2cTensor {
                 name,
-                shape,
-                start: end,
-                group: group.filter(|_| is_matrix),
-                interleaved_heads,
-            });
-            end += bytes.unwrap_or(0);
+                shape: shape.iter().map(|size| *size as usize).collect(),
+                start,
+                group: (self.version == 2 && is_matrix).then_some(self.group as usize),
+                interleaved_heads: heads.map(|heads| heads as usize),
+            }
         };
-        let embedding = ("model.embed_tokens.weight".to_owned(), [self.vocabulary, self.width]);
-        let last_norm = || "model.norm.weight".to_owned();
-        let norm = |layer: u64, name: &str| format!("model.layers.{layer}.{name}.weight");
-        let (before, behind) = ("input_layernorm", "post_attention_layernorm");
-        let [attention @ .., gate, down, up] = self.matrices();
-        let every_layer = |push: &mut dyn FnMut(String, &[u64], Option<u64>), name: &str, shape: &[u64], heads| {
-            (0..self.layers).for_each(|layer| push(norm(layer, name), shape, heads));
-        };
-        if self.version == 0 {
-            push(embedding.0.clone(), &embedding.1, None);
-        }
-        every_layer(&mut push, before, &[self.width], None);
-        if self.version > 0 {
-            every_layer(&mut push, behind, &[self.width], None);
-            push(last_norm(), &[self.width], None);
-            push(embedding.0, &embedding.1, None);
-        }
-        for (name, rows, columns, heads) in attention {
-            every_layer(&mut push, name, &[rows, columns], heads);
-        }
-        if self.version == 0 {
-            every_layer(&mut push, behind, &[self.width], None);
-        }
-        for (name, rows, columns, heads) in [gate, down, up] {
-            every_layer(&mut push, name, &[rows, columns], heads);
-        }
-        if self.version == 0 {
-            push(last_norm(), &[self.width], None);
-        }
-        if !self.is_tied {
-            push("lm_head.weight".to_owned(), &[self.vocabulary, self.width], None);
-            let head = tensors.last_mut().expect("it was pushed just now");
-            head.start += self.angles_bytes().unwrap_or(0);
-        }
-        tensors
+        laid.into_iter().flatten().map(place).collect()
     }
 
     fn config(&self) -> Json {

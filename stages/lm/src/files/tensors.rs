@@ -468,7 +468,8 @@ fn to_f32(dtype: Dtype, file: &mut impl Read, bytes: usize) -> Result<Vec<f32>> 
     fn words<const N: usize>(file: &mut impl Read, bytes: usize, parse: impl Fn([u8; N]) -> f32) -> Result<Vec<f32>> {
         /// Bytes read at a time, a multiple of every size of a number.
         const PIECE: usize = 1 << 20;
-        let mut values = Vec::with_capacity(bytes / N);
+        let mut values = Vec::new();
+        values.try_reserve_exact(bytes / N).context("there is no memory for it")?;
         let mut piece = vec![0; PIECE.min(bytes)];
         let mut left = bytes;
         while left > 0 {
@@ -551,7 +552,7 @@ mod tests {
     #[test]
     fn headers_that_lie_are_refused() {
         let error = |bytes: &[u8]| {
-            let error = open(bytes).and_then(|file| file.tensors().map(drop)).err().expect("an error");
+            let error = open(bytes).and_then(|file| file.tensors().map(drop)).unwrap_err();
             format!("{error:#}")
         };
         let entry = |shape: &str, dtype: &str, places: &str| {
