@@ -623,7 +623,7 @@ fn a_primed_teacher_is_heard_by_a_student_that_is_not_told() {
     assert_ne!(digest("primed", "taught", "data"), digest("blind", "taught", "data"));
     assert_ne!(digest("primed", "learnt", "model"), digest("blind", "learnt", "model"));
     project
-        .run("run FILE --variant primed --set told.max_prompt_length=80")
+        .run("run FILE --variant primed --set told.max_prompt_length=45")
         .expect(1, &["`view` has no prompt for row ", "`max_prompt_length`"]);
 }
 

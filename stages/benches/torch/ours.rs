@@ -34,7 +34,8 @@ pub(crate) fn serve(task: &Path) -> Result<()> {
     let task = Task::read(task)?;
     let mut accelerator = (task.device != "cpu").then(|| Accelerator::open(&task.device)).transpose()?;
     let mut work = match task.line.case {
-        Case::Step => step(task)?,
+        // The adapter that lies beside the student is what is trained.
+        Case::Step | Case::Lora => step(task)?,
         Case::Distill => distill(task)?,
         Case::Cached => cached(task)?,
         Case::Promptkd => promptkd(task)?,

@@ -9,7 +9,7 @@ use candle_core::{Tensor, Var};
 use clap::ValueEnum;
 use contract::random::{below, philox};
 use contract::{TokenizerFile, Value};
-use lm::{Architecture, Dtype, LanguageModel};
+use lm::{Architecture, Dtype, LanguageModel, Lora};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -21,6 +21,8 @@ use crate::roofline::SEEDS;
 pub(crate) enum Case {
     /// One update on cross-entropy: forward, backward, clipped AdamW.
     Step,
+    /// One update of a low-rank adapter on cross-entropy.
+    Lora,
     /// One update on half cross-entropy, half forward KL to a teacher that is run as well.
     Distill,
     /// The same with the teacher's hidden states at hand: only its head is run.
@@ -38,6 +40,7 @@ impl Case {
     pub(crate) fn program(self) -> &'static str {
         match self {
             Case::Step => "step.py",
+            Case::Lora => "lora.py",
             Case::Distill | Case::Cached => "distill.py",
             Case::Promptkd => "promptkd.py",
             Case::Generate => "generate.py",
@@ -48,7 +51,7 @@ impl Case {
     /// The ways in which PyTorch is tried; the fastest is the one to beat.
     pub(crate) fn ways(self) -> &'static [&'static str] {
         match self {
-            Case::Step | Case::Distill | Case::Cached => &["eager", "compiled"],
+            Case::Step | Case::Lora | Case::Distill | Case::Cached => &["eager", "compiled"],
             Case::Promptkd => &["published", "tight"],
             Case::Generate | Case::Evaluate => &["generate", "loop"],
         }
@@ -128,7 +131,7 @@ pub(crate) fn lines(case: Case, scale: Scale) -> Vec<Line> {
     let (tiny, small) = (model(4, 256, 8192), model(12, 768, 50_257));
     let (name, student, teacher) = match scale {
         Scale::Tiny => ("tiny", tiny, model(8, 512, 8192)),
-        Scale::Small if matches!(case, Case::Step | Case::Generate) => ("small", small, small),
+        Scale::Small if matches!(case, Case::Step | Case::Lora | Case::Generate) => ("small", small, small),
         Scale::Small => ("small", model(6, 512, 50_257), small),
         Scale::Published => ("published", small, model(48, 1600, 50_257)),
     };
@@ -239,9 +242,10 @@ impl Task {
             responses.iter_mut().for_each(|ids| *ids.last_mut().expect("a response has tokens") = end);
         }
         let likely_end = case.ends().then_some(3.0 / response as f64);
-        write_model(line.student, 1, end, likely_end, &folder.join("student"))?;
+        let lora = (case == Case::Lora).then(|| serde_json::from_value(json!({"rank": 8}))).transpose()?;
+        write_model(line.student, 1, end, likely_end, lora.as_ref(), &folder.join("student"))?;
         if matches!(case, Case::Distill | Case::Cached | Case::Promptkd) {
-            write_model(line.teacher, 2, end, likely_end, &folder.join("teacher"))?;
+            write_model(line.teacher, 2, end, likely_end, None, &folder.join("teacher"))?;
         }
         let task = Task {
             line: line.clone(),
@@ -282,7 +286,14 @@ fn text(vocabulary: u32, length: usize, row: usize, purpose: u32) -> Vec<u32> {
 
 /// Random weights in a folder that `transformers` reads. With `likely_end`, about that is the probability of the end
 /// token after any text.
-fn write_model(model: Model, seed: u64, end: u32, likely_end: Option<f64>, folder: &Path) -> Result<()> {
+fn write_model(
+    model: Model,
+    seed: u64,
+    end: u32,
+    likely_end: Option<f64>,
+    lora: Option<&Lora>,
+    folder: &Path,
+) -> Result<()> {
     let Model { layers, width, vocabulary } = model;
     let tokenizer = match likely_end {
         Some(_) => TokenizerFile::new(tokenizer(vocabulary as u32, end)?, end, vocabulary as u32),
@@ -295,6 +306,7 @@ fn write_model(model: Model, seed: u64, end: u32, likely_end: Option<f64>, folde
     if let Some(probability) = likely_end {
         favour(&model, end, (vocabulary as f64 * probability).ln())?;
     }
+    let model = lora.map_or(Ok(model.frozen()), |lora| model.with_new_adapter(lora, seed))?;
     fs::create_dir_all(folder)?;
     model.save(folder)
 }
