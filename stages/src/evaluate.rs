@@ -581,12 +581,6 @@ impl<'a> Scores<'a> {
             }
             predictions.push(prediction.as_object().cloned().unwrap_or_default());
         }
-        if config.measures(Metric::MajorityAccuracy) {
-            self.votes.resize(rows.len(), Vec::new());
-            for (votes, scored) in self.votes.iter_mut().zip(&scored) {
-                votes.extend(scored.found.map(|found| found.value));
-            }
-        }
         let mut add = |metric, score: fn(&Scored) -> Option<f64>| {
             self.add_scores(metric, Some(seed), scored.iter().map(score));
         };
@@ -597,12 +591,20 @@ impl<'a> Scores<'a> {
             add("exact_match", |it| it.exact_match);
             add("strict_match", |it| it.strict_match);
         }
-        if config.measures(Metric::Accuracy) {
-            add("accuracy", |it| it.correct.map(percent));
-        }
+        self.numbers(seed, &scored);
         let lengths = generated.iter().map(|generated| generated.ids.len() as f64).collect();
         self.add("response_tokens", Some(seed), lengths, vec![1.0; generated.len()]);
         Ok(())
+    }
+
+    fn numbers(&mut self, seed: u64, scored: &[Scored]) {
+        if self.config.measures(Metric::Accuracy) {
+            self.add_scores("accuracy", Some(seed), scored.iter().map(|it| it.correct.map(percent)));
+        }
+        self.votes.resize(scored.len(), Vec::new());
+        for (votes, scored) in self.votes.iter_mut().zip(scored) {
+            votes.extend(scored.found.map(|found| found.value));
+        }
     }
 
     fn distance(&mut self, seed: u64, rows: Vec<(f64, f64)>) {
@@ -826,5 +828,46 @@ mod tests {
                 assert!(found.starts_with(expected), "{found}");
             }
         }
+    }
+
+    #[test]
+    fn accuracy_is_over_seeds_and_the_majority_over_their_numbers() {
+        let config = json!({"metrics": ["accuracy", "majority_accuracy"]});
+        let config: Config = serde_json::from_value(config).unwrap();
+        let mut scores = Scores::new(&config);
+        let row = |id: u64, references: &[&str]| {
+            let references = references.iter().map(|text| text.to_string()).collect();
+            Row { references, ..crate::testing::row(id, &[1], &[1]) }
+        };
+        let rows = [row(0, &["nothing", "2 + 3<n>#### 5"]), row(1, &["nothing"]), row(2, &["9"])];
+        for (seed, texts) in [["#### 5", "1", "8"], ["it is 4", "1", "9.0"], ["$5.00", "1", "8"]].iter().enumerate() {
+            let scored: Vec<_> =
+                rows.iter().zip(texts).map(|(row, text)| Scored::of(text, &row.references, &config)).collect();
+            scores.numbers(seed as u64, &scored);
+        }
+        scores.majority(&rows);
+        let metrics = scores.summary();
+        let seeds = json!({"0": 50.0, "1": 50.0, "2": 50.0});
+        assert_eq!((&metrics["accuracy"]["mean"], &metrics["accuracy"]["seeds"]), (&json!(50.0), &seeds));
+        let majority = &metrics["majority_accuracy"];
+        assert_eq!((&majority["mean"], majority.get("seeds")), (&json!(50.0), None));
+        for metric in ["accuracy", "majority_accuracy"] {
+            assert_eq!(metrics[metric]["left_out"], "1 of 3 rows, which have not a right answer with a number");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_only_when_asked_for_and_by_the_rule_asked_for() {
+        let scored = |config: Json| {
+            let config = serde_json::from_value(config).unwrap();
+            let scored = Scored::of("the answer is 5, or -6", &["#### 5".to_owned()], &config);
+            (scored.found.map(|found| (found.value, found.rule.name())), scored.correct)
+        };
+        assert_eq!(scored(json!({})), (None, None));
+        assert_eq!(scored(json!({"metrics": ["accuracy"]})), (Some((-6.0, "flexible")), Some(false)));
+        let published = json!({"metrics": ["accuracy"], "extraction": "published"});
+        assert_eq!(scored(published), (Some((5.0, "answer-is")), Some(true)));
+        let strict = json!({"metrics": ["majority_accuracy"], "extraction": "strict"});
+        assert_eq!(scored(strict), (None, Some(false)));
     }
 }
