@@ -67,7 +67,8 @@ pub(crate) enum Command {
     /// Score predictions against references
     #[command(
         after_help = "Scores are in percent. `rouge_l` and `exact_match` are as published: `exact_match` drops case and \
-        punctuation, `strict_match` does not.\n\
+        punctuation, `strict_match` does not. `accuracy` is the share of answers whose final number is that of a reference, and \
+        `rules` counts how the numbers were found.\n\
         Example: pipeline score --predictions answers.jsonl --references references.jsonl --json"
     )]
     Score(ScoreArgs),
@@ -236,6 +237,9 @@ pub(crate) struct ScoreArgs {
     /// What ROUGE-L takes for a word: runs of ASCII letters and digits, as published, or words of any script
     #[arg(long, value_enum, default_value_t = Words::Ascii)]
     pub(crate) words: Words,
+    /// Which number of an answer `accuracy` takes for its final one
+    #[arg(long, value_enum, default_value_t = Extraction::Gsm8k)]
+    pub(crate) extraction: Extraction,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -251,6 +255,18 @@ pub(crate) enum PairBy {
 pub(crate) enum Words {
     Ascii,
     Unicode,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Extraction {
+    /// That behind `####`
+    Strict,
+    /// The last one
+    Flexible,
+    /// That behind `####`, else the last one
+    Gsm8k,
+    /// As published for response priming, without signs: boxed, alone on the first line, behind `the answer is`, the last one
+    Published,
 }
 
 #[derive(Subcommand)]

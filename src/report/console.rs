@@ -253,7 +253,8 @@ fn colour(word: &str) -> &'static str {
 /// The number that says most about a stage: its first metric that is not a count of rounds.
 fn key_metric(metrics: &Map<String, Json>) -> Option<String> {
     const COUNTS: [&str; 6] = ["round", "epoch", "update", "tokens", "learning_rate", "gradient_norm"];
-    let wanted = ["rouge_l", "loss"].iter().find(|name| metrics.contains_key(**name)).map(|name| (*name).to_owned());
+    let wanted =
+        ["accuracy", "rouge_l", "loss"].iter().find(|name| metrics.contains_key(**name)).map(|name| (*name).to_owned());
     let first = || metrics.keys().find(|name| !COUNTS.contains(&name.as_str())).cloned();
     let name = wanted.or_else(first)?;
     let value = &metrics[&name];

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Generated answers, one sample a seed, are scored against every reference of the row; the best counts. `rouge_l`,
-//! `exact_match` and `strict_match` are in percent. `loss` is the mean cross-entropy of a response token as given. `reverse_kl` is the mean of
+//! `exact_match` and `strict_match` are in percent, as is `accuracy`: how often the final number of an answer is that of a right one
+//! ([`crate::number`]). `majority_accuracy` is that of the number most frequent among a row's answers. `loss` is the mean cross-entropy of a response token as given. `reverse_kl` is the mean of
 //! KL(model || teacher) over the tokens of the sampled answers, in nats a token.
 //! Every metric has `mean`, `interval` (95 %, bootstrap over rows of their mean over seeds) and the value of each seed. A metric
 //! that finds nothing to compare is not measured, which is not 0: its `mean` is null, `not_measured` says why, and the stage
@@ -24,8 +25,8 @@ use contract::limits;
 use contract::outlook::Rows;
 use contract::random::{below, philox, purpose};
 use contract::{
-    About, AnyValue, Cause, Check, ConfigError, Conventions, Dataset, End, Env, Inputs, Longest, Metrics, Operator,
-    Outlook, Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Cause, Check, ConfigError, Conventions, Dataset, End, Env, Extraction, Inputs, Longest, Metrics,
+    Operator, Outlook, Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
 };
 use lm::loss::{Divergence, Source, Target, divergence_values, log_probs};
 use lm::sample::Sampling;
@@ -38,6 +39,7 @@ use serde_json::{Map, Value as Json, json};
 use crate::aligned::{Aligned, View};
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
 use crate::foresight;
+use crate::number::{self, Found};
 use crate::padding::Padding;
 use crate::score::{self, Words};
 use crate::student_generate::sampling_errors;
@@ -96,6 +98,9 @@ pub struct Config {
     /// Whether words are stemmed before ROUGE-L compares them, as in the published figures.
     #[serde(default = "yes")]
     pub stem: bool,
+    /// Which number of an answer `accuracy` and `majority_accuracy` take for its final one.
+    #[serde(default)]
+    pub extraction: Extraction,
     /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
     #[serde(default)]
     pub dtype: Dtype,
@@ -118,6 +123,11 @@ pub enum Metric {
     Loss,
     /// Mean KL(model || teacher) on the model's answers, nats a token.
     ReverseKl,
+    /// Share of answers whose final number is that of a right answer, percent.
+    Accuracy,
+    /// Share of rows in which the number most frequent among the answers of all seeds is right, percent; of equally frequent
+    /// ones the first counts.
+    MajorityAccuracy,
 }
 
 impl Metric {
@@ -167,7 +177,7 @@ impl Stage for Evaluate {
             name: "evaluate",
             version: 3,
             numerics: Some(lm::NUMERICS),
-            summary: "scores a model's answers (ROUGE-L, exact match), its loss, and its distance to a teacher",
+            summary: "scores a model's answers (ROUGE-L, exact match, final numbers), its loss, and its distance to a teacher",
             example: "kind: evaluate\nin: {model: train.student, data: data.test}\nwith: {max_new_tokens: 48, seeds: [10, 20, 30, 40, 50]}",
             reads_clock: false,
         }
@@ -185,6 +195,9 @@ impl Stage for Evaluate {
         if config.temperature == 0.0 && !config.seeds.is_empty() {
             // Nothing is drawn: all seeds give the same answers.
             config.seeds = default_seeds();
+        }
+        if !config.reads_numbers() {
+            config.extraction = Extraction::default();
         }
     }
 
@@ -290,6 +303,10 @@ impl Config {
     fn measures(&self, metric: Metric) -> bool {
         self.metrics.contains(&metric)
     }
+
+    fn reads_numbers(&self) -> bool {
+        self.measures(Metric::Accuracy) || self.measures(Metric::MajorityAccuracy)
+    }
 }
 
 /// A teacher that answers are compared with, and what it reads before them.
@@ -339,6 +356,7 @@ impl Operator for Evaluating {
                     scores.distance(*seed, self.reverse_kl(&model, prompt.as_ref(), judge, &rows, generated)?);
                 }
             }
+            scores.majority(&rows);
             metrics.extend(scores.summary());
             self.warn_of_answers(&answers, sink);
         }
@@ -499,22 +517,24 @@ impl Evaluating {
 struct Scores<'a> {
     config: &'a Config,
     by_metric: Vec<Measurement>,
+    /// The numbers of each row's answers, in the order of the seeds.
+    votes: Vec<Vec<f64>>,
 }
 
-/// One metric: for every seed, the sum and the count of each row.
+/// One metric: for every seed, or for all of them together, the sum and the count of each row.
 struct Measurement {
     metric: &'static str,
-    seeds: Vec<u64>,
+    seeds: Vec<Option<u64>>,
     sums: Vec<Vec<f64>>,
     counts: Vec<Vec<f64>>,
 }
 
 impl<'a> Scores<'a> {
     fn new(config: &'a Config) -> Self {
-        Scores { config, by_metric: Vec::new() }
+        Scores { config, by_metric: Vec::new(), votes: Vec::new() }
     }
 
-    fn add(&mut self, metric: &'static str, seed: u64, sums: Vec<f64>, counts: Vec<f64>) {
+    fn add(&mut self, metric: &'static str, seed: Option<u64>, sums: Vec<f64>, counts: Vec<f64>) {
         let found = self.by_metric.iter().position(|measurement| measurement.metric == metric);
         let index = found.unwrap_or_else(|| {
             self.by_metric.push(Measurement { metric, seeds: Vec::new(), sums: Vec::new(), counts: Vec::new() });
@@ -524,6 +544,12 @@ impl<'a> Scores<'a> {
         measurement.seeds.push(seed);
         measurement.sums.push(sums);
         measurement.counts.push(counts);
+    }
+
+    /// Adds scores of every row; `None` where there is nothing to compare.
+    fn add_scores(&mut self, metric: &'static str, seed: Option<u64>, scores: impl Iterator<Item = Option<f64>>) {
+        let (sums, counts) = scores.map(|it| (it.unwrap_or(0.0), f64::from(u8::from(it.is_some())))).unzip();
+        self.add(metric, seed, sums, counts);
     }
 
     fn text(
@@ -539,21 +565,24 @@ impl<'a> Scores<'a> {
             Ok(Scored::of(&tokenizer.decode(generated.answer())?, &row.references, self.config))
         });
         let scored: Vec<Scored> = scored.collect::<Result<_>>()?;
-        for ((row, generated), Scored { text, rouge_l, exact_match, strict_match }) in
+        let config = self.config;
+        for ((row, generated), Scored { text, rouge_l, exact_match, strict_match, found, correct }) in
             rows.iter().zip(generated).zip(&scored)
         {
-            let prediction = json!({
+            let mut prediction = json!({
                 "id": row.id, "seed": seed, "text": text,
                 "rouge_l": rouge_l, "exact_match": exact_match, "strict_match": strict_match,
                 "tokens": generated.ids.len(), "end": if generated.end == End::Stop { "stop" } else { "length" },
             });
+            if config.reads_numbers() {
+                prediction["number"] = json!(found.map(|found| found.value));
+                prediction["rule"] = json!(found.map(|found| found.rule));
+                prediction["correct"] = json!(correct);
+            }
             predictions.push(prediction.as_object().cloned().unwrap_or_default());
         }
-        let config = self.config;
         let mut add = |metric, score: fn(&Scored) -> Option<f64>| {
-            let (sums, counts) =
-                scored.iter().map(score).map(|it| (it.unwrap_or(0.0), f64::from(u8::from(it.is_some())))).unzip();
-            self.add(metric, seed, sums, counts);
+            self.add_scores(metric, Some(seed), scored.iter().map(score));
         };
         if config.measures(Metric::RougeL) {
             add("rouge_l", |it| it.rouge_l);
@@ -562,20 +591,41 @@ impl<'a> Scores<'a> {
             add("exact_match", |it| it.exact_match);
             add("strict_match", |it| it.strict_match);
         }
+        self.numbers(seed, &scored);
         let lengths = generated.iter().map(|generated| generated.ids.len() as f64).collect();
-        self.add("response_tokens", seed, lengths, vec![1.0; generated.len()]);
+        self.add("response_tokens", Some(seed), lengths, vec![1.0; generated.len()]);
         Ok(())
+    }
+
+    fn numbers(&mut self, seed: u64, scored: &[Scored]) {
+        if self.config.measures(Metric::Accuracy) {
+            self.add_scores("accuracy", Some(seed), scored.iter().map(|it| it.correct.map(percent)));
+        }
+        self.votes.resize(scored.len(), Vec::new());
+        for (votes, scored) in self.votes.iter_mut().zip(scored) {
+            votes.extend(scored.found.map(|found| found.value));
+        }
     }
 
     fn distance(&mut self, seed: u64, rows: Vec<(f64, f64)>) {
         let (sums, counts) = rows.into_iter().unzip();
-        self.add("reverse_kl", seed, sums, counts);
+        self.add("reverse_kl", Some(seed), sums, counts);
+    }
+
+    /// What most answers to each row say, when all of them have been read.
+    fn majority(&mut self, rows: &[Row]) {
+        if self.config.measures(Metric::MajorityAccuracy) {
+            let said = self.votes.iter().map(|votes| number::majority(votes));
+            let correct = said.zip(rows).map(|(said, row)| number::correct(said, &right_numbers(row)));
+            let scores: Vec<_> = correct.map(|correct| correct.map(percent)).collect();
+            self.add_scores("majority_accuracy", None, scores.into_iter());
+        }
     }
 
     fn summary(&self) -> Map<String, Json> {
         let summarised = self.by_metric.iter().map(|Measurement { metric, seeds, sums, counts }| {
             let means = sums.iter().zip(counts).map(|(sums, counts)| ratio(sums, counts));
-            let by_seed: Vec<(Option<u64>, Option<f64>)> = seeds.iter().copied().map(Some).zip(means).collect();
+            let by_seed: Vec<(Option<u64>, Option<f64>)> = seeds.iter().copied().zip(means).collect();
             let mut summary = summarise(&by_seed, sums, counts);
             let (all, gaps) = gaps(counts);
             let lacking = self.lacking(metric);
@@ -598,6 +648,7 @@ impl<'a> Scores<'a> {
             }
             ("rouge_l", Words::Unicode) => "a right answer with a word",
             ("reverse_kl", _) => "an answer",
+            ("accuracy" | "majority_accuracy", _) => "a right answer with a number",
             _ => "a right answer with text",
         }
     }
@@ -615,21 +666,42 @@ struct Scored {
     rouge_l: Option<f64>,
     exact_match: Option<f64>,
     strict_match: Option<f64>,
+    /// Its final number, if anybody asked for it.
+    found: Option<Found>,
+    correct: Option<bool>,
+}
+
+/// The numbers of the right answers, which are cleaned like the given ones.
+fn right_numbers(row: &Row) -> Vec<f64> {
+    number::right(&cleaned(&row.references))
+}
+
+fn cleaned(references: &[String]) -> Vec<String> {
+    references.iter().map(|reference| score::clean(reference)).collect()
+}
+
+fn percent(holds: bool) -> f64 {
+    if holds { 100.0 } else { 0.0 }
 }
 
 impl Scored {
     /// Of an answer as it was generated. Both sides are cleaned alike.
     fn of(text: &str, references: &[String], config: &Config) -> Self {
         let text = score::clean(text);
-        let references: Vec<String> = references.iter().map(|reference| score::clean(reference)).collect();
+        let references = cleaned(references);
         let references = references.as_slice();
         let stemming = if config.stem { score::Stemming::Porter } else { score::Stemming::Off };
         let rouge_l = score::rouge_l_by(&text, references, config.words, stemming).map(|score| 100.0 * score);
         let comparable = references.iter().any(|reference| !reference.trim().is_empty());
-        let percent = |equal: bool| comparable.then_some(if equal { 100.0 } else { 0.0 });
-        let exact_match = percent(score::exact_match(&text, references));
-        let strict_match = percent(score::strict_match(&text, references));
-        Scored { text, rouge_l, exact_match, strict_match }
+        let share = |equal: bool| comparable.then_some(percent(equal));
+        let exact_match = share(score::exact_match(&text, references));
+        let strict_match = share(score::strict_match(&text, references));
+        let (mut found, mut correct) = (None, None);
+        if config.reads_numbers() {
+            found = number::of(&text, config.extraction);
+            correct = number::correct(found.map(|found| found.value), &number::right(references));
+        }
+        Scored { text, rouge_l, exact_match, strict_match, found, correct }
     }
 }
 
@@ -722,9 +794,7 @@ mod tests {
         for (metric, score) in
             [("rouge_l", (|it| it.rouge_l) as fn(&Scored) -> Option<f64>), ("exact_match", |it| it.exact_match)]
         {
-            let (sums, counts) =
-                scored.iter().map(score).map(|it| (it.unwrap_or(0.0), f64::from(u8::from(it.is_some())))).unzip();
-            scores.add(metric, 1, sums, counts);
+            scores.add_scores(metric, Some(1), scored.iter().map(score));
         }
         let metrics = scores.summary();
         let mut log = crate::testing::Log::default();
@@ -758,5 +828,46 @@ mod tests {
                 assert!(found.starts_with(expected), "{found}");
             }
         }
+    }
+
+    #[test]
+    fn accuracy_is_over_seeds_and_the_majority_over_their_numbers() {
+        let config = json!({"metrics": ["accuracy", "majority_accuracy"]});
+        let config: Config = serde_json::from_value(config).unwrap();
+        let mut scores = Scores::new(&config);
+        let row = |id: u64, references: &[&str]| {
+            let references = references.iter().map(|text| text.to_string()).collect();
+            Row { references, ..crate::testing::row(id, &[1], &[1]) }
+        };
+        let rows = [row(0, &["nothing", "2 + 3<n>#### 5"]), row(1, &["nothing"]), row(2, &["9"])];
+        for (seed, texts) in [["#### 5", "1", "8"], ["it is 4", "1", "9.0"], ["$5.00", "1", "8"]].iter().enumerate() {
+            let scored: Vec<_> =
+                rows.iter().zip(texts).map(|(row, text)| Scored::of(text, &row.references, &config)).collect();
+            scores.numbers(seed as u64, &scored);
+        }
+        scores.majority(&rows);
+        let metrics = scores.summary();
+        let seeds = json!({"0": 50.0, "1": 50.0, "2": 50.0});
+        assert_eq!((&metrics["accuracy"]["mean"], &metrics["accuracy"]["seeds"]), (&json!(50.0), &seeds));
+        let majority = &metrics["majority_accuracy"];
+        assert_eq!((&majority["mean"], majority.get("seeds")), (&json!(50.0), None));
+        for metric in ["accuracy", "majority_accuracy"] {
+            assert_eq!(metrics[metric]["left_out"], "1 of 3 rows, which have not a right answer with a number");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_only_when_asked_for_and_by_the_rule_asked_for() {
+        let scored = |config: Json| {
+            let config = serde_json::from_value(config).unwrap();
+            let scored = Scored::of("the answer is 5, or -6", &["#### 5".to_owned()], &config);
+            (scored.found.map(|found| (found.value, found.rule.name())), scored.correct)
+        };
+        assert_eq!(scored(json!({})), (None, None));
+        assert_eq!(scored(json!({"metrics": ["accuracy"]})), (Some((-6.0, "flexible")), Some(false)));
+        let published = json!({"metrics": ["accuracy"], "extraction": "published"});
+        assert_eq!(scored(published), (Some((5.0, "answer-is")), Some(true)));
+        let strict = json!({"metrics": ["majority_accuracy"], "extraction": "strict"});
+        assert_eq!(scored(strict), (None, Some(false)));
     }
 }

@@ -31,6 +31,7 @@ pub mod gguf;
 pub mod instruct;
 pub mod merge;
 pub mod mmidx;
+pub mod number;
 mod padding;
 mod parquet_rows;
 pub mod policy_gradient;

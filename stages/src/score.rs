@@ -1,4 +1,5 @@
-//! Scores of generated text against right answers: ROUGE-L and exact match, as the reference programs compute them.
+//! Scores of generated text against right answers: ROUGE-L and exact match, as the reference programs compute them, and
+//! how often the final number is right ([`crate::number`]).
 //!
 //! ROUGE-L (Lin, 2004) is the F1 of the longest common subsequence of words. Words are runs of ASCII letters and digits
 //! after lower-casing, so an accented letter separates; those of more than three letters are stemmed ([`crate::porter`]).
@@ -19,7 +20,7 @@ use unicode_normalization::UnicodeNormalization;
 use unicode_segmentation::UnicodeSegmentation;
 
 use crate::records::{self, Record};
-use crate::{columns, porter};
+use crate::{columns, number, porter};
 
 /// Scores rows of `predictions` (`text`, and `id` where there is one) against rows of `references` (`output`, a text or a
 /// list of right answers, and `id`). Both files may have any form that a corpus may have.
@@ -27,11 +28,13 @@ use crate::{columns, porter};
 /// Rows are paired by `id` where every row of both files has one, else line by line; `paired_by` says which. Both sides are
 /// cleaned alike ([`clean`]).
 ///
-/// Gives `rouge_l`, `exact_match` and `strict_match`, means in percent rounded to 4 decimals; `rows`, the pairs; `not_measured`,
-/// pairs without a word to compare, which `rouge_l` leaves out (null where it is all of them); `unscored_references` and
+/// Gives `rouge_l`, `exact_match`, `strict_match` and `accuracy`, means in percent rounded to 4 decimals; `rows`, the pairs;
+/// `not_measured`, pairs without a word to compare, which `rouge_l` leaves out (null where it is all of them);
+/// `without_number`, pairs whose right answers have no number, which `accuracy` leaves out in the same way; `rules`, how many of
+/// the other predictions have their number by which rule, `none` of those that have none; `unscored_references` and
 /// `unscored_predictions`, those without a partner. By line, more predictions than references are an error.
 pub fn score(files: &Scoring) -> Result<Json> {
-    let Scoring { predictions, references, by_line, unicode } = files;
+    let Scoring { predictions, references, by_line, unicode, extraction } = files;
     let words = if *unicode { Words::Unicode } else { Words::Ascii };
     let guesses = read(predictions, |record| Ok(clean(&columns::text_in(record, "text")?)))?;
     let answers = read(references, |record| Ok(columns::answers(record)?.iter().map(|text| clean(text)).collect()))?;
@@ -56,30 +59,53 @@ pub fn score(files: &Scoring) -> Result<Json> {
     } else {
         answers.len() - pairs.len()
     };
-    let scores: Vec<(Option<f64>, bool, bool)> = pairs
+    let scores: Vec<Scores> = pairs
         .par_iter()
         .map(|(guess, answer)| {
             let (text, answers) = (&guess.value, &answer.value);
-            let rouge_l = rouge_l_by(text, answers, words, Stemming::Porter);
-            (rouge_l, exact_match(text, answers), strict_match(text, answers))
+            let found = number::of(text, *extraction);
+            Scores {
+                rouge_l: rouge_l_by(text, answers, words, Stemming::Porter),
+                exact_match: exact_match(text, answers),
+                strict_match: strict_match(text, answers),
+                correct: number::correct(found.map(|found| found.value), &number::right(answers)),
+                rule: found.map_or("none", |found| found.rule.name()),
+            }
         })
         .collect();
     let percent = |sum: f64, rows: usize| (100.0 * sum / rows as f64 * 10_000.0).round() / 10_000.0;
-    let share = |holds: fn(&(Option<f64>, bool, bool)) -> bool| {
-        percent(scores.iter().filter(|score| holds(score)).count() as f64, scores.len())
-    };
-    let measured: Vec<f64> = scores.iter().filter_map(|score| score.0).collect();
-    let rouge_l = (!measured.is_empty()).then(|| percent(measured.iter().sum(), measured.len()));
+    let mean = |values: &[f64]| (!values.is_empty()).then(|| percent(values.iter().sum(), values.len()));
+    let share = |holds: fn(&Scores) -> bool| percent(scores.iter().filter(|it| holds(it)).count() as f64, scores.len());
+    let measured: Vec<f64> = scores.iter().filter_map(|score| score.rouge_l).collect();
+    let correct: Vec<f64> = scores.iter().filter_map(|score| score.correct).map(|it| f64::from(u8::from(it))).collect();
+    let mut rules: BTreeMap<&str, usize> = BTreeMap::new();
+    for score in scores.iter().filter(|score| score.correct.is_some()) {
+        *rules.entry(score.rule).or_default() += 1;
+    }
     Ok(json!({
-        "rouge_l": rouge_l,
-        "exact_match": share(|score| score.1),
-        "strict_match": share(|score| score.2),
+        "rouge_l": mean(&measured),
+        "exact_match": share(|score| score.exact_match),
+        "strict_match": share(|score| score.strict_match),
+        "accuracy": mean(&correct),
         "rows": scores.len(),
         "not_measured": scores.len() - measured.len(),
+        "without_number": scores.len() - correct.len(),
+        "rules": rules,
         "paired_by": if by_id { "id" } else { "line" },
         "unscored_references": unscored_references,
         "unscored_predictions": unscored_predictions,
     }))
+}
+
+/// Scores of one pair; `None` where there is nothing to compare.
+struct Scores {
+    rouge_l: Option<f64>,
+    exact_match: bool,
+    strict_match: bool,
+    /// Whether the final number is right.
+    correct: Option<bool>,
+    /// How it was found.
+    rule: &'static str,
 }
 
 /// What a file says of one row.
@@ -256,6 +282,7 @@ impl CarryingSum for u64 {
 
 #[cfg(test)]
 mod tests {
+    use contract::Extraction;
     use proptest::prelude::*;
 
     use super::*;
@@ -357,7 +384,8 @@ mod tests {
         let references = "{\"output\": [\"x\", \"a cat\"]}\n{\"output\": \"yes\"}\n{\"output\": \"z\"}\n";
         let scores = scored("{\"text\": \"A cat.\"}\n{\"text\": \"no\"}\n", references, Scoring::default()).unwrap();
         let expected = json!({
-            "rouge_l": 50.0, "exact_match": 50.0, "strict_match": 0.0, "rows": 2, "not_measured": 0,
+            "rouge_l": 50.0, "exact_match": 50.0, "strict_match": 0.0, "accuracy": null, "rows": 2, "not_measured": 0,
+            "without_number": 2, "rules": {},
             "paired_by": "line", "unscored_references": 1, "unscored_predictions": 0,
         });
         assert_eq!(scores, expected);
@@ -419,6 +447,24 @@ mod tests {
             "an empty answer is wrong"
         );
         assert_eq!(rouge_l_by("a", &list(&["?", "a"]), Words::Ascii, Stemming::Porter), Some(1.0));
+    }
+
+    #[test]
+    fn the_share_of_right_final_numbers_and_how_they_were_found() {
+        let lines = |name: &str, texts: &[&str]| -> String {
+            texts.iter().map(|text| format!("{}\n", json!({name: text}))).collect()
+        };
+        let guesses = lines("text", &["2 + 3 = 5<n>#### 5", "so it is 1,000.\nNo: 7", "who knows", "5"]);
+        let answers = lines("output", &["#### 5", "#### 1000", "#### 3", "none"]);
+        let scores = |extraction| {
+            let scores = scored(&guesses, &answers, Scoring { extraction, ..Scoring::default() }).unwrap();
+            assert_eq!(scores["without_number"], 1);
+            (scores["accuracy"].as_f64().unwrap(), scores["rules"].clone())
+        };
+        assert_eq!(scores(Extraction::Gsm8k), (33.3333, json!({"flexible": 1, "none": 1, "strict": 1})));
+        assert_eq!(scores(Extraction::Strict), (33.3333, json!({"none": 2, "strict": 1})));
+        assert_eq!(scores(Extraction::Flexible), (33.3333, json!({"flexible": 2, "none": 1})));
+        assert_eq!(scores(Extraction::Published), (66.6667, json!({"first-line": 1, "last": 1, "none": 1})));
     }
 
     #[test]

@@ -14,6 +14,9 @@
 //! With `view` the teacher reads other prompts, such as those that `tokenize` primes, and the answers still belong to the
 //! prompts of `data`: response priming.
 //!
+//! With `keep: correct` only answers whose final number is right stay ([`crate::number`]): rejection sampling, for data such as
+//! GSM8K. Rows whose right answers have no number lose all of theirs.
+//!
 //! Inputs: `teacher` and its soft prompt, `data` (its prompts), `view`. Output: `data`, the rows with the teacher's responses and
 //! their log-probabilities. Cost: a forward pass a token of each response, once.
 
@@ -23,8 +26,8 @@ use contract::limits;
 use contract::outlook::Rows;
 use contract::random::purpose;
 use contract::{
-    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Operator, Outlook, Outputs,
-    PortType, Ports, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Extraction, Facts, Inputs, Operator, Outlook,
+    Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
@@ -33,8 +36,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::aligned::View;
 use crate::finite::{Behind, NEXT_TOKEN, explain};
-use crate::foresight;
 use crate::student_generate::sampling_errors;
+use crate::text::{SpecialTokens, Text};
+use crate::{foresight, number, score};
 
 /// The `with` of `teacher-generate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -66,6 +70,12 @@ pub struct Config {
     /// What becomes of a response that was cut off; left out: as the conventions say.
     #[serde(default)]
     pub cut_off: Option<CutOff>,
+    /// Which answers stay, after those that `cut_off` leaves out.
+    #[serde(default)]
+    pub keep: Keep,
+    /// Which number of an answer `keep: correct` takes for its final one.
+    #[serde(default)]
+    pub extraction: Extraction,
     /// Rows that are decoded together: a matter of memory.
     #[serde(default = "default_batch")]
     #[schemars(range(min = 1, max = limits::BATCH))]
@@ -89,6 +99,17 @@ pub enum CutOff {
     Ended,
     /// Its row is left out.
     Dropped,
+}
+
+/// Which answers stay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// All of them.
+    #[default]
+    All,
+    /// Those whose final number is that of a right answer.
+    Correct,
 }
 
 fn one() -> f32 {
@@ -128,6 +149,9 @@ impl Stage for TeacherGenerate {
         if config.temperature == 0.0 {
             // Nothing is drawn.
             config.seed = 0;
+        }
+        if config.keep == Keep::All {
+            config.extraction = Extraction::default();
         }
     }
 
@@ -169,7 +193,7 @@ impl Stage for TeacherGenerate {
         let text = outlook.writes("teacher", Some("prompt"), &rows, config.max_new_tokens as u64);
         let many = |n: u64| n.min(first).saturating_mul(config.samples);
         let rows = data.rows.iter().map(|rows| Bounds {
-            least: if config.cut_off == Some(CutOff::Dropped) { 0 } else { many(rows.least) },
+            least: if config.leaves_out() { 0 } else { many(rows.least) },
             most: many(rows.most),
         });
         outlook.output("data", Facts { text, rows: rows.collect(), responses: Bounds::ANY, ..data });
@@ -185,6 +209,11 @@ impl Stage for TeacherGenerate {
 }
 
 impl Config {
+    /// Whether rows may be missing from what comes out.
+    fn leaves_out(&self) -> bool {
+        self.cut_off == Some(CutOff::Dropped) || self.keep == Keep::Correct
+    }
+
     fn sampling(&self) -> Sampling {
         Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
     }
@@ -209,7 +238,9 @@ impl Operator for Generating {
         let ids: Vec<Vec<u32>> = asked.iter().map(prompt_of).collect::<Result<_>>()?;
         let prompts: Vec<Prompt<'_>> = asked.iter().zip(&ids).map(|(row, ids)| Prompt { row: row.id, ids }).collect();
         let (count, total) = (asked.len() as u64, asked.len() as u64 * config.samples);
+        let judge = (config.keep == Keep::Correct).then(|| Judge::new(&data, asked, config, sink)).transpose()?;
         let mut rows = Vec::with_capacity(total as usize);
+        let (mut cut, mut wrong) = (0, 0);
         for sample in 0..config.samples {
             let options = Generate {
                 sampling: config.sampling(),
@@ -224,15 +255,26 @@ impl Operator for Generating {
             let generated = generate(&teacher, prompt.as_ref(), &prompts, &options, &mut progress);
             let behind = [Behind::new("teacher", &teacher, prompt.as_ref())];
             let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| asked.get(at), &behind))?;
-            rows.extend(asked.iter().zip(generated).filter_map(|(row, generated)| {
-                let row = config.answered(row, generated, data.tokenizer.end)?;
-                Some(Row { id: row.id + sample * ANSWERS, ..row })
-            }));
+            for (index, (row, generated)) in asked.iter().zip(generated).enumerate() {
+                let correct = judge.as_ref().map_or(Ok(true), |judge| judge.finds_right(index, generated.answer()))?;
+                match config.answered(row, generated, data.tokenizer.end) {
+                    None => cut += 1,
+                    Some(_) if !correct => wrong += 1,
+                    Some(row) => rows.push(Row { id: row.id + sample * ANSWERS, ..row }),
+                }
+            }
         }
-        let left_out = total - rows.len() as u64;
-        if left_out > 0 {
-            ensure!(left_out < total, "every answer was cut off: raise `max_new_tokens`");
-            sink.note(&format!("{left_out} of {total} answers were cut off and are left out"));
+        ensure!(cut < total || total == 0, "every answer was cut off: raise `max_new_tokens`");
+        ensure!(
+            !rows.is_empty() || total == 0,
+            "no answer is right, and `keep: correct` leaves nothing over: ask more of the teacher with `samples` or another \
+             prompt, see whether `max_new_tokens` cuts answers off before their number, or say `keep: all`"
+        );
+        if cut > 0 {
+            sink.note(&format!("{cut} of {total} answers were cut off and are left out"));
+        }
+        if wrong > 0 {
+            sink.note(&format!("{wrong} of {total} answers have not the right number and are left out"));
         }
         Ok(Outputs::new().with("data", Dataset { rows, tokenizer: data.tokenizer.clone() }))
     }
@@ -257,6 +299,39 @@ impl Config {
     }
 }
 
+/// Reads answers for `keep: correct`.
+struct Judge {
+    text: Text,
+    extraction: Extraction,
+    /// The right numbers of each row.
+    right: Vec<Vec<f64>>,
+}
+
+impl Judge {
+    fn new(data: &Dataset, asked: &[Row], config: &Config, sink: &mut dyn Sink) -> Result<Self> {
+        let cleaned = |row: &Row| row.references.iter().map(|text| score::clean(text)).collect::<Vec<_>>();
+        let right: Vec<Vec<f64>> = asked.iter().map(|row| number::right(&cleaned(row))).collect();
+        let (without, all) = (right.iter().filter(|numbers| numbers.is_empty()).count(), right.len());
+        ensure!(
+            without < all || all == 0,
+            "none of the {all} rows has a right answer with a number, by which `keep: correct` goes: say `keep: all`, or take data \
+             with such answers"
+        );
+        if without > 0 {
+            sink.warn(&format!(
+                "{without} of {all} rows have no right answer with a number: `keep: correct` leaves them out"
+            ));
+        }
+        Ok(Judge { text: Text::new(&data.tokenizer, SpecialTokens::Text)?, extraction: config.extraction, right })
+    }
+
+    /// Whether this answer to a row, by its index, has a right number.
+    fn finds_right(&self, row: usize, answer: &[u32]) -> Result<bool> {
+        let found = number::of(&score::clean(&self.text.decode(answer)?), self.extraction);
+        Ok(number::correct(found.map(|found| found.value), &self.right[row]) == Some(true))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -267,20 +342,25 @@ mod tests {
     use serde_json::{Value as Json, json};
 
     use super::*;
-    use crate::testing::{Scratch, output, row};
+    use crate::testing::{Log, Scratch, output, row};
 
     fn write(config: Json) -> Arc<Dataset> {
+        write_for(|_| Vec::new(), config).unwrap().0
+    }
+
+    /// Answers to twelve prompts with these right answers, and what was said of them.
+    fn write_for(references: impl Fn(u64) -> Vec<String>, config: Json) -> Result<(Arc<Dataset>, Log)> {
         let words: serde_json::Map<String, Json> = (0..40).map(|id| (format!("t{id}"), json!(id))).collect();
         let json = json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"}});
         let tokenizer = TokenizerFile::new(json.to_string(), 0, 40);
         let shape = Architecture { heads: Some(2), positions: Some(64), ..Architecture::new(Family::Gpt2, 1, 16) };
         let model = LanguageModel::init(&shape, tokenizer.clone(), 1, &Device::Cpu).unwrap();
-        let rows = (0..12).map(|id| row(id, &[1 + id as u32, 2], &[3])).collect();
+        let rows = (0..12).map(|id| Row { references: references(id), ..row(id, &[1 + id as u32, 2], &[3]) }).collect();
         let inputs: Vec<(&str, AnyValue)> =
             vec![("teacher", Arc::new(model)), ("data", Arc::new(Dataset { rows, tokenizer }))];
         let kind: &dyn Kind = &TeacherGenerate;
-        let outputs = Scratch::new().run(kind, config, inputs.into_iter().collect()).unwrap().0;
-        output(&outputs, "data")
+        let (outputs, log) = Scratch::new().run(kind, config, inputs.into_iter().collect())?;
+        Ok((output(&outputs, "data"), log))
     }
 
     #[test]
@@ -310,5 +390,48 @@ mod tests {
             assert_eq!((ended.end, ended.response.last()), (End::Stop, Some(&0)));
             assert_eq!(ended.response[..open.response.len()], open.response);
         }
+    }
+
+    #[test]
+    fn only_answers_with_the_right_number_stay_when_asked_for() {
+        let all = write(json!({"max_new_tokens": 10, "seed": 5, "samples": 3}));
+        let number = |row: &Row| row.response.iter().rev().find(|&&id| id != 0).copied();
+        // Right is what the first answer to an even row says; odd rows have no right number.
+        let references = |id: u64| match number(&all.rows[id as usize]) {
+            Some(right) if id % 2 == 0 => vec![format!("so\n#### {right}.0")],
+            _ => vec!["who knows".to_owned()],
+        };
+        let asked = |keep: &str| {
+            let config = json!({"max_new_tokens": 10, "seed": 5, "samples": 3, "keep": keep});
+            write_for(references, config).unwrap()
+        };
+        let right = |row: &&Row| {
+            let first = &all.rows[(row.id % ANSWERS) as usize];
+            first.id % 2 == 0 && number(first).is_some() && number(row) == number(first)
+        };
+        let expected: Vec<&Row> = all.rows.iter().filter(right).collect();
+        let (kept, log) = asked("correct");
+        assert!((2..30).contains(&kept.rows.len()));
+        assert!(
+            kept.rows.iter().map(|row| (row.id, &row.response)).eq(expected.iter().map(|row| (row.id, &row.response)))
+        );
+        assert_eq!(
+            log.notes,
+            [format!("{} of 36 answers have not the right number and are left out", 36 - expected.len())]
+        );
+        assert!(
+            log.warnings[0].ends_with("of 12 rows have no right answer with a number: `keep: correct` leaves them out")
+        );
+        assert_eq!(asked("all").0.rows.len(), 36);
+    }
+
+    #[test]
+    fn nothing_right_is_an_error_that_says_what_to_do() {
+        let error = |reference: &str| {
+            let config = json!({"max_new_tokens": 10, "keep": "correct"});
+            write_for(|_| vec![reference.to_owned()], config).err().unwrap().to_string()
+        };
+        assert!(error("words").starts_with("none of the 12 rows has a right answer with a number"));
+        assert!(error("#### 99").starts_with("no answer is right, and `keep: correct` leaves nothing over"));
     }
 }

@@ -30,7 +30,7 @@ pub use kind::{
 pub use location::{FileDigest, HubPath, Location, WebFile};
 pub use outlook::{Cause, Finding, Learner, Machine, Outlook};
 pub use port::{Port, PortType, Ports};
-pub use scoring::Scoring;
+pub use scoring::{Extraction, Scoring};
 pub use tokenizer::TokenizerFile;
 pub use value::{AnyValue, Folder, Inputs, Metrics, Outputs, Predictions, Value};
 
