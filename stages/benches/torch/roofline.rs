@@ -114,7 +114,9 @@ pub(crate) fn phases(line: &Line, size: f64, tokens_in_all: f64) -> Vec<Phase> {
     match line.case {
         Case::Step => phases = student.training(tokens, seen, tokens),
         // Forward, and backward to the activations alone; the adapter is next to nothing.
-        Case::Lora => phases = vec![student.reading(tokens, seen, tokens, size), student.reading(tokens, seen, tokens, size)],
+        Case::Lora => {
+            phases = vec![student.reading(tokens, seen, tokens, size), student.reading(tokens, seen, tokens, size)]
+        }
         Case::Distill => {
             phases.push(teacher.reading(tokens, seen, predicted, size));
             phases.extend(student.training(tokens, seen, predicted));
