@@ -177,7 +177,7 @@ impl Stage for Evaluate {
             name: "evaluate",
             version: 3,
             numerics: Some(lm::NUMERICS),
-            summary: "scores a model's answers (ROUGE-L, exact match, final numbers), its loss, and its distance to a teacher",
+            summary: "scores a model's answers (ROUGE-L, exact match, numbers), its loss, and its distance to a teacher",
             example: "kind: evaluate\nin: {model: train.student, data: data.test}\nwith: {max_new_tokens: 48, seeds: [10, 20, 30, 40, 50]}",
             reads_clock: false,
         }

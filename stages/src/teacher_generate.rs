@@ -398,7 +398,7 @@ mod tests {
         let number = |row: &Row| row.response.iter().rev().find(|&&id| id != 0).copied();
         // Right is what the first answer to an even row says; odd rows have no right number.
         let references = |id: u64| match number(&all.rows[id as usize]) {
-            Some(right) if id % 2 == 0 => vec![format!("so\n#### {right}.0")],
+            Some(right) if id.is_multiple_of(2) => vec![format!("so\n#### {right}.0")],
             _ => vec!["who knows".to_owned()],
         };
         let asked = |keep: &str| {
@@ -407,7 +407,7 @@ mod tests {
         };
         let right = |row: &&Row| {
             let first = &all.rows[(row.id % ANSWERS) as usize];
-            first.id % 2 == 0 && number(first).is_some() && number(row) == number(first)
+            first.id.is_multiple_of(2) && number(first).is_some() && number(row) == number(first)
         };
         let expected: Vec<&Row> = all.rows.iter().filter(right).collect();
         let (kept, log) = asked("correct");
