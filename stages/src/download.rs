@@ -15,7 +15,8 @@
 //! ```
 //!
 //! No inputs. The configuration decides the outputs: `source` gives `corpus`; `tokenizer` alone gives `tokenizer`; `bin`
-//! gives datasets `train`, `valid`, `test`; `model` gives `model`. Cost: reading the files, and fetching those that are
+//! gives datasets `train`, `valid`, `test`; `model` gives `model`, with the adapter in its folder where there is one; `adapter` gives
+//! `adapter`. Cost: reading the files, and fetching those that are
 //! elsewhere; the built-in corpus takes a fraction of a second. The content of files, not their path, is part of the
 //! result's key.
 //!
@@ -42,14 +43,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
 use contract::dataset::SPLIT_ROWS;
 use contract::files::counted;
 use contract::limits;
 use contract::{
     About, AnyValue, Bounds, Cause, ConfigError, Dataset, Env, Facts, Folder, Inputs, Operator, Outlook, Outputs,
-    PortType, Ports, Sink, Source, Stage, Step, TokenizerFile,
+    PortType, Ports, Sink, Source, Stage, Step, TokenizerFile, Value,
 };
-use lm::ModelFolder;
+use lm::{Adapter, ModelFolder};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error as _, MapAccess, Visitor};
@@ -128,6 +130,9 @@ pub struct Config {
     /// `{url: ..., sha256: ...}`.
     #[serde(default)]
     pub model: Option<Address>,
+    /// A low-rank adapter: a PEFT folder of `adapter_config.json` and `adapter_model.safetensors`; kind `adapt` puts it on a model.
+    #[serde(default)]
+    pub adapter: Option<Address>,
 }
 
 /// What a file of a corpus is, where its bytes do not say so.
@@ -242,16 +247,18 @@ impl Stage for Download {
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = Vec::new();
-        let Config { source, rows, seed, split, form, fields, limit, tokenizer, end_token, bin, model } = config;
-        let what = [source.is_some(), bin.is_some(), model.is_some()];
+        let Config { source, rows, seed, split, form, fields, limit, tokenizer, end_token, bin, model, adapter } =
+            config;
+        let what = [source.is_some(), bin.is_some(), model.is_some(), adapter.is_some()];
         match what.iter().filter(|given| **given).count() {
             0 if tokenizer.is_some() => {}
             1 => {}
-            0 => errors.push(
-                ConfigError::at("", "nothing to bring in")
-                    .hint(format!("give `source`, `tokenizer`, `bin` or `model`; for example `source: {BUILTIN}`")),
-            ),
-            _ => errors.push(ConfigError::at("", "expected one of `source`, `bin` and `model`, got several")),
+            0 => errors.push(ConfigError::at("", "nothing to bring in").hint(format!(
+                "give `source`, `tokenizer`, `bin`, `model` or `adapter`; for example `source: {BUILTIN}`"
+            ))),
+            _ => {
+                errors.push(ConfigError::at("", "expected one of `source`, `bin`, `model` and `adapter`, got several"))
+            }
         }
         let mut unread = |field: &str, given: bool, by: &str| {
             if given {
@@ -268,7 +275,8 @@ impl Stage for Download {
         unread("form", form.is_some() && (source.is_none() || builtin), "a `source` of files");
         unread("fields", *fields != Fields::default() && (source.is_none() || builtin), "a `source` of files");
         unread("limit", *limit != Limit::default() && source.is_none(), "`source`");
-        unread("tokenizer", tokenizer.is_some() && source.is_some(), "a `download` of its own, or to `bin`");
+        let without = source.is_some() || adapter.is_some();
+        unread("tokenizer", tokenizer.is_some() && without, "a `download` of its own, or to `bin`");
         unread("end_token", end_token.is_some() && tokenizer.is_none() && model.is_none(), "`tokenizer` and `model`");
         if bin.is_some() && tokenizer.is_none() {
             errors.push(ConfigError::at("tokenizer", "`bin` needs the tokenizer that its ids come from"));
@@ -301,6 +309,8 @@ impl Stage for Download {
                 .output("test", PortType::Dataset, "rows to report on")
         } else if config.model.is_some() {
             ports.output("model", PortType::Model, "the model with its tokenizer")
+        } else if config.adapter.is_some() {
+            ports.output("adapter", PortType::Adapter, "the adapter")
         } else {
             ports.output("tokenizer", PortType::Tokenizer, "the tokenizer")
         }
@@ -319,6 +329,7 @@ impl Stage for Download {
                     let files: Vec<&str> = lm::MODEL_FILES.into_iter().chain(crate::tokenizer::sources()).collect();
                     source.only(&files).one_of(&WEIGHTS)
                 }
+                ["adapter"] => source.only(&lm::ADAPTER_FILES),
                 _ => source,
             })
         };
@@ -376,7 +387,8 @@ impl Config {
             }
             _ => {}
         }
-        let named = [("bin", &self.bin), ("tokenizer", &self.tokenizer), ("model", &self.model)];
+        let named =
+            [("bin", &self.bin), ("tokenizer", &self.tokenizer), ("model", &self.model), ("adapter", &self.adapter)];
         found.extend(named.into_iter().filter_map(|(field, address)| Some((vec![field], address.as_ref()?))));
         found
     }
@@ -437,7 +449,7 @@ struct Run {
 
 impl Operator for Run {
     fn run(&mut self, _inputs: Inputs, _step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
-        let Config { source, tokenizer, bin, model, end_token, .. } = &self.config;
+        let Config { source, tokenizer, bin, model, adapter, end_token, .. } = &self.config;
         let end_token = end_token.as_deref();
         if let Some(source) = source {
             let folder = self.folder("corpus")?;
@@ -455,7 +467,20 @@ impl Operator for Run {
             model.check_values()?.iter().for_each(|odd| sink.warn(odd));
             model.copy(&folder)?;
             tokenizer.save(&folder)?;
+            let adapter = path.join(lm::ADAPTER);
+            if adapter.is_dir() {
+                let adapter = Adapter::load(&adapter, &Device::Cpu)?;
+                adapter.check(&model.config)?;
+                let place = folder.join(lm::ADAPTER);
+                fs::create_dir(&place).with_context(|| format!("cannot make folder `{}`", place.display()))?;
+                adapter.save(&place)?;
+            }
             return Ok(Outputs::new().with("model", Folder::new(PortType::Model, folder)));
+        }
+        if let Some(adapter) = adapter {
+            let adapter = Adapter::load(&adapter.path()?, &Device::Cpu)?;
+            adapter.check_values()?;
+            return Ok(Outputs::new().with("adapter", adapter));
         }
         let path = tokenizer.as_ref().context("`download` has nothing to bring in")?;
         let tokenizer = take_in(&path.path()?, end_token, sink)?;
@@ -1180,6 +1205,7 @@ mod tests {
         assert_eq!(seen(json!({"tokenizer": "a"})), "tokenizer < tokenizer");
         assert_eq!(seen(json!({"tokenizer": "a", "bin": "b"})), "train valid test < bin tokenizer");
         assert_eq!(seen(json!({"model": "a"})), "model < model");
+        assert_eq!(seen(json!({"adapter": "a"})), "adapter < adapter");
     }
 
     #[test]

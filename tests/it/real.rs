@@ -518,6 +518,31 @@ fn an_adapter_is_trained_and_cut_anywhere_it_has_the_same_bits() {
         assert!(adapter.contains("\"r\": 2") && adapter.contains("\"lora_dropout\": 0.1"), "{adapter}");
         // In one piece it answers alike.
         project.run("run FILE --variant merged").expect(0, &["done: 3 ran, 7 reused"]);
+        // What was exported comes in again: with its adapter, or the adapter by itself.
+        project.write(
+            "again.yaml",
+            "
+version: 1
+name: again
+include: p.yaml
+stages:
+  whole: {kind: download, with: {model: student}}
+  part: {kind: download, with: {adapter: student/adapter}}
+  plain: {kind: download, with: {model: before}}
+  joined: {kind: adapt, in: {model: plain, adapter: part}}
+  of-whole: {kind: evaluate, in: {model: whole, data: data.test}, with: {metrics: [loss]}}
+  of-joined: {kind: evaluate, in: {model: joined, data: data.test}, with: {metrics: [loss]}}
+  of-plain: {kind: evaluate, in: {model: plain, data: data.test}, with: {metrics: [loss]}}
+",
+        );
+        // The two are the same bytes, so that the second is not measured again.
+        project.run("run again.yaml of-whole of-joined of-plain").expect(0, &["done: 6 ran, 4 reused"]);
+        let losses = ["of-whole", "of-joined", "of-plain"].map(|stage| {
+            let shown = project.run(&format!("show again.yaml {stage} --json")).expect(0, &[]);
+            let shown: Json = serde_json::from_str(&shown.stdout).unwrap();
+            shown["stages"][stage]["metrics"]["loss"]["mean"].as_f64().unwrap()
+        });
+        assert!(losses[0] == losses[1] && losses[0] != losses[2], "{losses:?}");
         let scores = ["lora", "merged"].map(|variant| {
             let shown = project.run(&format!("show FILE score --variant {variant} --json")).expect(0, &[]);
             let shown: Json = serde_json::from_str(&shown.stdout).unwrap();

@@ -16,6 +16,7 @@ use serde_json::{Value as Json, json};
 
 use crate::families::{Config, LinearLayer};
 use crate::files::tensors::{read_tensors, write_json, write_tensors};
+use crate::finite::first_not_finite;
 use crate::weights::low_rank::LowRank;
 
 /// What an adapter is made of: on each of some linear layers `y = W x + scale B A x`, with `A` and `B` alone trained (Hu et
@@ -136,6 +137,12 @@ pub struct Adapter {
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+
+/// The folder of a model's adapter, in the model's.
+pub const ADAPTER: &str = "adapter";
+
+/// The files of an adapter's folder.
+pub const ADAPTER_FILES: [&str; 2] = [CONFIG, TENSORS];
 /// What PEFT puts before the names of a model's parameters.
 const PREFIX: &str = "base_model.model.";
 /// What PEFT calls an adapted layer's own bias.
@@ -224,6 +231,22 @@ impl Adapter {
         let lora =
             Lora { rank: r, alpha: lora_alpha, dropout: lora_dropout, targets, bias: bias.into(), rslora: use_rslora };
         Ok(Adapter { lora, tensors, fan_in_fan_out })
+    }
+
+    /// Errors where it is no adapter for a model of that shape, or one of its numbers is not finite.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        self.parts(config)?;
+        self.check_values()
+    }
+
+    /// Errors where one of its numbers is not finite: it names the tensor.
+    pub fn check_values(&self) -> Result<()> {
+        for (name, tensor) in &self.tensors {
+            if let Some(found) = first_not_finite(tensor)? {
+                bail!("the adapter's `{name}` holds {found}: get it again");
+            }
+        }
+        Ok(())
     }
 
     /// The names of the adapted layers.

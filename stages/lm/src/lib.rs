@@ -34,7 +34,7 @@ mod teacher_cache;
 mod terms;
 mod weights;
 
-pub use adapter::{Adapter, Biases, Lora};
+pub use adapter::{ADAPTER, ADAPTER_FILES, Adapter, Biases, Lora};
 pub use batch::{Input, Packed};
 pub use device::{device, gpus};
 pub use dtype::Dtype;

@@ -15,7 +15,7 @@ use contract::{Facts, PortType, Result, TokenizerFile, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
-use crate::adapter::{A, Adapter, B, Biases, Lora};
+use crate::adapter::{A, ADAPTER, Adapter, B, Biases, Lora};
 use crate::batch::{Input, Packed};
 use crate::dtype::Dtype;
 use crate::families::{Architecture, Config, Weights, layer_of};
@@ -636,9 +636,6 @@ impl Value for LanguageModel {
         self
     }
 }
-
-/// The folder of a model's adapter, in the model's.
-const ADAPTER: &str = "adapter";
 
 /// `base` with what lies on `weight`, changed.
 fn on_top(base: Weight, weight: &Weight, change: impl Fn(&LowRank) -> TensorResult<LowRank>) -> TensorResult<Weight> {

@@ -52,7 +52,7 @@ struct Place {
 }
 
 /// Names of the files of a folder that make a model without its tokenizer, or their endings.
-pub const MODEL_FILES: [&str; 7] = [
+pub const MODEL_FILES: [&str; 8] = [
     "config.json",
     generation::FILE,
     "*.safetensors",
@@ -60,6 +60,7 @@ pub const MODEL_FILES: [&str; 7] = [
     "*.bin",
     "pytorch_model.bin.index.json",
     "*.gguf",
+    "adapter/adapter_config.json",
 ];
 
 impl ModelFolder {
