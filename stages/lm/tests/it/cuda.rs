@@ -96,7 +96,7 @@ fn step(student: &LanguageModel, teacher: &LanguageModel, prompt: &Tensor, updat
     };
     let targets =
         [target(&plain, Divergence::ReverseKl, 0.8, 1.0), target(&prompted, Divergence::Jsd { beta: 0.4 }, 0.5, 2.0)];
-    let loss = head_loss(&hidden, student.head().unwrap(), Some((&labels, 0.7)), &targets, &weights).unwrap();
+    let loss = head_loss(&hidden, &student.head().unwrap(), Some((&labels, 0.7)), &targets, &weights).unwrap();
     let mut parameters = student.parameters();
     parameters.extend([("prompt".to_owned(), prompt.clone())]);
     let mut values = vec![f64::from(flat(&loss.loss)[0])];
