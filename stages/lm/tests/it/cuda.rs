@@ -88,8 +88,9 @@ fn step(student: &LanguageModel, teacher: &LanguageModel, prompt: &Tensor, updat
     let prompted = teacher.hidden(&batch, Some(&prompt.detach()), None).unwrap();
     let hidden = student.hidden(&batch, Some(prompt), Some(&dropout)).unwrap();
     assert_eq!(hidden.device().location(), device.location());
+    let head = teacher.head().unwrap();
     let target = |hidden, divergence, coefficient, temperature| Target {
-        source: Source::Head { hidden, head: &teacher.head().unwrap() },
+        source: Source::Head { hidden, head: &head },
         divergence,
         coefficient,
         temperature,
