@@ -7,8 +7,8 @@ use indexmap::IndexMap;
 use lm::loss::{Divergence, Source, Target, divergence_values, head_loss, log_probs};
 use lm::sample::Sampling;
 use lm::{
-    AdamW, AdamWOptions, Dropout, Dtype, Generate, Gradients, LanguageModel, Packed, Prompt, accumulate, generate,
-    gradients, norm,
+    AdamW, AdamWOptions, Biases, Dropout, Dtype, Generate, Gradients, LanguageModel, Lora, Packed, Prompt, accumulate,
+    generate, gradients, norm,
 };
 
 use crate::{gap, is_noise, small_model, small_models};
@@ -41,9 +41,23 @@ fn model() -> LanguageModel {
     rounded(small_model(0.1))
 }
 
-/// One of each family.
+/// One of each family, and one with an adapter on all its layers and its head.
 fn models() -> Vec<LanguageModel> {
-    small_models().into_iter().map(rounded).collect()
+    let adapted = rounded(adapted(&model()));
+    small_models().into_iter().map(rounded).chain([adapted]).collect()
+}
+
+fn adapted(model: &LanguageModel) -> LanguageModel {
+    let targets = Some(["c_attn", "c_proj", "c_fc", "lm_head"].map(str::to_owned).to_vec());
+    let lora = Lora { rank: 3, alpha: 6.0, dropout: 0.2, targets, bias: Biases::All, rslora: false };
+    let mut adapter = model.with_new_adapter(&lora, 4).unwrap().adapter().unwrap();
+    for (name, tensor) in &mut adapter.tensors {
+        if name.ends_with("lora_B.weight") {
+            let values: Vec<f32> = (0..tensor.elem_count()).map(|i| ((i * 29 % 61) as f32 - 30.0) / 256.0).collect();
+            *tensor = Tensor::from_vec(values, tensor.shape(), &Device::Cpu).unwrap();
+        }
+    }
+    model.with_adapter(&adapter).unwrap()
 }
 
 fn rounded(model: LanguageModel) -> LanguageModel {
