@@ -157,6 +157,14 @@ impl Subgraph {
     }
 
     /// The stages in it.
+    pub(crate) fn operators(&self) -> Vec<&Operator> {
+        match self {
+            Subgraph::Operator(operator) => vec![operator],
+            Subgraph::Loop(body) => body.stages.values().map(|stage| &stage.operator).collect(),
+        }
+    }
+
+    /// The same, in the same order, to be changed.
     pub(crate) fn operators_mut(&mut self) -> Vec<&mut Operator> {
         match self {
             Subgraph::Operator(operator) => vec![operator],

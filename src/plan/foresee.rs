@@ -264,17 +264,21 @@ impl Foreseen {
 
 /// Looks at a subgraph, and into those of its files that are elsewhere but have been fetched before.
 fn look_at_hand(subgraph: &Subgraph, entries: &Entering, registry: &Registry, machine: &Machine) -> Seen {
+    let here = |source: Source| Some((content::at_hand(&source)?.to_str()?.to_owned(), source));
+    let at_hand = subgraph.operators().into_iter().enumerate().flat_map(|(index, operator)| {
+        sources_of(operator, registry).into_iter().filter_map(here).map(move |found| (index, found))
+    });
+    let at_hand: Vec<(usize, (String, Source))> = at_hand.collect();
+    if at_hand.is_empty() {
+        return look(subgraph, entries, registry, machine);
+    }
     let mut subgraph = subgraph.clone();
+    let mut operators = subgraph.operators_mut();
     let mut fetched: Vec<(String, String)> = Vec::new();
-    for operator in subgraph.operators_mut() {
-        let sources = registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default();
-        for source in sources {
-            let path = content::at_hand(&source).and_then(|path| path.to_str().map(str::to_owned));
-            if let Some(path) = path
-                && key::put(&mut operator.config, &source.field, path.as_str().into(), &operator.kind).is_ok()
-            {
-                fetched.push((path, source.at.to_string()));
-            }
+    for (index, (path, source)) in at_hand {
+        let Operator { config, kind, .. } = &mut *operators[index];
+        if key::put(config, &source.field, path.as_str().into(), kind).is_ok() {
+            fetched.push((path, source.at.to_string()));
         }
     }
     let mut seen = look(&subgraph, entries, registry, machine);
@@ -284,6 +288,11 @@ fn look_at_hand(subgraph: &Subgraph, entries: &Entering, registry: &Registry, ma
         finding.hint = fetched.iter().fold(finding.hint.clone(), |text, place| as_written(&text, place));
     }
     seen
+}
+
+/// The files outside of the pipeline that a stage names.
+fn sources_of(operator: &Operator, registry: &Registry) -> Vec<Source> {
+    registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default()
 }
 
 /// Whether a source is where it is said to be, as far as that is known without fetching it; else why not, and what to do.
@@ -315,8 +324,7 @@ fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Findi
     };
     let mut missing = Vec::new();
     for (part, operator) in operators {
-        let sources = registry.get(&operator.kind).map(|kind| kind.sources(&operator.config)).unwrap_or_default();
-        for source in sources {
+        for source in sources_of(operator, registry) {
             let Err((error, hint)) = is_there(&source) else { continue };
             let mut outlook = Outlook::default();
             outlook.error([Cause::Field(source.field.join("."))], format!("{error:#}"), hint);

@@ -63,13 +63,7 @@ impl Slots {
 /// What a subgraph needs: for a loop, all that any of its stages does.
 pub(crate) fn needs(subgraph: &Subgraph, registry: &contract::Registry) -> Needs {
     let of = |kind: &str| registry.get(kind).map(contract::Kind::needs).unwrap_or_default();
-    match subgraph {
-        Subgraph::Operator(operator) => of(&operator.kind),
-        Subgraph::Loop(body) => {
-            let stages = body.stages.values().map(|stage| of(&stage.operator.kind));
-            stages.fold(Needs::default(), Needs::and)
-        }
-    }
+    subgraph.operators().into_iter().map(|operator| of(&operator.kind)).fold(Needs::default(), Needs::and)
 }
 
 #[cfg(test)]

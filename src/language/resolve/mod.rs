@@ -305,10 +305,7 @@ impl Assembly {
 /// What a subgraph does, whatever the order of the file and wherever its values are written.
 pub(crate) fn identity(subgraph: &Subgraph) -> Json {
     let mut subgraph = subgraph.clone();
-    match &mut subgraph {
-        Subgraph::Operator(operator) => operator.places.clear(),
-        Subgraph::Loop(body) => body.stages.values_mut().for_each(|stage| stage.operator.places.clear()),
-    }
+    subgraph.operators_mut().into_iter().for_each(|operator| operator.places.clear());
     let mut value = serde_json::to_value(subgraph).expect("a subgraph is JSON");
     sort(&mut value);
     value
