@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 use candle_core::{Device, Tensor};
 use contract::random::{philox, purpose, uniform};
-use contract::{Facts, PortType, Result, Value, files};
+use contract::{PortType, Result, Value, files};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -376,10 +376,6 @@ impl Value for Adapter {
             })
             .collect();
         write_tensors(&folder.join(TENSORS), tensors.iter().map(|(name, tensor)| (name, *tensor)), None)
-    }
-
-    fn facts(&self) -> Facts {
-        Facts::default()
     }
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {

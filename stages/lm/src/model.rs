@@ -178,9 +178,7 @@ impl LanguageModel {
     /// Errors where an adapter lies on it, and is not as it would be made.
     pub fn check_adapter(&self, lora: &Lora) -> Result<()> {
         let Some(own) = &self.lora else { return Ok(()) };
-        let layers = |lora: &Lora| Ok(lora.layers(&self.config)?.iter().map(|(i, _)| *i).collect::<Vec<_>>());
-        let asked: Result<Vec<usize>> = layers(lora);
-        let same_layers = asked? == layers(own)?;
+        let same_layers = lora.layers(&self.config)? == own.layers(&self.config)?;
         let rest = |lora: &Lora| Lora { targets: None, ..lora.clone() };
         ensure!(
             rest(lora) == rest(own) && same_layers,
@@ -217,7 +215,7 @@ impl LanguageModel {
     /// Errors when it has none.
     pub fn merged(&self) -> Result<Self> {
         ensure!(self.lora.is_some(), "there is nothing to merge: the model has no adapter");
-        let (embedding, head) = (self.config.embedding(), self.config.head());
+        let head = self.config.head();
         let mut model = self.map(|name, weight| {
             let base = weight.base().frozen();
             match weight.low_rank() {
@@ -230,7 +228,7 @@ impl LanguageModel {
                 }
             }
         })?;
-        if self.config.sizes().tied && model.weights.contains_key(head) && embedding != head {
+        if self.config.sizes().tied && model.weights.contains_key(head) {
             model.config.untie();
         }
         model.lora = None;

@@ -211,6 +211,7 @@ struct Names {
 }
 
 /// A linear layer of a model.
+#[derive(PartialEq)]
 pub(crate) struct LinearLayer {
     /// Its name, the part of its parameters' names before `.weight`.
     pub(crate) name: String,

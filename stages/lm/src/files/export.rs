@@ -12,7 +12,7 @@ use serde_json::json;
 use super::folder::ModelFolder;
 use super::gguf::GgufValue;
 use super::gguf::convert::{self, Converted, ConvertedTensor, From};
-use super::gguf::write as gguf;
+use super::gguf::{reordered, write as gguf};
 use super::parallel::{RANKS, share, transpose};
 use super::pickle;
 use super::tensors::{Entry, TensorFile, dtype_of, write_json, write_one_by_one};
@@ -164,11 +164,7 @@ impl ModelFolder {
         }
         let values = match &tensor.from {
             From::Parameter(name) => self.values(name)?,
-            From::Reordered(name, order) => {
-                let values = self.values(name)?;
-                let width = values.len() / order.len();
-                order.iter().flat_map(|row| &values[row * width..][..width]).copied().collect()
-            }
+            From::Reordered(name, order) => reordered(&self.values(name)?, order),
             From::Transposed(name) => {
                 let (rows, columns) = (tensor.shape[1], tensor.shape[0]);
                 transpose(&self.values(name)?, rows, columns)

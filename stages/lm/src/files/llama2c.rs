@@ -15,7 +15,7 @@ use contract::Result;
 use contract::files;
 use serde_json::{Value as Json, json};
 
-use super::gguf::row_order;
+use super::gguf::{reordered, row_order};
 
 /// What versions 1 and 2 begin with: `ak42` as a number.
 const MAGIC: u32 = 0x616b_3432;
@@ -104,8 +104,7 @@ impl Llama2cFile {
             }
         };
         let Some(heads) = tensor.interleaved_heads else { return Ok(values) };
-        let (rows, width) = (tensor.shape[0], tensor.shape[1]);
-        Ok(row_order(rows, heads).iter().flat_map(|row| &values[row * width..][..width]).copied().collect())
+        Ok(reordered(&values, &row_order(tensor.shape[0], heads)))
     }
 
     /// A file of holes may be larger than all memory.

@@ -22,7 +22,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
-use super::gguf::{Gguf, GgufModel, ModelTensor, row_order};
+use super::gguf::{Gguf, GgufModel, ModelTensor, reordered, row_order};
 use super::llama2c::Llama2cFile;
 use super::pickle::PickleFile;
 use crate::kernels::decode::decode;
@@ -67,13 +67,11 @@ pub(crate) fn write_parameters<'a>(
             Parameter::Encoded(matrix) => {
                 let bytes = Cow::Borrowed(matrix.rows(0..matrix.rows));
                 let shape = vec![matrix.rows, matrix.columns];
-                match matrix.format {
-                    Format::F32 => (name, Dtype::F32, shape, bytes),
-                    Format::F16 => (name, Dtype::F16, shape, bytes),
-                    Format::BF16 => (name, Dtype::BF16, shape, bytes),
-                    format => {
+                match dtype_of(matrix.format) {
+                    Some(dtype) => (name, dtype, shape, bytes),
+                    None => {
                         let shape = vec![matrix.rows, bytes.len() / matrix.rows.max(1)];
-                        (key_of_blocks(&name, format), Dtype::U8, shape, bytes)
+                        (key_of_blocks(&name, matrix.format), Dtype::U8, shape, bytes)
                     }
                 }
             }
@@ -291,12 +289,7 @@ impl TensorFile {
             Kind::Gguf { file, tensors } => {
                 let stored = tensors.iter().map(|ModelTensor { index, name, .. }| {
                     let tensor = &file.tensors()[*index];
-                    let written = match tensor.format {
-                        Format::F32 => Written::As(Dtype::F32),
-                        Format::F16 => Written::As(Dtype::F16),
-                        Format::BF16 => Written::As(Dtype::BF16),
-                        quantised => Written::Quantised(quantised),
-                    };
+                    let written = dtype_of(tensor.format).map_or(Written::Quantised(tensor.format), Written::As);
                     Stored { name: name.clone(), shape: tensor.shape.clone(), written }
                 });
                 stored.collect()
@@ -335,12 +328,10 @@ impl TensorFile {
 
     /// A matrix of half floats, or a quantised one, as it lies in the file; `None` for all else.
     pub(crate) fn encoded(&self, stored: &Stored) -> Result<Option<Encoded>> {
-        let format = match stored.written {
-            Written::As(Dtype::F16) => Format::F16,
-            Written::As(Dtype::BF16) => Format::BF16,
-            Written::As(_) => return Ok(None),
-            Written::Quantised(format) => format,
-        };
+        let format = stored.format();
+        if format == Format::F32 {
+            return Ok(None);
+        }
         let [rows, columns] = stored.shape[..] else { return Ok(None) };
         if let Kind::Gguf { file, tensors } = &self.kind {
             let ModelTensor { index, interleaved_heads, .. } = named(tensors, &stored.name)?;
@@ -432,9 +423,7 @@ fn from_gguf(file: &Gguf, tensors: &[ModelTensor], name: &str) -> Result<Vec<f32
     let mut values = vec![0.0; tensor.shape.iter().product()];
     decode(tensor.format, &bytes, &mut values);
     let Some(heads) = interleaved_heads else { return Ok(values) };
-    let rows = tensor.shape[0];
-    let width = values.len() / rows;
-    Ok(row_order(rows, *heads).iter().flat_map(|row| &values[row * width..][..width]).copied().collect())
+    Ok(reordered(&values, &row_order(tensor.shape[0], *heads)))
 }
 
 fn safetensors(path: &Path) -> Result<Kind> {

@@ -206,6 +206,26 @@ impl<T: Number> Cuda<T> {
         Ok(Some((vector(dweight), dbias.map(vector))))
     }
 
+    /// Writes `x W^T` to the columns of `out`, `[N, width]`, from `first` on, or adds it to what is there.
+    fn product_into(
+        &self,
+        out: &mut CudaSlice<T>,
+        width: usize,
+        first: usize,
+        x: &CudaSlice<T>,
+        layer: &Layer,
+        adds: bool,
+    ) -> Result<()> {
+        let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
+        self.matrix(layer.weight.tensor()?, |weight| {
+            let weight = match layer.layout {
+                Layout::InOut => Matrix::new(weight, outputs),
+                Layout::OutIn => Matrix::new(weight, inputs).transposed(),
+            };
+            product_into_columns(&self.device, out, width, first, Matrix::new(x, inputs), weight, adds)
+        })
+    }
+
     /// The biases of layers side by side, zeros where one has none, `[width]`.
     fn biases(&self, layers: &[Layer], width: usize) -> Result<CudaSlice<f32>> {
         let mut all = self.device.alloc_zeros::<f32>(width)?;
@@ -340,15 +360,8 @@ impl<T: Number> Backend for Cuda<T> {
         let mut out = self.unset(x.len() / depth * width)?;
         let mut first = 0;
         for layer in layers {
-            let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
-            self.matrix(layer.weight.tensor()?, |weight| {
-                let weight = match layer.layout {
-                    Layout::InOut => Matrix::new(weight, outputs),
-                    Layout::OutIn => Matrix::new(weight, inputs).transposed(),
-                };
-                product_into_columns(&self.device, &mut out, width, first, Matrix::new(x, depth), weight, false)
-            })?;
-            first += outputs;
+            self.product_into(&mut out, width, first, x, layer, false)?;
+            first += layer.outputs()?;
         }
         if let [Layer { bias: Some(bias), .. }] = layers {
             view(bias, |bias| elementwise::bias_dropout(&self.device, &mut out, Some(bias), None, width))?;
@@ -367,14 +380,7 @@ impl<T: Number> Backend for Cuda<T> {
         x: &CudaSlice<T>,
         layer: &Layer,
     ) -> Result<()> {
-        let (inputs, outputs) = (layer.inputs()?, layer.outputs()?);
-        self.matrix(layer.weight.tensor()?, |weight| {
-            let weight = match layer.layout {
-                Layout::InOut => Matrix::new(weight, outputs),
-                Layout::OutIn => Matrix::new(weight, inputs).transposed(),
-            };
-            product_into_columns(&self.device, out, channels, first, Matrix::new(x, inputs), weight, true)
-        })
+        self.product_into(out, channels, first, x, layer, true)
     }
 
     fn linear_backward_input(

@@ -43,6 +43,12 @@ pub fn row_order(rows: usize, heads: usize) -> Vec<usize> {
     (0..rows).map(|row| row / width * width + row % width % half * 2 + row % width / half).collect()
 }
 
+/// The rows of a matrix, or the numbers of a vector, in another order.
+pub(crate) fn reordered(values: &[f32], order: &[usize]) -> Vec<f32> {
+    let width = values.len() / order.len();
+    order.iter().flat_map(|row| &values[row * width..][..width]).copied().collect()
+}
+
 /// An architecture that is read.
 struct Architecture {
     /// Its name, in GGUF and as `model_type` alike.
