@@ -24,7 +24,7 @@ use contract::{
     About, AnyValue, Cause, ConfigError, Dataset, Env, Folder, Inputs, Operator, Outlook, Outputs, PortType, Ports,
     Sink, Stage, Step, TokenizerFile,
 };
-use lm::{Format, ModelFolder, families_in_llama_cpp, is_in_llama_cpp};
+use lm::{ADAPTER, Format, ModelFolder, families_in_llama_cpp, is_in_llama_cpp};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
@@ -254,6 +254,10 @@ fn convert_model(folder: &Path, config: &Config) -> Result<()> {
     let written = make(&folder.with_file_name("model.new"))?;
     let format = config.dtype.map(Precision::format);
     if let Some(format) = config.gguf {
+        ensure!(
+            !folder.join(ADAPTER).exists(),
+            "the model has an adapter, which has no place in a GGUF file: make one model of the two first (kind `merge`)"
+        );
         let tokenizer = TokenizerFile::load(folder)?;
         let metadata = tokenizer_metadata(&tokenizer, model.config.vocab_size(), &model.ends(&tokenizer))
             .context("its tokenizer has no place in a GGUF file")?;
@@ -551,6 +555,17 @@ mod tests {
         let config: Config = serde_json::from_value(json!({"gguf": "q8_0"})).unwrap();
         Export.foresee(&config, &mut outlook);
         assert_eq!(outlook.findings[0].message, "llama.cpp computes no model of type `opt`");
+    }
+
+    #[test]
+    fn an_adapter_is_not_lost_on_the_way_to_gguf() {
+        let scratch = Scratch::new();
+        let lora = serde_json::from_value(json!({"rank": 2})).unwrap();
+        let adapted = model("llama").with_new_adapter(&lora, 3).unwrap();
+        let merged = Arc::new(adapted.merged().unwrap());
+        let error = export(&scratch, Arc::new(adapted), json!({"gguf": "f16"})).err().unwrap();
+        assert!(format!("{error:#}").contains("the model has an adapter"), "{error:#}");
+        export(&Scratch::new(), merged, json!({"gguf": "f16"})).unwrap();
     }
 
     #[test]
