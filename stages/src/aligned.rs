@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::Context;
 use candle_core::Tensor;
 use contract::dataset::{ANSWERS, row_name};
-use contract::{Dataset, End, Result, Row};
+use contract::{Dataset, End, Inputs, Result, Row};
+use lm::loss::{Divergence, Source, Target, divergence_values};
 use lm::{Dropout, LanguageModel, Packed, Response};
 
 /// Text of some rows, laid out for a model, with the places that predict response tokens.
@@ -100,28 +102,92 @@ impl Aligned {
 }
 
 /// What a teacher reads in place of the prompts that its student reads, by row.
-pub struct View(HashMap<u64, Vec<u32>>);
+pub struct View {
+    data: Arc<Dataset>,
+    places: HashMap<u64, usize>,
+}
 
 impl View {
     /// The prompts of a dataset.
-    pub fn of(data: &Dataset) -> Self {
-        View(data.rows.iter().map(|row| (row.id % ANSWERS, row.prompt.clone())).collect())
+    pub fn of(data: Arc<Dataset>) -> Self {
+        let places = data.rows.iter().enumerate().map(|(place, row)| (row.id % ANSWERS, place)).collect();
+        View { data, places }
+    }
+
+    /// That of the dataset on the input `view`, where one is connected.
+    pub fn take(inputs: &mut Inputs) -> Result<Option<Self>> {
+        Ok(inputs.take_optional::<Dataset>("view")?.map(View::of))
     }
 
     /// What is read before the responses of a row.
     ///
     /// Errors when there is no such row, or it has no prompt.
     pub fn prompt_of(&self, row: u64) -> Result<&[u32]> {
-        let prompt = self.0.get(&(row % ANSWERS)).filter(|prompt| !prompt.is_empty());
-        let prompt = prompt.with_context(|| {
+        let prompt = self.places.get(&(row % ANSWERS)).map(|place| self.data.rows[*place].prompt.as_slice());
+        prompt.filter(|prompt| !prompt.is_empty()).with_context(|| {
             format!(
                 "`view` has no prompt for {}: tokenise the same corpus, with room for what stands around its prompts \
                  (`max_prompt_length`, `max_length`)",
                 row_name(row)
             )
-        });
-        Ok(prompt?)
+        })
     }
+}
+
+/// A frozen model, and how it reads a text.
+#[derive(Clone, Copy)]
+pub struct Reader<'a> {
+    /// The model.
+    pub model: &'a LanguageModel,
+    /// Its soft prompt.
+    pub prompt: Option<&'a Tensor>,
+    /// What it reads in place of the prompts.
+    pub view: Option<&'a View>,
+}
+
+impl Reader<'_> {
+    /// Its hidden states where they predict response tokens, `[tokens, width]`.
+    pub fn hidden(&self, text: &Aligned) -> Result<Tensor> {
+        let seen = self.view.map(|view| text.seen_in(view)).transpose()?;
+        seen.as_ref().unwrap_or(text).hidden(self.model, self.prompt, None)
+    }
+}
+
+/// Values of the response tokens of rows, row by row.
+pub fn by_row<'r, 'v, T>(
+    rows: impl IntoIterator<Item = &'r Row>,
+    values: &'v [T],
+) -> impl Iterator<Item = (&'r Row, &'v [T])> {
+    let mut rest = values;
+    rows.into_iter().map(move |row| {
+        let (own, after) = rest.split_at(Aligned::tokens_of(row));
+        rest = after;
+        (row, own)
+    })
+}
+
+/// How far one model is from another at every response token of rows, of which `batch` go through the two at once.
+pub fn divergences(
+    own: Reader<'_>,
+    other: Reader<'_>,
+    divergence: Divergence,
+    rows: &[Row],
+    batch: usize,
+) -> Result<Vec<Vec<f64>>> {
+    let (own_head, head) = (own.model.head()?, other.model.output_head()?.beside(own.model.vocab_size())?);
+    let mut values = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(batch) {
+        let text = Aligned::of(rows);
+        let found = if text.tokens() == 0 {
+            Vec::new()
+        } else {
+            let source = Source::Head { hidden: &other.hidden(&text)?, head: &head };
+            let target = Target { source, divergence, coefficient: 1.0, temperature: 1.0 };
+            divergence_values(&own.hidden(&text)?, &own_head, &[target])?.remove(0)
+        };
+        values.extend(by_row(rows, &found).map(|(_, own)| own.to_vec()));
+    }
+    Ok(values)
 }
 
 #[cfg(test)]
@@ -139,7 +205,7 @@ mod tests {
         let found: Vec<_> = text.rows().iter().map(|it| (it.row, it.prompt, it.tokens)).collect();
         assert_eq!(found, [(0, &[1, 2, 3][..], &[4, 5][..]), (2, &[7], &[8])]);
         let seen = vec![row(0, &[9, 1, 2, 3], &[]), row(2, &[8], &[])];
-        let view = View::of(&Dataset { rows: seen, tokenizer: contract::TokenizerFile::new("", 0, 9) });
+        let view = View::of(Arc::new(Dataset { rows: seen, tokenizer: contract::TokenizerFile::new("", 0, 9) }));
         let other = text.seen_in(&view).unwrap();
         assert_eq!(other.labels, text.labels);
         assert_eq!(other.rows().iter().map(|it| it.prompt).collect::<Vec<_>>(), [&[9, 1, 2, 3][..], &[8]]);

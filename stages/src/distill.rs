@@ -36,7 +36,7 @@ use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPromp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aligned::View;
+use crate::aligned::{Reader, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
@@ -192,8 +192,7 @@ impl Stage for Distill {
                 );
             }
         } else if outlook.has("teacher") {
-            outlook.same_vocabulary(&["data", "view"]);
-            foresight::reader(outlook, "teacher", Some("prompt"), if outlook.has("view") { "view" } else { "data" });
+            foresight::teacher(outlook);
         }
         let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
         let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
@@ -231,27 +230,16 @@ impl Operator for Distilling {
         let data = inputs.take::<Dataset>("data")?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
-        let view = inputs.take_optional::<Dataset>("view")?;
+        let view = View::take(&mut inputs)?;
         ensure!(
             view.is_none() || cache.is_none(),
             "`view` does nothing beside `cache`: connect it where the cache is made"
         );
-        let view = view.map(|view| View::of(&view));
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let config = self.config.clone();
-        let student = match inputs.take_optional::<LanguageModel>("student")? {
-            Some(student) => training::own(student, config.lora.as_ref(), config.seed)?,
-            None => training::initial(
-                config.init.as_ref(),
-                "student",
-                &data,
-                config.lora.as_ref(),
-                config.seed,
-                &self.device,
-            )?,
-        };
-        let student = student.computed_in(config.dtype)?.with_activation_checkpointing(config.activation_checkpointing);
+        let shape = (config.init.as_ref(), config.lora.as_ref());
+        let student = training::learner(&mut inputs, "student", shape, &config.settings(), &data, &self.device)?;
         let (teacher, head) = match &cache {
             Some(cache) => (None, self.head_of(cache, teacher.as_deref(), prompt.is_some())?),
             None => {
@@ -278,8 +266,8 @@ impl Operator for Distilling {
                 (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
                 (None, Some(teacher)) => {
                     let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
-                    let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
-                    Said::Hidden(seen.as_ref().unwrap_or(text).hidden(teacher, prompt.as_ref(), None)?)
+                    let reader = Reader { model: teacher, prompt: prompt.as_ref(), view: view.as_ref() };
+                    Said::Hidden(reader.hidden(text)?)
                 }
                 (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
             };

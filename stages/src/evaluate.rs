@@ -28,7 +28,7 @@ use contract::{
     About, AnyValue, Cause, Check, ConfigError, Conventions, Dataset, End, Env, Extraction, Inputs, Longest, Metrics,
     Operator, Outlook, Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Source, Target, divergence_values, log_probs};
+use lm::loss::{Divergence, log_probs};
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use rayon::prelude::*;
@@ -36,14 +36,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
-use crate::aligned::{Aligned, View};
+use crate::aligned::{Aligned, Reader, View, by_row, divergences};
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
-use crate::foresight;
 use crate::number::{self, Found};
 use crate::padding::Padding;
 use crate::score::{self, Words};
-use crate::student_generate::sampling_errors;
 use crate::text::{Bos, SpecialTokens, Text, begun};
+use crate::{foresight, writing};
 
 /// The `with` of `evaluate`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -202,7 +201,7 @@ impl Stage for Evaluate {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = sampling_errors(&config.sampling());
+        let mut errors = writing::sampling_errors(&config.sampling());
         if config.metrics.is_empty() {
             errors.push(ConfigError::at("metrics", "there is nothing to measure"));
         }
@@ -279,15 +278,14 @@ impl Stage for Evaluate {
 impl Config {
     /// The rows that are evaluated, as far as they are known.
     fn seen(&self, rows: Rows) -> Rows {
-        let first = self.rows.map_or(u64::MAX, |rows| rows as u64);
-        let (mut prompt, mut text) = (rows.prompt.of_first(first), rows.text.of_first(first));
+        let Rows { mut prompt, mut text, port, .. } = rows.of_first(self.rows.map(|rows| rows as u64));
         if let Some(limit) = self.max_prompt_length.map(|limit| limit as u64) {
             // Which rows become shorter by how much is not known.
             text = if prompt.most.is_some_and(|most| most <= limit) { text } else { text.bound() };
             prompt = prompt.cut_to(limit);
         }
         let shorten = "set `max_prompt_length` to cut long prompts, or leave long rows out of the data";
-        Rows { prompt, text, shorten, ..rows }
+        Rows { port, prompt, text, shorten }
     }
 
     fn sampling(&self) -> Sampling {
@@ -309,13 +307,6 @@ impl Config {
     }
 }
 
-/// A teacher that answers are compared with, and what it reads before them.
-#[derive(Clone, Copy)]
-struct Judge<'a> {
-    teacher: &'a LanguageModel,
-    view: Option<&'a View>,
-}
-
 struct Evaluating {
     config: Config,
     padding: Padding,
@@ -329,7 +320,7 @@ impl Operator for Evaluating {
         let model = inputs.take::<LanguageModel>("model")?.frozen().computed_in(config.dtype)?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
-        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
+        let view = View::take(&mut inputs)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
         let rows = evaluated_rows(&data, config)?;
@@ -352,8 +343,9 @@ impl Operator for Evaluating {
             for (seed, generated) in &answers {
                 scores.text(*seed, &rows, generated, &data, &mut predictions)?;
                 if let (true, Some(teacher)) = (config.measures(Metric::ReverseKl), &teacher) {
-                    let judge = Judge { teacher, view: view.as_ref() };
-                    scores.distance(*seed, self.reverse_kl(&model, prompt.as_ref(), judge, &rows, generated)?);
+                    let own = Reader { model: &model, prompt: prompt.as_ref(), view: None };
+                    let teacher = Reader { model: teacher, prompt: None, view: view.as_ref() };
+                    scores.distance(*seed, self.reverse_kl(own, teacher, &rows, generated)?);
                 }
             }
             scores.majority(&rows);
@@ -447,10 +439,7 @@ impl Evaluating {
                 continue;
             }
             let found = log_probs(&text.hidden(model, prompt, None)?, &model.head()?, &text.labels)?;
-            let mut rest = found.as_slice();
-            for row in chunk {
-                let (own, after) = rest.split_at(Aligned::tokens_of(row));
-                rest = after;
+            for (row, own) in by_row(chunk, &found) {
                 let sum = -own.iter().map(|&p| f64::from(p)).sum::<f64>();
                 if !sum.is_finite() {
                     return Err(not_finite("the loss", row, &[Behind::new("model", model, prompt)]));
@@ -468,48 +457,26 @@ impl Evaluating {
     /// Sum over tokens of KL(model || teacher), and the number of tokens, for every row.
     fn reverse_kl(
         &self,
-        model: &LanguageModel,
-        prompt: Option<&Tensor>,
-        Judge { teacher, view }: Judge<'_>,
+        own: Reader<'_>,
+        teacher: Reader<'_>,
         rows: &[Row],
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
-        let mut distances = Vec::with_capacity(rows.len());
-        let head = teacher.output_head()?.beside(model.vocab_size())?;
         let written: Vec<Row> = rows
             .iter()
             .zip(generated)
             .map(|(row, generated)| Row { response: generated.ids.clone(), ..row.clone() })
             .collect();
-        for chunk in written.chunks(self.config.batch) {
-            let text = Aligned::of(chunk);
-            let values = if text.tokens() == 0 {
-                Vec::new()
-            } else {
-                let own = text.hidden(model, prompt, None)?;
-                let seen = view.map(|view| text.seen_in(view)).transpose()?;
-                let other = seen.as_ref().unwrap_or(&text).hidden(teacher, None, None)?;
-                let teacher = Target {
-                    source: Source::Head { hidden: &other, head: &head },
-                    divergence: Divergence::ReverseKl,
-                    coefficient: 1.0,
-                    temperature: 1.0,
-                };
-                divergence_values(&own, &model.head()?, &[teacher])?.remove(0)
-            };
-            let mut rest = values.as_slice();
-            for row in chunk {
-                let (own, after) = rest.split_at(Aligned::tokens_of(row));
-                rest = after;
-                let sum = own.iter().sum::<f64>();
-                if !sum.is_finite() {
-                    let models = [Behind::new("model", model, prompt), Behind::new("teacher", teacher, None)];
-                    return Err(not_finite("`reverse_kl`", row, &models));
-                }
-                distances.push((sum, own.len() as f64));
+        let values = divergences(own, teacher, Divergence::ReverseKl, &written, self.config.batch)?;
+        let distance = |(row, values): (&Row, Vec<f64>)| {
+            let sum = values.iter().sum::<f64>();
+            if !sum.is_finite() {
+                let models = [Behind::new("model", own.model, own.prompt), Behind::new("teacher", teacher.model, None)];
+                return Err(not_finite("`reverse_kl`", row, &models));
             }
-        }
-        Ok(distances)
+            Ok((sum, values.len() as f64))
+        };
+        written.iter().zip(values).map(distance).collect()
     }
 }
 

@@ -22,24 +22,22 @@
 //! of the two, and a forward pass of both over each.
 
 use anyhow::ensure;
-use candle_core::Tensor;
 use contract::limits;
 use contract::random::purpose;
 use contract::{
     About, AnyValue, ConfigError, Conventions, Dataset, End, Env, Folder, Inputs, Metrics, Operator, Outlook, Outputs,
     PortType, Ports, Result, Row, Sink, Stage, Step,
 };
-use lm::loss::{Divergence, Source, Target, divergence_values};
+use lm::loss::Divergence;
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, LanguageModel, Prompt, SoftPrompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
-use crate::aligned::Aligned;
+use crate::aligned::{Reader, divergences};
 use crate::finite::{Behind, NEXT_TOKEN, explain};
-use crate::foresight;
-use crate::student_generate::sampling_errors;
+use crate::{foresight, writing};
 
 /// The `with` of `exposure-bias`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -133,7 +131,7 @@ impl Stage for ExposureBias {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = sampling_errors(&config.sampling());
+        let mut errors = writing::sampling_errors(&config.sampling());
         if config.temperature == 0.0 && config.samples > 1 {
             errors.push(ConfigError::at("samples", "greedy texts are all the same").hint("set `samples: 1`"));
         }
@@ -190,11 +188,11 @@ struct Measuring {
     folder: std::path::PathBuf,
 }
 
-/// The two models, and whose text is read.
+/// The two models.
+#[derive(Clone, Copy)]
 struct Pair<'a> {
-    model: &'a LanguageModel,
-    teacher: &'a LanguageModel,
-    prompt: Option<&'a Tensor>,
+    model: Reader<'a>,
+    teacher: Reader<'a>,
 }
 
 impl Operator for Measuring {
@@ -206,7 +204,10 @@ impl Operator for Measuring {
         let data = inputs.take::<Dataset>("data")?;
         let rows = &data.rows[..data.rows.len().min(config.rows.unwrap_or(usize::MAX))];
         ensure!(!rows.is_empty(), "there is no prompt to go on from");
-        let pair = Pair { model: &model, teacher: &teacher, prompt: prompt.as_ref() };
+        let pair = Pair {
+            model: Reader { model: &model, prompt: None, view: None },
+            teacher: Reader { model: &teacher, prompt: prompt.as_ref(), view: None },
+        };
         let mut done = 0;
         let total = 2 * config.samples * rows.len() as u64;
         let mut accumulated = |by_teacher: bool, sink: &mut dyn Sink| {
@@ -263,8 +264,8 @@ impl Measuring {
                 time: (2 * sample + u64::from(by_teacher)) as u32,
                 batch: config.batch,
             };
-            let (who, port, soft) =
-                if by_teacher { (pair.teacher, "teacher", pair.prompt) } else { (pair.model, "model", None) };
+            let (writer, port) = if by_teacher { (pair.teacher, "teacher") } else { (pair.model, "model") };
+            let Reader { model: who, prompt: soft, .. } = writer;
             let before = *done;
             let mut progress = |rows| sink.progress(before + rows as u64, total, "texts");
             let written = generate(who, soft, &prompts, &options, &mut progress);
@@ -274,36 +275,10 @@ impl Measuring {
             let texts: Vec<Row> = (rows.iter().zip(written))
                 .map(|(row, written)| Row { response: config.read(written.ids, written.end), ..row.clone() })
                 .collect();
-            for (index, found) in pair.errors(&texts, config.batch)?.into_iter().enumerate() {
+            let found = divergences(pair.model, pair.teacher, Divergence::ForwardKl, &texts, config.batch)?;
+            for (index, found) in found.into_iter().enumerate() {
                 let first = usize::from(config.formula == Some(Formula::Published));
                 errors[index].push(found[first.min(found.len())..].to_vec());
-            }
-        }
-        Ok(errors)
-    }
-}
-
-impl Pair<'_> {
-    /// KL(teacher || model) at the places that predict response tokens, row by row.
-    fn errors(&self, texts: &[Row], batch: usize) -> Result<Vec<Vec<f64>>> {
-        let mut errors = Vec::with_capacity(texts.len());
-        let head = self.teacher.output_head()?.beside(self.model.vocab_size())?;
-        for rows in texts.chunks(batch) {
-            let text = Aligned::of(rows);
-            let found = if text.tokens() == 0 {
-                Vec::new()
-            } else {
-                let own = text.hidden(self.model, None, None)?;
-                let other = text.hidden(self.teacher, self.prompt, None)?;
-                let source = Source::Head { hidden: &other, head: &head };
-                let target = Target { source, divergence: Divergence::ForwardKl, coefficient: 1.0, temperature: 1.0 };
-                divergence_values(&own, &self.model.head()?, &[target])?.remove(0)
-            };
-            let mut rest = found.as_slice();
-            for row in rows {
-                let (own, after) = rest.split_at(Aligned::tokens_of(row));
-                rest = after;
-                errors.push(own.to_vec());
             }
         }
         Ok(errors)

@@ -20,7 +20,7 @@ use contract::{
     Ports, Result, Sink, Stage, Step,
 };
 use lm::loss::head_loss;
-use lm::{Architecture, LanguageModel, Lora};
+use lm::{Architecture, Lora};
 
 use crate::evaluate;
 use crate::finite::Behind;
@@ -125,12 +125,9 @@ struct Finetuning {
 impl Operator for Finetuning {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let Config { init, lora, seed, dropout, dtype, activation_checkpointing, .. } = &self.config;
-        let model = match inputs.take_optional::<LanguageModel>("model")? {
-            Some(model) => training::own(model, lora.as_ref(), *seed)?,
-            None => training::initial(init.as_ref(), "model", &data, lora.as_ref(), *seed, &self.device)?,
-        };
-        let model = model.computed_in(*dtype)?.with_activation_checkpointing(*activation_checkpointing);
+        let Config { init, lora, seed, dropout, .. } = &self.config;
+        let (shape, settings) = ((init.as_ref(), lora.as_ref()), self.config.settings());
+        let model = training::learner(&mut inputs, "model", shape, &settings, &data, &self.device)?;
         let dropout = training::dropout(*dropout, *seed, step, purpose::DROPOUT);
         let behind = [Behind::new("model", &model, None)];
         let row = self.trainer.update(&model.parameters(), &data, step, sink, &behind, |batch, parts| {
@@ -158,6 +155,7 @@ mod tests {
 
     use candle_core::Tensor;
     use contract::Kind;
+    use lm::LanguageModel;
     use serde_json::{Value as Json, json};
 
     use super::*;

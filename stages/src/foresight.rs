@@ -45,6 +45,13 @@ pub(crate) fn reader(outlook: &mut Outlook, model: &str, prompt: Option<&str>, d
     }
 }
 
+/// The teacher on `teacher`, which reads the responses of `data` behind their prompts, or behind those of `view`.
+pub(crate) fn teacher(outlook: &mut Outlook) {
+    outlook.same_vocabulary(&["data", "view"]);
+    let read = if outlook.has("view") { "view" } else { "data" };
+    reader(outlook, "teacher", Some("prompt"), read);
+}
+
 /// The type that matrices are multiplied in, on the device that the stage will run on.
 pub(crate) fn computes_in(outlook: &mut Outlook, dtype: Dtype) {
     if dtype == Dtype::Bf16 && outlook.machine.device == "cpu" {

@@ -53,6 +53,7 @@ pub mod tokenize;
 pub mod tokenizer;
 pub mod train_tokenizer;
 pub mod training;
+mod writing;
 
 /// All kinds, by name.
 pub fn registry() -> Registry {

@@ -37,7 +37,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::aligned::{Aligned, View};
+use crate::aligned::{Aligned, Reader, View, by_row};
 use crate::finite::{Behind, not_finite};
 use crate::foresight;
 use crate::training::{self, Mean, MicroBatch, Parts, Trainer, Training};
@@ -227,8 +227,7 @@ impl Stage for PolicyGradient {
         let model = foresight::learner(outlook, "student", init, "data", lora, config.activation_checkpointing);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
-        outlook.same_vocabulary(&["data", "view"]);
-        foresight::reader(outlook, "teacher", Some("prompt"), if outlook.has("view") { "view" } else { "data" });
+        foresight::teacher(outlook);
         if outlook.has("text") {
             outlook.same_vocabulary(&["data", "text"]);
             outlook.reads("student", None, &outlook.rows("text"));
@@ -264,19 +263,15 @@ impl Operator for Learning {
         let data = inputs.take::<Dataset>("data")?;
         let text = inputs.take_optional::<Dataset>("text")?;
         let Config { seed, dtype, .. } = self.config;
-        let config = self.config.clone();
-        let student = match inputs.take_optional::<LanguageModel>("student")? {
-            Some(student) => training::own(student, config.lora.as_ref(), seed)?,
-            None => {
-                training::initial(config.init.as_ref(), "student", &data, config.lora.as_ref(), seed, &self.device)?
-            }
-        };
-        let student = student.computed_in(dtype)?.with_activation_checkpointing(config.activation_checkpointing);
+        let (config, settings) = (self.config.clone(), self.config.settings());
+        let shape = (config.init.as_ref(), config.lora.as_ref());
+        let student = training::learner(&mut inputs, "student", shape, &settings, &data, &self.device)?;
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
-        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
-        let (prompt_of, view) = (prompt.as_ref(), view.as_ref());
-        let policy = Policy { config: &config, student: &student, teacher: &teacher, prompt: prompt_of, view };
+        let view = View::take(&mut inputs)?;
+        let teacher = Reader { model: &teacher, prompt: prompt.as_ref(), view: view.as_ref() };
+        let head = teacher.model.output_head()?.beside(student.vocab_size())?;
+        let policy = Policy { config: &config, student: &student, teacher, head };
         let rollouts = policy.judge(&data)?;
 
         let rows = data.rows.len();
@@ -284,7 +279,7 @@ impl Operator for Learning {
         ensure!(batch <= rows, "`batch` asks for {batch} rollouts, and this round has {rows}");
         let updates = config.passes * (rows / batch) as u64;
         let mut update = step.round * updates;
-        let behind = [Behind::new("student", &student, None), Behind::new("teacher", &teacher, prompt.as_ref())];
+        let behind = [Behind::new("student", &student, None), Behind::new("teacher", teacher.model, teacher.prompt)];
         for pass in 0..config.passes {
             let time = step.round * config.passes + pass;
             let order = permutation(rows, seed, purpose::PASS, time as u32);
@@ -293,7 +288,7 @@ impl Operator for Learning {
                 let dropout = training::dropout(config.dropout, seed, &step, purpose::DROPOUT);
                 let kept =
                     text.as_ref().map(|text| share_of(text, pass * (rows / batch) as u64 + index as u64, updates));
-                let mut texts = kept.map(|rows| Texts::new(rows, config.settings().mean())).transpose()?;
+                let mut texts = kept.map(|rows| Texts::new(rows, settings.mean())).transpose()?;
                 let loss = |batch: &MicroBatch, parts: &mut Parts| {
                     let mut loss = policy.loss(batch, &rollouts, dropout.as_ref(), parts)?;
                     if let Some((text, weight)) = texts.as_mut().and_then(|texts| texts.next(batch)) {
@@ -330,18 +325,12 @@ struct Rollout {
 struct Policy<'a> {
     config: &'a Config,
     student: &'a LanguageModel,
-    teacher: &'a LanguageModel,
-    prompt: Option<&'a Tensor>,
-    view: Option<&'a View>,
+    teacher: Reader<'a>,
+    /// The teacher's, over the student's tokens.
+    head: Tensor,
 }
 
 impl Policy<'_> {
-    /// Hidden states of the teacher where they predict response tokens, as it sees the text.
-    fn taught(&self, text: &Aligned) -> Result<Tensor> {
-        let seen = self.view.map(|view| text.seen_in(view)).transpose()?;
-        seen.as_ref().unwrap_or(text).hidden(self.teacher, self.prompt, None)
-    }
-
     /// The returns of a round's responses, by row id.
     fn judge(&self, data: &Dataset) -> Result<HashMap<u64, Rollout>> {
         let size = self.config.micro_batch.map_or(data.rows.len(), |rows| rows as usize).max(1);
@@ -352,12 +341,11 @@ impl Policy<'_> {
                 continue;
             }
             let own = log_probs(&text.hidden(self.student, None, None)?, &self.student.head()?, &text.labels)?;
-            let other = log_probs(&self.taught(&text)?, &self.teacher.head()?, &text.labels)?;
-            let tokens = text.rows().into_iter().zip(&text.responses);
-            for (row, (response, place)) in rows.iter().filter(|row| Aligned::tokens_of(row) > 0).zip(tokens) {
-                debug_assert_eq!(row.id, response.row);
-                let rollout = self.rollout(row, &own[place.clone()], &other[place.clone()])?;
-                rollouts.insert(row.id, rollout);
+            let other = log_probs(&self.teacher.hidden(&text)?, &self.teacher.model.head()?, &text.labels)?;
+            for ((row, own), (_, other)) in by_row(rows, &own).zip(by_row(rows, &other)) {
+                if !own.is_empty() {
+                    rollouts.insert(row.id, self.rollout(row, own, other)?);
+                }
             }
         }
         if self.config.whitening == Some(Whitening::Tokens) {
@@ -375,8 +363,8 @@ impl Policy<'_> {
         });
         let rewards: Vec<f64> = rewards.collect();
         if !rewards.iter().all(|reward| reward.is_finite()) {
-            let models =
-                [Behind::new("student", self.student, None), Behind::new("teacher", self.teacher, self.prompt)];
+            let Reader { model, prompt, .. } = self.teacher;
+            let models = [Behind::new("student", self.student, None), Behind::new("teacher", model, prompt)];
             return Err(not_finite("the reward", row, &models));
         }
         let written = row.log_probs.as_ref().context(
@@ -411,8 +399,7 @@ impl Policy<'_> {
         let (mut policy, mut divergence, mut clipped) = (0.0, 0.0, 0.0);
         let tokens = before.iter().flat_map(|rollout| rollout.log_q.iter().zip(&rollout.importance)).zip(&advantages);
         for (((log_q, importance), advantage), new) in tokens.zip(&new) {
-            let ratio = f64::from(*new) - log_q;
-            let rho = ratio.exp() * importance;
+            let rho = (f64::from(*new) - log_q).exp() * importance;
             let [plain, limited] = [rho, rho.clamp(1.0 - ratio_clip, 1.0 + ratio_clip)].map(|rho| -advantage * rho);
             let is_clipped = limited > plain;
             policy += weight * plain.max(limited);
@@ -425,17 +412,15 @@ impl Policy<'_> {
         parts.add("policy_gradient", policy);
         parts.add("loss", policy);
         if *single_step > 0.0 {
-            let taught = self.taught(text)?;
-            let other = self.teacher.output_head()?.beside(self.student.vocab_size())?;
             let target = Target {
-                source: Source::Head { hidden: &taught, head: &other },
+                source: Source::Head { hidden: &self.teacher.hidden(text)?, head: &self.head },
                 divergence: Divergence::ReverseKl,
                 coefficient: *single_step,
                 temperature: 1.0,
             };
             let single = head_loss(&hidden, &head, None, &[target], &single_weights)?;
-            divergence += single.divergences[0];
-            parts.add("loss", single_step * single.divergences[0]);
+            divergence = single.divergences[0];
+            parts.add("loss", single_step * divergence);
             loss = (loss + single.loss)?;
         }
         parts.add("single_step", divergence);
@@ -457,10 +442,8 @@ impl Policy<'_> {
     fn text_loss(&self, text: &Aligned, weight: f32, dropout: Option<&Dropout>, parts: &mut Parts) -> Result<Tensor> {
         let Config { text_weight, text_divergence, .. } = self.config;
         let hidden = text.hidden(self.student, None, dropout)?;
-        let taught = text.hidden(self.teacher, None, None)?;
-        let other = self.teacher.output_head()?.beside(self.student.vocab_size())?;
         let target = Target {
-            source: Source::Head { hidden: &taught, head: &other },
+            source: Source::Head { hidden: &text.hidden(self.teacher.model, None, None)?, head: &self.head },
             divergence: Divergence::ForwardKl,
             coefficient: text_weight * text_divergence,
             temperature: 1.0,

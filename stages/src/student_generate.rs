@@ -18,61 +18,33 @@
 //! log-probabilities under what wrote them. Cost: a forward pass a token of the longest response, over the rows still
 //! unfinished.
 
-use contract::limits;
 use contract::random::{philox, purpose, uniform};
 use contract::{
     About, AnyValue, Bounds, Cause, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Longest, Operator,
     Outlook, Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
-use lm::sample::Sampling;
-use lm::{Dtype, Generate, Generated, LanguageModel, Mixed, Prompt, generate, generate_mixed};
+use lm::{Generate, Generated, LanguageModel, Mixed, Prompt, generate, generate_mixed};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::finite::{Behind, NEXT_TOKEN, explain};
-use crate::foresight;
+use crate::{foresight, writing};
 
-/// The `with` of `student-generate`.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// 1 samples from the model's own distribution, as the methods ask; 0 is greedy.
-    #[serde(default = "one")]
-    #[schemars(range(min = 0.0, max = limits::TEMPERATURE.1))]
-    pub temperature: f32,
-    /// Samples among the so many likeliest tokens; 0: all.
-    #[serde(default)]
-    #[schemars(range(min = 0, max = limits::VOCABULARY))]
-    pub top_k: usize,
-    /// Samples among the likeliest tokens that make up this probability; 1: all.
-    #[serde(default = "one")]
-    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
-    pub top_p: f32,
-    /// Tokens a response may have.
-    #[schemars(range(min = 1, max = limits::TOKENS))]
-    pub max_new_tokens: usize,
-    /// Share of the rows that are answered anew, drawn row by row in every round; the others keep their response.
-    #[serde(default = "all")]
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub fraction: f64,
-    /// What the distribution of `teacher` counts in every draw.
-    #[serde(default = "default_teacher_share")]
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub teacher_share: f64,
-    /// What becomes of a response that was cut off; left out: as the conventions say.
-    #[serde(default)]
-    pub cut_off: Option<CutOff>,
-    /// Rows that are decoded together: a matter of memory.
-    #[serde(default = "default_batch")]
-    #[schemars(range(min = 1, max = limits::BATCH))]
-    pub batch: usize,
-    /// Type that matrices are multiplied in; `bf16` needs a GPU. Trained weights and moments are f32 either way.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Seed of the draws.
-    #[serde(default)]
-    #[schemars(range(min = 0, max = limits::SEED))]
-    pub seed: u64,
+writing::config! {
+    /// The `with` of `student-generate`.
+    pub struct Config {
+        /// Share of the rows that are answered anew, drawn row by row in every round; the others keep their response.
+        #[serde(default = "all")]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub fraction: f64,
+        /// What the distribution of `teacher` counts in every draw.
+        #[serde(default = "default_teacher_share")]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub teacher_share: f64,
+        /// What becomes of a response that was cut off; left out: as the conventions say.
+        #[serde(default)]
+        pub cut_off: Option<CutOff>,
+    }
 }
 
 /// What becomes of a response that was cut off by its length.
@@ -85,10 +57,6 @@ pub enum CutOff {
     ForcedEnd,
 }
 
-fn one() -> f32 {
-    1.0
-}
-
 fn all() -> f64 {
     1.0
 }
@@ -96,10 +64,6 @@ fn all() -> f64 {
 /// As published.
 fn default_teacher_share() -> f64 {
     0.2
-}
-
-fn default_batch() -> usize {
-    256
 }
 
 /// The kind.
@@ -131,7 +95,7 @@ impl Stage for StudentGenerate {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        sampling_errors(&config.sampling())
+        writing::sampling_errors(&config.sampling())
     }
 
     fn ports(&self, _config: &Config) -> Ports {
@@ -180,24 +144,13 @@ impl Stage for StudentGenerate {
 impl Config {
     /// Whether a row is answered anew in this round.
     fn answers(&self, row: &Row, step: &Step) -> bool {
-        let id = (row.id ^ row.id >> 32) as u32;
-        let [word, ..] = philox(self.seed, [0, id, step.round as u32, purpose::ON_POLICY]);
-        self.fraction == 1.0 || f64::from(uniform(word)) < self.fraction
+        let drawn = || {
+            let id = (row.id ^ row.id >> 32) as u32;
+            let [word, ..] = philox(self.seed, [0, id, step.round as u32, purpose::ON_POLICY]);
+            f64::from(uniform(word))
+        };
+        self.fraction == 1.0 || drawn() < self.fraction
     }
-
-    fn sampling(&self) -> Sampling {
-        Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
-    }
-}
-
-/// What is wrong with sampling options.
-pub(crate) fn sampling_errors(sampling: &Sampling) -> Vec<ConfigError> {
-    let mut errors = Vec::new();
-    if sampling.temperature > 0.0 && f64::from(sampling.temperature) < limits::TEMPERATURE.0 {
-        let message = format!("expected 0 or at least {}, got {}", limits::TEMPERATURE.0, sampling.temperature);
-        errors.push(ConfigError::at("temperature", message).hint("0 is greedy"));
-    }
-    errors
 }
 
 struct Generating {
@@ -252,7 +205,7 @@ impl Operator for Generating {
     }
 }
 
-pub(crate) fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
+fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
     let Generated { mut ids, log_probs, mut end } = generated;
     if let (End::Length, true, Some(last)) = (end, force_end, ids.last_mut()) {
         *last = end_token;

@@ -18,7 +18,6 @@
 
 use anyhow::ensure;
 use contract::limits;
-use contract::outlook::Rows;
 use contract::{
     About, AnyValue, Cause, ConfigError, Dataset, Env, Facts, Inputs, Operator, Outlook, Outputs, PortType, Ports,
     Result, Row, Sink, Stage, Step,
@@ -28,7 +27,7 @@ use lm::{Dtype, Keep, LanguageModel, Response, Said, SoftPrompt, Storage, Teache
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aligned::{Aligned, View};
+use crate::aligned::{Aligned, Reader, View};
 use crate::finite::{Behind, explain};
 use crate::foresight;
 
@@ -117,14 +116,11 @@ impl Stage for TeacherCaching {
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         let data = outlook.input("data");
-        let first = config.rows.unwrap_or(u64::MAX);
         outlook.holds("teacher");
         outlook.same_vocabulary(&["data", "view", "teacher"]);
         outlook.same_end("data", "teacher");
         outlook.same_width("teacher", "prompt");
-        let rows = outlook.rows("data");
-        let rows = Rows { prompt: rows.prompt.of_first(first), text: rows.text.of_first(first), ..rows };
-        outlook.reads("teacher", Some("prompt"), &rows);
+        outlook.reads("teacher", Some("prompt"), &outlook.rows("data").of_first(config.rows));
         outlook.takes_rows("data", "rows", config.rows);
         foresight::computes_in(outlook, config.dtype);
         if data.responses.most == 0 {
@@ -153,7 +149,7 @@ impl Operator for Caching {
         let Config { keep, storage, temperature, rows, batch, dtype } = self.config;
         let teacher = inputs.take::<LanguageModel>("teacher")?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
-        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
+        let view = View::take(&mut inputs)?;
         let data = inputs.take::<Dataset>("data")?;
         let rows: Vec<&Row> = (data.rows.iter())
             .take(rows.map_or(usize::MAX, |rows| rows as usize))
@@ -168,11 +164,11 @@ impl Operator for Caching {
         let mut cache = TeacherCacheWriter::new(&self.env.scratch, &teacher, keep, storage, temperature, &responses)?;
         let teacher = teacher.frozen().computed_in(dtype)?;
         let head = teacher.output_head()?.of_tokens()?;
+        let reader = Reader { model: &teacher, prompt: prompt.as_ref(), view: view.as_ref() };
         let mut done = 0;
         for rows in rows.chunks(batch as usize) {
             let text = Aligned::of(rows.iter().copied());
-            let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
-            let hidden = seen.as_ref().unwrap_or(&text).hidden(&teacher, prompt.as_ref(), None)?; // [tokens, C]
+            let hidden = reader.hidden(&text)?; // [tokens, C]
             let said = match keep {
                 Keep::Hidden => Ok(Said::Hidden(hidden)),
                 Keep::TopK(k) => TopK::of(&hidden, &head, k, temperature).map(Said::TopK),

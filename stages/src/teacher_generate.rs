@@ -23,70 +23,41 @@
 use anyhow::ensure;
 use contract::dataset::ANSWERS;
 use contract::limits;
-use contract::outlook::Rows;
 use contract::random::purpose;
 use contract::{
     About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Extraction, Facts, Inputs, Operator, Outlook,
     Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
-use lm::sample::Sampling;
-use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
+use lm::{Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::aligned::View;
 use crate::finite::{Behind, NEXT_TOKEN, explain};
-use crate::student_generate::sampling_errors;
 use crate::text::{SpecialTokens, Text};
-use crate::{foresight, number, score};
+use crate::{foresight, number, score, writing};
 
-/// The `with` of `teacher-generate`.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// 1 samples from the teacher's own distribution; 0 is greedy.
-    #[serde(default = "one")]
-    #[schemars(range(min = 0.0, max = limits::TEMPERATURE.1))]
-    pub temperature: f32,
-    /// Samples among the so many likeliest tokens; 0: all.
-    #[serde(default)]
-    #[schemars(range(min = 0, max = limits::VOCABULARY))]
-    pub top_k: usize,
-    /// Samples among the likeliest tokens that make up this probability; 1: all.
-    #[serde(default = "one")]
-    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
-    pub top_p: f32,
-    /// Tokens a response may have.
-    #[schemars(range(min = 1, max = limits::TOKENS))]
-    pub max_new_tokens: usize,
-    /// Only the first so many rows, as a window's `rows`.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = limits::ROWS))]
-    pub rows: Option<u64>,
-    /// Answers to every prompt.
-    #[serde(default = "single")]
-    #[schemars(range(min = 1, max = limits::BATCH))]
-    pub samples: u64,
-    /// What becomes of a response that was cut off; left out: as the conventions say.
-    #[serde(default)]
-    pub cut_off: Option<CutOff>,
-    /// Which answers stay, after those that `cut_off` leaves out.
-    #[serde(default)]
-    pub keep: Keep,
-    /// Which number of an answer `keep: correct` takes for its final one.
-    #[serde(default)]
-    pub extraction: Extraction,
-    /// Rows that are decoded together: a matter of memory.
-    #[serde(default = "default_batch")]
-    #[schemars(range(min = 1, max = limits::BATCH))]
-    pub batch: usize,
-    /// Type that matrices are multiplied in; `bf16` needs a GPU.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Seed of the draws.
-    #[serde(default)]
-    #[schemars(range(min = 0, max = limits::SEED))]
-    pub seed: u64,
+writing::config! {
+    /// The `with` of `teacher-generate`.
+    pub struct Config {
+        /// Only the first so many rows, as a window's `rows`.
+        #[serde(default)]
+        #[schemars(range(min = 1, max = limits::ROWS))]
+        pub rows: Option<u64>,
+        /// Answers to every prompt.
+        #[serde(default = "single")]
+        #[schemars(range(min = 1, max = limits::BATCH))]
+        pub samples: u64,
+        /// What becomes of a response that was cut off; left out: as the conventions say.
+        #[serde(default)]
+        pub cut_off: Option<CutOff>,
+        /// Which answers stay, after those that `cut_off` leaves out.
+        #[serde(default)]
+        pub keep: Keep,
+        /// Which number of an answer `keep: correct` takes for its final one.
+        #[serde(default)]
+        pub extraction: Extraction,
+    }
 }
 
 /// What becomes of a response that was cut off by its length.
@@ -112,16 +83,8 @@ pub enum Keep {
     Correct,
 }
 
-fn one() -> f32 {
-    1.0
-}
-
 fn single() -> u64 {
     1
-}
-
-fn default_batch() -> usize {
-    256
 }
 
 /// The kind.
@@ -156,7 +119,7 @@ impl Stage for TeacherGenerate {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = sampling_errors(&config.sampling());
+        let mut errors = writing::sampling_errors(&config.sampling());
         if config.temperature == 0.0 && config.samples > 1 {
             errors.push(
                 ConfigError::at("samples", "greedy answers to one prompt are all the same")
@@ -186,12 +149,10 @@ impl Stage for TeacherGenerate {
         outlook.same_width("teacher", "prompt");
         foresight::computes_in(outlook, config.dtype);
         let data = outlook.input("data");
-        let first = config.rows.unwrap_or(u64::MAX);
-        let rows = outlook.rows("data");
-        let rows = Rows { prompt: rows.prompt.of_first(first), text: rows.text.of_first(first), ..rows };
         outlook.takes_rows("data", "rows", config.rows);
+        let rows = outlook.rows("data").of_first(config.rows);
         let text = outlook.writes("teacher", Some("prompt"), &rows, config.max_new_tokens as u64);
-        let many = |n: u64| n.min(first).saturating_mul(config.samples);
+        let many = |n: u64| n.min(config.rows.unwrap_or(u64::MAX)).saturating_mul(config.samples);
         let rows = data.rows.iter().map(|rows| Bounds {
             least: if config.leaves_out() { 0 } else { many(rows.least) },
             most: many(rows.most),
@@ -213,10 +174,6 @@ impl Config {
     fn leaves_out(&self) -> bool {
         self.cut_off == Some(CutOff::Dropped) || self.keep == Keep::Correct
     }
-
-    fn sampling(&self) -> Sampling {
-        Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, ..Sampling::default() }
-    }
 }
 
 struct Generating {
@@ -229,14 +186,13 @@ impl Operator for Generating {
         let teacher = inputs.take::<LanguageModel>("teacher")?.frozen().computed_in(config.dtype)?;
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?.map(|prompt| prompt.vectors.detach());
         let data = inputs.take::<Dataset>("data")?;
-        let view = inputs.take_optional::<Dataset>("view")?.map(|view| View::of(&view));
+        let view = View::take(&mut inputs)?;
         let asked = &data.rows[..data.rows.len().min(config.rows.map_or(usize::MAX, |rows| rows as usize))];
-        let prompt_of = |row: &'_ Row| match &view {
-            None => Ok(row.prompt.clone()),
-            Some(view) => Ok::<_, anyhow::Error>(view.prompt_of(row.id)?.to_vec()),
-        };
-        let ids: Vec<Vec<u32>> = asked.iter().map(prompt_of).collect::<Result<_>>()?;
-        let prompts: Vec<Prompt<'_>> = asked.iter().zip(&ids).map(|(row, ids)| Prompt { row: row.id, ids }).collect();
+        let prompts = asked.iter().map(|row| {
+            let ids = view.as_ref().map_or(Ok(row.prompt.as_slice()), |view| view.prompt_of(row.id))?;
+            Ok(Prompt { row: row.id, ids })
+        });
+        let prompts: Vec<Prompt<'_>> = prompts.collect::<Result<_>>()?;
         let (count, total) = (asked.len() as u64, asked.len() as u64 * config.samples);
         let judge = (config.keep == Keep::Correct).then(|| Judge::new(&data, asked, config, sink)).transpose()?;
         let mut rows = Vec::with_capacity(total as usize);

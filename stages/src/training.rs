@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use candle_core::Device;
-use contract::{ConfigError, Dataset, Result, Step};
+use contract::{ConfigError, Dataset, Inputs, Result, Step};
 use lm::{Architecture, Dropout, LanguageModel, Lora};
 
 pub use batches::{Mean, MicroBatch, Parts};
@@ -31,9 +31,26 @@ pub fn validate_init(init: Option<&Architecture>) -> Vec<ConfigError> {
     found.map(|error| ConfigError::at("init", format!("{error:#}"))).into_iter().collect()
 }
 
+/// The model that a stage trains, ready for it: the one on `port`, else a new one of the shape `init`.
+pub fn learner(
+    inputs: &mut Inputs,
+    port: &str,
+    (init, lora): (Option<&Architecture>, Option<&Lora>),
+    settings: &Settings,
+    data: &Dataset,
+    device: &Device,
+) -> Result<LanguageModel> {
+    let Settings { seed, dtype, activation_checkpointing, .. } = *settings;
+    let model = match inputs.take_optional(port)? {
+        Some(model) => model,
+        None => Arc::new(initial(init, port, data, seed, device)?),
+    };
+    Ok(own(model, lora, seed)?.computed_in(dtype)?.with_activation_checkpointing(activation_checkpointing))
+}
+
 /// Takes a carried model for training: the only reference is updated in place, of a shared one that is copied which is
 /// trained. With `lora` that is an adapter, a new one where the model has none.
-pub fn own(model: Arc<LanguageModel>, lora: Option<&Lora>, seed: u64) -> Result<LanguageModel> {
+fn own(model: Arc<LanguageModel>, lora: Option<&Lora>, seed: u64) -> Result<LanguageModel> {
     match lora {
         Some(lora) => model.check_adapter(lora)?,
         None => ensure!(
@@ -49,11 +66,10 @@ pub fn own(model: Arc<LanguageModel>, lora: Option<&Lora>, seed: u64) -> Result<
 }
 
 /// The first value of a model that is trained from nothing. `port` is where one could have been connected.
-pub fn initial(
+fn initial(
     init: Option<&Architecture>,
     port: &str,
     data: &Dataset,
-    lora: Option<&Lora>,
     seed: u64,
     device: &Device,
 ) -> Result<LanguageModel> {
@@ -61,8 +77,7 @@ pub fn initial(
         bail!("there is no {port} to train: connect `{port}`, or give `init` with the shape of a new one");
     };
     let model = LanguageModel::init(init, data.tokenizer.clone(), seed, device);
-    let model = model.with_context(|| format!("cannot make a {port} with random weights"))?;
-    own(Arc::new(model), lora, seed)
+    model.with_context(|| format!("cannot make a {port} with random weights"))
 }
 
 /// Dropout of a training forward pass, at the model's rates.

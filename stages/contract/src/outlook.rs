@@ -74,6 +74,14 @@ pub struct Rows {
     pub shorten: &'static str,
 }
 
+impl Rows {
+    /// The same of the first so many rows alone, where that is said.
+    pub fn of_first(self, rows: Option<u64>) -> Self {
+        let first = rows.unwrap_or(u64::MAX);
+        Rows { prompt: self.prompt.of_first(first), text: self.text.of_first(first), ..self }
+    }
+}
+
 /// What a model can read beside its soft prompt, and why.
 struct Room {
     tokens: u64,
