@@ -86,6 +86,11 @@ impl<'a> Foresight<'a> {
         seen.outputs.clone()
     }
 
+    /// Bytes of memory that a subgraph which was looked at needs at least, as far as they are known.
+    pub(crate) fn memory(&self, node: NodeIndex) -> u64 {
+        self.seen.get(&node).map_or(0, |(_, seen)| seen.memory)
+    }
+
     /// The same as messages with places: errors, and what is only odd.
     pub(crate) fn diagnose(&mut self, settled: &BTreeMap<NodeIndex, Settled>) -> (Diagnostics, Diagnostics) {
         let found = self.look(settled);

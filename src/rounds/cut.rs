@@ -19,6 +19,7 @@ use anyhow::{Context, ensure};
 use contract::{AnyValue, Env, PortType, Registry, Result};
 use serde::{Deserialize, Serialize};
 
+use super::keep::Scores;
 use super::program::Slot;
 use super::{MetricsRow, Position, find_kind};
 use crate::graph::Loop;
@@ -29,9 +30,9 @@ pub(super) struct Held {
     pub(super) position: Position,
     pub(super) values: BTreeMap<Slot, AnyValue>,
     /// Score of the kept value, by carried value.
-    pub(super) scores: BTreeMap<usize, f64>,
+    pub(super) scores: Scores,
     /// Scores measured in this round, not yet compared.
-    pub(super) measured: BTreeMap<usize, f64>,
+    pub(super) measured: Scores,
     /// Rows of each stage.
     pub(super) rows: Vec<Vec<MetricsRow>>,
 }
@@ -87,7 +88,7 @@ pub(super) fn save(held: &Held, rounds: u64, seconds: f64, folder: &Path) -> Res
     for (index, rows) in held.rows.iter().enumerate() {
         write_rows(&folder.join("metrics").join(format!("{index}.jsonl")), rows)?;
     }
-    let bits = |scores: &BTreeMap<usize, f64>| scores.iter().map(|(&carry, score)| (carry, score.to_bits())).collect();
+    let bits = |scores: &Scores| scores.iter().map(|(&carry, score)| (carry, score.to_bits())).collect();
     let manifest = Manifest {
         version: VERSION,
         position: held.position,

@@ -23,6 +23,8 @@ pub(crate) struct Seen {
     pub(crate) findings: Vec<(Part, Finding)>,
     /// Stages of a loop whose readers in that loop have limits: the longest row that all of them can take.
     pub(crate) rooms: BTreeMap<String, u64>,
+    /// Bytes of memory that it needs at least; of a loop, what the stage needs that needs most.
+    pub(crate) memory: u64,
 }
 
 /// The part of a subgraph that a finding is about.
@@ -42,9 +44,10 @@ pub(crate) fn look(subgraph: &Subgraph, entries: &Entering, registry: &Registry,
         Subgraph::Operator(operator) => {
             let inputs = entries.iter().map(|(entry, facts)| (entry.to_string(), facts.clone())).collect();
             let outlook = outlook(operator, inputs, None, registry, machine);
+            let memory = outlook.memory();
             let findings = outlook.findings.into_iter().map(|finding| (Part::Whole, finding)).collect();
             let outputs = outlook.outputs.into_iter().map(|(port, facts)| (Exit::Port(port), facts)).collect();
-            Seen { outputs, findings, rooms: BTreeMap::new() }
+            Seen { outputs, findings, rooms: BTreeMap::new(), memory }
         }
         Subgraph::Loop(body) => look_at_loop(body, entries, registry, machine),
     }
@@ -97,6 +100,7 @@ fn look_at_loop(body: &Loop, entries: &Entering, registry: &Registry, machine: &
             });
             let room = seen.rooms.get(name).copied();
             let outlook = outlook(&stage.operator, inputs.collect(), room, registry, machine);
+            seen.memory = seen.memory.max(outlook.memory());
             for (port, facts) in outlook.outputs {
                 if let Some(port) = stage.operator.ports.find_output(&port) {
                     made.insert((name, &port.name), facts);

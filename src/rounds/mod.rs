@@ -12,6 +12,7 @@
 
 mod cut;
 pub(crate) mod flow;
+mod keep;
 pub(crate) mod program;
 mod window;
 
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
 use self::flow::Part;
-use crate::graph::{BodyStage, Entry, Every, Loop, Mode, Operator, Subgraph};
+use crate::graph::{BodyStage, Entry, Every, Loop, Operator, Subgraph};
 use cut::Held;
 pub use cut::{Standing, standing};
 use program::{Chosen, Program, Slot, Source};
@@ -216,7 +217,7 @@ impl<'a> LoopRun<'a> {
         match (stage + 1..self.body.stages.len()).find(|&next| self.is_due(next, &step)) {
             Some(next) => self.held.position.stage = next,
             None => {
-                self.end_round(&step)?;
+                self.end_round(&step);
                 host.round(round + 1, self.clock.rounds);
             }
         }
@@ -335,21 +336,17 @@ impl<'a> LoopRun<'a> {
     }
 
     /// Hands carried values on, keeps those whose round was the best so far and forgets what was this round's alone.
-    fn end_round(&mut self, step: &Step) -> Result<()> {
+    fn end_round(&mut self, step: &Step) {
         let next = |carry: &program::Carried| self.held.values.get(&carry.next).cloned();
         let nexts: Vec<Option<AnyValue>> = self.program.carry.iter().map(next).collect();
-        let better = self.better_carries();
-        for (index, carry) in self.program.carry.iter().enumerate() {
-            let kept = better.contains(&self.program.keeper(index)) && !matches!(carry.keep, Chosen::Last);
-            if kept && let Some(value) = nexts[index].clone().or_else(|| self.carried(index)) {
+        let kept = keep::kept(&self.program.carry, &self.held.scores, &self.held.measured);
+        for &index in &kept {
+            if let Some(value) = nexts[index].clone().or_else(|| self.carried(index)) {
                 self.held.values.insert(Slot::Kept(index), value);
             }
         }
-        for (carry, score) in std::mem::take(&mut self.held.measured) {
-            if better.contains(&carry) {
-                self.held.scores.insert(carry, score);
-            }
-        }
+        let measured = std::mem::take(&mut self.held.measured);
+        self.held.scores.extend(measured.into_iter().filter(|(carry, _)| kept.contains(carry)));
         for (index, next) in nexts.into_iter().enumerate() {
             if let Some(next) = next {
                 self.held.values.insert(Slot::Carry(index), next);
@@ -362,24 +359,6 @@ impl<'a> LoopRun<'a> {
             Slot::Carry(_) | Slot::Kept(_) | Slot::State(_) => true,
         });
         self.held.position = Position { round: step.round + 1, stage: 0 };
-        Ok(())
-    }
-
-    /// Carried values measured in this round with a better score than their kept ones. The first wins a tie, and any
-    /// number wins over none.
-    fn better_carries(&self) -> Vec<usize> {
-        let is_better = |&(&carry, &score): &(&usize, &f64)| {
-            let Chosen::Best { mode, .. } = &self.program.carry[carry].keep else { return false };
-            match self.held.scores.get(&carry) {
-                None => true,
-                Some(kept) if kept.is_nan() => !score.is_nan(),
-                Some(kept) => match mode {
-                    Mode::Max => score > *kept,
-                    Mode::Min => score < *kept,
-                },
-            }
-        };
-        self.held.measured.iter().filter(is_better).map(|(&carry, _)| carry).collect()
     }
 
     /// Warns of a best round that nothing chose: its metric was never measured, or was always the same.
@@ -404,10 +383,8 @@ impl<'a> LoopRun<'a> {
     fn finish(mut self) -> Result<Finished> {
         let mut outputs = Vec::with_capacity(self.body.carry.len());
         for (index, name) in self.body.carry.keys().enumerate() {
-            let keeper = &self.program.carry[self.program.keeper(index)];
-            let best = matches!(keeper.keep, Chosen::Best { .. });
-            let kept = if best { self.held.values.remove(&Slot::Kept(index)) } else { None };
-            let value = kept.or_else(|| self.held.values.remove(&Slot::Carry(index)));
+            let value =
+                self.held.values.remove(&Slot::Kept(index)).or_else(|| self.held.values.remove(&Slot::Carry(index)));
             outputs.push(value.ok_or_else(|| anyhow!("carried value `{name}` was never made"))?);
         }
         let seconds = self.seconds();

@@ -122,15 +122,6 @@ impl Program {
         });
         Ok(Program { carry: carry.collect::<Result<_>>()?, stages: stages.collect::<Result<_>>()? })
     }
-
-    /// The carried value whose round decides about this one.
-    pub(crate) fn keeper(&self, carry: usize) -> usize {
-        match self.carry[carry].keep {
-            // Values are kept with one that is kept for itself.
-            Chosen::With(other) => other,
-            Chosen::Last | Chosen::Best { .. } => carry,
-        }
-    }
 }
 
 impl Stage {

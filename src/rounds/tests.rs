@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::fakes::{self, Numbers};
-use crate::graph::{Carry, Keep, Last, Operator as OperatorSpec, Order, Origin, PortRef, Window};
+use crate::graph::{Carry, Keep, Last, Mode, Operator as OperatorSpec, Order, Origin, PortRef, Window};
 
 /// A host that stops at chosen numbers of stage runs, or keeps a cut there and goes on.
 struct Scripted {

@@ -22,6 +22,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, EventLog, SCHEMA, Status};
 use crate::graph::{Entry, Graph, Node, Subgraph};
+use crate::ground::memory;
 use crate::ground::signals::{self, GRACE};
 use crate::ground::trouble::{Fault, is_damage, is_store_trouble, own_panic};
 use crate::plan::foresee::Foresight;
@@ -114,7 +115,7 @@ pub(crate) fn run(
         events: EventLog::create(diary.as_ref().map(|diary| diary.folder.as_path()), reporter)?,
         pipeline: pipeline.pipeline.clone(),
         diary,
-        slots: Slots::new(&settings.devices, settings.threads, settings.jobs),
+        slots: Slots::new(&settings.devices, settings.threads, settings.jobs, memory::limit()),
         executor: Arc::new(Local),
         open: selection.order.iter().copied().collect(),
         deciding: false,
@@ -344,7 +345,7 @@ impl Coordinator<'_> {
             let is_running = |running: &Running| running.ready.action.key == ready.action.key;
             let needs = slots::needs(&ready.action.subgraph, self.registry);
             let twin_runs = self.running.values().any(is_running);
-            match if twin_runs { None } else { self.slots.take(needs) } {
+            match if twin_runs { None } else { self.slots.take(needs, self.foresight.memory(ready.node)) } {
                 Some(slot) => {
                     let ready = self.queue.remove(at).expect("it was looked at just now");
                     self.begin(ready, slot)?;

@@ -105,7 +105,7 @@ impl Bench {
             action: self.action(),
             inputs: BTreeMap::new(),
             store: Arc::clone(&self.store),
-            slot: Slot { device: "cpu".into(), threads: 1 },
+            slot: Slot { device: "cpu".into(), threads: 1, memory: 0 },
             cut_seconds: 60.0,
             executor: Arc::clone(&self.executor) as Arc<dyn Executor>,
             log: self.folder.path().join("log"),

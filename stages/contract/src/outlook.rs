@@ -334,14 +334,19 @@ impl Outlook {
         self.memory.push(Need { words: words.to_owned(), bytes, cause });
     }
 
-    /// Adds up the memory that is needed. For the runner, once the kind has said all.
+    /// The memory that the stage needs at least, as far as that is known.
+    pub fn memory(&self) -> u64 {
+        self.memory.iter().fold(0, |sum, need| sum.saturating_add(need.bytes))
+    }
+
+    /// Holds the memory that is needed against the machine's. For the runner, once the kind has said all.
     pub fn finish(mut self) -> Self {
         let Some(memory) = self.machine.memory else { return self };
-        let needed = self.memory.iter().fold(0, |sum: u64, need| sum.saturating_add(need.bytes));
+        let needed = self.memory();
         if needed <= memory / 2 {
             return self;
         }
-        let mut needs = std::mem::take(&mut self.memory);
+        let mut needs = self.memory.clone();
         needs.retain(|need| need.bytes > 0);
         needs.sort_by_key(|need| std::cmp::Reverse(need.bytes));
         let words: Vec<_> = needs.iter().map(|need| need.words.as_str()).collect();
