@@ -327,7 +327,8 @@ fn check_characters(map: &[u8]) -> Result<()> {
         const LEAF: usize = 1 << 31;
         let is_leaf = |unit: usize| unit & LEAF != 0;
         (!units.is_empty()).then_some(())?;
-        for (place, unit) in units.iter().enumerate().filter(|(_, unit)| !is_leaf(**unit)) {
+        // No search goes on from a leaf, and each begins at the first unit, whatever that is.
+        for (place, unit) in units.iter().enumerate().filter(|(place, unit)| *place == 0 || !is_leaf(**unit)) {
             let children = place ^ ((unit >> 10) << ((unit & (1 << 9)) >> 6));
             // Those of all bytes: they differ from one another in the last eight bits.
             ((children | 0xff) < units.len()).then_some(())?;
@@ -446,7 +447,9 @@ mod tests {
         assert!(of(&|model| model.pieces[9] = model.pieces[8].clone()).contains("pieces 8 and 9 are both"));
         assert!(of(&|model| model.pieces[0].sort = Sort::Control).contains("stands for the unknown"));
         assert!(of(&|model| model.pieces[7].score = f32::NAN).contains("score of piece 7 is not finite"));
-        assert!(of(&|model| model.characters.truncate(40)).contains("map of characters is damaged"));
+        for damage in [|map: &mut Vec<u8>| map.truncate(40), |map: &mut Vec<u8>| map[7] |= 0x80] {
+            assert!(of(&|model| damage(&mut model.characters)).contains("map of characters is damaged"));
+        }
     }
 
     #[test]
