@@ -60,6 +60,7 @@ fn prompts() -> Dataset {
             end: End::Length,
             log_probs: None,
             references: Vec::new(),
+            family: None,
         }
     });
     Dataset { rows: rows.collect(), tokenizer }
