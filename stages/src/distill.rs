@@ -324,8 +324,7 @@ impl Operator for Distilling {
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
         let learning = Learning { student: &student, temperature: config.temperature, dropout };
         let none = "none of the rows of `contrast` has a response token";
-        let mut beside =
-            contrast.as_ref().map(|data| Beside::new(&data.rows, settings.mean(), none)).transpose()?;
+        let mut beside = contrast.as_ref().map(|data| Beside::new(&data.rows, settings.mean(), none)).transpose()?;
         let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
             let taught = |text: &Aligned| match &teachers {
@@ -469,7 +468,9 @@ impl Config {
     fn foresee_contrast(&self, outlook: &mut Outlook) {
         if outlook.has("contrast") != self.contrast.is_some() {
             let (message, hint) = match self.contrast {
-                Some(_) => ("nothing comes in by `contrast`", "connect a dataset to `contrast`, or leave the setting out"),
+                Some(_) => {
+                    ("nothing comes in by `contrast`", "connect a dataset to `contrast`, or leave the setting out")
+                }
                 None => ("nothing says how `contrast` is learnt", "`with: {contrast: {divergence: ...}}`"),
             };
             outlook.error([Cause::Field("contrast".into())], message, hint);
@@ -500,5 +501,208 @@ impl Config {
             (prompt, _) => prompt,
         };
         Ok(chosen.map(|prompt| prompt.vectors.detach()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::{Kind, TokenizerFile};
+    use indexmap::IndexMap;
+    use lm::{AdamW, AdamWOptions, Family, Gradients};
+    use serde_json::{Map, Value as Json};
+
+    use super::*;
+    use crate::testing::{Log, Scratch, output, row};
+
+    fn tokenizer() -> TokenizerFile {
+        TokenizerFile::new("{}", 0, 40)
+    }
+
+    fn model(layers: usize, width: usize, seed: u64) -> Arc<LanguageModel> {
+        let shape =
+            Architecture { heads: Some(2), positions: Some(32), ..Architecture::new(Family::Gpt2, layers, width) };
+        Arc::new(LanguageModel::init(&shape, tokenizer(), seed, &Device::Cpu).unwrap())
+    }
+
+    /// Four rows of two families in turn.
+    fn data() -> Arc<Dataset> {
+        let texts: [(&[u32], &[u32]); 4] =
+            [(&[1, 2, 3], &[4, 5, 0]), (&[6], &[7, 8, 9, 0]), (&[10, 11], &[12]), (&[13, 14], &[15, 16, 0])];
+        let rows = texts.into_iter().enumerate().map(|(id, (prompt, response))| contract::Row {
+            family: Some(["sum", "letter"][id % 2].into()),
+            ..row(id as u64, prompt, response)
+        });
+        Arc::new(Dataset { rows: rows.collect(), tokenizer: tokenizer() })
+    }
+
+    fn config(more: Json) -> Json {
+        let mut config = json!({"divergence": "reverse-kl", "cross_entropy": 0.25, "learning_rate": 1e-2, "seed": 1});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    }
+
+    fn learn(more: Json, inputs: Vec<(&str, AnyValue)>) -> Result<(Arc<LanguageModel>, Map<String, Json>)> {
+        let inputs = inputs.into_iter().chain([("student", model(1, 16, 1) as AnyValue)]).collect();
+        let (outputs, Log { mut rows, .. }) = Scratch::new().run(&Distill, config(more), inputs)?;
+        Ok((output(&outputs, "model"), rows.remove(0)))
+    }
+
+    fn values(parameters: &IndexMap<String, Tensor>) -> Vec<Vec<u32>> {
+        let bits = |tensor: &Tensor| {
+            let values: Vec<f32> = tensor.detach().flatten_all().unwrap().to_vec1().unwrap();
+            values.into_iter().map(f32::to_bits).collect()
+        };
+        parameters.values().map(bits).collect()
+    }
+
+    /// The loss of one row by one teacher, and its gradient, where a token counts `weight`.
+    fn alone(student: &LanguageModel, teacher: &LanguageModel, row: &contract::Row, weight: f32) -> (f64, Gradients) {
+        let text = Aligned::of([row]);
+        let said = lm::Said::Hidden(text.hidden(&teacher.frozen(), None, None).unwrap());
+        let head = teacher.frozen().head().unwrap();
+        let lesson = Lesson { tokens: None, heard: vec![Heard { name: None, share: 1.0, said, head: Some(&head) }] };
+        let learning = Learning { student, temperature: 1.0, dropout: None };
+        let resolved = Kind::resolve(&Distill, &config(json!({})), Conventions::Sound).unwrap();
+        let task = Task::of(&serde_json::from_value(resolved).unwrap());
+        let mut parts = Parts::default();
+        let loss = learning.loss(task, &text, weight, &[lesson], &mut parts).unwrap();
+        let value = parts.iter().find(|(name, _)| *name == "reverse_kl").unwrap().1;
+        (value, lm::gradients(&loss, &student.parameters()).unwrap())
+    }
+
+    /// Every row of a routed run has the loss and the gradient that it has in a run with its teacher alone, and their sum is
+    /// made in the same order: so it can be made here, and the weights that come out have the same bits.
+    #[test]
+    fn two_routed_teachers_are_two_runs_bit_for_bit() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let inputs = || -> Vec<(&str, AnyValue)> {
+            vec![("teachers/maths", maths.clone()), ("teachers/prose", prose.clone()), ("data", data.clone())]
+        };
+        let routed = json!({"route": {"sum": "maths", "otherwise": "prose"}, "micro_batch": 1});
+        let (found, metrics) = learn(routed.clone(), inputs()).unwrap();
+
+        let student = Arc::try_unwrap(model(1, 16, 1)).ok().unwrap().trainable().unwrap();
+        let tokens: usize = data.rows.iter().map(Aligned::tokens_of).sum();
+        let weight = 1.0 / tokens as f32;
+        let rows = data.rows.iter().zip([&maths, &prose, &maths, &prose]);
+        let (losses, gradients): (Vec<f64>, Vec<Gradients>) =
+            rows.map(|(row, teacher)| alone(&student, teacher, row, weight)).unzip();
+        let [mut first, second, mut third, fourth] = <[Gradients; 4]>::try_from(gradients).ok().unwrap();
+        lm::accumulate(&mut first, second).unwrap();
+        lm::accumulate(&mut third, fourth).unwrap();
+        lm::accumulate(&mut first, third).unwrap();
+        let norm = lm::norm(&first).unwrap();
+        assert_eq!(metrics["gradient_norm"].as_f64().unwrap().to_bits(), norm.to_bits());
+        let mut optimizer = AdamW::new(AdamWOptions::default());
+        optimizer.step(&student.parameters(), &first, 1e-2, (1.0 / (norm + 1e-6)).min(1.0)).unwrap();
+        assert!(values(&found.parameters()) == values(&student.parameters()), "other bits");
+        for (name, right) in [
+            ("reverse_kl_maths", losses[0] + losses[2]),
+            ("reverse_kl_prose", losses[1] + losses[3]),
+            ("reverse_kl", losses[0] + losses[1] + losses[2] + losses[3]),
+        ] {
+            assert_eq!(metrics[name].as_f64().unwrap().to_bits(), right.to_bits(), "{name}");
+        }
+
+        // All rows at once, in which each teacher reads its own and the student all, say the same but for rounding.
+        let mut at_once = routed;
+        at_once.as_object_mut().unwrap().remove("micro_batch");
+        let (_, together) = learn(at_once, inputs()).unwrap();
+        for name in ["loss", "cross_entropy", "reverse_kl", "reverse_kl_maths", "gradient_norm"] {
+            let [a, b] = [&metrics, &together].map(|row| row[name].as_f64().unwrap());
+            assert!((a / b - 1.0).abs() < 1e-5, "{name}: {a} and {b}");
+        }
+        // Where all rows have one teacher, the run is that with this teacher alone.
+        let (all, _) = learn(json!({"route": {"otherwise": "prose"}}), inputs()).unwrap();
+        let (one, _) = learn(json!({}), vec![("teacher", prose.clone()), ("data", data.clone())]).unwrap();
+        assert!(values(&all.parameters()) == values(&one.parameters()));
+    }
+
+    #[test]
+    fn a_family_has_the_teacher_of_its_name_and_none_is_an_error() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let learn = |route: Json, [first, second]: [&str; 2]| {
+            learn(
+                json!({"route": route}),
+                vec![(first, maths.clone() as AnyValue), (second, prose.clone()), ("data", data.clone())],
+            )
+        };
+        let by_name = learn(json!({}), ["teachers/sum", "teachers/letter"]).unwrap();
+        let by_route = learn(json!({"sum": "a", "letter": "b"}), ["teachers/a", "teachers/b"]).unwrap();
+        assert!(values(&by_name.0.parameters()) == values(&by_route.0.parameters()));
+        let error = learn(json!({"sum": "a"}), ["teachers/a", "teachers/b"]).err().unwrap().to_string();
+        assert!(error.contains("nobody teaches row 2 of `train`, which is of family `letter`"), "{error}");
+    }
+
+    #[test]
+    fn weights_are_shares_of_the_divergence() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let inputs = || -> Vec<(&str, AnyValue)> {
+            vec![("teachers/maths", maths.clone()), ("teachers/prose", prose.clone()), ("data", data.clone())]
+        };
+        let (model, metrics) = learn(json!({"weights": {"maths": 1.0, "prose": 0.0}}), inputs()).unwrap();
+        let (one, alone) = learn(json!({}), vec![("teacher", maths.clone()), ("data", data.clone())]).unwrap();
+        assert_eq!((&metrics["loss"], &metrics["reverse_kl"]), (&alone["loss"], &alone["reverse_kl"]));
+        assert!(values(&model.parameters()) == values(&one.parameters()));
+        let (_, alike) = learn(json!({}), inputs()).unwrap();
+        let number = |name: &str| alike[name].as_f64().unwrap();
+        let mean = (number("reverse_kl_maths") + number("reverse_kl_prose")) / 2.0;
+        assert!((number("reverse_kl") - mean).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_is_said_of_teachers_that_are_not_there_is_refused() {
+        let known = |ports: &[&str]| {
+            let facts = ports.iter().map(|port| ((*port).to_owned(), contract::Facts::default()));
+            Outlook::new(contract::Machine::default(), facts.collect(), None)
+        };
+        let several = &["student", "data", "teachers/maths", "teachers/prose"][..];
+        for (more, ports, expected) in [
+            (json!({"weights": {"maths": 1.0}}), several, "`weights` does not say what `prose` counts"),
+            (json!({"weights": {"x": 1.0}}), several, "`weights` names `x`, who is none of the `teachers`"),
+            (json!({"route": {"sum": "math"}}), several, "`route` names `math`, who is none of the `teachers`"),
+            (json!({}), &["student", "data", "teacher", "teachers/a"], "`teacher` is connected beside `teachers`"),
+            (json!({}), &["student", "data", "teacher", "contrast"], "nothing says how `contrast` is learnt"),
+            (
+                json!({"contrast": {"divergence": "reverse-kl"}}),
+                &["student", "data", "teacher"],
+                "nothing comes in by `contrast`",
+            ),
+        ] {
+            let config = Kind::resolve(&Distill, &config(more), Conventions::Sound).unwrap();
+            let mut outlook = known(ports);
+            Kind::foresee(&Distill, &config, &mut outlook);
+            let found: Vec<_> = outlook.findings.iter().filter(|finding| finding.is_error).collect();
+            assert!(found.iter().any(|finding| finding.message == expected), "{expected}: {found:?}");
+        }
+        let both = config(json!({"route": {}, "weights": {"a": 1.0}}));
+        assert!(Kind::resolve(&Distill, &both, Conventions::Sound).is_err());
+    }
+
+    #[test]
+    fn a_contrast_is_a_second_loss_in_the_same_update() {
+        let (teacher, data) = (model(2, 24, 2), data());
+        let other: AnyValue = Arc::new(data.select(&[2, 1]));
+        let inputs = |contrast: bool| -> Vec<(&str, AnyValue)> {
+            let contrast = contrast.then(|| ("contrast", other.clone()));
+            [("teacher", teacher.clone() as AnyValue), ("data", data.clone())].into_iter().chain(contrast).collect()
+        };
+        let contrast = json!({"contrast": {"divergence": "forward-kl", "weight": 0.5}});
+        let (_, found) = learn(contrast.clone(), inputs(true)).unwrap();
+        let (_, own) = learn(json!({}), inputs(false)).unwrap();
+        let beside = vec![("teacher", teacher.clone() as AnyValue), ("data", other.clone())];
+        let (_, beside) = learn(json!({"divergence": "forward-kl", "cross_entropy": 0.0}), beside).unwrap();
+        let number = |row: &Map<String, Json>, name: &str| row[name].as_f64().unwrap();
+        assert_eq!(found["reverse_kl"], own["reverse_kl"]);
+        assert_eq!(found["contrast_forward_kl"], beside["forward_kl"]);
+        let right = number(&own, "loss") + 0.5 * number(&beside, "loss");
+        assert!((number(&found, "loss") - right).abs() < 1e-12);
+        // Split into micro-batches it is the same mean over tokens.
+        let mut split = contrast;
+        split["micro_batch"] = json!(1);
+        let (_, split) = learn(split, inputs(true)).unwrap();
+        for name in ["loss", "contrast_forward_kl", "gradient_norm"] {
+            assert!((number(&found, name) / number(&split, name) - 1.0).abs() < 1e-5, "{name}");
+        }
     }
 }

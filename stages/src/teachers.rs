@@ -103,7 +103,8 @@ pub(crate) fn foresee(outlook: &mut Outlook, by: By<'_>) {
         let message = format!("`{field}` names `{name}`, who is none of the `teachers`");
         outlook.error([Cause::Field(field.into())], message, "name teachers as the input `teachers` does");
     }
-    let forgotten = |name: &&&str| matches!(by, By::Weights(weights) if !weights.is_empty() && !weights.contains_key(**name));
+    let forgotten =
+        |name: &&&str| matches!(by, By::Weights(weights) if !weights.is_empty() && !weights.contains_key(**name));
     if let Some(name) = names.iter().find(forgotten) {
         let message = format!("`weights` does not say what `{name}` counts");
         outlook.error([Cause::Field("weights".into())], message, "give every one of the `teachers` a weight");

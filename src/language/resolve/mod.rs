@@ -170,8 +170,7 @@ impl PortsOf<'_> {
         let kind = &self.operator.kind;
         let known =
             || self.operator.ports.inputs.iter().map(|port| port.name.as_str()).chain(self.extra.iter().copied());
-        let is_known =
-            |port: &str| self.operator.ports.find_input(port).is_some() || self.extra.contains(&port);
+        let is_known = |port: &str| self.operator.ports.find_input(port).is_some() || self.extra.contains(&port);
         for (port, input) in self.spec.inputs.iter().filter(|(port, _)| !is_known(port)) {
             let named = self.operator.ports.inputs.iter().find(|known| known.name == *port && known.several);
             let diagnostic = match (named, several_of(port)) {
