@@ -95,7 +95,8 @@ fn section(out: &mut String, title: &str, rows: Vec<Row>) {
 
 fn port_row(port: &Port) -> Row {
     let optional = if port.required { "" } else { ", optional" };
-    [port.name.clone(), format!("{}{optional}", port.port_type), port.doc.clone()]
+    let several = if port.several { ", several by name" } else { "" };
+    [port.name.clone(), format!("{}{several}{optional}", port.port_type), port.doc.clone()]
 }
 
 /// The fields of a mapping, those of inner mappings below them.
@@ -231,7 +232,9 @@ fn object(properties: Json, required: &[&str]) -> Json {
 }
 
 fn edges() -> Json {
-    json!({"type": "object", "additionalProperties": {"type": "string", "description": "STAGE or STAGE.OUTPUT"}})
+    let edge = json!({"type": "string", "description": "STAGE or STAGE.OUTPUT"});
+    let several = json!({"type": "object", "additionalProperties": edge, "description": "several values by name"});
+    json!({"type": "object", "additionalProperties": {"anyOf": [edge, several]}})
 }
 
 /// A kind's schema, with its definitions moved to those of the whole under a prefix, and every field open to a parameter.

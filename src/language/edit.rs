@@ -256,6 +256,10 @@ impl Locator<'_> {
                 keys.extend(["in", port]);
                 Ok(self.found(&keys, What::Edge, true, keys_of(node.get("in"))))
             }
+            ["in", port, name] => {
+                keys.extend(["in", port, name]);
+                Ok(self.found(&keys, What::Edge, true, keys_of(node.at(["in", port]))))
+            }
             ["in", ..] => Err(self.refuse("an edge is named `STAGE.in.PORT`", "write one port after `in.`")),
             ["every"] if in_loop && !top.names.iter().any(|name| name == "every") => {
                 keys.push("every");

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use contract::Conventions;
+use contract::port::one_of_several;
 use indexmap::IndexMap;
 
 use crate::graph::{Every, Last, Mode, Order};
@@ -161,8 +162,22 @@ fn read_operator(name: &str, span: &Span, node: &Node, problems: &mut Problems) 
     check_keys(map, &format!("stage `{name}`"), &["kind", "in", "with", "every"], problems);
     let inputs = map.get("in").and_then(|entry| mapping(&entry.node, &format!("{name}.in"), problems));
     for (port, entry) in inputs.into_iter().flatten() {
-        if let Some(source) = read::text(&entry.node, &format!("{name}.in.{port}"), problems) {
-            operator.inputs.insert(port.clone(), InputSpec { port: entry.key.clone(), source });
+        let mut read = |input: String, key: &Span, node: &Node, path: &str, problems: &mut Problems| {
+            if let Some(source) = read::text(node, path, problems) {
+                operator.inputs.insert(input, InputSpec { port: key.clone(), source });
+            }
+        };
+        let path = format!("{name}.in.{port}");
+        match &entry.node.value {
+            // Several values by name.
+            Value::Map(several) => {
+                for (value, inner) in several {
+                    check_name(value, &inner.key, problems);
+                    let path = format!("{path}.{value}");
+                    read(one_of_several(port, value), &inner.key, &inner.node, &path, problems);
+                }
+            }
+            _ => read(port.clone(), &entry.key, &entry.node, &path, problems),
         }
     }
     if let Some(entry) = map.get("with")

@@ -303,9 +303,7 @@ impl<'a> LoopRun<'a> {
     /// Checks required ports, and the facts of what is connected whenever other ports are connected than last time.
     fn check_inputs(&mut self, index: usize, inputs: &Inputs) -> Result<()> {
         let (name, BodyStage { operator, .. }) = self.stage(index);
-        let ports = &operator.ports;
-        let connected: Vec<String> =
-            ports.inputs.iter().filter(|port| inputs.has(&port.name)).map(|port| port.name.clone()).collect();
+        let connected: Vec<String> = inputs.names().map(str::to_owned).collect();
         if connected != self.stages[index].agreed {
             check_inputs(operator, inputs, self.rooms.get(name).copied(), self.registry)?;
             self.stages[index].agreed = connected;
@@ -538,8 +536,7 @@ pub(crate) fn check_inputs(operator: &Operator, inputs: &Inputs, room: Option<u6
     for port in operator.ports.inputs.iter().filter(|port| port.required) {
         ensure!(inputs.has(&port.name), "required input `{}` has no value", port.name);
     }
-    let ports = operator.ports.inputs.iter();
-    let facts = ports.filter_map(|port| Some((port.name.clone(), inputs.get(&port.name)?.facts()))).collect();
+    let facts = inputs.names().filter_map(|name| Some((name.to_owned(), inputs.get(name)?.facts()))).collect();
     let outlook = flow::outlook(operator, facts, room, registry, &Machine::default());
     match outlook.findings.iter().find(|finding| finding.is_error) {
         Some(finding) => bail!("{}", in_words(finding)),

@@ -102,8 +102,15 @@ mod tests {
     use indexmap::IndexMap;
 
     fn dataset(rows: u64) -> AnyValue {
-        let row =
-            |id| Row { id, prompt: vec![], response: vec![], end: End::Stop, log_probs: None, references: vec![] };
+        let row = |id| Row {
+            id,
+            prompt: vec![],
+            response: vec![],
+            end: End::Stop,
+            log_probs: None,
+            references: vec![],
+            family: None,
+        };
         let tokenizer = TokenizerFile::new("{}", 0, 1);
         Arc::new(Dataset { rows: (0..rows).map(row).collect(), tokenizer })
     }

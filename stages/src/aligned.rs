@@ -83,15 +83,19 @@ impl Aligned {
         rows.map(response).collect()
     }
 
+    /// The rows at some places, in that order.
+    pub fn part(&self, places: &[usize]) -> Aligned {
+        let all = self.rows();
+        let rows: Vec<Row> = places.iter().map(|place| all[*place]).map(|it| row_of(it, it.prompt)).collect();
+        Aligned::of(&rows)
+    }
+
     /// The same responses behind the prompts of a view.
     ///
     /// Errors when it lacks one of the rows.
     pub fn seen_in(&self, view: &View) -> Result<Aligned> {
-        let row = |Response { row, tokens, .. }: Response<'_>| {
-            let (prompt, response) = (view.prompt_of(row)?.to_vec(), tokens.to_vec());
-            Ok(Row { id: row, prompt, response, end: End::Length, log_probs: None, references: Vec::new() })
-        };
-        let rows: Vec<Row> = self.rows().into_iter().map(row).collect::<Result<_>>()?;
+        let rows = self.rows().into_iter().map(|it| Ok(row_of(it, view.prompt_of(it.row)?)));
+        let rows: Vec<Row> = rows.collect::<Result<_>>()?;
         Ok(Aligned::of(&rows))
     }
 
@@ -99,6 +103,12 @@ impl Aligned {
     pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         model.hidden(&self.packed, prompt, dropout)
     }
+}
+
+/// A response behind a prompt.
+fn row_of(Response { row, tokens, .. }: Response<'_>, prompt: &[u32]) -> Row {
+    let (prompt, response) = (prompt.to_vec(), tokens.to_vec());
+    Row { id: row, prompt, response, end: End::Length, log_probs: None, references: Vec::new(), family: None }
 }
 
 /// What a teacher reads in place of the prompts that its student reads, by row.

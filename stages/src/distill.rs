@@ -18,9 +18,25 @@
 //! With `view` the teacher reads other prompts before the same responses, such as those that `tokenize` primes: response
 //! priming. Responses are aligned token by token, whatever stands before them.
 //!
-//! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`; `view`. Outputs: `model`, and a row of metrics an update.
-//! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
+//! ```yaml
+//! learn:
+//!   kind: distill
+//!   in: {student: carry.student, teachers: {maths: teacher-maths, prose: teacher-prose}, data: windows.batch}
+//!   with: {divergence: forward-kl, route: {arithmetic: maths, geometry: maths, otherwise: prose}, learning_rate: 5e-4}
+//! ```
+//!
+//! Of several `teachers` each row is learnt from one, by its family (`route`), or every token from all: then the divergence is
+//! the sum of those from each, by `weights`. With `forward-kl` that has the gradient of the divergence from the mixture of
+//! their distributions, with `reverse-kl` from their geometric mean: both ways in which teachers are averaged.
+//!
+//! The text on `contrast` is learnt beside `data`, in the same updates and with a divergence of its own: skewed forward KL on
+//! what the teacher writes and skewed reverse KL on what the student writes is DistiLLM-2 (Ko et al., 2025, section 3).
+//!
+//! Inputs: `student`, `data`, `teacher` and its soft prompt, `teachers`, or `cache`; `view`; `contrast`. Outputs: `model`, and a
+//! row of metrics an update. Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward
+//! pass of the student; with `contrast` the same for that text.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,19 +45,21 @@ use candle_core::{Device, Tensor};
 use contract::random::purpose;
 use contract::{
     About, Alone, AnyValue, Cause, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs,
-    PortType, Ports, Result, Sink, Stage, Step,
+    PortType, Ports, Result, Sink, Stage, Step, limits,
 };
-use lm::loss::{Divergence, Source, Target, head_loss};
-use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPrompt, TeacherCache};
-use schemars::JsonSchema;
+use lm::loss::{Divergence, Target, head_loss};
+use lm::{Architecture, Dropout, Head, Keep, LanguageModel, Lora, Prompts, SoftPrompt, TeacherCache};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use crate::aligned::{Reader, View};
+use crate::aligned::{Aligned, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
 use crate::padding::Padding;
-use crate::training::{self, MicroBatch, Trainer, Training};
+use crate::teachers::{self, By, Heard, Lesson, Teachers};
+use crate::training::{self, Beside, MicroBatch, Parts, Trainer, Training};
 
 training::config! {
     /// The `with` of `distill`.
@@ -60,6 +78,17 @@ training::config! {
         #[serde(default = "one")]
         #[schemars(range(min = contract::limits::TEMPERATURE.0, max = contract::limits::TEMPERATURE.1))]
         pub temperature: f64,
+        /// What each of several `teachers` counts, by its name. Left out: all alike.
+        #[serde(default)]
+        #[schemars(schema_with = "weights_schema")]
+        pub weights: BTreeMap<String, f64>,
+        /// Which of several `teachers` a row is learnt from: their names by its family, `otherwise` for all other families. A family
+        /// that is not named has the teacher of its own name. `tokenize` keeps families with `keep_family`.
+        #[serde(default)]
+        pub route: Option<BTreeMap<String, String>>,
+        /// How the text on `contrast` is learnt.
+        #[serde(default)]
+        pub contrast: Option<Contrast>,
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
@@ -79,6 +108,23 @@ training::config! {
         #[serde(default)]
         pub accumulation_prompt: Option<AccumulationPrompt>,
     }
+}
+
+/// How a second text is learnt.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Contrast {
+    /// Divergence at its response tokens.
+    pub divergence: Divergence,
+    /// What the divergence counts in the loss, averaged over the response tokens of this text.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
+    pub weight: f64,
+}
+
+fn weights_schema(_: &mut SchemaGenerator) -> Schema {
+    let weight = json!({"type": "number", "minimum": 0.0, "maximum": limits::WEIGHT});
+    json_schema!({"type": "object", "additionalProperties": weight})
 }
 
 /// Which prompt the teacher uses while micro-batches accumulate.
@@ -131,6 +177,15 @@ impl Stage for Distill {
         if let Err(error) = config.divergence.validate() {
             errors.push(ConfigError::at("divergence", format!("{error:#}")));
         }
+        if let Some(Err(error)) = config.contrast.map(|contrast| contrast.divergence.validate()) {
+            errors.push(ConfigError::at("contrast.divergence", format!("{error:#}")));
+        }
+        if config.route.is_some() && !config.weights.is_empty() {
+            errors.push(
+                ConfigError::at("weights", "`weights` and `route` both say who of the `teachers` is learnt from")
+                    .hint("keep one of the two"),
+            );
+        }
         if config.weight == 0.0 && config.cross_entropy == 0.0 {
             errors.push(
                 ConfigError::at("weight", "`weight` and `cross_entropy` are both 0, so the loss is 0")
@@ -146,8 +201,10 @@ impl Stage for Distill {
             .input("data", PortType::Dataset, "text to learn on: given, or written by a model")
             .optional("student", PortType::Model, "the student; without it, `init` says the shape")
             .optional("teacher", PortType::Model, "the teacher, frozen")
+            .several("teachers", PortType::Model, "teachers, frozen, for `route` or `weights`")
             .optional("cache", PortType::TeacherCache, "what the teacher says of a fixed text, in place of running it")
             .optional("view", PortType::Dataset, "rows of the same ids whose prompts the teacher reads instead")
+            .optional("contrast", PortType::Dataset, "text that is learnt in another way beside `data`")
             .optional("prompt", PortType::SoftPrompt, "soft prompt of the teacher")
             .optional(
                 "prompt_before",
@@ -155,7 +212,7 @@ impl Stage for Distill {
                 "the prompt as the round found it, for `accumulation_prompt: old`",
             )
             .output("model", PortType::Model, "the trained student")
-            .one_of(&["teacher", "cache"])
+            .one_of(&["teacher", "cache", "teachers"])
     }
 
     fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
@@ -181,10 +238,12 @@ impl Stage for Distill {
         );
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
+        teachers::foresee(outlook, config.by());
+        config.foresee_contrast(outlook);
         if outlook.has("cache") {
             outlook.same_vocabulary(&["data", "cache", "teacher"]);
             outlook.holds("teacher");
-            if outlook.has("teacher") {
+            if outlook.has("teacher") && !outlook.has("contrast") {
                 outlook.warn(
                     [Cause::Input("teacher".into(), "model".into())],
                     "`teacher` is read whole, and not used beside `cache`",
@@ -192,7 +251,7 @@ impl Stage for Distill {
                 );
             }
         } else if outlook.has("teacher") {
-            foresight::teacher(outlook);
+            foresight::teacher(outlook, "teacher", Some("prompt"));
         }
         let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
         let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
@@ -228,7 +287,7 @@ struct Distilling {
 impl Operator for Distilling {
     fn run(&mut self, mut inputs: Inputs, step: &Step, sink: &mut dyn Sink) -> Result<Outputs> {
         let data = inputs.take::<Dataset>("data")?;
-        let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
+        let contrast = inputs.take_optional::<Dataset>("contrast")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
         let view = View::take(&mut inputs)?;
         ensure!(
@@ -237,60 +296,56 @@ impl Operator for Distilling {
         );
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
-        let config = self.config.clone();
+        let (config, settings) = (self.config.clone(), self.config.settings());
         let shape = (config.init.as_ref(), config.lora.as_ref());
-        let student = training::learner(&mut inputs, "student", shape, &config.settings(), &data, &self.device)?;
-        let (teacher, head) = match &cache {
-            Some(cache) => (None, self.head_of(cache, teacher.as_deref(), prompt.is_some())?),
-            None => {
-                let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
-                let head = teacher.as_ref().map(LanguageModel::output_head).transpose()?;
-                (teacher, head)
+        let student = training::learner(&mut inputs, "student", shape, &settings, &data, &self.device)?;
+        let cached = match &cache {
+            Some(cache) if contrast.is_none() => {
+                let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
+                self.head_of(cache, teacher.as_deref(), prompt.is_some())?
             }
+            Some(cache) => self.head_of(cache, None, prompt.is_some())?,
+            None => None,
         };
-        if let Some(head) = &head {
-            let port = if cache.is_some() { "cache" } else { "teacher" };
-            self.padding.say("student", &student.output_head()?, port, head, sink);
+        let teachers = Teachers::take(&mut inputs, &data, config.by(), config.dtype, &student)?;
+        let own = student.output_head()?;
+        if let Some(head) = &cached {
+            self.padding.say("student", &own, "cache", head, sink);
         }
-        let head = head.map(|head| head.beside(student.vocab_size())).transpose()?;
+        for (port, teacher) in teachers.iter().flat_map(Teachers::models) {
+            self.padding.say("student", &own, &port, &teacher.output_head()?, sink);
+        }
+        let cached = cached.map(|head| head.beside(student.vocab_size())).transpose()?;
 
-        let name = config.divergence.name();
-        let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
         let teaching = prompt.as_ref().map(|prompt| prompt.vectors.detach());
-        let behind = [Behind::new("student", &student, None)].into_iter();
-        let behind: Vec<Behind<'_>> =
-            behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, teaching.as_ref()))).collect();
+        let models: Vec<_> = teachers.iter().flat_map(Teachers::models).collect();
+        let behind = models.iter().map(|(port, model)| Behind::new(port, model, teaching.as_ref()));
+        let behind: Vec<Behind<'_>> = [Behind::new("student", &student, None)].into_iter().chain(behind).collect();
+        let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
+        let learning = Learning { student: &student, temperature: config.temperature, dropout };
+        let none = "none of the rows of `contrast` has a response token";
+        let mut beside = contrast.as_ref().map(|data| Beside::new(&data.rows, settings.mean(), none)).transpose()?;
         let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
-            let text = &batch.text;
-            let said = match (&cache, &teacher) {
-                (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
-                (None, Some(teacher)) => {
-                    let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
-                    let reader = Reader { model: teacher, prompt: prompt.as_ref(), view: view.as_ref() };
-                    Said::Hidden(reader.hidden(text)?)
+            let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
+            let taught = |text: &Aligned| match &teachers {
+                Some(teachers) => teachers.lessons(text, prompt.as_ref(), view.as_ref()),
+                None => bail!("there is nothing to learn from: connect `teacher`, `teachers` or `cache`"),
+            };
+            let lessons = match &cache {
+                Some(cache) => {
+                    let said = cache.read(&batch.text.rows(), config.cache_prompts, &self.device)?;
+                    let heard = Heard { name: None, share: 1.0, said, head: cached.as_ref() };
+                    vec![Lesson { tokens: None, heard: vec![heard] }]
                 }
-                (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
+                None => taught(&batch.text)?,
             };
-            let source = match &said {
-                Said::TopK(kept) => Source::TopK(kept),
-                Said::Hidden(hidden) => Source::Head { hidden, head: head.as_ref().context("there is no head")? },
-            };
-            let target = Target {
-                source,
-                divergence: config.divergence,
-                coefficient: config.weight,
-                temperature: config.temperature,
-            };
-            let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
-            let labels = (config.cross_entropy != 0.0).then_some((text.labels.as_slice(), config.cross_entropy));
-            let loss = head_loss(&hidden, &student.head()?, labels, &[target], &batch.weights())?;
-            parts.add(name, loss.divergences[0]);
-            parts.add("loss", config.weight * loss.divergences[0]);
-            if let Some(cross_entropy) = loss.cross_entropy {
-                parts.add("cross_entropy", cross_entropy);
-                parts.add("loss", config.cross_entropy * cross_entropy);
+            let mut loss = learning.loss(Task::of(&config), &batch.text, batch.token_weight, &lessons, parts)?;
+            let next = beside.as_mut().and_then(|beside| beside.next(batch));
+            if let (Some((text, weight)), Some(contrast)) = (next, config.contrast) {
+                let task = Task::of_contrast(contrast);
+                loss = (loss + learning.loss(task, &text, weight, &taught(&text)?, parts)?)?;
             }
-            Ok(loss.loss)
+            Ok(loss)
         })?;
         sink.metrics(row);
         Ok(Outputs::new().with("model", student))
@@ -331,7 +386,104 @@ impl Distilling {
     }
 }
 
+/// What is learnt of a text.
+#[derive(Clone, Copy)]
+struct Task {
+    divergence: Divergence,
+    weight: f64,
+    cross_entropy: f64,
+    /// Before the names of its parts in metrics.
+    prefix: &'static str,
+}
+
+impl Task {
+    fn of(config: &Config) -> Self {
+        let Config { divergence, weight, cross_entropy, .. } = *config;
+        Task { divergence, weight, cross_entropy, prefix: "" }
+    }
+
+    fn of_contrast(Contrast { divergence, weight }: Contrast) -> Self {
+        Task { divergence, weight, cross_entropy: 0.0, prefix: "contrast_" }
+    }
+}
+
+/// The student as it learns.
+struct Learning<'a> {
+    student: &'a LanguageModel,
+    temperature: f64,
+    dropout: Option<Dropout>,
+}
+
+impl Learning<'_> {
+    /// The loss of a text of whose tokens each counts `token_weight`.
+    fn loss(
+        &self,
+        task: Task,
+        text: &Aligned,
+        token_weight: f32,
+        lessons: &[Lesson<'_>],
+        parts: &mut Parts,
+    ) -> Result<Tensor> {
+        let Task { divergence, weight, cross_entropy, prefix } = task;
+        let hidden = text.hidden(self.student, None, self.dropout.as_ref())?; // [tokens, C]
+        let head = self.student.head()?;
+        let name = format!("{prefix}{}", divergence.name());
+        let mut total: Option<Tensor> = None;
+        for lesson in lessons {
+            let targets = lesson.heard.iter().map(|heard| {
+                let coefficient = weight * heard.share;
+                Ok(Target { source: heard.source()?, divergence, coefficient, temperature: self.temperature })
+            });
+            let targets: Vec<Target<'_>> = targets.collect::<Result<_>>()?;
+            let labels = lesson.labels_of(&text.labels);
+            let weights = vec![token_weight; labels.len()];
+            let labels = (cross_entropy != 0.0).then_some((labels.as_slice(), cross_entropy));
+            let found = head_loss(&lesson.rows_of(&hidden)?, &head, labels, &targets, &weights)?;
+            for (heard, value) in lesson.heard.iter().zip(&found.divergences) {
+                parts.add(&name, heard.share * value);
+                if let Some(teacher) = heard.name {
+                    parts.add(&format!("{name}_{teacher}"), *value);
+                }
+                parts.add("loss", weight * heard.share * value);
+            }
+            if let Some(value) = found.cross_entropy {
+                parts.add("cross_entropy", value);
+                parts.add("loss", cross_entropy * value);
+            }
+            total = Some(match total {
+                None => found.loss,
+                Some(total) => (total + found.loss)?,
+            });
+        }
+        total.context("a text without tokens")
+    }
+}
+
 impl Config {
+    /// What decides between several teachers.
+    fn by(&self) -> By<'_> {
+        self.route.as_ref().map_or(By::Weights(&self.weights), By::Route)
+    }
+
+    fn foresee_contrast(&self, outlook: &mut Outlook) {
+        if outlook.has("contrast") != self.contrast.is_some() {
+            let (message, hint) = match self.contrast {
+                Some(_) => {
+                    ("nothing comes in by `contrast`", "connect a dataset to `contrast`, or leave the setting out")
+                }
+                None => ("nothing says how `contrast` is learnt", "`with: {contrast: {divergence: ...}}`"),
+            };
+            outlook.error([Cause::Field("contrast".into())], message, hint);
+            return;
+        }
+        if self.contrast.is_some() {
+            outlook.same_vocabulary(&["data", "contrast"]);
+            for port in ["student", "teacher"] {
+                outlook.reads(port, None, &outlook.rows("contrast"));
+            }
+        }
+    }
+
     /// The soft prompt that the teacher has in a micro-batch.
     fn prompt_of(
         &self,
@@ -349,5 +501,208 @@ impl Config {
             (prompt, _) => prompt,
         };
         Ok(chosen.map(|prompt| prompt.vectors.detach()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::{Kind, TokenizerFile};
+    use indexmap::IndexMap;
+    use lm::{AdamW, AdamWOptions, Family, Gradients};
+    use serde_json::{Map, Value as Json};
+
+    use super::*;
+    use crate::testing::{Log, Scratch, output, row};
+
+    fn tokenizer() -> TokenizerFile {
+        TokenizerFile::new("{}", 0, 40)
+    }
+
+    fn model(layers: usize, width: usize, seed: u64) -> Arc<LanguageModel> {
+        let shape =
+            Architecture { heads: Some(2), positions: Some(32), ..Architecture::new(Family::Gpt2, layers, width) };
+        Arc::new(LanguageModel::init(&shape, tokenizer(), seed, &Device::Cpu).unwrap())
+    }
+
+    /// Four rows of two families in turn.
+    fn data() -> Arc<Dataset> {
+        let texts: [(&[u32], &[u32]); 4] =
+            [(&[1, 2, 3], &[4, 5, 0]), (&[6], &[7, 8, 9, 0]), (&[10, 11], &[12]), (&[13, 14], &[15, 16, 0])];
+        let rows = texts.into_iter().enumerate().map(|(id, (prompt, response))| contract::Row {
+            family: Some(["sum", "letter"][id % 2].into()),
+            ..row(id as u64, prompt, response)
+        });
+        Arc::new(Dataset { rows: rows.collect(), tokenizer: tokenizer() })
+    }
+
+    fn config(more: Json) -> Json {
+        let mut config = json!({"divergence": "reverse-kl", "cross_entropy": 0.25, "learning_rate": 1e-2, "seed": 1});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    }
+
+    fn learn(more: Json, inputs: Vec<(&str, AnyValue)>) -> Result<(Arc<LanguageModel>, Map<String, Json>)> {
+        let inputs = inputs.into_iter().chain([("student", model(1, 16, 1) as AnyValue)]).collect();
+        let (outputs, Log { mut rows, .. }) = Scratch::new().run(&Distill, config(more), inputs)?;
+        Ok((output(&outputs, "model"), rows.remove(0)))
+    }
+
+    fn values(parameters: &IndexMap<String, Tensor>) -> Vec<Vec<u32>> {
+        let bits = |tensor: &Tensor| {
+            let values: Vec<f32> = tensor.detach().flatten_all().unwrap().to_vec1().unwrap();
+            values.into_iter().map(f32::to_bits).collect()
+        };
+        parameters.values().map(bits).collect()
+    }
+
+    /// The loss of one row by one teacher, and its gradient, where a token counts `weight`.
+    fn alone(student: &LanguageModel, teacher: &LanguageModel, row: &contract::Row, weight: f32) -> (f64, Gradients) {
+        let text = Aligned::of([row]);
+        let said = lm::Said::Hidden(text.hidden(&teacher.frozen(), None, None).unwrap());
+        let head = teacher.frozen().head().unwrap();
+        let lesson = Lesson { tokens: None, heard: vec![Heard { name: None, share: 1.0, said, head: Some(&head) }] };
+        let learning = Learning { student, temperature: 1.0, dropout: None };
+        let resolved = Kind::resolve(&Distill, &config(json!({})), Conventions::Sound).unwrap();
+        let task = Task::of(&serde_json::from_value(resolved).unwrap());
+        let mut parts = Parts::default();
+        let loss = learning.loss(task, &text, weight, &[lesson], &mut parts).unwrap();
+        let value = parts.iter().find(|(name, _)| *name == "reverse_kl").unwrap().1;
+        (value, lm::gradients(&loss, &student.parameters()).unwrap())
+    }
+
+    /// Every row of a routed run has the loss and the gradient that it has in a run with its teacher alone, and their sum is
+    /// made in the same order: so it can be made here, and the weights that come out have the same bits.
+    #[test]
+    fn two_routed_teachers_are_two_runs_bit_for_bit() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let inputs = || -> Vec<(&str, AnyValue)> {
+            vec![("teachers/maths", maths.clone()), ("teachers/prose", prose.clone()), ("data", data.clone())]
+        };
+        let routed = json!({"route": {"sum": "maths", "otherwise": "prose"}, "micro_batch": 1});
+        let (found, metrics) = learn(routed.clone(), inputs()).unwrap();
+
+        let student = Arc::try_unwrap(model(1, 16, 1)).ok().unwrap().trainable().unwrap();
+        let tokens: usize = data.rows.iter().map(Aligned::tokens_of).sum();
+        let weight = 1.0 / tokens as f32;
+        let rows = data.rows.iter().zip([&maths, &prose, &maths, &prose]);
+        let (losses, gradients): (Vec<f64>, Vec<Gradients>) =
+            rows.map(|(row, teacher)| alone(&student, teacher, row, weight)).unzip();
+        let [mut first, second, mut third, fourth] = <[Gradients; 4]>::try_from(gradients).ok().unwrap();
+        lm::accumulate(&mut first, second).unwrap();
+        lm::accumulate(&mut third, fourth).unwrap();
+        lm::accumulate(&mut first, third).unwrap();
+        let norm = lm::norm(&first).unwrap();
+        assert_eq!(metrics["gradient_norm"].as_f64().unwrap().to_bits(), norm.to_bits());
+        let mut optimizer = AdamW::new(AdamWOptions::default());
+        optimizer.step(&student.parameters(), &first, 1e-2, (1.0 / (norm + 1e-6)).min(1.0)).unwrap();
+        assert!(values(&found.parameters()) == values(&student.parameters()), "other bits");
+        for (name, right) in [
+            ("reverse_kl_maths", losses[0] + losses[2]),
+            ("reverse_kl_prose", losses[1] + losses[3]),
+            ("reverse_kl", losses[0] + losses[1] + losses[2] + losses[3]),
+        ] {
+            assert_eq!(metrics[name].as_f64().unwrap().to_bits(), right.to_bits(), "{name}");
+        }
+
+        // All rows at once, in which each teacher reads its own and the student all, say the same but for rounding.
+        let mut at_once = routed;
+        at_once.as_object_mut().unwrap().remove("micro_batch");
+        let (_, together) = learn(at_once, inputs()).unwrap();
+        for name in ["loss", "cross_entropy", "reverse_kl", "reverse_kl_maths", "gradient_norm"] {
+            let [a, b] = [&metrics, &together].map(|row| row[name].as_f64().unwrap());
+            assert!((a / b - 1.0).abs() < 1e-5, "{name}: {a} and {b}");
+        }
+        // Where all rows have one teacher, the run is that with this teacher alone.
+        let (all, _) = learn(json!({"route": {"otherwise": "prose"}}), inputs()).unwrap();
+        let (one, _) = learn(json!({}), vec![("teacher", prose.clone()), ("data", data.clone())]).unwrap();
+        assert!(values(&all.parameters()) == values(&one.parameters()));
+    }
+
+    #[test]
+    fn a_family_has_the_teacher_of_its_name_and_none_is_an_error() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let learn = |route: Json, [first, second]: [&str; 2]| {
+            learn(
+                json!({"route": route}),
+                vec![(first, maths.clone() as AnyValue), (second, prose.clone()), ("data", data.clone())],
+            )
+        };
+        let by_name = learn(json!({}), ["teachers/sum", "teachers/letter"]).unwrap();
+        let by_route = learn(json!({"sum": "a", "letter": "b"}), ["teachers/a", "teachers/b"]).unwrap();
+        assert!(values(&by_name.0.parameters()) == values(&by_route.0.parameters()));
+        let error = learn(json!({"sum": "a"}), ["teachers/a", "teachers/b"]).err().unwrap().to_string();
+        assert!(error.contains("nobody teaches row 2 of `train`, which is of family `letter`"), "{error}");
+    }
+
+    #[test]
+    fn weights_are_shares_of_the_divergence() {
+        let (maths, prose, data) = (model(2, 24, 2), model(3, 20, 3), data());
+        let inputs = || -> Vec<(&str, AnyValue)> {
+            vec![("teachers/maths", maths.clone()), ("teachers/prose", prose.clone()), ("data", data.clone())]
+        };
+        let (model, metrics) = learn(json!({"weights": {"maths": 1.0, "prose": 0.0}}), inputs()).unwrap();
+        let (one, alone) = learn(json!({}), vec![("teacher", maths.clone()), ("data", data.clone())]).unwrap();
+        assert_eq!((&metrics["loss"], &metrics["reverse_kl"]), (&alone["loss"], &alone["reverse_kl"]));
+        assert!(values(&model.parameters()) == values(&one.parameters()));
+        let (_, alike) = learn(json!({}), inputs()).unwrap();
+        let number = |name: &str| alike[name].as_f64().unwrap();
+        let mean = (number("reverse_kl_maths") + number("reverse_kl_prose")) / 2.0;
+        assert!((number("reverse_kl") - mean).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_is_said_of_teachers_that_are_not_there_is_refused() {
+        let known = |ports: &[&str]| {
+            let facts = ports.iter().map(|port| ((*port).to_owned(), contract::Facts::default()));
+            Outlook::new(contract::Machine::default(), facts.collect(), None)
+        };
+        let several = &["student", "data", "teachers/maths", "teachers/prose"][..];
+        for (more, ports, expected) in [
+            (json!({"weights": {"maths": 1.0}}), several, "`weights` does not say what `prose` counts"),
+            (json!({"weights": {"x": 1.0}}), several, "`weights` names `x`, who is none of the `teachers`"),
+            (json!({"route": {"sum": "math"}}), several, "`route` names `math`, who is none of the `teachers`"),
+            (json!({}), &["student", "data", "teacher", "teachers/a"], "`teacher` is connected beside `teachers`"),
+            (json!({}), &["student", "data", "teacher", "contrast"], "nothing says how `contrast` is learnt"),
+            (
+                json!({"contrast": {"divergence": "reverse-kl"}}),
+                &["student", "data", "teacher"],
+                "nothing comes in by `contrast`",
+            ),
+        ] {
+            let config = Kind::resolve(&Distill, &config(more), Conventions::Sound).unwrap();
+            let mut outlook = known(ports);
+            Kind::foresee(&Distill, &config, &mut outlook);
+            let found: Vec<_> = outlook.findings.iter().filter(|finding| finding.is_error).collect();
+            assert!(found.iter().any(|finding| finding.message == expected), "{expected}: {found:?}");
+        }
+        let both = config(json!({"route": {}, "weights": {"a": 1.0}}));
+        assert!(Kind::resolve(&Distill, &both, Conventions::Sound).is_err());
+    }
+
+    #[test]
+    fn a_contrast_is_a_second_loss_in_the_same_update() {
+        let (teacher, data) = (model(2, 24, 2), data());
+        let other: AnyValue = Arc::new(data.select(&[2, 1]));
+        let inputs = |contrast: bool| -> Vec<(&str, AnyValue)> {
+            let contrast = contrast.then(|| ("contrast", other.clone()));
+            [("teacher", teacher.clone() as AnyValue), ("data", data.clone())].into_iter().chain(contrast).collect()
+        };
+        let contrast = json!({"contrast": {"divergence": "forward-kl", "weight": 0.5}});
+        let (_, found) = learn(contrast.clone(), inputs(true)).unwrap();
+        let (_, own) = learn(json!({}), inputs(false)).unwrap();
+        let beside = vec![("teacher", teacher.clone() as AnyValue), ("data", other.clone())];
+        let (_, beside) = learn(json!({"divergence": "forward-kl", "cross_entropy": 0.0}), beside).unwrap();
+        let number = |row: &Map<String, Json>, name: &str| row[name].as_f64().unwrap();
+        assert_eq!(found["reverse_kl"], own["reverse_kl"]);
+        assert_eq!(found["contrast_forward_kl"], beside["forward_kl"]);
+        let right = number(&own, "loss") + 0.5 * number(&beside, "loss");
+        assert!((number(&found, "loss") - right).abs() < 1e-12);
+        // Split into micro-batches it is the same mean over tokens.
+        let mut split = contrast;
+        split["micro_batch"] = json!(1);
+        let (_, split) = learn(split, inputs(true)).unwrap();
+        for name in ["loss", "contrast_forward_kl", "gradient_norm"] {
+            assert!((number(&found, name) / number(&split, name) - 1.0).abs() < 1e-5, "{name}");
+        }
     }
 }

@@ -643,6 +643,7 @@ mod tests {
             end: End::Stop,
             log_probs: None,
             references: references.iter().map(|r| r.to_string()).collect(),
+            family: None,
         };
         let rows = vec![row(0, &[]), row(1, &["yes"]), row(2, &["yes", "yea"])];
         let dataset: AnyValue = std::sync::Arc::new(Dataset { rows, tokenizer });

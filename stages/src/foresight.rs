@@ -45,11 +45,12 @@ pub(crate) fn reader(outlook: &mut Outlook, model: &str, prompt: Option<&str>, d
     }
 }
 
-/// The teacher on `teacher`, which reads the responses of `data` behind their prompts, or behind those of `view`.
-pub(crate) fn teacher(outlook: &mut Outlook) {
+/// The teacher on a port, and its soft prompt, which reads the responses of `data` behind their prompts, or behind those of
+/// `view`.
+pub(crate) fn teacher(outlook: &mut Outlook, port: &str, prompt: Option<&str>) {
     outlook.same_vocabulary(&["data", "view"]);
     let read = if outlook.has("view") { "view" } else { "data" };
-    reader(outlook, "teacher", Some("prompt"), read);
+    reader(outlook, port, prompt, read);
 }
 
 /// The type that matrices are multiplied in, on the device that the stage will run on.

@@ -30,6 +30,7 @@ mod foresight;
 pub mod gguf;
 pub mod instruct;
 pub mod merge;
+pub mod mix;
 pub mod mmidx;
 pub mod number;
 mod padding;
@@ -45,6 +46,7 @@ mod sentencepiece;
 pub mod student_generate;
 pub mod teacher_cache;
 pub mod teacher_generate;
+mod teachers;
 pub mod template;
 #[cfg(test)]
 mod testing;
@@ -67,6 +69,7 @@ pub fn registry() -> Registry {
         .with(exposure_bias::ExposureBias)
         .with(finetune::Finetune)
         .with(merge::Merge)
+        .with(mix::Mix)
         .with(policy_gradient::PolicyGradient)
         .with(prompt_init::PromptInit)
         .with(prompt_tune::PromptTune)

@@ -77,7 +77,7 @@ pub fn read(prefix: &Path) -> Result<Vec<Record>> {
 /// A record as a dataset row: it ended by itself when its last id is the end token.
 pub fn row(id: u64, (prompt, response): Record, end: u32, references: Vec<String>) -> Row {
     let end = if response.last() == Some(&end) { End::Stop } else { End::Length };
-    Row { id, prompt, response, end, log_probs: None, references }
+    Row { id, prompt, response, end, log_probs: None, references, family: None }
 }
 
 fn shard(prefix: &Path, index: usize, extension: &str) -> PathBuf {

@@ -40,7 +40,7 @@ use serde_json::json;
 use crate::aligned::{Aligned, Reader, View, by_row};
 use crate::finite::{Behind, not_finite};
 use crate::foresight;
-use crate::training::{self, Mean, MicroBatch, Parts, Trainer, Training};
+use crate::training::{self, Beside, MicroBatch, Parts, Trainer, Training};
 
 training::config! {
     /// The `with` of `policy-gradient`.
@@ -227,7 +227,7 @@ impl Stage for PolicyGradient {
         let model = foresight::learner(outlook, "student", init, "data", lora, config.activation_checkpointing);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
-        foresight::teacher(outlook);
+        foresight::teacher(outlook, "teacher", Some("prompt"));
         if outlook.has("text") {
             outlook.same_vocabulary(&["data", "text"]);
             outlook.reads("student", None, &outlook.rows("text"));
@@ -288,7 +288,7 @@ impl Operator for Learning {
                 let dropout = training::dropout(config.dropout, seed, &step, purpose::DROPOUT);
                 let kept =
                     text.as_ref().map(|text| share_of(text, pass * (rows / batch) as u64 + index as u64, updates));
-                let mut texts = kept.map(|rows| Texts::new(rows, settings.mean())).transpose()?;
+                let mut texts = kept.map(|rows| Beside::new(rows, settings.mean(), NO_TEXT)).transpose()?;
                 let loss = |batch: &MicroBatch, parts: &mut Parts| {
                     let mut loss = policy.loss(batch, &rollouts, dropout.as_ref(), parts)?;
                     if let Some((text, weight)) = texts.as_mut().and_then(|texts| texts.next(batch)) {
@@ -501,43 +501,13 @@ fn mean_length(data: &Dataset) -> f64 {
     data.rows.iter().map(|row| row.response.len() as f64).sum::<f64>() / data.rows.len() as f64
 }
 
+const NO_TEXT: &str =
+    "there is no `text` beside an update: its window must `take` at least as many rows as a round has updates";
+
 /// The rows of `text` that belong to one of the updates of a round.
 fn share_of(text: &Dataset, index: u64, updates: u64) -> &[Row] {
     let place = |index: u64| (text.rows.len() as u64 * index / updates) as usize;
     &text.rows[place(index)..place(index + 1)]
-}
-
-/// Text beside the micro-batches of an update.
-struct Texts<'a> {
-    rows: &'a [Row],
-    mean: Mean,
-    /// Its response tokens.
-    tokens: usize,
-    /// Micro-batches so far.
-    done: usize,
-}
-
-impl<'a> Texts<'a> {
-    fn new(rows: &'a [Row], mean: Mean) -> Result<Self> {
-        let tokens: usize = rows.iter().map(Aligned::tokens_of).sum();
-        ensure!(
-            tokens > 0,
-            "there is no `text` beside an update: its window must `take` at least as many rows as a round has updates"
-        );
-        Ok(Texts { rows, mean, tokens, done: 0 })
-    }
-
-    /// What goes with the next micro-batch, and what each of its tokens counts.
-    fn next(&mut self, batch: &MicroBatch) -> Option<(Aligned, f32)> {
-        let place = |index: usize| self.rows.len() * index / batch.of;
-        let text = Aligned::of(self.rows.get(place(self.done)..place(self.done + 1))?);
-        self.done += 1;
-        let count = match self.mean {
-            Mean::Tokens => self.tokens,
-            Mean::MicroBatches => text.tokens() * batch.of,
-        };
-        (text.tokens() > 0).then(|| (text, 1.0 / count as f32))
-    }
 }
 
 #[cfg(test)]
@@ -550,6 +520,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{Log, output, row};
+    use crate::training::Mean;
 
     #[test]
     fn returns_begin_with_a_token_or_behind_it() {
@@ -572,7 +543,8 @@ mod tests {
         let text = Dataset { rows, tokenizer: TokenizerFile::new("", 0, 9) };
         let shares: Vec<usize> = (0..3).map(|index| share_of(&text, index, 3).len()).collect();
         assert_eq!((shares.iter().sum::<usize>(), shares), (7, vec![2, 2, 3]));
-        assert!(Texts::new(share_of(&text, 0, 9), Mean::Tokens).err().unwrap().to_string().contains("`take` at least"));
+        let nothing = Beside::new(share_of(&text, 0, 9), Mean::Tokens, NO_TEXT).err().unwrap();
+        assert!(nothing.to_string().contains("`take` at least"));
     }
 
     fn fixture(name: &str) -> PathBuf {

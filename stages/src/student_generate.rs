@@ -20,15 +20,13 @@
 
 use contract::random::{philox, purpose, uniform};
 use contract::{
-    About, AnyValue, Bounds, Cause, ConfigError, Conventions, Dataset, End, Env, Facts, Inputs, Longest, Operator,
-    Outlook, Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
+    About, AnyValue, Bounds, Cause, ConfigError, Conventions, Dataset, Env, Facts, Inputs, Longest, Operator, Outlook,
+    Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
-use lm::{Generate, Generated, LanguageModel, Mixed, Prompt, generate, generate_mixed};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use lm::LanguageModel;
 
-use crate::finite::{Behind, NEXT_TOKEN, explain};
-use crate::{foresight, writing};
+use crate::foresight;
+use crate::writing::{self, CutOff, Writer};
 
 writing::config! {
     /// The `with` of `student-generate`.
@@ -43,18 +41,8 @@ writing::config! {
         pub teacher_share: f64,
         /// What becomes of a response that was cut off; left out: as the conventions say.
         #[serde(default)]
-        pub cut_off: Option<CutOff>,
+        pub cut_off: Option<crate::writing::CutOff>,
     }
-}
-
-/// What becomes of a response that was cut off by its length.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum CutOff {
-    /// It stays as it is: there is no end to learn.
-    Open,
-    /// Its last token is replaced by the end token, as in the published program.
-    ForcedEnd,
 }
 
 fn all() -> f64 {
@@ -84,10 +72,7 @@ impl Stage for StudentGenerate {
     }
 
     fn fill(&self, config: &mut Config, conventions: Conventions) {
-        config.cut_off.get_or_insert(match conventions {
-            Conventions::Sound => CutOff::Open,
-            Conventions::Reference => CutOff::ForcedEnd,
-        });
+        config.cut_off.get_or_insert(CutOff::of(conventions));
         if config.temperature == 0.0 && config.fraction == 1.0 {
             // Nothing is drawn.
             config.seed = 0;
@@ -167,33 +152,12 @@ impl Operator for Generating {
         let teacher = teacher.map(|teacher| teacher.frozen().computed_in(config.dtype)).transpose()?;
         let data = inputs.take::<Dataset>("data")?;
         let asked: Vec<&Row> = data.rows.iter().filter(|row| config.answers(row, step)).collect();
-        let prompts: Vec<Prompt<'_>> = asked.iter().map(|row| Prompt { row: row.id, ids: &row.prompt }).collect();
-        let options = Generate {
-            sampling: config.sampling(),
-            max_new_tokens: config.max_new_tokens,
-            longest: *longest,
-            seed: config.seed,
-            purpose: purpose::GENERATE,
-            time: step.round as u32,
-            batch: config.batch,
-        };
-        let total = prompts.len() as u64;
-        let mut progress = |done| sink.progress(done as u64, total, "rows");
-        let generated = match &teacher {
-            None => generate(&model, None, &prompts, &options, &mut progress),
-            Some(teacher) => {
-                let mixed = Mixed { teacher, share: config.teacher_share };
-                generate_mixed(&model, mixed, &prompts, &options, &mut progress)
-            }
-        };
-        let behind = [Behind::new("model", &model, None)].into_iter();
-        let behind: Vec<Behind<'_>> =
-            behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, None))).collect();
-        let generated = generated.map_err(|error| explain(error, NEXT_TOKEN, |at| asked.get(at).copied(), &behind))?;
+        let writer = Writer { model: &model, teacher: teacher.as_ref().map(|teacher| (teacher, config.teacher_share)) };
+        let options = config.options(*longest, purpose::GENERATE, step.round as u32);
         let force_end = config.cut_off == Some(CutOff::ForcedEnd);
-        let mut generated = generated.into_iter();
-        let rows = data.rows.iter().map(|row| match config.answers(row, step).then(|| generated.next()).flatten() {
-            Some(generated) => answered(row, generated, force_end, data.tokenizer.end),
+        let mut answered = writer.answer(&asked, &options, force_end, data.tokenizer.end, sink)?.into_iter();
+        let rows = data.rows.iter().map(|row| match config.answers(row, step).then(|| answered.next()).flatten() {
+            Some(answered) => answered,
             None => row.clone(),
         });
         let rows = rows.collect();
@@ -202,21 +166,5 @@ impl Operator for Generating {
 
     fn make_room(&mut self, longest: u64) {
         self.longest = usize::try_from(longest).unwrap_or(usize::MAX);
-    }
-}
-
-fn answered(row: &Row, generated: Generated, force_end: bool, end_token: u32) -> Row {
-    let Generated { mut ids, log_probs, mut end } = generated;
-    if let (End::Length, true, Some(last)) = (end, force_end, ids.last_mut()) {
-        *last = end_token;
-        end = End::Stop;
-    }
-    Row {
-        id: row.id,
-        prompt: row.prompt.clone(),
-        response: ids,
-        end,
-        log_probs: Some(log_probs),
-        references: row.references.clone(),
     }
 }

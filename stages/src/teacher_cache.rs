@@ -230,6 +230,7 @@ mod tests {
             end: End::Stop,
             log_probs: None,
             references: Vec::new(),
+            family: None,
         };
         Dataset { rows: lengths.into_iter().enumerate().map(row).collect(), tokenizer: tokenizer() }
     }

@@ -28,7 +28,7 @@ use contract::{
     About, AnyValue, Bounds, ConfigError, Conventions, Dataset, End, Env, Extraction, Facts, Inputs, Operator, Outlook,
     Outputs, PortType, Ports, Result, Row, Sink, Stage, Step,
 };
-use lm::{Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
+use lm::{Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -198,15 +198,7 @@ impl Operator for Generating {
         let mut rows = Vec::with_capacity(total as usize);
         let (mut cut, mut wrong) = (0, 0);
         for sample in 0..config.samples {
-            let options = Generate {
-                sampling: config.sampling(),
-                max_new_tokens: config.max_new_tokens,
-                longest: usize::MAX,
-                seed: config.seed,
-                purpose: purpose::TEACH,
-                time: sample as u32,
-                batch: config.batch,
-            };
+            let options = config.options(usize::MAX, purpose::TEACH, sample as u32);
             let mut progress = |done| sink.progress(sample * count + done as u64, total, "answers");
             let generated = generate(&teacher, prompt.as_ref(), &prompts, &options, &mut progress);
             let behind = [Behind::new("teacher", &teacher, prompt.as_ref())];
@@ -250,8 +242,7 @@ impl Config {
             }
             _ => {}
         }
-        let (prompt, references) = (row.prompt.clone(), row.references.clone());
-        Some(Row { id: row.id, prompt, response: ids, end, log_probs, references })
+        Some(Row { response: ids, end, log_probs, ..row.clone() })
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json};
 /// A row without references, of which only the ids matter.
 pub(crate) fn row(id: u64, prompt: &[u32], response: &[u32]) -> Row {
     let (prompt, response) = (prompt.to_vec(), response.to_vec());
-    Row { id, prompt, response, end: End::Stop, log_probs: None, references: Vec::new() }
+    Row { id, prompt, response, end: End::Stop, log_probs: None, references: Vec::new(), family: None }
 }
 
 /// Keeps what it is told but progress.

@@ -94,6 +94,10 @@ pub struct Config {
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
+    /// Whether rows keep the kind of task that the corpus names in its column `family` or `category`, or in the one that `fields`
+    /// of `download` gives: a teacher can be chosen by it (`route` of `distill`).
+    #[serde(default)]
+    pub keep_family: bool,
     /// Makes rows of exactly `max_length` ids of documents. Left out: the corpus asks and answers.
     #[serde(default)]
     pub documents: Option<Documents>,
@@ -210,6 +214,7 @@ impl Stage for Tokenize {
             ("max_prompt_length", config.max_prompt_length != max_prompt_length()),
             ("too_long", config.too_long != TooLong::default()),
             ("personas", config.personas.is_some()),
+            ("keep_family", config.keep_family),
         ];
         for (field, _) in for_answers.iter().filter(|(_, is_there)| *is_there && config.documents.is_some()) {
             let error = ConfigError::at(field, format!("nothing reads `{field}` here"));
@@ -451,7 +456,9 @@ impl Writer<'_> {
         }
         response.truncate(room);
         let end = if is_long { End::Length } else { End::Stop };
-        let row = Row { id: row.id, prompt, response, end, log_probs: None, references: row.references.clone() };
+        let family = row.family.clone().filter(|_| self.config.keep_family);
+        let references = row.references.clone();
+        let row = Row { id: row.id, prompt, response, end, log_probs: None, references, family };
         Ok(if is_long { Fate::Cut(row) } else { Fate::Kept(row) })
     }
 
@@ -551,7 +558,7 @@ impl Chunks<'_> {
     fn row(&self, id: u64, mut ids: Vec<u32>) -> Row {
         let response = ids.split_off(1);
         let end = if response.last() == Some(&self.text.end()) { End::Stop } else { End::Length };
-        Row { id, prompt: ids, response, end, log_probs: None, references: Vec::new() }
+        Row { id, prompt: ids, response, end, log_probs: None, references: Vec::new(), family: None }
     }
 }
 

@@ -5,6 +5,7 @@
 //! numbers of the update for `metrics.jsonl`.
 
 mod batches;
+mod beside;
 mod fields;
 mod optimizer;
 mod rate;
@@ -19,6 +20,7 @@ use contract::{ConfigError, Dataset, Inputs, Result, Step};
 use lm::{Architecture, Dropout, LanguageModel, Lora};
 
 pub use batches::{Mean, MicroBatch, Parts};
+pub use beside::Beside;
 pub(crate) use fields::config;
 pub use fields::{OUTSIDE_KEY, Settings, Training};
 pub use optimizer::Optimizer;

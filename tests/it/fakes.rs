@@ -132,7 +132,15 @@ impl Stage for Rows {
 
 fn row(id: u64, number: u64) -> Row {
     let prompt = vec![(number % 97) as u32];
-    Row { id, prompt, response: vec![(number % 89) as u32], end: End::Stop, log_probs: None, references: vec![] }
+    Row {
+        id,
+        prompt,
+        response: vec![(number % 89) as u32],
+        end: End::Stop,
+        log_probs: None,
+        references: vec![],
+        family: None,
+    }
 }
 
 fn dataset(rows: Vec<Row>, vocabulary: &str) -> Dataset {

@@ -13,6 +13,7 @@ mod reference;
 use std::collections::{BTreeMap, HashMap};
 
 use contract::PortType;
+use contract::port::several_of;
 use indexmap::IndexMap;
 use petgraph::graph::NodeIndex;
 use serde_json::{Value as Json, json};
@@ -169,9 +170,24 @@ impl PortsOf<'_> {
         let kind = &self.operator.kind;
         let known =
             || self.operator.ports.inputs.iter().map(|port| port.name.as_str()).chain(self.extra.iter().copied());
-        for (port, input) in self.spec.inputs.iter().filter(|(port, _)| !known().any(|name| name == *port)) {
-            let hint = crate::language::diagnostic::did_you_mean(port, "input", known());
-            let diagnostic = Diagnostic::new(format!("kind `{kind}` has no input `{port}`"), hint);
+        let is_known = |port: &str| self.operator.ports.find_input(port).is_some() || self.extra.contains(&port);
+        for (port, input) in self.spec.inputs.iter().filter(|(port, _)| !is_known(port)) {
+            let named = self.operator.ports.inputs.iter().find(|known| known.name == *port && known.several);
+            let diagnostic = match (named, several_of(port)) {
+                (Some(_), _) => Diagnostic::new(
+                    format!("input `{port}` of kind `{kind}` takes several values by name"),
+                    format!("write `{port}: {{NAME: {}}}`", input.source.value),
+                ),
+                (None, Some((one, name))) if known().any(|known| known == one) => Diagnostic::new(
+                    format!("input `{one}` of kind `{kind}` takes one value"),
+                    format!("write `{one}: {}`, without the name `{name}`", input.source.value),
+                ),
+                (None, several) => {
+                    let port = several.map_or(port.as_str(), |(port, _)| port);
+                    let hint = crate::language::diagnostic::did_you_mean(port, "input", known());
+                    Diagnostic::new(format!("kind `{kind}` has no input `{port}`"), hint)
+                }
+            };
             problems.push(diagnostic.at(input.port.clone(), "not an input"));
         }
         for port in self.operator.ports.inputs.iter().filter(|port| port.required) {
@@ -187,7 +203,8 @@ impl PortsOf<'_> {
     }
 
     fn needs_one_of(&self, ports: &[&str], message: impl Fn() -> String, outer: &Outer, problems: &mut Problems) {
-        if ports.iter().any(|port| self.spec.inputs.contains_key(*port)) {
+        let is_connected = |input: &String| ports.contains(&several_of(input).map_or(input.as_str(), |(port, _)| port));
+        if self.spec.inputs.keys().any(is_connected) {
             return;
         }
         let removed = ports.iter().find_map(|port| removal(outer.removed, &[self.keys, &["in", port]].concat()));

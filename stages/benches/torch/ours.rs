@@ -288,6 +288,7 @@ fn dataset(task: &Task) -> Result<Dataset> {
         end: if response.last() == Some(&task.end) { End::Stop } else { End::Length },
         log_probs: None,
         references: vec![task.references[id as usize].clone()],
+        family: None,
     });
     Ok(Dataset { rows: rows.collect(), tokenizer: load(&task.student, task)?.tokenizer })
 }

@@ -62,6 +62,8 @@ pub struct Row {
     pub log_probs: Option<Vec<f32>>,
     /// Right answers as text, for scoring; empty where there are none.
     pub references: Vec<String>,
+    /// Kind of task, where `tokenize` keeps what the corpus says of it.
+    pub family: Option<String>,
 }
 
 impl Row {
@@ -112,13 +114,15 @@ impl Dataset {
         let written = words::<1, u8>(&tensors, "has_log_probs", u8::from_le_bytes)?;
         let log_probs = words::<4, f32>(&tensors, "log_prob", f32::from_le_bytes)?;
         let count = ids.len();
-        let per_row = [prompt_lengths.len(), response_lengths.len(), ends.len(), written.len(), references.len()];
-        ensure!(per_row.iter().all(|&n| n == count), "`{}` holds columns of different length", path.display());
+        let families = families(folder)?.unwrap_or_else(|| vec![None; count]);
+        let (texts, others) = ([prompt_lengths.len(), response_lengths.len()], [references.len(), families.len()]);
+        let mut per_row = texts.into_iter().chain([ends.len(), written.len()]).chain(others);
+        ensure!(per_row.all(|n| n == count), "`{}` holds columns of different length", path.display());
 
         let (mut prompts, mut responses, mut log_probs) =
             (prompts.as_slice(), responses.as_slice(), log_probs.as_slice());
         let mut rows = Vec::with_capacity(count);
-        for (i, references) in references.into_iter().enumerate() {
+        for (i, (references, family)) in references.into_iter().zip(families).enumerate() {
             let response = split(&mut responses, response_lengths[i], &path)?;
             let log_probs =
                 if written[i] == 1 { Some(split(&mut log_probs, response.len() as u32, &path)?) } else { None };
@@ -129,6 +133,7 @@ impl Dataset {
                 end: if ends[i] == 1 { End::Stop } else { End::Length },
                 log_probs,
                 references,
+                family,
             });
         }
         Ok(Dataset { rows, tokenizer: TokenizerFile::load(folder)? })
@@ -185,6 +190,11 @@ impl Value for Dataset {
         write(&folder.join("dataset.safetensors"), &safetensors::serialize(views, None)?)?;
         let references: Vec<&Vec<String>> = rows.iter().map(|r| &r.references).collect();
         write(&folder.join("references.json"), &serde_json::to_vec(&references)?)?;
+        // Only where one has one: a dataset without is what it always was.
+        if rows.iter().any(|row| row.family.is_some()) {
+            let families: Vec<_> = rows.iter().map(|row| &row.family).collect();
+            write(&folder.join(FAMILIES), &serde_json::to_vec(&families)?)?;
+        }
         self.tokenizer.save(folder)
     }
 
@@ -207,6 +217,17 @@ impl Value for Dataset {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+const FAMILIES: &str = "families.json";
+
+fn families(folder: &Path) -> Result<Option<Vec<Option<String>>>> {
+    let path = folder.join(FAMILIES);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let families = serde_json::from_slice(&read(&path)?);
+    Ok(Some(families.with_context(|| format!("cannot parse `{}`", path.display()))?))
 }
 
 fn words<const N: usize, T>(tensors: &SafeTensors<'_>, name: &str, parse: fn([u8; N]) -> T) -> Result<Vec<T>> {
@@ -237,6 +258,7 @@ mod tests {
             end,
             log_probs,
             references: vec!["a".into(), "ü".into()],
+            family: None,
         };
         let rows = vec![
             row(7, vec![4, 3], End::Stop, Some(vec![-0.1, f32::MIN_POSITIVE])),
@@ -245,6 +267,11 @@ mod tests {
         ];
         let dataset = Dataset { rows, tokenizer };
         let folder = tempfile::tempdir().unwrap();
+        dataset.save(folder.path()).unwrap();
+        assert_eq!(Dataset::load(folder.path()).unwrap(), dataset);
+        assert!(!folder.path().join(FAMILIES).exists());
+        let mut dataset = dataset;
+        dataset.rows[1].family = Some("maths".into());
         dataset.save(folder.path()).unwrap();
         assert_eq!(Dataset::load(folder.path()).unwrap(), dataset);
     }

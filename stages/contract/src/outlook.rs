@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use crate::dataset::row_name;
 use crate::facts::{Bounds, Facts, Longest, Peak, Vocabulary};
 use crate::files::{counted, in_words};
+use crate::port::several_of;
 use crate::tokenizer::is_other_meaning;
 
 /// Where a stage is going to run.
@@ -124,6 +125,12 @@ impl Outlook {
     /// Whether a port is connected.
     pub fn has(&self, port: &str) -> bool {
         self.inputs.contains_key(port)
+    }
+
+    /// The values of an input that takes several, as the stage calls them.
+    pub fn several(&self, port: &str) -> Vec<String> {
+        let is_of = |input: &&String| several_of(input).is_some_and(|(of, _)| of == port);
+        self.inputs.keys().filter(is_of).cloned().collect()
     }
 
     /// What is known of an input: of one that is not connected, nothing.

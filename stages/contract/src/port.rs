@@ -75,6 +75,10 @@ pub struct Port {
     pub port_type: PortType,
     /// Whether the stage cannot run without it. Outputs are always made.
     pub required: bool,
+    /// Whether it takes several values by names of the reader's choice, as in `in: {NAME: {FIRST: ..., SECOND: ...}}`. A stage
+    /// knows them as the inputs `NAME/FIRST` and `NAME/SECOND`.
+    #[serde(default)]
+    pub several: bool,
     /// One line for the catalogue.
     pub doc: String,
 }
@@ -107,14 +111,20 @@ impl Ports {
         self.add_input(name, port_type, false, doc)
     }
 
+    /// Adds an input that takes any number of values, by name.
+    pub fn several(mut self, name: &str, port_type: PortType, doc: &str) -> Self {
+        self.inputs.push(Port { several: true, ..port(name, port_type, false, doc) });
+        self
+    }
+
     fn add_input(mut self, name: &str, port_type: PortType, required: bool, doc: &str) -> Self {
-        self.inputs.push(Port { name: name.into(), port_type, required, doc: doc.into() });
+        self.inputs.push(port(name, port_type, required, doc));
         self
     }
 
     /// Adds an output.
     pub fn output(mut self, name: &str, port_type: PortType, doc: &str) -> Self {
-        self.outputs.push(Port { name: name.into(), port_type, required: true, doc: doc.into() });
+        self.outputs.push(port(name, port_type, true, doc));
         self
     }
 
@@ -124,13 +134,31 @@ impl Ports {
         self
     }
 
-    /// The input of that name.
+    /// The input of that name: of `NAME/FIRST` the input `NAME` that takes several values.
     pub fn find_input(&self, name: &str) -> Option<&Port> {
-        self.inputs.iter().find(|p| p.name == name)
+        let (name, several) = several_of(name).map_or((name, false), |(port, _)| (port, true));
+        self.inputs.iter().find(|p| p.name == name && p.several == several)
     }
 
     /// The output of that name.
     pub fn find_output(&self, name: &str) -> Option<&Port> {
         self.outputs.iter().find(|p| p.name == name)
     }
+}
+
+fn port(name: &str, port_type: PortType, required: bool, doc: &str) -> Port {
+    Port { name: name.into(), port_type, required, several: false, doc: doc.into() }
+}
+
+/// Between an input that takes several values and the name of one of them. No name holds it.
+const BETWEEN: char = '/';
+
+/// What a stage calls the value `name` of the input `port`, which takes several.
+pub fn one_of_several(port: &str, name: &str) -> String {
+    format!("{port}{BETWEEN}{name}")
+}
+
+/// The input and the name of the value, where an input takes several.
+pub fn several_of(input: &str) -> Option<(&str, &str)> {
+    input.split_once(BETWEEN)
 }

@@ -27,6 +27,10 @@ pub mod purpose {
     pub const TEACH: u32 = 10;
     /// Order of rollouts in a pass over them.
     pub const PASS: u32 = 11;
+    /// Which text a round learns from.
+    pub const MIX: u32 = 12;
+    /// Which responses are taken out of a replay buffer.
+    pub const REPLAY: u32 = 13;
     /// Persona lines of a dataset.
     pub const PERSONA: u32 = 0x40;
     /// Dropout of a student.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::Result;
 use crate::facts::Facts;
-use crate::port::PortType;
+use crate::port::{PortType, several_of};
 
 /// Something that travels along an edge.
 ///
@@ -67,6 +67,18 @@ impl Inputs {
             Ok(value) => Ok(Some(value)),
             Err(_) => bail!("input `{port}` holds a {found}, which this stage cannot read"),
         }
+    }
+
+    /// Takes all values of an input that takes several, by name.
+    pub fn take_several<T: Value>(&mut self, port: &str) -> Result<Vec<(String, Arc<T>)>> {
+        let inputs: Vec<String> = self.names().map(str::to_owned).collect();
+        let of_port = inputs.iter().filter_map(|input| Some((input, several_of(input).filter(|of| of.0 == port)?.1)));
+        of_port.map(|(input, name)| Ok((name.to_owned(), self.take(input)?))).collect()
+    }
+
+    /// The inputs that are connected, in the order of their names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
     }
 
     /// Looks at an input without taking it.

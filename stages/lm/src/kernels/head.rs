@@ -12,6 +12,7 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
+use super::adaptive::share_of_head;
 use super::elementary::{BLOCK, Normaliser, all_finite, exp, ln, sum};
 use super::matmul::{Matrix, product, product_in, product_into};
 use super::top_k;
@@ -290,7 +291,14 @@ pub(crate) fn divergence(
     factor: f64,
     slopes: &mut [f32],
 ) -> f64 {
-    for_rule!(divergence, R(a, b) => by_rule::<R>([a, b], logits, target, temperature, factor, slopes))
+    let parameters = divergence.parameters(|head| {
+        let scale = (1.0 / temperature) as f32;
+        let (of_logits, of_target) = (Normaliser::of(logits, scale), Normaliser::of(target, scale));
+        let token = |(s, t): (&f32, &f32)| (exp(of_target.log_probability(*t)), exp(of_logits.log_probability(*s)));
+        let tokens: Vec<(f32, f32)> = logits.iter().zip(target.iter()).map(token).collect();
+        share_of_head(head, &tokens)
+    });
+    for_rule!(divergence, R(_a, _b) => by_rule::<R>(parameters, logits, target, temperature, factor, slopes))
 }
 
 impl Number for f32 {

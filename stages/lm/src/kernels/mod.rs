@@ -11,6 +11,7 @@
 //! `vector`, which loads vectors, in `map`, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
+pub(crate) mod adaptive;
 pub(crate) mod attention;
 #[expect(unsafe_code, reason = "sets the length of what was written")]
 pub(crate) mod buffer;

@@ -5,6 +5,7 @@
 
 use std::collections::BinaryHeap;
 
+use super::adaptive::share_of_head;
 use super::elementary::{LOG_FLOOR, Normaliser, all_finite, exp, max};
 use crate::terms::divergence::{Divergence, Rule, Token, for_rule};
 use crate::terms::top_k::Classes;
@@ -88,21 +89,28 @@ pub(crate) fn divergence(
     scratch.copy_from_slice(logits);
     let rest = Rest::of(scratch, target.tokens, scale);
     let all = normaliser(logits, target.tokens, rest, scale);
+    let log_s = |token: &u32| all.log_probability(logits[*token as usize]);
+    let log_s_of_rest = rest.map_or(LOG_FLOOR, |rest| floored(rest.log_mass(all)));
+    let [a, b] = divergence.parameters(|head| {
+        let of_tokens = target.tokens.iter().map(log_s).zip(target.log_probs.iter().copied());
+        let classes = of_tokens.chain([(log_s_of_rest, target.log_rest)]);
+        let classes: Vec<(f32, f32)> = classes.map(|(log_s, log_t)| (exp(floored(log_t)), exp(log_s))).collect();
+        share_of_head(head, &classes)
+    });
     let mut value = 0.0;
     let mut slope_sum = 0.0;
     let mut class = |log_s: f32, log_t: f32| {
         let log_t = floored(log_t);
         let s = exp(log_s);
         let token = Token { s, log_s, t: exp(log_t), log_t };
-        let summand = for_rule!(divergence, R(a, b) => R::summand(token, a as f32, b as f32));
+        let summand = for_rule!(divergence, R(_a, _b) => R::summand(token, a as f32, b as f32));
         value += f64::from(summand.value);
         slope_sum += f64::from(summand.slope);
         (s, summand.slope)
     };
-    let log_s = |token: &u32| all.log_probability(logits[*token as usize]);
     let of_tokens: Vec<(f32, f32)> =
         target.tokens.iter().map(log_s).zip(target.log_probs).map(|(log_s, log_t)| class(log_s, *log_t)).collect();
-    let of_rest = class(rest.map_or(LOG_FLOOR, |rest| floored(rest.log_mass(all))), target.log_rest);
+    let of_rest = class(log_s_of_rest, target.log_rest);
     if !slopes.is_empty() {
         let (factor, slope_sum) = ((factor / temperature) as f32, slope_sum as f32);
         let change = |(s, slope): (f32, f32)| factor * (slope - s * slope_sum);

@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Tensor};
 
-use super::{Answer, Request, Result, Source, bail};
+use super::{Answer, Request, Result, Source, bail, ensure};
 use crate::kernels::cuda::head::{Compared, Slopes, TargetLogits, head_terms};
 use crate::kernels::cuda::matmul::{Matrix, product};
 use crate::kernels::cuda::{rows, unset, upload};
@@ -41,6 +41,7 @@ impl Request<'_> {
             let Source::Head { hidden, head } = target.source else {
                 bail!("a target of likeliest tokens is compared with by plain operations");
             };
+            ensure!(!target.divergence.is_adaptive(), "an adaptive divergence is computed by plain operations");
             let width = hidden.dim(1)?;
             let hidden = select::<T>(device, hidden, picked.as_ref())?;
             targets.push((target, width, hidden, Operand::<T>::of(device, head)?));

@@ -187,7 +187,7 @@ impl<'a> Request<'a> {
     fn answer(&self, hidden_gradient: bool, head_gradient: bool) -> Result<Answer> {
         #[cfg(feature = "cuda")]
         if let (Device::Cuda(device), DType::F32 | DType::BF16) = (self.hidden.device(), self.hidden.dtype())
-            && self.targets.iter().all(|target| self.is_over_all(target))
+            && self.targets.iter().all(|target| self.is_over_all(target) && !target.divergence.is_adaptive())
         {
             return self.on_gpu_by_type(device, [hidden_gradient, head_gradient]);
         }

@@ -1,9 +1,10 @@
 //! The loss by plain operations and autograd: on devices without a kernel, and what kernels are tested against.
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::{Answer, Divergence, Request, Source, Target, TopK, wide};
+use crate::kernels::adaptive::share_of_head;
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::terms::divergence::{Rule, Token, for_rule};
 use crate::terms::formula::{Formula, Given, Operation};
@@ -143,20 +144,32 @@ fn divergence(divergence: Divergence, log_s: &Tensor, log_t: &Tensor) -> Result<
     let formula = Formula::default();
     let [s, log_s_given, t, log_t_given, a, b] = Given::ALL.map(|given| formula.given(given));
     let token = Token { s, log_s: log_s_given, t, log_t: log_t_given };
-    let (value, parameters) = for_rule!(divergence, R(a_value, b_value) => {
-        (R::summand(token, a, b).value, [a_value, b_value])
-    });
-    let number = |value: f64| -> Result<Tensor> {
-        Ok(Tensor::new(value, log_s.device())?.to_dtype(log_s.dtype())?.broadcast_as(log_s.shape())?)
+    let value = for_rule!(divergence, R(_a, _b) => R::summand(token, a, b).value);
+    // Of every row, `[N, 1]`.
+    let shares = |head: f64| -> Result<Tensor> {
+        let rows = |log: &Tensor| -> Result<Vec<Vec<f32>>> {
+            Ok(log.detach().exp()?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2()?)
+        };
+        let share = |(t, s): (Vec<f32>, Vec<f32>)| share_of_head(head, &t.into_iter().zip(s).collect::<Vec<_>>());
+        let shares: Vec<f64> = rows(log_t)?.into_iter().zip(rows(log_s)?).map(share).collect();
+        Ok(Tensor::from_vec(shares, (log_s.dim(0)?, 1), log_s.device())?)
     };
+    let parameters = match divergence {
+        Divergence::AdaptiveKl { head } => [shares(head)?, Tensor::new(0.0, log_s.device())?],
+        other => {
+            let [a, b] = other.parameters(|head| head).map(|value| Tensor::new(value, log_s.device()));
+            [a?, b?]
+        }
+    };
+    let number = |value: &Tensor| -> Result<Tensor> { Ok(value.to_dtype(log_s.dtype())?.broadcast_as(log_s.shape())?) };
     let mut operate = |operation: Operation<Tensor>| -> Result<Tensor> {
         Ok(match operation {
             Operation::Given(Given::S) => log_s.exp()?,
             Operation::Given(Given::LogS) => log_s.clone(),
             Operation::Given(Given::T) => log_t.exp()?,
             Operation::Given(Given::LogT) => log_t.clone(),
-            Operation::Given(Given::A) => number(parameters[0])?,
-            Operation::Given(Given::B) => number(parameters[1])?,
+            Operation::Given(Given::A) => number(&parameters[0])?,
+            Operation::Given(Given::B) => number(&parameters[1])?,
             Operation::Add(x, y) => (x + y)?,
             Operation::Sub(x, y) => (x - y)?,
             Operation::Mul(x, y) => (x * y)?,

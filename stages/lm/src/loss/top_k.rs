@@ -199,7 +199,8 @@ mod tests {
     fn the_kernel_agrees_with_its_twin() {
         for (vocabulary, k) in [(5, 1), (33, 4), (33, 32), (600, 40), (1030, 1)] {
             let (narrow, wide) = (models(vocabulary, DType::F32), models(vocabulary, DType::F64));
-            for (divergence, temperature) in EVERY_DIVERGENCE.into_iter().zip([1.0, 1.0, 2.0, 0.7, 1.5, 1.0, 1.0]) {
+            for (divergence, temperature) in EVERY_DIVERGENCE.into_iter().zip([1.0, 1.0, 2.0, 0.7, 1.5, 1.0, 1.0, 1.2])
+            {
                 let kept = TopK::of(&narrow[2], &narrow[3], k, temperature).unwrap();
                 let found = run(head_loss, &narrow, target(&kept, divergence, temperature));
                 let right = run(head_loss_plain, &wide, target(&kept, divergence, temperature));
@@ -274,7 +275,8 @@ mod tests {
     fn gradients_are_what_differences_of_the_value_give() {
         let models = models(11, DType::F64);
         let [hidden, head, ..] = &models;
-        for divergence in EVERY_DIVERGENCE {
+        // No gradient flows through the share of an adaptive one.
+        for divergence in EVERY_DIVERGENCE.into_iter().filter(|divergence| !divergence.is_adaptive()) {
             let kept = TopK::of(&models[2], &models[3], 3, 1.7).unwrap();
             let value = |hidden: &Tensor, head: &Tensor| {
                 let loss = head_loss_plain(hidden, head, None, &[target(&kept, divergence, 1.7)], &WEIGHTS).unwrap();

@@ -55,12 +55,40 @@ pub enum Divergence {
         #[schemars(extend("exclusiveMinimum" = 0.0), range(max = contract::limits::EXPONENT))]
         beta: f64,
     },
+    /// `g KL(t ‖ s) + (1 - g) KL(s ‖ t)`, where `g` is the share of `Σ |t - s|` that lies on the head: on the target's likeliest
+    /// tokens, the likeliest in any case, and as many more as have at most the probability `head` together. No gradient flows
+    /// through `g`; `g (s - t) + (1 - g) s (ln s - ln t - KL(s ‖ t))`. AKL (Wu et al., "Rethinking Kullback-Leibler divergence in
+    /// knowledge distillation for large language models", 2024, section 4).
+    AdaptiveKl {
+        /// Probability of the head, above 0 and below 1; 0.5 as published.
+        #[serde(default = "half")]
+        #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
+        head: f64,
+    },
+}
+
+fn half() -> f64 {
+    0.5
 }
 
 impl Divergence {
     /// Its name in metrics, such as `reverse_kl`.
     pub fn name(self) -> &'static str {
         for_rule!(self, R(_a, _b) => R::NAME)
+    }
+
+    /// Whether a parameter of its rule is another one at every position.
+    #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only GPUs and tests ask"))]
+    pub(crate) fn is_adaptive(self) -> bool {
+        matches!(self, Divergence::AdaptiveKl { .. })
+    }
+
+    /// The parameters of its rule at a position where `share` gives that of a head's gap.
+    pub(crate) fn parameters(self, share: impl FnOnce(f64) -> f64) -> [f64; 2] {
+        match self {
+            Divergence::AdaptiveKl { head } => [share(head), 0.0],
+            other => for_rule!(other, R(a, b) => (R::NAME, [a, b]).1),
+        }
     }
 
     /// Errors when a parameter is out of its range, and says what to use at the limit.
@@ -80,6 +108,7 @@ impl Divergence {
             }
             Divergence::SkewedForwardKl { alpha } => between("alpha", alpha, "for 0 use `forward-kl`"),
             Divergence::SkewedReverseKl { alpha } => between("alpha", alpha, "for 0 use `reverse-kl`"),
+            Divergence::AdaptiveKl { head } => between("head", head, "all head is `forward-kl`, and none `reverse-kl`"),
             Divergence::AlphaBeta { alpha, beta } => {
                 for (name, value, limit) in [("alpha", alpha, "reverse-kl"), ("beta", beta, "forward-kl")] {
                     ensure!(
@@ -135,6 +164,7 @@ macro_rules! for_rule {
             SkewedReverseKl { alpha } => (alpha, 0.0),
             TotalVariation => (0.0, 0.0),
             AlphaBeta { alpha, beta } => (alpha, beta),
+            AdaptiveKl { head } => (head, 0.0),
         )
     };
     (@of $divergence:expr, $rule:ident($a:ident, $b:ident) => $run:expr;
@@ -245,6 +275,21 @@ impl Rule for AlphaBeta {
     }
 }
 
+/// Its first parameter is `g`, which [`Divergence::parameters`] finds.
+pub(crate) struct AdaptiveKl;
+
+impl Rule for AdaptiveKl {
+    const NAME: &str = "adaptive_kl";
+    const NUMBER: usize = 7;
+
+    #[inline(always)]
+    fn summand<N: Number>(Token { s, log_s, t, log_t }: Token<N>, g: N, _: N) -> Summand<N> {
+        let gap = log_s - log_t;
+        let reverse = g.complement() * s * gap;
+        Summand { value: reverse - g * t * gap, slope: reverse - g * t }
+    }
+}
+
 /// `weight a + (1 - weight) b`, kept above 0 so that it can be divided by.
 #[inline(always)]
 fn mix<N: Number>(weight: N, a: N, b: N) -> N {
@@ -267,7 +312,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// One of each.
-    pub(crate) const EVERY_DIVERGENCE: [Divergence; 7] = [
+    pub(crate) const EVERY_DIVERGENCE: [Divergence; 8] = [
         Divergence::ForwardKl,
         Divergence::ReverseKl,
         Divergence::Jsd { beta: 0.3 },
@@ -275,6 +320,7 @@ pub(crate) mod tests {
         Divergence::SkewedReverseKl { alpha: 0.1 },
         Divergence::TotalVariation,
         Divergence::AlphaBeta { alpha: 0.2, beta: 0.7 },
+        Divergence::AdaptiveKl { head: 0.5 },
     ];
 
     /// The rules in CUDA.
