@@ -18,6 +18,9 @@
 //! With `view` the teacher reads other prompts before the same responses, such as those that `tokenize` primes: response
 //! priming. Responses are aligned token by token, whatever stands before them.
 //!
+//! What the published program for response priming does instead is said by options: `alignment: index`, `pairing: lexicographic`,
+//! `alpha` and `temperature_squared` for its loss, `optimizer: {method: sgd}`, and the schedule `{cosine: {falls_for: 0.5}}`.
+//!
 //! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`; `view`. Outputs: `model`, and a row of metrics an update.
 //! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
 
@@ -36,7 +39,7 @@ use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPromp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aligned::{Reader, View};
+use crate::aligned::{Alignment, Pairing, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
@@ -56,10 +59,25 @@ training::config! {
         #[serde(default)]
         #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
         pub cross_entropy: f64,
-        /// Temperature of both distributions in the divergence. Gradients shrink with its square; no factor makes up for it.
+        /// The share of the cross-entropy in the loss, of which the divergence has the rest: one number in place of `weight` and
+        /// `cross_entropy`.
+        #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub alpha: Option<f64>,
+        /// Temperature of both distributions in the divergence. Gradients shrink with its square; `temperature_squared` makes up
+        /// for that.
         #[serde(default = "one")]
         #[schemars(range(min = contract::limits::TEMPERATURE.0, max = contract::limits::TEMPERATURE.1))]
         pub temperature: f64,
+        /// Whether the divergence is multiplied by the square of `temperature` (Hinton et al., 2015, section 2).
+        #[serde(default)]
+        pub temperature_squared: bool,
+        /// Where the two are compared.
+        #[serde(default)]
+        pub alignment: Alignment,
+        /// Which row of `view` the teacher reads.
+        #[serde(default)]
+        pub pairing: Pairing,
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
@@ -131,6 +149,12 @@ impl Stage for Distill {
         if let Err(error) = config.divergence.validate() {
             errors.push(ConfigError::at("divergence", format!("{error:#}")));
         }
+        if config.alpha.is_some() && (config.weight, config.cross_entropy) != (1.0, 0.0) {
+            errors.push(
+                ConfigError::at("alpha", "`alpha` stands for `weight` and `cross_entropy`, and they are given too")
+                    .hint("leave out one or the other"),
+            );
+        }
         if config.weight == 0.0 && config.cross_entropy == 0.0 {
             errors.push(
                 ConfigError::at("weight", "`weight` and `cross_entropy` are both 0, so the loss is 0")
@@ -138,6 +162,7 @@ impl Stage for Distill {
             );
         }
         errors.extend(training::validate_init(config.init.as_ref()));
+        errors.extend(config.optimizer.errors());
         errors
     }
 
@@ -194,6 +219,20 @@ impl Stage for Distill {
         } else if outlook.has("teacher") {
             foresight::teacher(outlook);
         }
+        if config.alignment != Alignment::Response && outlook.has("cache") {
+            outlook.error(
+                [Cause::Field("alignment".into())],
+                "a cache holds what the teacher says of responses alone",
+                "connect `teacher` in place of `cache`",
+            );
+        }
+        if config.pairing != Pairing::Id && !outlook.has("view") {
+            outlook.error(
+                [Cause::Field("pairing".into())],
+                "without `view` the teacher reads what its student reads, and there is nothing to pair",
+                "connect `view`, or leave `pairing` out",
+            );
+        }
         let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
         let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
         if old && accumulates && outlook.has("prompt") && !outlook.has("prompt_before") {
@@ -230,7 +269,7 @@ impl Operator for Distilling {
         let data = inputs.take::<Dataset>("data")?;
         let teacher = inputs.take_optional::<LanguageModel>("teacher")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
-        let view = View::take(&mut inputs)?;
+        let view = View::take(&mut inputs)?.map(|view| view.paired(self.config.pairing));
         ensure!(
             view.is_none() || cache.is_none(),
             "`view` does nothing beside `cache`: connect it where the cache is made"
@@ -238,6 +277,8 @@ impl Operator for Distilling {
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let config = self.config.clone();
+        let (data, view) = config.alignment.rows(data, view)?;
+        let (weight, cross_entropy) = config.weights();
         let shape = (config.init.as_ref(), config.lora.as_ref());
         let student = training::learner(&mut inputs, "student", shape, &config.settings(), &data, &self.device)?;
         let (teacher, head) = match &cache {
@@ -261,13 +302,15 @@ impl Operator for Distilling {
         let behind: Vec<Behind<'_>> =
             behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, teaching.as_ref()))).collect();
         let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
-            let text = &batch.text;
+            let read = view.as_ref().map(|view| batch.text.seen_in(view)).transpose()?;
+            let read = read.as_ref().unwrap_or(&batch.text);
+            let by_index = (config.alignment == Alignment::Index).then(|| [batch.text.by_index(), read.by_index()]);
+            let [text, read] = by_index.as_ref().map_or([&batch.text, read], |[text, read]| [text, read]);
             let said = match (&cache, &teacher) {
                 (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
                 (None, Some(teacher)) => {
                     let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
-                    let reader = Reader { model: teacher, prompt: prompt.as_ref(), view: view.as_ref() };
-                    Said::Hidden(reader.hidden(text)?)
+                    Said::Hidden(read.hidden(teacher, prompt.as_ref(), None)?)
                 }
                 (None, None) => bail!("there is nothing to learn from: connect `teacher`, or `cache`"),
             };
@@ -275,20 +318,16 @@ impl Operator for Distilling {
                 Said::TopK(kept) => Source::TopK(kept),
                 Said::Hidden(hidden) => Source::Head { hidden, head: head.as_ref().context("there is no head")? },
             };
-            let target = Target {
-                source,
-                divergence: config.divergence,
-                coefficient: config.weight,
-                temperature: config.temperature,
-            };
+            let target =
+                Target { source, divergence: config.divergence, coefficient: weight, temperature: config.temperature };
             let hidden = text.hidden(&student, None, dropout.as_ref())?; // [tokens, C]
-            let labels = (config.cross_entropy != 0.0).then_some((text.labels.as_slice(), config.cross_entropy));
+            let labels = (cross_entropy != 0.0).then_some((text.labels.as_slice(), cross_entropy));
             let loss = head_loss(&hidden, &student.head()?, labels, &[target], &batch.weights())?;
             parts.add(name, loss.divergences[0]);
-            parts.add("loss", config.weight * loss.divergences[0]);
-            if let Some(cross_entropy) = loss.cross_entropy {
-                parts.add("cross_entropy", cross_entropy);
-                parts.add("loss", config.cross_entropy * cross_entropy);
+            parts.add("loss", weight * loss.divergences[0]);
+            if let Some(value) = loss.cross_entropy {
+                parts.add("cross_entropy", value);
+                parts.add("loss", cross_entropy * value);
             }
             Ok(loss.loss)
         })?;
@@ -332,6 +371,14 @@ impl Distilling {
 }
 
 impl Config {
+    /// What the divergence and the cross-entropy count in the loss.
+    fn weights(&self) -> (f64, f64) {
+        let (weight, cross_entropy) =
+            self.alpha.map_or((self.weight, self.cross_entropy), |alpha| (1.0 - alpha, alpha));
+        let scale = if self.temperature_squared { self.temperature * self.temperature } else { 1.0 };
+        (weight * scale, cross_entropy)
+    }
+
     /// The soft prompt that the teacher has in a micro-batch.
     fn prompt_of(
         &self,
@@ -349,5 +396,112 @@ impl Config {
             (prompt, _) => prompt,
         };
         Ok(chosen.map(|prompt| prompt.vectors.detach()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use contract::{Kind, TokenizerFile};
+    use serde_json::{Value as Json, json};
+
+    use super::*;
+    use crate::testing::{Log, row};
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(name)
+    }
+
+    fn model(name: &str) -> LanguageModel {
+        LanguageModel::load(&fixture(&format!("promptkd/{name}")), &Device::Cpu).unwrap()
+    }
+
+    /// `make_priming.py` is the other program: questions by index, sorted as words, the published loss, SGD, a cosine that rises
+    /// again.
+    #[test]
+    fn the_published_training_of_response_priming_is_that_of_pytorch() {
+        let expected: Json = serde_json::from_slice(&std::fs::read(fixture("priming/expected.json")).unwrap()).unwrap();
+        let ids = |json: &Json| serde_json::from_value::<Vec<u32>>(json.clone()).unwrap();
+        let (prefix, items) = (ids(&expected["prefix"]), expected["items"].as_array().unwrap());
+        let tokenizer = TokenizerFile::new("", 0, 61);
+        let rows = |before: &[u32]| {
+            let of_item = |(id, item): (usize, &Json)| {
+                row(id as u64, &[before, &ids(&item["question"])].concat(), &ids(&item["answer"]))
+            };
+            items.iter().enumerate().map(of_item).collect::<Vec<_>>()
+        };
+        let (data, view) = (rows(&[]), Dataset { rows: rows(&prefix), tokenizer: tokenizer.clone() });
+        let view: AnyValue = Arc::new(view);
+
+        let config = json!({
+            "divergence": "reverse-kl", "alpha": expected["alpha"], "temperature": expected["temperature"],
+            "temperature_squared": true, "alignment": "index", "pairing": "lexicographic",
+            "learning_rate": expected["rate"], "schedule": {"cosine": {"falls_for": 0.5}},
+            "optimizer": {"method": "sgd", "momentum": expected["momentum"], "weight_decay": expected["weight_decay"], "clip": 0.0},
+        });
+        let kind: &dyn Kind = &Distill;
+        let env = Env { device: "cpu".into(), threads: 1, scratch: std::env::temp_dir() };
+        let config = kind.resolve(&config, Conventions::Sound).unwrap();
+        let mut operator = kind.start(&config, &env, None).unwrap();
+        let teacher: AnyValue = Arc::new(model("teacher"));
+        let mut student: AnyValue = Arc::new(model("student"));
+        let updates = expected["updates"].as_array().unwrap();
+        for (round, right) in updates.iter().enumerate() {
+            if round == updates.len() / 2 {
+                // What is remembered goes through a file on the way.
+                let folder = tempfile::tempdir().unwrap();
+                operator.state().unwrap().unwrap().save(folder.path()).unwrap();
+                let state = kind.load_state(folder.path(), &env).unwrap();
+                operator = kind.start(&config, &env, Some(state)).unwrap();
+            }
+            let mut inputs = Inputs::new();
+            let window = Dataset { rows: vec![data[round % data.len()].clone()], tokenizer: tokenizer.clone() };
+            inputs.insert("data", Arc::new(window));
+            inputs.insert("student", student);
+            inputs.insert("teacher", teacher.clone());
+            inputs.insert("view", view.clone());
+            let per_epoch = data.len() as u64;
+            let step = Step {
+                round: round as u64,
+                rounds: 2 * per_epoch,
+                epoch: round as u64 / per_epoch,
+                rounds_per_epoch: per_epoch,
+            };
+            let mut log = Log::default();
+            student = operator.run(inputs, &step, &mut log).unwrap().0.remove("model").unwrap();
+            for name in ["loss", "cross_entropy", "reverse_kl", "learning_rate"] {
+                let (found, right) = (log.rows[0][name].as_f64().unwrap(), right[name].as_f64().unwrap());
+                let tolerance = if name == "learning_rate" { 1e-12 } else { 1e-4 };
+                assert!(
+                    (found - right).abs() <= tolerance * right.abs().max(1.0),
+                    "{name} of update {round}: {found}, {right}"
+                );
+            }
+        }
+        let Ok(student) = student.into_any().downcast::<LanguageModel>() else { panic!("a model") };
+        let right: HashMap<String, Tensor> =
+            candle_core::safetensors::load(fixture("priming/final.safetensors"), &Device::Cpu).unwrap();
+        assert_eq!(right.len(), student.parameters().len());
+        for (name, found) in student.parameters() {
+            let gap = (found.detach() - &right[&name]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            assert!(gap.to_scalar::<f32>().unwrap() < 1e-4, "{name}: {gap}");
+        }
+    }
+
+    #[test]
+    fn options_that_disagree_are_named() {
+        let faults = |config: Json| {
+            let mut config = config;
+            config["divergence"] = json!("reverse-kl");
+            config["learning_rate"] = json!(1e-3);
+            let kind: &dyn Kind = &Distill;
+            let errors = kind.resolve(&config, Conventions::Sound).err().unwrap_or_default();
+            errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>()
+        };
+        assert_eq!(faults(json!({"alpha": 0.5, "weight": 0.5})), ["alpha"]);
+        assert_eq!(faults(json!({"optimizer": {"momentum": 0.9}})), ["optimizer.momentum"]);
+        assert_eq!(faults(json!({"optimizer": {"method": "sgd", "eps": 1e-6}})), ["optimizer.eps"]);
+        assert_eq!(faults(json!({"alpha": 1.0, "optimizer": {"method": "sgd"}})), [""; 0]);
     }
 }

@@ -21,7 +21,7 @@ use lm::{Architecture, Dropout, LanguageModel, Lora};
 pub use batches::{Mean, MicroBatch, Parts};
 pub(crate) use fields::config;
 pub use fields::{OUTSIDE_KEY, Settings, Training};
-pub use optimizer::Optimizer;
+pub use optimizer::{Method, Optimizer};
 pub use rate::Rate;
 pub use update::Trainer;
 
