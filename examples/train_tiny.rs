@@ -55,7 +55,7 @@ fn train(model: &LanguageModel) -> Result<()> {
         }
         let gradients = lm::gradients(&loss, &model.parameters())?;
         let warmup = Warmup { updates: 5, from_zero: false };
-        let rate = lm::learning_rate(1e-2, Schedule::Cosine { floor: 0.1 }, warmup, update, UPDATES);
+        let rate = lm::learning_rate(1e-2, Schedule::cosine(0.1), warmup, update, UPDATES);
         optimizer.step(&model.parameters(), &gradients, rate, 1.0)?;
     }
     Ok(())

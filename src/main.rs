@@ -8,6 +8,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Pipelines that are compiled in, so that they run in any folder.
 const SHIPPED: &[(&str, &str)] = &[
+    ("arithmetic.yaml", include_str!("../pipelines/arithmetic.yaml")),
     ("dolly.yaml", include_str!("../pipelines/dolly.yaml")),
     ("methods.yaml", include_str!("../pipelines/methods.yaml")),
     ("methods/abkd.yaml", include_str!("../pipelines/methods/abkd.yaml")),

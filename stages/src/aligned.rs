@@ -1,5 +1,6 @@
 //! Text aligned by response token: what is trained on, measured and cached.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,11 +11,14 @@ use contract::dataset::{ANSWERS, row_name};
 use contract::{Dataset, End, Inputs, Result, Row};
 use lm::loss::{Divergence, Source, Target, divergence_values};
 use lm::{Dropout, LanguageModel, Packed, Response};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// Text of some rows, laid out for a model, with the places that predict response tokens.
 ///
 /// A response token is found by its place in its own response, so teacher and student agree on it whatever stands before
 /// the prompt.
+#[derive(Clone)]
 pub struct Aligned {
     /// Prompt and response without the last id, which is only predicted. Wanted are the tokens before each response
     /// token: those that predict one.
@@ -99,6 +103,18 @@ impl Aligned {
         Ok(Aligned::of(&rows))
     }
 
+    /// The same labels at the first positions of the prompts, first with first, where nothing predicts them: what the published
+    /// program for response priming learns. Prompts have a token for each.
+    pub fn by_index(&self) -> Aligned {
+        let mut text = Aligned { packed: Packed::new(), ids: Vec::new(), ..Aligned::of([]) };
+        for Response { row, prompt, tokens } in self.rows() {
+            let read = &prompt[..tokens.len()];
+            text.ids.extend(read);
+            text.packed.push(row, read);
+        }
+        Aligned { labels: self.labels.clone(), responses: self.responses.clone(), ..text }
+    }
+
     /// Hidden states of a model (and soft prompt) where they predict response tokens, `[tokens, width]`.
     pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         model.hidden(&self.packed, prompt, dropout)
@@ -109,6 +125,77 @@ impl Aligned {
 fn row_of(Response { row, tokens, .. }: Response<'_>, prompt: &[u32]) -> Row {
     let (prompt, response) = (prompt.to_vec(), tokens.to_vec());
     Row { id: row, prompt, response, end: End::Length, log_probs: None, references: Vec::new(), family: None }
+}
+
+/// Where a student and its teacher are compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Alignment {
+    /// At the tokens of the response, whatever stands before them.
+    #[default]
+    Response,
+    /// At the tokens of the prompt that both read behind what differs, and nowhere else; no response is learnt.
+    Question,
+    /// At the first positions of what each reads, first with first, whatever stands there; the tokens of the response are the labels in
+    /// the same order. As the published program for response priming: the prompt is learnt by, and the teacher's positions are
+    /// shifted by what stands before its prompt.
+    Index,
+}
+
+impl Alignment {
+    /// A text as it is read.
+    pub fn read(self, text: &Aligned) -> Cow<'_, Aligned> {
+        match self {
+            Alignment::Response | Alignment::Question => Cow::Borrowed(text),
+            Alignment::Index => Cow::Owned(text.by_index()),
+        }
+    }
+
+    /// Rows that [`Aligned`] lays out in this way, and what the teacher reads before their responses. In rows by index prompt and
+    /// response are as long as the shortest of what is compared, for [`Aligned::by_index`].
+    ///
+    /// Errors when the view lacks one of the rows.
+    pub fn rows(self, data: Arc<Dataset>, view: Option<View>) -> Result<(Arc<Dataset>, Option<View>)> {
+        if self == Alignment::Response {
+            return Ok((data, view));
+        }
+        let (mut rows, mut seen) = (Vec::with_capacity(data.rows.len()), Vec::new());
+        for row in &data.rows {
+            let read = view.as_ref().map(|view| view.prompt_of(row.id)).transpose()?;
+            let (mut row, mut before) = (row.clone(), read.map(<[u32]>::to_vec));
+            if self == Alignment::Index {
+                let shortest = [row.prompt.len(), row.response.len()].into_iter().chain(read.map(<[u32]>::len)).min();
+                row.response.truncate(shortest.unwrap_or(0));
+                row.prompt.truncate(row.response.len());
+            } else {
+                // The first token is read, and predicted by none.
+                let same = read.map_or(row.prompt.len(), |read| {
+                    row.prompt.iter().rev().zip(read.iter().rev()).take_while(|(own, other)| own == other).count()
+                });
+                row.response = row.prompt.split_off((row.prompt.len() + 1 - same).min(row.prompt.len()));
+                if let Some(before) = &mut before {
+                    before.truncate(before.len() - row.response.len());
+                }
+            }
+            row.end = End::Length;
+            seen.extend(before.map(|prompt| Row { prompt, ..row.clone() }));
+            rows.push(row);
+        }
+        let of = |rows| Arc::new(Dataset { rows, tokenizer: data.tokenizer.clone() });
+        Ok((of(rows), view.map(|_| View::of(of(seen)))))
+    }
+}
+
+/// Which row of a view a row's teacher reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pairing {
+    /// That of the same id.
+    #[default]
+    Id,
+    /// As the published program for response priming: that whose number comes at the row's place when the numbers of all rows, from
+    /// 1 on, are sorted as words: 1, 10, 100, 1000, 1001 and so on. Of its 2638 rows one got its own.
+    Lexicographic,
 }
 
 /// What a teacher reads in place of the prompts that its student reads, by row.
@@ -122,6 +209,16 @@ impl View {
     pub fn of(data: Arc<Dataset>) -> Self {
         let places = data.rows.iter().enumerate().map(|(place, row)| (row.id % ANSWERS, place)).collect();
         View { data, places }
+    }
+
+    /// The same, with rows paired as `pairing` says.
+    pub fn paired(mut self, pairing: Pairing) -> Self {
+        if pairing == Pairing::Lexicographic {
+            let mut order: Vec<usize> = (0..self.data.rows.len()).collect();
+            order.sort_by_key(|place| (place + 1).to_string());
+            self.places.values_mut().for_each(|place| *place = order[*place]);
+        }
+        self
     }
 
     /// That of the dataset on the input `view`, where one is connected.
@@ -204,6 +301,52 @@ pub fn divergences(
 mod tests {
     use super::*;
     use crate::testing::row;
+
+    fn dataset(rows: Vec<Row>) -> Arc<Dataset> {
+        Arc::new(Dataset { rows, tokenizer: contract::TokenizerFile::new("", 0, 99) })
+    }
+
+    #[test]
+    fn by_index_the_first_labels_meet_the_first_positions_of_what_each_reads() {
+        let rows = dataset(vec![row(0, &[1, 2, 3, 4], &[11, 12, 13]), row(1, &[5, 6], &[14, 15, 16])]);
+        let seen = dataset(vec![row(0, &[8, 9, 1, 2, 3, 4], &[]), row(1, &[7], &[])]);
+        let (rows, view) = Alignment::Index.rows(rows, Some(View::of(seen))).unwrap();
+        let text = Aligned::of(&rows.rows);
+        assert_eq!(text.labels, [11, 12, 13, 14]);
+        let own = text.by_index();
+        assert_eq!((own.ids.as_slice(), own.packed.wanted.as_ref()), (&[1, 2, 3, 5][..], None));
+        let read = text.seen_in(&view.unwrap()).unwrap().by_index();
+        assert_eq!((read.ids.as_slice(), &read.labels), (&[8, 9, 1, 7][..], &text.labels));
+        assert_eq!((read.packed.segments.as_slice(), read.tokens()), (&[0..3, 3..4][..], 4));
+    }
+
+    #[test]
+    fn the_question_is_compared_where_both_read_the_same() {
+        // The first word is another token behind a prefix.
+        let rows = dataset(vec![row(0, &[1, 2, 3, 4], &[11, 12]), row(1, &[5], &[14]), row(2, &[6, 7], &[15])]);
+        let seen = dataset(vec![row(0, &[8, 9, 21, 2, 3, 4], &[]), row(1, &[8, 5], &[]), row(2, &[8, 27], &[])]);
+        let (rows, view) = Alignment::Question.rows(rows.clone(), Some(View::of(seen))).unwrap();
+        let text = Aligned::of(&rows.rows);
+        // 2 is read by both, and 3 and 4 are predicted by both.
+        assert_eq!(text.labels, [3, 4]);
+        let read = text.seen_in(&view.unwrap()).unwrap();
+        assert_eq!(
+            read.rows().iter().map(|it| (it.prompt, it.tokens)).collect::<Vec<_>>(),
+            [(&[8, 9, 21, 2][..], &[3, 4][..])]
+        );
+        let alone = Alignment::Question.rows(dataset(vec![row(0, &[1, 2, 3], &[9])]), None).unwrap().0;
+        assert_eq!(Aligned::of(&alone.rows).labels, [2, 3]);
+    }
+
+    #[test]
+    fn sorted_as_words_one_of_the_published_rows_meets_its_own() {
+        let rows = (0..2638u32).map(|id| row(id.into(), &[id], &[])).collect();
+        let data = Arc::new(Dataset { rows, tokenizer: contract::TokenizerFile::new("", 0, 9999) });
+        let view = View::of(data).paired(Pairing::Lexicographic);
+        let found: Vec<u32> = (0..2638).map(|id| view.prompt_of(id).unwrap()[0] + 1).collect();
+        assert_eq!(found[..8], [1, 10, 100, 1000, 1001, 1002, 1003, 1004]);
+        assert_eq!(found.iter().enumerate().filter(|(place, number)| *place as u32 + 1 == **number).count(), 1);
+    }
 
     #[test]
     fn every_response_token_is_predicted_from_the_place_before_it() {

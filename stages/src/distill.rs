@@ -18,6 +18,9 @@
 //! With `view` the teacher reads other prompts before the same responses, such as those that `tokenize` primes: response
 //! priming. Responses are aligned token by token, whatever stands before them.
 //!
+//! What the published program for response priming does instead is said by options: `alignment: index`, `pairing: lexicographic`,
+//! `alpha` and `temperature_squared` for its loss, `optimizer: {method: sgd}`, and the schedule `{cosine: {falls_for: 0.5}}`.
+//!
 //! ```yaml
 //! learn:
 //!   kind: distill
@@ -53,7 +56,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::aligned::{Aligned, View};
+use crate::aligned::{Aligned, Alignment, Pairing, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
@@ -74,10 +77,25 @@ training::config! {
         #[serde(default)]
         #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
         pub cross_entropy: f64,
-        /// Temperature of both distributions in the divergence. Gradients shrink with its square; no factor makes up for it.
+        /// The share of the cross-entropy in the loss, of which the divergence has the rest: one number in place of `weight` and
+        /// `cross_entropy`.
+        #[serde(default)]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub alpha: Option<f64>,
+        /// Temperature of both distributions in the divergence. Gradients shrink with its square; `temperature_squared` makes up
+        /// for that.
         #[serde(default = "one")]
         #[schemars(range(min = contract::limits::TEMPERATURE.0, max = contract::limits::TEMPERATURE.1))]
         pub temperature: f64,
+        /// Whether the divergence is multiplied by the square of `temperature` (Hinton et al., 2015, section 2).
+        #[serde(default)]
+        pub temperature_squared: bool,
+        /// Where the two are compared.
+        #[serde(default)]
+        pub alignment: Alignment,
+        /// Which row of `view` the teacher reads.
+        #[serde(default)]
+        pub pairing: Pairing,
         /// What each of several `teachers` counts, by its name. Left out: all alike.
         #[serde(default)]
         #[schemars(schema_with = "weights_schema")]
@@ -186,6 +204,12 @@ impl Stage for Distill {
                     .hint("keep one of the two"),
             );
         }
+        if config.alpha.is_some() && (config.weight, config.cross_entropy) != (1.0, 0.0) {
+            errors.push(
+                ConfigError::at("alpha", "`alpha` stands for `weight` and `cross_entropy`, and they are given too")
+                    .hint("leave out one or the other"),
+            );
+        }
         if config.weight == 0.0 && config.cross_entropy == 0.0 {
             errors.push(
                 ConfigError::at("weight", "`weight` and `cross_entropy` are both 0, so the loss is 0")
@@ -193,6 +217,7 @@ impl Stage for Distill {
             );
         }
         errors.extend(training::validate_init(config.init.as_ref()));
+        errors.extend(config.optimizer.errors());
         errors
     }
 
@@ -253,6 +278,20 @@ impl Stage for Distill {
         } else if outlook.has("teacher") {
             foresight::teacher(outlook, "teacher", Some("prompt"));
         }
+        if config.alignment != Alignment::Response && outlook.has("cache") {
+            outlook.error(
+                [Cause::Field("alignment".into())],
+                "a cache holds what the teacher says of responses alone",
+                "connect `teacher` in place of `cache`",
+            );
+        }
+        if config.pairing != Pairing::Id && !outlook.has("view") {
+            outlook.error(
+                [Cause::Field("pairing".into())],
+                "without `view` the teacher reads what its student reads, and there is nothing to pair",
+                "connect `view`, or leave `pairing` out",
+            );
+        }
         let accumulates = config.micro_batch.is_some_and(|rows| outlook.input("data").row_count().least > rows);
         let old = config.accumulation_prompt == Some(AccumulationPrompt::Old);
         if old && accumulates && outlook.has("prompt") && !outlook.has("prompt_before") {
@@ -289,7 +328,7 @@ impl Operator for Distilling {
         let data = inputs.take::<Dataset>("data")?;
         let contrast = inputs.take_optional::<Dataset>("contrast")?;
         let cache = inputs.take_optional::<TeacherCache>("cache")?;
-        let view = View::take(&mut inputs)?;
+        let view = View::take(&mut inputs)?.map(|view| view.paired(self.config.pairing));
         ensure!(
             view.is_none() || cache.is_none(),
             "`view` does nothing beside `cache`: connect it where the cache is made"
@@ -297,6 +336,7 @@ impl Operator for Distilling {
         let prompt = inputs.take_optional::<SoftPrompt>("prompt")?;
         let prompt_before = inputs.take_optional::<SoftPrompt>("prompt_before")?;
         let (config, settings) = (self.config.clone(), self.config.settings());
+        let (data, view) = config.alignment.rows(data, view)?;
         let shape = (config.init.as_ref(), config.lora.as_ref());
         let student = training::learner(&mut inputs, "student", shape, &settings, &data, &self.device)?;
         let cached = match &cache {
@@ -322,13 +362,17 @@ impl Operator for Distilling {
         let behind = models.iter().map(|(port, model)| Behind::new(port, model, teaching.as_ref()));
         let behind: Vec<Behind<'_>> = [Behind::new("student", &student, None)].into_iter().chain(behind).collect();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
-        let learning = Learning { student: &student, temperature: config.temperature, dropout };
+        let Config { temperature, alignment, .. } = config;
+        let learning = Learning { student: &student, temperature, alignment, dropout };
         let none = "none of the rows of `contrast` has a response token";
         let mut beside = contrast.as_ref().map(|data| Beside::new(&data.rows, settings.mean(), none)).transpose()?;
         let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
             let taught = |text: &Aligned| match &teachers {
-                Some(teachers) => teachers.lessons(text, prompt.as_ref(), view.as_ref()),
+                Some(teachers) => teachers.lessons(text, |teacher, text| {
+                    let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
+                    alignment.read(seen.as_ref().unwrap_or(text)).hidden(teacher, prompt.as_ref(), None)
+                }),
                 None => bail!("there is nothing to learn from: connect `teacher`, `teachers` or `cache`"),
             };
             let lessons = match &cache {
@@ -398,8 +442,8 @@ struct Task {
 
 impl Task {
     fn of(config: &Config) -> Self {
-        let Config { divergence, weight, cross_entropy, .. } = *config;
-        Task { divergence, weight, cross_entropy, prefix: "" }
+        let (weight, cross_entropy) = config.weights();
+        Task { divergence: config.divergence, weight, cross_entropy, prefix: "" }
     }
 
     fn of_contrast(Contrast { divergence, weight }: Contrast) -> Self {
@@ -411,6 +455,7 @@ impl Task {
 struct Learning<'a> {
     student: &'a LanguageModel,
     temperature: f64,
+    alignment: Alignment,
     dropout: Option<Dropout>,
 }
 
@@ -425,7 +470,7 @@ impl Learning<'_> {
         parts: &mut Parts,
     ) -> Result<Tensor> {
         let Task { divergence, weight, cross_entropy, prefix } = task;
-        let hidden = text.hidden(self.student, None, self.dropout.as_ref())?; // [tokens, C]
+        let hidden = self.alignment.read(text).hidden(self.student, None, self.dropout.as_ref())?; // [tokens, C]
         let head = self.student.head()?;
         let name = format!("{prefix}{}", divergence.name());
         let mut total: Option<Tensor> = None;
@@ -477,11 +522,26 @@ impl Config {
             return;
         }
         if self.contrast.is_some() {
+            if self.alignment != Alignment::Response {
+                outlook.error(
+                    [Cause::Field("alignment".into())],
+                    "`contrast` is compared at its responses, and `data` elsewhere",
+                    "leave one of the two out",
+                );
+            }
             outlook.same_vocabulary(&["data", "contrast"]);
             for port in ["student", "teacher"] {
                 outlook.reads(port, None, &outlook.rows("contrast"));
             }
         }
+    }
+
+    /// What the divergence and the cross-entropy count in the loss.
+    fn weights(&self) -> (f64, f64) {
+        let (weight, cross_entropy) =
+            self.alpha.map_or((self.weight, self.cross_entropy), |alpha| (1.0 - alpha, alpha));
+        let scale = if self.temperature_squared { self.temperature * self.temperature } else { 1.0 };
+        (weight * scale, cross_entropy)
     }
 
     /// The soft prompt that the teacher has in a micro-batch.
@@ -506,6 +566,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use contract::{Kind, TokenizerFile};
     use indexmap::IndexMap;
     use lm::{AdamW, AdamWOptions, Family, Gradients};
@@ -561,7 +623,7 @@ mod tests {
         let said = lm::Said::Hidden(text.hidden(&teacher.frozen(), None, None).unwrap());
         let head = teacher.frozen().head().unwrap();
         let lesson = Lesson { tokens: None, heard: vec![Heard { name: None, share: 1.0, said, head: Some(&head) }] };
-        let learning = Learning { student, temperature: 1.0, dropout: None };
+        let learning = Learning { student, temperature: 1.0, alignment: Alignment::Response, dropout: None };
         let resolved = Kind::resolve(&Distill, &config(json!({})), Conventions::Sound).unwrap();
         let task = Task::of(&serde_json::from_value(resolved).unwrap());
         let mut parts = Parts::default();
@@ -704,5 +766,101 @@ mod tests {
         for name in ["loss", "contrast_forward_kl", "gradient_norm"] {
             assert!((number(&found, name) / number(&split, name) - 1.0).abs() < 1e-5, "{name}");
         }
+    }
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(name)
+    }
+
+    fn published(name: &str) -> LanguageModel {
+        LanguageModel::load(&fixture(&format!("promptkd/{name}")), &Device::Cpu).unwrap()
+    }
+
+    /// `make_priming.py` is the other program: questions by index, sorted as words, the published loss, SGD, a cosine that rises
+    /// again.
+    #[test]
+    fn the_published_training_of_response_priming_is_that_of_pytorch() {
+        let expected: Json = serde_json::from_slice(&std::fs::read(fixture("priming/expected.json")).unwrap()).unwrap();
+        let ids = |json: &Json| serde_json::from_value::<Vec<u32>>(json.clone()).unwrap();
+        let (prefix, items) = (ids(&expected["prefix"]), expected["items"].as_array().unwrap());
+        let tokenizer = TokenizerFile::new("", 0, 61);
+        let rows = |before: &[u32]| {
+            let of_item = |(id, item): (usize, &Json)| {
+                row(id as u64, &[before, &ids(&item["question"])].concat(), &ids(&item["answer"]))
+            };
+            items.iter().enumerate().map(of_item).collect::<Vec<_>>()
+        };
+        let (data, view) = (rows(&[]), Dataset { rows: rows(&prefix), tokenizer: tokenizer.clone() });
+        let view: AnyValue = Arc::new(view);
+
+        let config = json!({
+            "divergence": "reverse-kl", "alpha": expected["alpha"], "temperature": expected["temperature"],
+            "temperature_squared": true, "alignment": "index", "pairing": "lexicographic",
+            "learning_rate": expected["rate"], "schedule": {"cosine": {"falls_for": 0.5}},
+            "optimizer": {"method": "sgd", "momentum": expected["momentum"], "weight_decay": expected["weight_decay"], "clip": 0.0},
+        });
+        let kind: &dyn Kind = &Distill;
+        let env = Env { device: "cpu".into(), threads: 1, scratch: std::env::temp_dir() };
+        let config = kind.resolve(&config, Conventions::Sound).unwrap();
+        let mut operator = kind.start(&config, &env, None).unwrap();
+        let teacher: AnyValue = Arc::new(published("teacher"));
+        let mut student: AnyValue = Arc::new(published("student"));
+        let updates = expected["updates"].as_array().unwrap();
+        for (round, right) in updates.iter().enumerate() {
+            if round == updates.len() / 2 {
+                // What is remembered goes through a file on the way.
+                let folder = tempfile::tempdir().unwrap();
+                operator.state().unwrap().unwrap().save(folder.path()).unwrap();
+                let state = kind.load_state(folder.path(), &env).unwrap();
+                operator = kind.start(&config, &env, Some(state)).unwrap();
+            }
+            let mut inputs = Inputs::new();
+            let window = Dataset { rows: vec![data[round % data.len()].clone()], tokenizer: tokenizer.clone() };
+            inputs.insert("data", Arc::new(window));
+            inputs.insert("student", student);
+            inputs.insert("teacher", teacher.clone());
+            inputs.insert("view", view.clone());
+            let per_epoch = data.len() as u64;
+            let step = Step {
+                round: round as u64,
+                rounds: 2 * per_epoch,
+                epoch: round as u64 / per_epoch,
+                rounds_per_epoch: per_epoch,
+            };
+            let mut log = Log::default();
+            student = operator.run(inputs, &step, &mut log).unwrap().0.remove("model").unwrap();
+            for name in ["loss", "cross_entropy", "reverse_kl", "learning_rate"] {
+                let (found, right) = (log.rows[0][name].as_f64().unwrap(), right[name].as_f64().unwrap());
+                let tolerance = if name == "learning_rate" { 1e-12 } else { 1e-4 };
+                assert!(
+                    (found - right).abs() <= tolerance * right.abs().max(1.0),
+                    "{name} of update {round}: {found}, {right}"
+                );
+            }
+        }
+        let Ok(student) = student.into_any().downcast::<LanguageModel>() else { panic!("a model") };
+        let right: HashMap<String, Tensor> =
+            candle_core::safetensors::load(fixture("priming/final.safetensors"), &Device::Cpu).unwrap();
+        assert_eq!(right.len(), student.parameters().len());
+        for (name, found) in student.parameters() {
+            let gap = (found.detach() - &right[&name]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            assert!(gap.to_scalar::<f32>().unwrap() < 1e-4, "{name}: {gap}");
+        }
+    }
+
+    #[test]
+    fn options_that_disagree_are_named() {
+        let faults = |config: Json| {
+            let mut config = config;
+            config["divergence"] = json!("reverse-kl");
+            config["learning_rate"] = json!(1e-3);
+            let kind: &dyn Kind = &Distill;
+            let errors = kind.resolve(&config, Conventions::Sound).err().unwrap_or_default();
+            errors.iter().map(|error| error.path.join(".")).collect::<Vec<_>>()
+        };
+        assert_eq!(faults(json!({"alpha": 0.5, "weight": 0.5})), ["alpha"]);
+        assert_eq!(faults(json!({"optimizer": {"momentum": 0.9}})), ["optimizer.momentum"]);
+        assert_eq!(faults(json!({"optimizer": {"method": "sgd", "eps": 1e-6}})), ["optimizer.eps"]);
+        assert_eq!(faults(json!({"alpha": 1.0, "optimizer": {"method": "sgd"}})), [""; 0]);
     }
 }

@@ -63,12 +63,12 @@ use crate::columns::Columns;
 pub use crate::columns::Fields;
 use crate::corpus::{self, CorpusRow, Split};
 use crate::gguf::open_any_tokenizer;
-use crate::instruct::{self, Sizes};
+use crate::instruct::{self, Builtin, Sizes};
 use crate::text::{SpecialTokens, Text};
 use crate::tokenizer::Opened;
 use crate::{mmidx, records};
 
-/// Name of the built-in corpus.
+/// Name of the first built-in corpus, for examples.
 const BUILTIN: &str = "builtin:instruct";
 
 /// Weights as they lie in repositories, the best first: often several of these are there, and one is enough.
@@ -87,7 +87,8 @@ pub struct Download;
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// A corpus: `builtin:instruct`; a file of rows (JSON lines, a JSON list, CSV or TSV, plain or gzipped, or Parquet); a
+    /// A corpus: `builtin:instruct`, instructions about a small world; `builtin:arithmetic`, word problems of one to three steps, or
+    /// `builtin:arithmetic-told`, where training problems also say how to answer; a file of rows (JSON lines, a JSON list, CSV or TSV, plain or gzipped, or Parquet); a
     /// folder with such files named `train`, `valid` and `test` (`.jsonl`, `.json`, `.csv` or `.tsv`, each also with `.gz`, or
     /// `.parquet`); or such files by split. Each is a path, which begins in the folder that `pipeline` is started in,
     /// `hub:datasets/OWNER/NAME[@REVISION][/PATH]`, or `{url: ..., sha256: ...}`.
@@ -282,10 +283,12 @@ impl Stage for Download {
             errors.push(ConfigError::at("tokenizer", "`bin` needs the tokenizer that its ids come from"));
         }
         match source {
-            Some(Place::One(Address::Text(name))) if name.starts_with("builtin:") && !builtin => errors.push(
-                ConfigError::at("source", format!("there is no built-in corpus `{name}`"))
-                    .hint(format!("there is `{BUILTIN}`")),
-            ),
+            Some(Place::One(Address::Text(name))) if name.starts_with("builtin:") && !builtin => {
+                errors.push(ConfigError::at("source", format!("there is no built-in corpus `{name}`")).hint(format!(
+                    "there are {}",
+                    Builtin::ALL.map(|corpus| format!("`{}`", corpus.name())).join(", ")
+                )))
+            }
             Some(Place::Files(files)) if *files == Files::default() => {
                 errors.push(ConfigError::at("source", "expected a file for `train`, `valid` or `test`"));
             }
@@ -372,8 +375,13 @@ impl Config {
         Sizes { train: self.rows.unwrap_or(8000), valid: 200, test: 400 }
     }
 
+    fn builtin(&self) -> Option<Builtin> {
+        let Some(Place::One(Address::Text(name))) = &self.source else { return None };
+        Builtin::ALL.into_iter().find(|corpus| corpus.name() == name)
+    }
+
     fn is_builtin(&self) -> bool {
-        matches!(&self.source, Some(Place::One(Address::Text(name))) if name == BUILTIN)
+        self.builtin().is_some()
     }
 
     /// All that is read, each with its field.
@@ -503,9 +511,10 @@ impl Run {
 
 /// The splits of a corpus, limited, with their ids.
 fn read_corpus(source: &Place, config: &Config, sink: &mut dyn Sink) -> Result<[Vec<CorpusRow>; 3]> {
-    if config.is_builtin() {
+    if let Some(corpus) = config.builtin() {
         let mut kept = Kept::new(config.limit);
-        for (split, rows) in Split::ALL.into_iter().zip(instruct::generate(config.seed.unwrap_or(0), &config.sizes())) {
+        let made = instruct::generate(corpus, config.seed.unwrap_or(0), &config.sizes());
+        for (split, rows) in Split::ALL.into_iter().zip(made) {
             kept.add(split, rows)?;
         }
         return Ok(kept.conclude(sink));

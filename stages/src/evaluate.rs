@@ -10,12 +10,16 @@
 //! Generated answers, one sample a seed, are scored against every reference of the row; the best counts. `rouge_l`,
 //! `exact_match` and `strict_match` are in percent, as is `accuracy`: how often the final number of an answer is that of a right one
 //! ([`crate::number`]). `majority_accuracy` is that of the number most frequent among a row's answers. `loss` is the mean cross-entropy of a response token as given. `reverse_kl` is the mean of
-//! KL(model || teacher) over the tokens of the sampled answers, in nats a token.
+//! KL(model || teacher) over the tokens of the sampled answers, in nats a token. `confidence` says how sure the model is of its own
+//! answers, at temperature 1: the probability of their tokens (the geometric mean of each answer); `max_probability` and `max_logit`
+//! beside it are means over positions of the largest probability and of the largest logit, as the published programs for response
+//! priming have them. All three are in `predictions` too: see `calibration`.
 //! Every metric has `mean`, `interval` (95 %, bootstrap over rows of their mean over seeds) and the value of each seed. A metric
 //! that finds nothing to compare is not measured, which is not 0: its `mean` is null, `not_measured` says why, and the stage
 //! warns. Rows without anything to compare are left out of a mean.
 //! Inputs: `model`, `data`, and a `teacher` for `reverse_kl`. Outputs: `metrics`, `predictions`.
-//! Cost: one generation of all rows a seed; a forward pass for `loss`; one of each model a seed for `reverse_kl`.
+//! Cost: one generation of all rows a seed; a forward pass for `loss`; one of each model a seed for `reverse_kl`, one of
+//! the model for `confidence`.
 
 use std::collections::BTreeSet;
 
@@ -23,12 +27,12 @@ use anyhow::{Context, ensure};
 use candle_core::Tensor;
 use contract::limits;
 use contract::outlook::Rows;
-use contract::random::{below, philox, purpose};
+use contract::random::purpose;
 use contract::{
     About, AnyValue, Cause, Check, ConfigError, Conventions, Dataset, End, Env, Extraction, Inputs, Longest, Metrics,
     Operator, Outlook, Outputs, PortType, Ports, Predictions, Result, Row, Sink, Stage, Step,
 };
-use lm::loss::{Divergence, log_probs};
+use lm::loss::{Confidence, Divergence, confidences, log_probs};
 use lm::sample::Sampling;
 use lm::{Dtype, Generate, Generated, LanguageModel, Prompt, SoftPrompt, generate};
 use rayon::prelude::*;
@@ -38,6 +42,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::aligned::{Aligned, Reader, View, by_row, divergences};
 use crate::finite::{Behind, NEXT_TOKEN, explain, not_finite};
+use crate::interval::{Resamples, round};
 use crate::number::{self, Found};
 use crate::padding::Padding;
 use crate::score::{self, Words};
@@ -127,6 +132,8 @@ pub enum Metric {
     /// Share of rows in which the number most frequent among the answers of all seeds is right, percent; of equally frequent
     /// ones the first counts.
     MajorityAccuracy,
+    /// How sure the model is of its answers, 0 to 1, with `max_probability` and `max_logit`.
+    Confidence,
 }
 
 impl Metric {
@@ -341,7 +348,12 @@ impl Operator for Evaluating {
             let answers = self.answer(&model, prompt.as_ref(), &rows, &data, longest, sink)?;
             let mut scores = Scores::new(config);
             for (seed, generated) in &answers {
+                let before = predictions.len();
                 scores.text(*seed, &rows, generated, &data, &mut predictions)?;
+                if config.measures(Metric::Confidence) {
+                    let sureness = self.sureness(&model, prompt.as_ref(), &rows, generated)?;
+                    scores.sureness(*seed, &sureness, &mut predictions[before..]);
+                }
                 if let (true, Some(teacher)) = (config.measures(Metric::ReverseKl), &teacher) {
                     let own = Reader { model: &model, prompt: prompt.as_ref(), view: None };
                     let teacher = Reader { model: teacher, prompt: None, view: view.as_ref() };
@@ -454,6 +466,38 @@ impl Evaluating {
         Ok(summarise(&[(None, ratio(&sums, &counts))], &[sums], &[counts]))
     }
 
+    /// How sure the model is of every answer; `None` of one without tokens.
+    fn sureness(
+        &self,
+        model: &LanguageModel,
+        prompt: Option<&Tensor>,
+        rows: &[Row],
+        generated: &[Generated],
+    ) -> Result<Vec<Option<Sureness>>> {
+        let written = written(rows, generated);
+        let mut found = Vec::with_capacity(rows.len());
+        for chunk in written.chunks(self.config.batch) {
+            let text = Aligned::of(chunk);
+            let tokens = match text.tokens() {
+                0 => Vec::new(),
+                _ => confidences(&text.hidden(model, prompt, None)?, &model.head()?, &text.labels)?,
+            };
+            for (row, own) in by_row(chunk, &tokens) {
+                let mean = |of: fn(&Confidence) -> f64| own.iter().map(of).sum::<f64>() / own.len() as f64;
+                let sureness = Sureness {
+                    confidence: mean(|token| token.log_prob).exp(),
+                    max_probability: mean(|token| token.top_log_prob.exp()),
+                    max_logit: mean(|token| token.top_logit),
+                };
+                if !own.is_empty() && !(sureness.confidence + sureness.max_logit).is_finite() {
+                    return Err(not_finite("`confidence`", row, &[Behind::new("model", model, prompt)]));
+                }
+                found.push((!own.is_empty()).then_some(sureness));
+            }
+        }
+        Ok(found)
+    }
+
     /// Sum over tokens of KL(model || teacher), and the number of tokens, for every row.
     fn reverse_kl(
         &self,
@@ -462,11 +506,7 @@ impl Evaluating {
         rows: &[Row],
         generated: &[Generated],
     ) -> Result<Vec<(f64, f64)>> {
-        let written: Vec<Row> = rows
-            .iter()
-            .zip(generated)
-            .map(|(row, generated)| Row { response: generated.ids.clone(), ..row.clone() })
-            .collect();
+        let written = written(rows, generated);
         let values = divergences(own, teacher, Divergence::ReverseKl, &written, self.config.batch)?;
         let distance = |(row, values): (&Row, Vec<f64>)| {
             let sum = values.iter().sum::<f64>();
@@ -478,6 +518,23 @@ impl Evaluating {
         };
         written.iter().zip(values).map(distance).collect()
     }
+}
+
+/// Rows with the answers in place of their responses.
+fn written(rows: &[Row], generated: &[Generated]) -> Vec<Row> {
+    let row = |(row, generated): (&Row, &Generated)| Row { response: generated.ids.clone(), ..row.clone() };
+    rows.iter().zip(generated).map(row).collect()
+}
+
+/// How sure a model is of an answer.
+#[derive(Clone, Copy)]
+struct Sureness {
+    /// The geometric mean of its tokens' probabilities.
+    confidence: f64,
+    /// The mean over positions of the largest probability.
+    max_probability: f64,
+    /// The mean over positions of the largest logit.
+    max_logit: f64,
 }
 
 /// Scores of every row by metric and seed, as sums and counts, so that a mean is a ratio of sums.
@@ -574,6 +631,22 @@ impl<'a> Scores<'a> {
         }
     }
 
+    /// Adds how sure the model is of every answer, to the metrics and to what is said of the answers.
+    fn sureness(&mut self, seed: u64, answers: &[Option<Sureness>], predictions: &mut [Map<String, Json>]) {
+        let parts: [(&'static str, fn(&Sureness) -> f64); 3] = [
+            ("confidence", |it| it.confidence),
+            ("max_probability", |it| it.max_probability),
+            ("max_logit", |it| it.max_logit),
+        ];
+        for (name, part) in parts {
+            let values = answers.iter().map(|answer| answer.as_ref().map(part));
+            for (prediction, value) in predictions.iter_mut().zip(values.clone()) {
+                prediction.insert(name.to_owned(), json!(value.map(round)));
+            }
+            self.add_scores(name, Some(seed), values);
+        }
+    }
+
     fn distance(&mut self, seed: u64, rows: Vec<(f64, f64)>) {
         let (sums, counts) = rows.into_iter().unzip();
         self.add("reverse_kl", Some(seed), sums, counts);
@@ -598,7 +671,7 @@ impl<'a> Scores<'a> {
             let lacking = self.lacking(metric);
             if gaps == all {
                 summary = not_measured(&format!("none of the {all} rows has {lacking}"));
-            } else if gaps > 0 && *metric != "reverse_kl" {
+            } else if gaps > 0 && lacking != "an answer" {
                 summary["left_out"] = json!(format!("{gaps} of {all} rows, which have not {lacking}"));
             }
             ((*metric).to_owned(), summary)
@@ -614,7 +687,7 @@ impl<'a> Scores<'a> {
                  other scripts)"
             }
             ("rouge_l", Words::Unicode) => "a right answer with a word",
-            ("reverse_kl", _) => "an answer",
+            ("reverse_kl" | "confidence" | "max_probability" | "max_logit", _) => "an answer",
             ("accuracy" | "majority_accuracy", _) => "a right answer with a number",
             _ => "a right answer with text",
         }
@@ -683,9 +756,6 @@ fn not_measured(why: &str) -> Json {
     json!({"mean": null, "interval": null, "not_measured": why})
 }
 
-/// Resamples of the rows behind an interval. A thousand put about 25 draws beyond either end of it.
-const RESAMPLES: usize = 1000;
-
 /// Mean over seeds, and the 2.5 and 97.5 percentiles of that mean when rows are drawn anew, with replacement
 /// (Efron, 1979; for ROUGE: Lin, 2004). Something was counted.
 fn summarise(by_seed: &[(Option<u64>, Option<f64>)], sums: &[Vec<f64>], counts: &[Vec<f64>]) -> Json {
@@ -693,23 +763,7 @@ fn summarise(by_seed: &[(Option<u64>, Option<f64>)], sums: &[Vec<f64>], counts: 
     let over_seeds = |columns: &[Vec<f64>], row: usize| columns.iter().map(|c| c[row]).sum::<f64>();
     let row_sums: Vec<f64> = (0..rows).map(|row| over_seeds(sums, row)).collect();
     let row_counts: Vec<f64> = (0..rows).map(|row| over_seeds(counts, row)).collect();
-    let mut means: Vec<f64> = (0..RESAMPLES)
-        .into_par_iter()
-        .map(|resample| {
-            let (mut sum, mut count) = (0.0, 0.0);
-            for draw in 0..rows {
-                let [a, b, ..] = philox(0, [draw as u32, 0, resample as u32, purpose::BOOTSTRAP]);
-                let row = below(a, b, rows as u64) as usize;
-                sum += row_sums[row];
-                count += row_counts[row];
-            }
-            (count > 0.0).then(|| sum / count)
-        })
-        .flatten()
-        .collect();
-    means.sort_by(f64::total_cmp);
-    let tail = means.len() / 40;
-    let interval = means.get(tail).zip(means.iter().rev().nth(tail)).map(|(low, high)| [round(*low), round(*high)]);
+    let interval = Resamples::of(rows).of_mean(&row_sums, &row_counts);
     let measured: Vec<f64> = by_seed.iter().filter_map(|(_, value)| *value).collect();
     let mean = measured.iter().sum::<f64>() / measured.len().max(1) as f64;
     let mut summary = json!({"mean": round(mean), "interval": interval});
@@ -719,11 +773,6 @@ fn summarise(by_seed: &[(Option<u64>, Option<f64>)], sums: &[Vec<f64>], counts: 
         summary["seeds"] = Json::Object(seeds.collect());
     }
     summary
-}
-
-/// Six decimals: more than any of the metrics carries, few enough to read.
-fn round(value: f64) -> f64 {
-    (value * 1e6).round() / 1e6
 }
 
 #[cfg(test)]

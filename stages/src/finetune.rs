@@ -71,7 +71,9 @@ impl Stage for Finetune {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        training::validate_init(config.init.as_ref())
+        let mut errors = training::validate_init(config.init.as_ref());
+        errors.extend(config.optimizer.errors());
+        errors
     }
 
     fn ports(&self, _config: &Config) -> Ports {

@@ -15,6 +15,8 @@ use lm::{Adapter, LanguageModel, SoftPrompt, TeacherCache};
 pub mod adapt;
 pub mod address;
 pub mod aligned;
+pub mod attention;
+pub mod calibration;
 pub mod chat;
 mod columns;
 pub mod corpus;
@@ -29,6 +31,7 @@ pub mod finite;
 mod foresight;
 pub mod gguf;
 pub mod instruct;
+pub mod interval;
 pub mod merge;
 pub mod mix;
 pub mod mmidx;
@@ -61,6 +64,8 @@ mod writing;
 pub fn registry() -> Registry {
     Registry::new(load)
         .with(adapt::Adapt)
+        .with(attention::Attention)
+        .with(calibration::Calibration)
         .with(cut_layers::CutLayers)
         .with(distill::Distill)
         .with(download::Download)

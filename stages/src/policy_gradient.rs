@@ -183,6 +183,7 @@ impl Stage for PolicyGradient {
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
         let mut errors = training::validate_init(config.init.as_ref());
+        errors.extend(config.optimizer.errors());
         let padded = config.whitening == Some(Whitening::Padded);
         if padded && config.padded_to.is_none() {
             errors.push(

@@ -130,7 +130,7 @@ impl Stage for PromptTune {
     }
 
     fn validate(&self, config: &Config) -> Vec<ConfigError> {
-        let mut errors = Vec::new();
+        let mut errors = config.optimizer.errors();
         let divergences =
             [("divergence", config.divergence), ("regulariser.divergence", config.regulariser.divergence)];
         for (field, divergence) in divergences {

@@ -190,14 +190,17 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
     use contract::{End, Kind, TokenizerFile};
-    use lm::{Architecture, Family, TeacherCache};
+    use lm::{Architecture, Family, Packed, TeacherCache};
     use serde_json::{Value as Json, json};
 
     use super::*;
+    use crate::corpus::{self, CorpusRow, Split};
     use crate::distill::Distill;
-    use crate::testing::{Scratch, output};
+    use crate::testing::{Scratch, input, output};
+    use crate::text::{SpecialTokens, Text};
+    use crate::tokenize::Tokenize;
 
     const VOCABULARY: u32 = 40;
 
@@ -390,6 +393,88 @@ mod tests {
         );
         config["cache_prompts"] = json!("any");
         learn(&scratch, &config, &inputs).unwrap();
+    }
+
+    /// A tokenizer without a chat template, and one with.
+    fn tokenizers() -> [(TokenizerFile, &'static str); 2] {
+        let fixture: Json = serde_json::from_str(include_str!("../tests/fixtures/chat.json")).unwrap();
+        let style = &fixture["templates"]["llama3"];
+        let settings = json!({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": style["begin"],
+            "eos_token": "<|endoftext|>", "chat_template": style["template"]});
+        let files = [("tokenizer.json", &fixture["tokenizer"]), ("tokenizer_config.json", &settings)];
+        let files = files.map(|(name, json)| (name.to_owned(), json.to_string().into_bytes())).into();
+        let chat = crate::tokenizer::open_files("a".into(), files, None).unwrap().tokenizer;
+        [(crate::train_tokenizer::from_merges(&[]), "none"), (chat, "chat")]
+    }
+
+    /// Response priming rests on this: whatever a teacher is told before the question, its distributions of the answer's tokens are
+    /// those of the same model that reads prefix, question and answer as one text, by itself, bit for bit.
+    #[test]
+    fn a_primed_teacher_says_of_an_answer_what_it_says_in_the_whole_text() {
+        let scratch = Scratch::new();
+        let row = |(id, (asked, answer)): (usize, (&str, &str))| CorpusRow {
+            id: id as u64,
+            instruction: asked.into(),
+            output: answer.into(),
+            references: vec![answer.into()],
+            ..CorpusRow::default()
+        };
+        let texts = [("a b", "c"), ("abc abc abc", "b c b c a a"), ("c", "a b c")];
+        let corpus = scratch.path().join("corpus");
+        std::fs::create_dir(&corpus).unwrap();
+        corpus::write(&corpus, Split::Train, &texts.into_iter().enumerate().map(row).collect::<Vec<_>>()).unwrap();
+        [Split::Valid, Split::Test].iter().for_each(|split| corpus::write(&corpus, *split, &[]).unwrap());
+        for (file, template) in tokenizers() {
+            let folder = scratch.path().join(template);
+            std::fs::create_dir(&folder).unwrap();
+            file.save(&folder).unwrap();
+            let text = Text::new(&file, SpecialTokens::Text).unwrap();
+            let shape =
+                Architecture { heads: Some(2), positions: Some(512), ..Architecture::new(Family::Llama, 2, 32) };
+            let teacher = Arc::new(LanguageModel::init(&shape, file.clone(), 3, &Device::Cpu).unwrap());
+            let rows = |before: &str| {
+                let with = json!({"template": template, "max_prompt_length": 400, "prime": {"before": before}});
+                let inputs = vec![
+                    ("corpus", input(PortType::Corpus, &corpus)),
+                    ("tokenizer", input(PortType::Tokenizer, &folder)),
+                ];
+                output::<Dataset>(&scratch.run(&Tokenize, with, inputs).unwrap().0, "train")
+            };
+            let data = rows("");
+            for before in ["", "a", "b a c. ", &"a c b ".repeat(50)] {
+                let seen = rows(before);
+                let aligned = Aligned::of(&data.rows);
+                let view = View::of(seen.clone());
+                let reader = Reader { model: &teacher, prompt: None, view: Some(&view) };
+                let said = reader.hidden(&aligned).unwrap();
+                let inputs: Vec<(&str, AnyValue)> =
+                    vec![("teacher", teacher.clone()), ("data", data.clone()), ("view", seen.clone())];
+                let cache =
+                    output::<TeacherCache>(&scratch.run(&TeacherCaching, json!({}), inputs).unwrap().0, "cache");
+                let Said::Hidden(cached) = cache.read(&aligned.rows(), lm::Prompts::Same, &Device::Cpu).unwrap() else {
+                    panic!("hidden states")
+                };
+                let head = teacher.output_head().unwrap().weight;
+                let distributions = |hidden: &Tensor| TopK::of(hidden, &head, head.dims()[0], 1.0).unwrap();
+                for ((row, seen), labels) in data.rows.iter().zip(&seen.rows).zip(&aligned.responses) {
+                    let ids = [seen.prompt.as_slice(), &row.response].concat();
+                    if template == "none" {
+                        let (asked, answer) = texts[row.id as usize];
+                        let whole = text.encode(&format!("{before}{asked}\n{answer}")).unwrap();
+                        assert_eq!(ids, [whole, vec![text.end()]].concat());
+                    }
+                    assert!(ids.len() - row.prompt.len() - row.response.len() >= before.len() / 6, "{before}");
+                    let mut alone = Packed::new();
+                    alone.push(99, &ids);
+                    let alone = teacher.hidden(&alone, None, None).unwrap();
+                    let expected = distributions(&alone.narrow(0, seen.prompt.len() - 1, row.response.len()).unwrap());
+                    for found in [&said, &cached] {
+                        let found = distributions(&found.narrow(0, labels.start, labels.len()).unwrap());
+                        assert!(found == expected, "{template}, behind {} bytes", before.len());
+                    }
+                }
+            }
+        }
     }
 
     #[test]

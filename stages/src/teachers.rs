@@ -11,7 +11,7 @@ use contract::{Cause, Dataset, Inputs, Outlook, Result, Row};
 use lm::loss::Source;
 use lm::{Dtype, LanguageModel, Said};
 
-use crate::aligned::{Aligned, Reader, View};
+use crate::aligned::Aligned;
 use crate::foresight;
 
 /// In a route, the teacher of all families that it does not name.
@@ -149,21 +149,21 @@ impl<'a> Teachers<'a> {
         self.all.iter().map(|teacher| (teacher.port(), &teacher.model)).collect()
     }
 
-    /// What there is to learn of a text.
+    /// What there is to learn of a text; `read` gives what a teacher's hidden states are where it predicts response tokens,
+    /// `[tokens, width]`.
     ///
     /// Errors when nobody teaches one of its rows.
     pub(crate) fn lessons(
         &self,
         text: &Aligned,
-        prompt: Option<&Tensor>,
-        view: Option<&View>,
+        read: impl Fn(&LanguageModel, &Aligned) -> Result<Tensor>,
     ) -> Result<Vec<Lesson<'_>>> {
         match self.by {
             By::Weights(weights) => {
                 let alike = 1.0 / self.all.len() as f64;
                 let share = |teacher: &Teacher| teacher.name.as_ref().and_then(|name| weights.get(name)).copied();
                 let heard = self.all.iter().map(|teacher| {
-                    let said = Reader { model: &teacher.model, prompt, view }.hidden(text)?;
+                    let said = read(&teacher.model, text)?;
                     Ok(teacher.says(share(teacher).unwrap_or(alike), said))
                 });
                 Ok(vec![Lesson { tokens: None, heard: heard.collect::<Result<_>>()? }])
@@ -176,7 +176,7 @@ impl<'a> Teachers<'a> {
                 let mut lessons = Vec::new();
                 for (teacher, rows) in self.all.iter().zip(&rows).filter(|(_, rows)| !rows.is_empty()) {
                     let tokens = rows.iter().flat_map(|row| text.responses[*row].clone()).map(|at| at as u32);
-                    let said = Reader { model: &teacher.model, prompt, view }.hidden(&text.part(rows))?;
+                    let said = read(&teacher.model, &text.part(rows))?;
                     lessons.push(Lesson { tokens: Some(tokens.collect()), heard: vec![teacher.says(1.0, said)] });
                 }
                 Ok(lessons)

@@ -17,6 +17,9 @@
 //! `prime` puts text around what is asked, as a teacher may be shown it: the student reads a dataset without. Leave more room
 //! there (`max_prompt_length`, `max_length`), so that no row is missing.
 //!
+//! `shots` puts training rows with their answers before what is asked in the rows to validate or test on: few-shot prompts, after a blank
+//! line each, or in a chat as turns of their own.
+//!
 //! `template: chat` writes prompt and answer as the chat template does that the tokenizer carries. The response is then what
 //! the assistant says, up to the token that ends its turn. A dataset has one response a row: of a conversation with several
 //! answers `download` makes as many rows, each with all that was said before as its prompt. The template itself begins a
@@ -88,9 +91,17 @@ pub struct Config {
     /// day, so that a result does not depend on when it was made.
     #[serde(default)]
     pub date: Option<String>,
+    /// Whether prompt and answer are tokenised as one text, or each as a text of its own.
+    #[serde(default)]
+    pub seam: Seam,
     /// Text around what is asked in every row, for a teacher that is to see it where its student does not. None by default.
     #[serde(default)]
     pub prime: Option<Prime>,
+    /// So many training rows, the first ones, stand with their answers before what is asked in every row to validate or test on
+    /// (few-shot). For evaluation with a model that was not trained on the task.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = limits::BATCH))]
+    pub shots: usize,
     /// Persona lines before the prompts of some training rows; none by default. For a teacher from random weights.
     #[serde(default)]
     pub personas: Option<Personas>,
@@ -145,6 +156,18 @@ impl Prime {
         let prompt = row.prompt.as_deref().map(around);
         CorpusRow { instruction: around(&row.instruction), prompt, turns, ..row.clone() }
     }
+}
+
+/// How the ids of prompt and answer come about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seam {
+    /// The answer goes on where the prompt ends, and is followed by the end token.
+    #[default]
+    Joined,
+    /// Both are texts of their own, begun as `bos` says, and no end token follows: as the published program for response priming
+    /// tokenises what it never puts together.
+    Apart,
 }
 
 /// What happens to a row that is too long.
@@ -215,10 +238,16 @@ impl Stage for Tokenize {
             ("too_long", config.too_long != TooLong::default()),
             ("personas", config.personas.is_some()),
             ("keep_family", config.keep_family),
+            ("seam", config.seam != Seam::default()),
+            ("shots", config.shots > 0),
         ];
         for (field, _) in for_answers.iter().filter(|(_, is_there)| *is_there && config.documents.is_some()) {
             let error = ConfigError::at(field, format!("nothing reads `{field}` here"));
             errors.push(error.hint("`documents` are cut into rows of `max_length`, and have no prompt"));
+        }
+        if is_chat && config.seam == Seam::Apart {
+            let error = ConfigError::at("seam", "a chat template writes prompt and answer as one text");
+            errors.push(error.hint("leave `seam` out, or choose another `template`"));
         }
         if let Some(Err(error)) = config.date.as_ref().map(|date| date.parse::<Date>()) {
             errors.push(ConfigError::at("date", error.to_string()));
@@ -294,10 +323,20 @@ impl Operator for Run {
             }
             return Ok(outputs);
         }
-        let writer = Writer { config: &self.config, text: &text, chat: chat.as_ref(), begin: &begin };
+        let mut writer =
+            Writer { config: &self.config, text: &text, chat: chat.as_ref(), begin: &begin, shots: Vec::new() };
         let mut outputs = Outputs::new();
         for (done, split) in Split::ALL.into_iter().enumerate() {
             let rows = corpus::read(corpus.path(), split)?;
+            if split == Split::Train {
+                ensure!(
+                    rows.len() >= self.config.shots,
+                    "`shots` asks for {} training rows, and there are {}",
+                    self.config.shots,
+                    rows.len()
+                );
+                writer.shots = rows[..self.config.shots].to_vec();
+            }
             self.config.say_what_is_spelled(&rows, split, &text, sink);
             let (rows, counts) = writer.tokenize(&rows, split)?;
             counts.report(&rows, split, &self.config, sink)?;
@@ -412,6 +451,8 @@ struct Writer<'a> {
     chat: Option<&'a Chat>,
     /// Ids that a prompt begins with.
     begin: &'a [u32],
+    /// Rows that stand, with their answers, before others.
+    shots: Vec<CorpusRow>,
 }
 
 impl Writer<'_> {
@@ -445,7 +486,8 @@ impl Writer<'_> {
         let line = personas.as_ref().filter(|_| train).and_then(|personas| personas.line(row.id));
         let primed = self.config.prime.as_ref().map(|prime| prime.around(row));
         let asked = primed.as_ref().unwrap_or(row);
-        let Exchange { prompt, mut response } = self.exchange(asked, line).with_context(|| row_name(row.id))?;
+        let shots = if train { &[] } else { self.shots.as_slice() };
+        let Exchange { prompt, mut response } = self.exchange(asked, line, shots).with_context(|| row_name(row.id))?;
         if train && (prompt.len() > max_prompt_length || prompt.len() >= max_length) {
             return Ok(Fate::LongPrompt);
         }
@@ -455,20 +497,26 @@ impl Writer<'_> {
             return Ok(Fate::LongRow);
         }
         response.truncate(room);
-        let end = if is_long { End::Length } else { End::Stop };
+        let end = if is_long || self.config.seam == Seam::Apart { End::Length } else { End::Stop };
         let family = row.family.clone().filter(|_| self.config.keep_family);
         let references = row.references.clone();
         let row = Row { id: row.id, prompt, response, end, log_probs: None, references, family };
         Ok(if is_long { Fate::Cut(row) } else { Fate::Kept(row) })
     }
 
-    /// Prompt and response, whole. `line` stands before what is asked.
-    fn exchange(&self, row: &CorpusRow, line: Option<String>) -> Result<Exchange> {
-        let Writer { config, text, chat, begin } = *self;
+    /// Prompt and response, whole. `line` stands before what is asked, and `shots` before all.
+    fn exchange(&self, row: &CorpusRow, line: Option<String>, shots: &[CorpusRow]) -> Result<Exchange> {
+        let Writer { config, text, chat, begin, .. } = *self;
         let line = line.unwrap_or_default();
         let Some(chat) = chat else {
-            let prompt_text = line + &config.template.prompt(row)?;
+            let template = config.template;
+            let shot = |row: &CorpusRow| Ok(template.prompt(row)? + &template.response(&row.output) + "\n\n");
+            let prompt_text = shots.iter().map(shot).collect::<Result<String>>()? + &line + &template.prompt(row)?;
             let plain = text.encode(&prompt_text)?;
+            if config.seam == Seam::Apart {
+                let [prompt, response] = [plain, text.encode(&row.output)?].map(|ids| begun(begin, ids));
+                return Ok(Exchange { prompt, response });
+            }
             let response = after(&prompt_text, &plain, &config.template.response(&row.output), text)?;
             return Ok(Exchange { prompt: begun(begin, plain), response });
         };
@@ -480,6 +528,12 @@ impl Writer<'_> {
         {
             turns.insert(0, Turn { role: "system".to_owned(), content: system.clone() });
         }
+        let behind_system = usize::from(turns.first().is_some_and(|turn| turn.role == "system"));
+        let shot = |row: &CorpusRow| {
+            let answer = Turn { role: "assistant".to_owned(), content: row.output.clone() };
+            conversation(row).into_iter().filter(|turn| turn.role != "system").chain([answer])
+        };
+        turns.splice(behind_system..behind_system, shots.iter().flat_map(shot));
         let Exchange { prompt, response } = chat.exchange(&turns, &row.output)?;
         Ok(Exchange { prompt: begun(begin, prompt), response })
     }
@@ -585,7 +639,7 @@ mod tests {
     }
 
     fn tokenize(rows: &[CorpusRow], split: Split, config: &Config, text: &Text) -> Result<(Vec<Row>, Counts)> {
-        Writer { config, text, chat: None, begin: &[] }.tokenize(rows, split)
+        Writer { config, text, chat: None, begin: &[], shots: Vec::new() }.tokenize(rows, split)
     }
 
     fn row(id: u64, instruction: &str, output: &str) -> CorpusRow {
@@ -628,6 +682,27 @@ mod tests {
         assert_eq!((*id, *end, references.len()), (7, End::Stop, 2));
         assert_eq!(text.decode(prompt).unwrap(), "Task: Hi\nAnswer:");
         assert_eq!((text.decode(response).unwrap().as_str(), response.last()), (" Yo", Some(&text.end())));
+    }
+
+    #[test]
+    fn shots_stand_before_what_is_asked_but_not_in_training() {
+        let (text, _) = bytes(&[]);
+        let config = config(json!({"template": "task", "shots": 2}));
+        let shots = vec![row(0, "1+1", "2"), row(1, "1+2", "3")];
+        let writer = Writer { config: &config, text: &text, chat: None, begin: &[], shots };
+        let prompt = |split| text.decode(&writer.tokenize(&[row(7, "Hi", "Yo")], split).unwrap().0[0].prompt).unwrap();
+        let shown = "Task: 1+1\nAnswer: 2\n\nTask: 1+2\nAnswer: 3\n\nTask: Hi\nAnswer:";
+        assert_eq!((prompt(Split::Train).as_str(), prompt(Split::Test).as_str()), ("Task: Hi\nAnswer:", shown));
+    }
+
+    #[test]
+    fn texts_of_their_own_begin_alike_and_do_not_end() {
+        let (text, _) = bytes(&["a b"]);
+        let config = config(json!({"template": "none", "seam": "apart"}));
+        let writer = Writer { config: &config, text: &text, chat: None, begin: &[9], shots: Vec::new() };
+        let row = writer.tokenize(&[row(0, "xa", "b")], Split::Train).unwrap().0.remove(0);
+        let ids = |sample: &str| [vec![9], text.encode(sample).unwrap()].concat();
+        assert_eq!((row.prompt, row.response, row.end), (ids("xa"), ids("b"), End::Length));
     }
 
     #[test]
@@ -808,6 +883,17 @@ mod tests {
             ];
             scratch.run(&Tokenize, with, inputs)
         };
+        // A shot is turns of its own, behind what the system says.
+        let text = Text::new(&file, SpecialTokens::Parse).unwrap();
+        let chat = Chat::new(&file, SpecialTokens::Text).unwrap();
+        let config = config(json!({"template": "chat", "system": "Be brief."}));
+        let writer =
+            Writer { config: &config, text: &text, chat: Some(&chat), begin: &[], shots: vec![rows[0].clone()] };
+        let shown = writer.tokenize(&[row(5, "Ho", "Ya")], Split::Test).unwrap().0.remove(0);
+        let turns =
+            [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"), ("user", "Ho")].map(|(a, b)| turn(a, b));
+        let Exchange { prompt, response } = chat.exchange(&turns, "Ya").unwrap();
+        assert_eq!((shown.prompt, shown.response), (prompt, response));
         let (outputs, log): (_, Log) = run(json!({"template": "chat", "system": "Be brief."})).unwrap();
         let text = Text::new(&file, SpecialTokens::Parse).unwrap();
         // As it is written, with control tokens.

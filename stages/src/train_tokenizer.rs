@@ -214,13 +214,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::instruct::{Sizes, generate};
+    use crate::instruct::{Builtin, Sizes, generate};
     use crate::template::persona_line;
     use crate::testing::{Scratch, folder, input};
     use crate::text::{SpecialTokens, Text};
 
     fn builtin() -> Vec<CorpusRow> {
-        let [train, ..] = generate(0, &Sizes { train: 8000, valid: 0, test: 0 });
+        let [train, ..] = generate(Builtin::Instruct, 0, &Sizes { train: 8000, valid: 0, test: 0 });
         train
     }
 
@@ -305,7 +305,7 @@ mod tests {
         let scratch = Scratch::new();
         let corpus_folder = scratch.path().join("corpus");
         fs::create_dir(&corpus_folder).unwrap();
-        let [train, ..] = generate(0, &Sizes { train: 3, valid: 0, test: 0 });
+        let [train, ..] = generate(Builtin::Instruct, 0, &Sizes { train: 3, valid: 0, test: 0 });
         corpus::write(&corpus_folder, Split::Train, &train).unwrap();
         let run = |with| scratch.run(&TrainTokenizer, with, vec![("corpus", input(PortType::Corpus, &corpus_folder))]);
         let (outputs, log) = run(json!({"vocab_size": 5000})).unwrap();

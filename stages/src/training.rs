@@ -23,7 +23,7 @@ pub use batches::{Mean, MicroBatch, Parts};
 pub use beside::Beside;
 pub(crate) use fields::config;
 pub use fields::{OUTSIDE_KEY, Settings, Training};
-pub use optimizer::Optimizer;
+pub use optimizer::{Method, Optimizer};
 pub use rate::Rate;
 pub use update::Trainer;
 

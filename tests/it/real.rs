@@ -703,6 +703,10 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
     let reference = |kind, config| (kind, Conventions::Reference, config);
     vec![
         sound("adapt", json!({})),
+        sound("attention", json!({"rows": 60})),
+        reference("attention", json!({})),
+        sound("calibration", json!({})),
+        reference("calibration", json!({})),
         sound("cut-layers", json!({"keep": {"evenly": 6}})),
         sound("distill", json!({"divergence": "reverse-kl", "learning_rate": 5e-4, "micro_batch": 4})),
         reference("distill", json!({"divergence": "forward-kl", "learning_rate": 5e-4, "micro_batch": 4})),

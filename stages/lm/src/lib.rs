@@ -49,7 +49,7 @@ pub use finite::{NotFinite, is_finite};
 pub use generate::{Generate, Generated, Mixed, Prompt, generate, generate_mixed, sample};
 pub use head::Head;
 pub use model::LanguageModel;
-pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, accumulate, gradients, norm};
+pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, Sgd, SgdOptions, accumulate, gradients, norm};
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
 pub use teacher_cache::{Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter};

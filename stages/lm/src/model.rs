@@ -492,6 +492,26 @@ impl LanguageModel {
         Ok(self.forward(&mut Plain::new(rows, dropout), prompt, rows.positions_in_use())?)
     }
 
+    /// How much every position of a text attends to every other, `[H, T, T]` by head, query and key, layer by layer: what the
+    /// forward pass multiplies values with. The `n` vectors of `prompt` stand before the text and count in `T`.
+    ///
+    /// By plain operations and in f32: slower than [`LanguageModel::hidden`], and 4 bytes for each layer, head, query and key.
+    /// Errors as that does.
+    pub fn attention(&self, text: &[u32], prompt: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        let mut batch = Packed::new();
+        batch.push(0, text);
+        let rows = batch.behind_prompt(self.check(&batch, prompt)?);
+        ensure!(!rows.inputs.is_empty(), "a text without tokens attends to nothing");
+        let mut layers = Vec::with_capacity(self.config.layers());
+        let mut keep = |probabilities: &Tensor| {
+            layers.push(probabilities.squeeze(0)?);
+            Ok(())
+        };
+        let model = self.frozen().computed_in(Dtype::F32)?;
+        model.forward(&mut Plain::probing(&rows, &mut keep), prompt, rows.positions_in_use())?;
+        Ok(layers)
+    }
+
     /// What of a forward pass is not finite, the first thing first, in words: a weight, the soft prompt, the hidden states
     /// behind a block, the logits. `None` where all is finite, in f32.
     ///

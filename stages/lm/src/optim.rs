@@ -1,4 +1,4 @@
-//! From a loss to new weights: gradients, their norm, AdamW.
+//! From a loss to new weights: gradients, their norm, AdamW, SGD.
 
 use std::any::Any;
 use std::path::Path;
@@ -7,9 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
-#[cfg(test)]
-use candle_core::Var;
-use candle_core::{Device, Result as TensorResult, Tensor};
+use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use contract::{PortType, Result, Value};
 use indexmap::IndexMap;
 use rayon::prelude::*;
@@ -124,9 +122,13 @@ impl AdamWOptions {
     /// Whether a parameter of that name decays: all but biases and weights of norms. GPT-2's norms (`ln_1`, `ln_2`, `ln_f`)
     /// never do; others (`layer_norm`, `norm`, `layernorm`) only with `decay_norms`.
     pub fn decays(&self, name: &str) -> bool {
-        let gpt2_norm = name.split('.').any(|part| part.starts_with("ln_"));
-        !name.ends_with("bias") && !gpt2_norm && (self.decay_norms || !name.contains("norm"))
+        decays(name, self.decay_norms)
     }
+}
+
+fn decays(name: &str, decay_norms: bool) -> bool {
+    let gpt2_norm = name.split('.').any(|part| part.starts_with("ln_"));
+    !name.ends_with("bias") && !gpt2_norm && (decay_norms || !name.contains("norm"))
 }
 
 /// AdamW (Loshchilov and Hutter, 2019) with moments in f32, as PyTorch computes it.
@@ -138,7 +140,7 @@ pub struct AdamW {
 impl AdamW {
     /// Without moments yet.
     pub fn new(options: AdamWOptions) -> Self {
-        AdamW { options, state: OptimizerState { updates: 0, moments: IndexMap::new() } }
+        AdamW { options, state: OptimizerState::default() }
     }
 
     /// Continues from `state`.
@@ -189,21 +191,10 @@ impl AdamW {
         scale: f64,
     ) -> Result<Vec<Update>> {
         for (name, gradient) in gradients {
-            let Some(parameter) = parameters.get(name) else { bail!("a gradient of `{name}`, which is no parameter") };
-            ensure!(parameter.is_variable(), "a gradient of `{name}`, which is frozen");
-            let shapes = (parameter.dims(), gradient.dims());
-            ensure!(shapes.0 == shapes.1, "gradient of `{name}` has shape {:?}, expected {:?}", shapes.1, shapes.0);
-            match self.state.moments.get(name) {
-                Some((first, _)) => ensure!(
-                    first.dims() == shapes.0,
-                    "the optimiser's state for `{name}` has shape {:?}, expected {:?}",
-                    first.dims(),
-                    shapes.0
-                ),
-                None => {
-                    let zeros = || parameter.detach().zeros_like();
-                    self.state.moments.insert(name.clone(), (zeros()?, zeros()?));
-                }
+            let parameter = checked(name, gradient, parameters, self.state.moments.get(name).map(|(first, _)| first))?;
+            if !self.state.moments.contains_key(name) {
+                let zeros = || parameter.detach().zeros_like();
+                self.state.moments.insert(name.clone(), (zeros()?, zeros()?));
             }
         }
         self.state.updates += 1;
@@ -273,6 +264,91 @@ impl AdamW {
     }
 }
 
+/// The parameter that a gradient is of, where all fit together: the gradient, and what an optimiser remembers of it.
+fn checked<'p>(
+    name: &str,
+    gradient: &Tensor,
+    parameters: &'p IndexMap<String, Tensor>,
+    remembered: Option<&Tensor>,
+) -> Result<&'p Tensor> {
+    let Some(parameter) = parameters.get(name) else { bail!("a gradient of `{name}`, which is no parameter") };
+    ensure!(parameter.is_variable(), "a gradient of `{name}`, which is frozen");
+    let shapes = (parameter.dims(), gradient.dims());
+    ensure!(shapes.0 == shapes.1, "gradient of `{name}` has shape {:?}, expected {:?}", shapes.1, shapes.0);
+    if let Some(remembered) = remembered {
+        ensure!(
+            remembered.dims() == shapes.0,
+            "the optimiser's state for `{name}` has shape {:?}, expected {:?}",
+            remembered.dims(),
+            shapes.0
+        );
+    }
+    Ok(parameter)
+}
+
+/// What SGD is set to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SgdOptions {
+    /// Share of the last step's direction that goes into the next; 0: none.
+    pub momentum: f64,
+    /// Times a weight, added to its gradient. Which weights: see [`AdamWOptions::decays`].
+    pub weight_decay: f64,
+    /// Whether weights of norms decay too.
+    pub decay_norms: bool,
+}
+
+/// Stochastic gradient descent with momentum, as PyTorch computes it: `v = momentum v + g`, `w = w - learning_rate v`, where `g` has
+/// the decay. By tensor operations.
+pub struct Sgd {
+    options: SgdOptions,
+    state: OptimizerState,
+}
+
+impl Sgd {
+    /// Without a direction yet.
+    pub fn new(options: SgdOptions) -> Self {
+        Sgd { options, state: OptimizerState::default() }
+    }
+
+    /// Continues from `state`.
+    pub fn from_state(options: SgdOptions, state: &OptimizerState) -> Result<Self> {
+        Ok(Sgd { options, state: state.copy()? })
+    }
+
+    /// A copy of the directions, for a checkpoint.
+    pub fn to_state(&self) -> Result<OptimizerState> {
+        self.state.copy()
+    }
+
+    /// Updates variables in place. Gradients are multiplied by `scale` first.
+    ///
+    /// Errors as [`AdamW::step`] does.
+    pub fn step(
+        &mut self,
+        parameters: &IndexMap<String, Tensor>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        scale: f64,
+    ) -> Result<()> {
+        let SgdOptions { momentum, weight_decay, decay_norms } = self.options;
+        for (name, gradient) in gradients {
+            let parameter = checked(name, gradient, parameters, self.state.velocity.get(name))?;
+            let weights = parameter.detach();
+            let mut direction = (gradient.detach() * scale)?;
+            if weight_decay > 0.0 && decays(name, decay_norms) {
+                direction = (direction + (&weights * weight_decay)?)?;
+            }
+            if let Some(velocity) = self.state.velocity.get(name) {
+                direction = ((velocity * momentum)? + direction)?;
+            }
+            Var::from_tensor(parameter)?.set(&(weights - (&direction * learning_rate)?)?)?;
+            self.state.velocity.insert(name.clone(), direction);
+        }
+        self.state.updates += 1;
+        Ok(())
+    }
+}
+
 fn apply(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &Tensor, u: Update) -> TensorResult<()> {
     let gradient = elements(gradient)?;
     change(parameter, |weights| {
@@ -303,10 +379,14 @@ fn apply_plain(parameter: &Tensor, first: &Tensor, second: &Tensor, gradient: &T
     Ok(())
 }
 
-/// Moments of AdamW by parameter name: a `state`.
+/// What an optimiser remembers by parameter name: a `state`.
+#[derive(Default)]
 pub struct OptimizerState {
     updates: u64,
+    /// AdamW's.
     moments: IndexMap<String, (Tensor, Tensor)>,
+    /// The last direction of SGD.
+    velocity: IndexMap<String, Tensor>,
 }
 
 const FILE: &str = "optimizer.safetensors";
@@ -328,13 +408,21 @@ impl OptimizerState {
             let pair = (moment("first")?, moment("second")?);
             moments.insert(name, pair);
         }
-        Ok(OptimizerState { updates, moments })
+        let velocity =
+            tensors.into_iter().filter_map(|(name, tensor)| Some((name.strip_suffix(".velocity")?.to_owned(), tensor)));
+        Ok(OptimizerState { updates, moments, velocity: velocity.collect() })
     }
 
     fn copy(&self) -> Result<Self> {
         let copy =
             |(name, (first, second)): (&String, &(Tensor, Tensor))| Ok((name.clone(), (first.copy()?, second.copy()?)));
-        Ok(OptimizerState { updates: self.updates, moments: self.moments.iter().map(copy).collect::<Result<_>>()? })
+        // Nobody changes a direction in place.
+        let velocity = self.velocity.clone();
+        Ok(OptimizerState {
+            updates: self.updates,
+            moments: self.moments.iter().map(copy).collect::<Result<_>>()?,
+            velocity,
+        })
     }
 }
 
@@ -348,6 +436,9 @@ impl Value for OptimizerState {
         for (name, (first, second)) in &self.moments {
             tensors.insert(format!("{name}.first"), first.clone());
             tensors.insert(format!("{name}.second"), second.clone());
+        }
+        for (name, velocity) in &self.velocity {
+            tensors.insert(format!("{name}.velocity"), velocity.clone());
         }
         write_tensors(&folder.join(FILE), tensors.iter(), Some(("updates".to_owned(), self.updates.to_string())))
     }

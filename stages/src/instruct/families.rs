@@ -67,7 +67,7 @@ impl Draw {
     }
 
     /// Two different ones, in random order.
-    fn two<'a, T>(&mut self, from: &'a [T]) -> (&'a T, &'a T) {
+    pub(super) fn two<'a, T>(&mut self, from: &'a [T]) -> (&'a T, &'a T) {
         let first = self.below(from.len());
         let second = (first + 1 + self.below(from.len() - 1)) % from.len();
         (&from[first], &from[second])

@@ -7,11 +7,12 @@ use anyhow::{Context, Error, anyhow, bail, ensure};
 use candle_core::Tensor;
 use contract::{AnyValue, Dataset, Env, Result, Sink, Step};
 use indexmap::IndexMap;
-use lm::{AdamW, AdamWOptions, Gradients, OptimizerState};
+use lm::{Gradients, OptimizerState};
 use serde_json::{Map, Value as Json, json};
 
 use super::batches::{MicroBatch, Parts, micro_batches, single};
 use super::fields::Settings;
+use super::optimizer::Applied;
 use super::rate::Rate;
 use super::sum::{Order, Sum};
 use crate::finite::{Behind, not_finite};
@@ -20,8 +21,8 @@ use crate::finite::{Behind, not_finite};
 pub struct Trainer {
     settings: Settings,
     rate: Rate,
-    options: AdamWOptions,
-    optimizer: Option<AdamW>,
+    default_decay: f64,
+    optimizer: Option<Applied>,
     restored: Option<AnyValue>,
     warned: bool,
 }
@@ -69,8 +70,8 @@ fn broken_loss(
 impl Trainer {
     /// `default_decay` is the weight decay where none is given, `restored` what [`Trainer::state`] gave in an earlier process.
     pub fn new(settings: Settings, default_decay: f64, restored: Option<AnyValue>) -> Self {
-        let (rate, options) = (settings.rate(), settings.optimizer.adamw(default_decay));
-        Trainer { settings, rate, options, optimizer: None, restored, warned: false }
+        let rate = settings.rate();
+        Trainer { settings, rate, default_decay, optimizer: None, restored, warned: false }
     }
 
     /// One update of `parameters`, in place, by the gradient of a loss over `data`.
@@ -146,17 +147,14 @@ impl Trainer {
         Ok(())
     }
 
-    fn optimizer(&mut self) -> Result<&mut AdamW> {
+    fn optimizer(&mut self) -> Result<&mut Applied> {
         if self.optimizer.is_none() {
-            let optimizer = match self.restored.take() {
-                None => AdamW::new(self.options),
-                Some(value) => {
-                    let state = value.into_any().downcast::<OptimizerState>().ok();
-                    let state = state.context("the saved state is not that of an optimiser")?;
-                    AdamW::from_state(self.options, &state)?
-                }
-            };
-            self.optimizer = Some(optimizer);
+            let restored = self.restored.take().map(|value| {
+                let state = value.into_any().downcast::<OptimizerState>().ok();
+                state.context("the saved state is not that of an optimiser")
+            });
+            let restored = restored.transpose()?;
+            self.optimizer = Some(self.settings.optimizer.start(self.default_decay, restored.as_deref())?);
         }
         Ok(self.optimizer.as_mut().expect("it was just made"))
     }

@@ -20,11 +20,22 @@ pub(crate) struct Plain<'a> {
     dropout: Option<Dropout>,
     /// Blocks run so far, where it is watched, and the first of them whose result was not finite.
     watch: Option<(usize, Option<usize>)>,
+    /// Who is shown how every layer attends.
+    probe: Option<&'a mut Probe<'a>>,
 }
+
+/// Is given the probabilities of a layer's attention, `[B, H, T, T]` by query and key, before dropout. Rows and columns behind
+/// the end of a sequence mean nothing.
+pub(crate) type Probe<'a> = dyn FnMut(&Tensor) -> Result<()> + 'a;
 
 impl<'a> Plain<'a> {
     pub(crate) fn new(batch: &'a Packed, dropout: Option<Dropout>) -> Self {
-        Plain { batch, dropout, watch: None }
+        Plain { batch, dropout, watch: None, probe: None }
+    }
+
+    /// One that shows how every layer attends, one layer after the other.
+    pub(crate) fn probing(batch: &'a Packed, probe: &'a mut Probe<'a>) -> Self {
+        Plain { probe: Some(probe), ..Plain::new(batch, None) }
     }
 
     /// One that notes which block's result is the first that is not finite.
@@ -185,6 +196,9 @@ impl Ops for Plain<'_> {
         let hidden = Tensor::from_iter(hidden, device)?.reshape((longest, longest))?;
         let scores = scores.broadcast_add(&hidden)?;
         let mut probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
+        if let Some(probe) = &mut self.probe {
+            probe(&probabilities)?;
+        }
         if let Some(dropout) = self.dropout.filter(|_| attend.dropout > 0.0) {
             let mut mask = vec![1.0; batch * heads * longest * longest];
             for (line, out) in mask.chunks_exact_mut(longest).enumerate() {

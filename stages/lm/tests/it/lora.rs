@@ -78,7 +78,7 @@ fn gradients_and_updates_are_those_of_peft_and_nothing_else_is_trained() {
             }
             let size = norm(&gradients).unwrap();
             near("gradient norm", size, &scalars["grad_norms"][step]);
-            let rate = learning_rate(1e-3, Schedule::Cosine { floor: 0.0 }, Warmup::default(), step as u64, 5);
+            let rate = learning_rate(1e-3, Schedule::cosine(0.0), Warmup::default(), step as u64, 5);
             optimizer.step(&model.parameters(), &gradients, rate, (1.0 / (size + 1e-6)).min(1.0)).unwrap();
         }
         // Of GPT-NeoX's keys a part is not turned: the gradient of its biases is rounding.

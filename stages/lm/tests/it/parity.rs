@@ -163,7 +163,7 @@ fn updates_are_those_of_pytorch(of: &str) {
         }
         let size = norm(&gradients).unwrap();
         near("gradient norm", size, &scalars["grad_norms"][step]);
-        let rate = learning_rate(1e-3, Schedule::Cosine { floor: 0.0 }, Warmup::default(), step as u64, 5);
+        let rate = learning_rate(1e-3, Schedule::cosine(0.0), Warmup::default(), step as u64, 5);
         optimizer.step(&model.parameters(), &gradients, rate, (1.0 / (size + 1e-6)).min(1.0)).unwrap();
     }
     assert_eq!(optimizer.updates(), 5);
