@@ -18,6 +18,14 @@
 //! With `view` the teacher reads other prompts before the same responses, such as those that `tokenize` primes: response
 //! priming. Responses are aligned token by token, whatever stands before them.
 //!
+//! A teacher with another tokenizer is refused, unless `alignment: bytes` says that its tokens are matched with the student's by what
+//! they spell, and `view` has the same rows in the teacher's tokens: their prompts are what it reads. Responses are put into the
+//! shortest groups of tokens that spell the same bytes. Where a group has one token of each side, the teacher's distribution is
+//! compared with the student's over the tokens with which the student begins to spell the teacher's; where it has several, their
+//! probabilities are multiplied, and the two are compared as those of an event and its opposite. With one tokenizer on both sides that is
+//! `alignment: ids`. Unlike in GOLD, every comparison is of distributions, and no probabilities are compared by their rank. `aligned`
+//! is the share of response tokens that are in a group.
+//!
 //! Inputs: `student`, `data`, `teacher` and its soft prompt, or `cache`; `view`. Outputs: `model`, and a row of metrics an update.
 //! Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward pass of the student.
 
@@ -36,12 +44,13 @@ use lm::{Architecture, Head, Keep, LanguageModel, Lora, Prompts, Said, SoftPromp
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::across::{Across, Comparison, Side};
 use crate::aligned::{Reader, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
 use crate::padding::Padding;
-use crate::training::{self, MicroBatch, Trainer, Training};
+use crate::training::{self, MicroBatch, Parts, Trainer, Training};
 
 training::config! {
     /// The `with` of `distill`.
@@ -60,6 +69,10 @@ training::config! {
         #[serde(default = "one")]
         #[schemars(range(min = contract::limits::TEMPERATURE.0, max = contract::limits::TEMPERATURE.1))]
         pub temperature: f64,
+        /// How a teacher's tokens are matched with the student's: `ids`, for one tokenizer; or `bytes`, by what they spell, for another
+        /// one, which needs `view`.
+        #[serde(default)]
+        pub alignment: Alignment,
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
@@ -79,6 +92,17 @@ training::config! {
         #[serde(default)]
         pub accumulation_prompt: Option<AccumulationPrompt>,
     }
+}
+
+/// How a teacher's tokens are matched with the student's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Alignment {
+    /// Token by token: both have one tokenizer.
+    #[default]
+    Ids,
+    /// In groups of tokens that spell the same bytes.
+    Bytes,
 }
 
 /// Which prompt the teacher uses while micro-batches accumulate.
@@ -179,9 +203,12 @@ impl Stage for Distill {
             config.lora.as_ref(),
             config.activation_checkpointing,
         );
+        foresight::effective_batch(outlook, config.effective_batch, None);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
-        if outlook.has("cache") {
+        if config.alignment == Alignment::Bytes {
+            foresight::teacher_of_other_tokens(outlook);
+        } else if outlook.has("cache") {
             outlook.same_vocabulary(&["data", "cache", "teacher"]);
             outlook.holds("teacher");
             if outlook.has("teacher") {
@@ -212,7 +239,7 @@ impl Stage for Distill {
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
         let trainer = Trainer::new(config.settings(), 1e-2, state);
         let device = lm::device(&env.device)?;
-        Ok(Box::new(Distilling { device, trainer, config, cached: None, padding: Padding::default() }))
+        Ok(Box::new(Distilling { device, trainer, config, cached: None, across: None, padding: Padding::default() }))
     }
 }
 
@@ -222,6 +249,8 @@ struct Distilling {
     trainer: Trainer,
     /// The head of a cache, once that has been looked at; none for the likeliest tokens.
     cached: Option<Option<Head>>,
+    /// The tokenizers, once they have been looked at, for `alignment: bytes`.
+    across: Option<Arc<Across>>,
     padding: Padding,
 }
 
@@ -248,11 +277,16 @@ impl Operator for Distilling {
                 (teacher, head)
             }
         };
-        if let Some(head) = &head {
+        let across = match &teacher {
+            Some(teacher) if config.alignment == Alignment::Bytes => Some(self.across(&student, teacher)?),
+            _ => None,
+        };
+        if let Some(head) = head.as_ref().filter(|_| across.is_none()) {
             let port = if cache.is_some() { "cache" } else { "teacher" };
             self.padding.say("student", &student.output_head()?, port, head, sink);
         }
-        let head = head.map(|head| head.beside(student.vocab_size())).transpose()?;
+        let rows = if across.is_some() { None } else { Some(student.vocab_size()) };
+        let head = head.map(|head| rows.map_or_else(|| head.of_tokens(), |rows| head.beside(rows))).transpose()?;
 
         let name = config.divergence.name();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
@@ -262,6 +296,12 @@ impl Operator for Distilling {
             behind.chain(teacher.iter().map(|teacher| Behind::new("teacher", teacher, teaching.as_ref()))).collect();
         let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
             let text = &batch.text;
+            if let (Some(across), Some(teacher), Some(head)) = (&across, &teacher, &head) {
+                let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
+                let reader = Reader { model: teacher, prompt: prompt.as_ref(), view: view.as_ref() };
+                let hidden = text.hidden(&student, None, dropout.as_ref())?;
+                return config.loss_across(across, batch, (&hidden, &student.head()?), (reader, head), parts);
+            }
             let said = match (&cache, &teacher) {
                 (Some(cache), _) => cache.read(&text.rows(), config.cache_prompts, &self.device)?,
                 (None, Some(teacher)) => {
@@ -302,6 +342,14 @@ impl Operator for Distilling {
 }
 
 impl Distilling {
+    /// What is known of two tokenizers, which are looked at once.
+    fn across(&mut self, student: &LanguageModel, teacher: &LanguageModel) -> Result<Arc<Across>> {
+        if self.across.is_none() {
+            self.across = Some(Arc::new(Across::new(&student.tokenizer, &teacher.tokenizer)?));
+        }
+        Ok(self.across.clone().expect("it was made just now"))
+    }
+
     /// The head that the hidden states of a cache are multiplied with. A cache and what is connected beside it make sense in
     /// one way only.
     fn head_of(&mut self, cache: &TeacherCache, teacher: Option<&LanguageModel>, prompt: bool) -> Result<Option<Head>> {
@@ -332,6 +380,42 @@ impl Distilling {
 }
 
 impl Config {
+    /// The loss of some rows with a teacher that has another tokenizer.
+    fn loss_across(
+        &self,
+        across: &Across,
+        batch: &MicroBatch,
+        (hidden, head): (&Tensor, &Tensor),
+        (teacher, teacher_head): (Reader<'_>, &Tensor),
+        parts: &mut Parts,
+    ) -> Result<Tensor> {
+        let text = &batch.text;
+        let view = teacher.view.context("`alignment: bytes` needs `view`: the rows in the teacher's tokens")?;
+        let vectors = teacher.prompt.map_or(Ok(0), |prompt| prompt.dim(0))?;
+        let room = teacher.model.config.positions().saturating_sub(vectors);
+        let read = across.pair(&text.rows(), view, room)?;
+        let said = read.text.hidden(teacher.model, teacher.prompt, None)?;
+        let student = Side { hidden, head, labels: &text.labels };
+        let teacher = Side { hidden: &said, head: teacher_head, labels: &read.text.labels };
+        let Config { divergence, weight, temperature, cross_entropy, .. } = *self;
+        let comparison = Comparison { divergence, coefficient: weight, temperature };
+        let weights = batch.weights();
+        let (mut loss, distance) = across.loss(&read.groups, student, teacher, comparison, &weights)?;
+        parts.add(divergence.name(), distance);
+        parts.add("loss", weight * distance);
+        let grouped: usize = read.groups.iter().map(|group| group.student.len()).sum();
+        parts.add("aligned", grouped as f64 / batch.tokens_of_batch as f64);
+        if cross_entropy != 0.0 {
+            let labels = Some((text.labels.as_slice(), cross_entropy));
+            let of_labels = head_loss(hidden, head, labels, &[], &weights)?;
+            let value = of_labels.cross_entropy.context("there are labels")?;
+            parts.add("cross_entropy", value);
+            parts.add("loss", cross_entropy * value);
+            loss = (loss + of_labels.loss)?;
+        }
+        Ok(loss)
+    }
+
     /// The soft prompt that the teacher has in a micro-batch.
     fn prompt_of(
         &self,
@@ -349,5 +433,95 @@ impl Config {
             (prompt, _) => prompt,
         };
         Ok(chosen.map(|prompt| prompt.vectors.detach()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lm::Family;
+    use serde_json::{Map, Value as Json, json};
+
+    use super::*;
+    use crate::testing::{Scratch, output, row};
+
+    fn tokenizer() -> contract::TokenizerFile {
+        let vocabulary: Map<String, Json> = (0..40).map(|id| (format!("t{id}"), json!(id))).collect();
+        let json = json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}});
+        contract::TokenizerFile::new(json.to_string(), 0, 40)
+    }
+
+    fn model(layers: usize, seed: u64, dropout: f32) -> LanguageModel {
+        let shape = Architecture {
+            heads: Some(2),
+            positions: Some(32),
+            dropout: Some(dropout),
+            ..Architecture::new(Family::Gpt2, layers, 16)
+        };
+        LanguageModel::init(&shape, tokenizer(), seed, &Device::Cpu).unwrap()
+    }
+
+    /// An update: the student and its numbers.
+    fn learn(config: &Json, student: LanguageModel, teacher: LanguageModel) -> (Arc<LanguageModel>, Map<String, Json>) {
+        let rows = vec![row(3, &[1, 2], &[39, 4, 7, 0]), row(9, &[5, 6], &[8, 0])];
+        let data: AnyValue = Arc::new(Dataset { rows, tokenizer: tokenizer() });
+        let mut whole = json!({"divergence": "forward-kl", "learning_rate": 1e-2});
+        config.as_object().unwrap().iter().for_each(|(name, value)| whole[name] = value.clone());
+        let inputs: Vec<(&str, AnyValue)> =
+            vec![("student", Arc::new(student)), ("teacher", Arc::new(teacher)), ("data", data)];
+        let (outputs, mut log) = Scratch::new().run(&Distill, whole, inputs).unwrap();
+        (output(&outputs, "model"), log.rows.remove(0))
+    }
+
+    fn of(model: &LanguageModel) -> Vec<Vec<f32>> {
+        model.parameters().values().map(|tensor| tensor.flatten_all().unwrap().to_vec1().unwrap()).collect()
+    }
+
+    #[test]
+    fn an_update_lowers_the_divergence_from_the_teacher() {
+        for divergence in ["forward-kl", "reverse-kl", "total-variation"] {
+            let config = json!({"divergence": divergence});
+            let (student, first) = learn(&config, model(1, 1, 0.0), model(2, 2, 0.0));
+            assert_eq!(student.config.layers(), 1, "the student has its own shape");
+            let name = divergence.replace('-', "_");
+            assert_eq!(first["loss"], first[&name]);
+            let again = student.deep_clone().unwrap();
+            let (_, second) = learn(&config, again, model(2, 2, 0.0));
+            assert!(second[&name].as_f64() < first[&name].as_f64(), "{first:?} {second:?}");
+            assert_ne!(of(&student), of(&model(1, 1, 0.0)));
+        }
+    }
+
+    #[test]
+    fn the_students_dropout_is_on_and_the_teachers_is_off() {
+        let loss = |config: Json, student: f32, teacher: f32| {
+            learn(&config, model(1, 1, student), model(2, 2, teacher)).1["forward_kl"].as_f64().unwrap()
+        };
+        let without = loss(json!({}), 0.0, 0.0);
+        assert_ne!(loss(json!({}), 0.3, 0.0), without, "the student's is on");
+        assert_eq!(loss(json!({"dropout": false}), 0.3, 0.0), without);
+        assert_eq!(loss(json!({}), 0.0, 0.3), without, "the teacher's is off");
+    }
+
+    #[test]
+    fn a_teacher_that_could_be_trained_stays_as_it_is() {
+        let teacher = model(2, 2, 0.0).trainable().unwrap();
+        assert!(teacher.parameters().values().all(Tensor::is_variable));
+        assert!(!teacher.frozen().parameters().values().any(Tensor::is_variable), "no gradient flows into it");
+        let (right, _) = learn(&json!({}), model(1, 1, 0.0), model(2, 2, 0.0));
+        let (found, _) = learn(&json!({}), model(1, 1, 0.0), teacher);
+        assert_eq!(of(&found), of(&right));
+    }
+
+    #[test]
+    fn an_adapter_of_the_head_learns() {
+        let config = json!({"lora": {"rank": 2, "targets": ["lm_head"]}});
+        let (student, first) = learn(&config, model(1, 1, 0.0), model(2, 2, 0.0));
+        let adapter = student.adapter().unwrap();
+        let moved = |tensor: &Tensor| tensor.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() > 0.0;
+        // The second matrix begins as zeros.
+        assert!(adapter.tensors.values().all(moved));
+        let again = student.deep_clone().unwrap();
+        let (_, second) = learn(&config, again, model(2, 2, 0.0));
+        assert!(second["forward_kl"].as_f64() < first["forward_kl"].as_f64(), "{first:?} {second:?}");
     }
 }

@@ -209,6 +209,14 @@ pub(crate) fn from_merges(merges: &[&str]) -> TokenizerFile {
     finish(&tokenizer).unwrap()
 }
 
+/// A tokenizer trained on some rows of the built-in corpus.
+#[cfg(test)]
+pub(crate) fn trained(vocab_size: usize) -> TokenizerFile {
+    let [rows, ..] = crate::instruct::generate(0, &crate::instruct::Sizes { train: 400, valid: 0, test: 0 });
+    let config = serde_json::json!({"vocab_size": vocab_size, "template": "task"});
+    train(&rows, &serde_json::from_value(config).unwrap()).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
