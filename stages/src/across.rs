@@ -153,11 +153,12 @@ impl Across {
     ) -> Result<(Tensor, f64)> {
         let alone = |group: &&Group| group.student.len() == 1 && group.teacher.len() == 1;
         let (single, several): (Vec<&Group>, Vec<&Group>) = paired.iter().partition(alone);
-        let nothing = (student.hidden.sum_all()? * 0.0)?;
-        let (loss, sum) = self.of_distributions(&single, student, teacher, comparison, weights)?;
+        let (losses, sum) = self.of_distributions(&single, student, teacher, comparison, weights)?;
         let (more, more_sum) = of_events(&several, student, teacher, comparison, weights)?;
-        let losses = loss.into_iter().chain(more);
-        let loss = losses.into_iter().try_fold(nothing, |sum, loss| sum + loss)?;
+        let loss = losses.into_iter().chain(more).map(Ok).reduce(|sum, loss| Ok((sum? + loss?)?));
+        // Where nothing is compared, gradients are zeros.
+        let nothing = || Ok(((student.hidden.sum_all()? + student.head.sum_all()?)? * 0.0)?);
+        let loss: Tensor = loss.unwrap_or_else(nothing)?;
         Ok((loss, sum + more_sum))
     }
 
