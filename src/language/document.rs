@@ -27,7 +27,7 @@ pub struct Found {
     pub shipped: bool,
 }
 
-/// Finds a pipeline: a path; a bare name that is not there is looked for in `pipelines/`, then among the shipped ones; `-` is
+/// Finds a pipeline: a path; one that begins nowhere in particular and is not there is looked for below `pipelines/`, then among the shipped ones; `-` is
 /// standard input, as are the paths under which a shell hands on a pipe.
 ///
 /// Errors when it is nowhere or cannot be read.
@@ -36,7 +36,7 @@ pub fn find_file(file: &Path, shipped: &[(&str, &str)]) -> Result<Found, Diagnos
         let text = read_stream(file)?;
         return Ok(Found { path: file.to_owned(), text, shipped: false });
     }
-    let bare = file.components().count() == 1 && matches!(file.components().next(), Some(Component::Normal(_)));
+    let bare = file.components().all(|part| matches!(part, Component::Normal(_)));
     let places = [Some(file.to_owned()), bare.then(|| Path::new("pipelines").join(file))];
     if let Some(path) = places.into_iter().flatten().find(|path| path.is_file()) {
         return read_file(&path).map(|text| Found { path, text, shipped: false });
@@ -336,6 +336,9 @@ mod tests {
         let error = find_file(Path::new("oen.yaml"), &shipped).unwrap_err();
         assert_eq!(error.diagnostics[0].hint, "did you mean `one.yaml`?");
         assert!(find_file(Path::new("./one.yaml"), &shipped).is_err(), "a path is not a bare name");
+        let below = [("parts/one.yaml", "version: 1\ninclude: [../two.yaml]\n"), shipped[1]];
+        let tree = load(Path::new("parts/one.yaml"), &below).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(tree.to_json()["params"], json!({"x": 2}));
     }
 
     #[test]

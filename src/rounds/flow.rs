@@ -165,9 +165,11 @@ fn look_at_window(window: &Window, data: Facts) -> (Facts, Vec<Finding>) {
             "set `last: short` to use them, or `order: shuffle` to leave out others each time",
         );
     }
-    let least = if *last == Last::Short { 1.min(rows.least) } else { (*take).min(rows.least) };
+    let most = rows.most.min(*take);
+    // A round that would not be full is none, unless it may be short.
+    let least = if *last == Last::Short { 1.min(rows.least) } else { most };
     let facts = Facts {
-        rows: vec![Bounds { least, most: rows.most.min(*take) }],
+        rows: vec![Bounds { least, most }],
         prompt: limit.map_or(data.prompt.clone(), |limit| data.prompt.of_first(limit)),
         text: limit.map_or(data.text.clone(), |limit| data.text.of_first(limit)),
         // Of one round, not of all.

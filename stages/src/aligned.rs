@@ -140,13 +140,15 @@ pub enum Alignment {
     /// the same order. As the published program for response priming: the prompt is learnt by, and the teacher's positions are
     /// shifted by what stands before its prompt.
     Index,
+    /// In groups of response tokens that spell the same bytes, for a teacher with another tokenizer; needs `view`.
+    Bytes,
 }
 
 impl Alignment {
     /// A text as it is read.
     pub fn read(self, text: &Aligned) -> Cow<'_, Aligned> {
         match self {
-            Alignment::Response | Alignment::Question => Cow::Borrowed(text),
+            Alignment::Response | Alignment::Question | Alignment::Bytes => Cow::Borrowed(text),
             Alignment::Index => Cow::Owned(text.by_index()),
         }
     }
@@ -156,7 +158,7 @@ impl Alignment {
     ///
     /// Errors when the view lacks one of the rows.
     pub fn rows(self, data: Arc<Dataset>, view: Option<View>) -> Result<(Arc<Dataset>, Option<View>)> {
-        if self == Alignment::Response {
+        if matches!(self, Alignment::Response | Alignment::Bytes) {
             return Ok((data, view));
         }
         let (mut rows, mut seen) = (Vec::with_capacity(data.rows.len()), Vec::new());

@@ -797,6 +797,12 @@ mod tests {
         assert_eq!(summary["interval"], json!([2.0, 2.0]));
     }
 
+    #[test]
+    fn the_loss_is_a_mean_over_tokens() {
+        assert_eq!(ratio(&[4.0, 2.0], &[7.0, 1.0]), Some(0.75));
+        assert_eq!(ratio(&[], &[]), None);
+    }
+
     fn scored(references: &[&[&str]], config: Json) -> (Map<String, Json>, Vec<String>) {
         let mut config = config;
         config["temperature"] = json!(0);

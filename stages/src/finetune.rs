@@ -104,6 +104,7 @@ impl Stage for Finetune {
             config.lora.as_ref(),
             config.activation_checkpointing,
         );
+        foresight::effective_batch(outlook, config.effective_batch, None);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
     }

@@ -12,6 +12,7 @@ use contract::{AnyValue, Dataset, Env, Folder, Metrics, PortType, Predictions, R
 pub use lm::gpus;
 use lm::{Adapter, LanguageModel, SoftPrompt, TeacherCache};
 
+pub mod across;
 pub mod adapt;
 pub mod address;
 pub mod aligned;
@@ -46,6 +47,7 @@ pub mod quantize;
 mod records;
 pub mod score;
 mod sentencepiece;
+pub mod spelling;
 pub mod student_generate;
 pub mod teacher_cache;
 pub mod teacher_generate;

@@ -226,6 +226,7 @@ impl Stage for PolicyGradient {
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         let (init, lora) = (config.init.as_ref(), config.lora.as_ref());
         let model = foresight::learner(outlook, "student", init, "data", lora, config.activation_checkpointing);
+        foresight::effective_batch(outlook, config.effective_batch, config.batch.map(|batch| ("batch", batch)));
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
         foresight::teacher(outlook, "teacher", Some("prompt"));

@@ -165,6 +165,7 @@ impl Stage for PromptTune {
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
         foresight::reader(outlook, "teacher", Some("prompt"), "data");
         foresight::reader(outlook, "student", None, "data");
+        foresight::effective_batch(outlook, config.effective_batch, None);
         foresight::computes_in(outlook, config.dtype);
         outlook.output("prompt", outlook.input("prompt"));
     }

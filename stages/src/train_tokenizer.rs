@@ -209,6 +209,16 @@ pub(crate) fn from_merges(merges: &[&str]) -> TokenizerFile {
     finish(&tokenizer).unwrap()
 }
 
+/// A tokenizer trained on some rows of the built-in corpus.
+#[cfg(test)]
+pub(crate) fn trained(vocab_size: usize) -> TokenizerFile {
+    use crate::instruct::{Builtin, Sizes, generate};
+
+    let [rows, ..] = generate(Builtin::Instruct, 0, &Sizes { train: 400, valid: 0, test: 0 });
+    let config = serde_json::json!({"vocab_size": vocab_size, "template": "task"});
+    train(&rows, &serde_json::from_value(config).unwrap()).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

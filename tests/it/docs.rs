@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::harness::Project;
+use crate::harness::{Project, shipped_files, shipped_name, shipped_pipelines};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -72,14 +72,10 @@ fn every_example_says_how_it_is_run_and_is_in_the_readme() {
 #[test]
 fn every_pipeline_is_compiled_in_and_in_the_readme() {
     let (readme, main) = (document("README.md"), document("src/main.rs"));
-    let mut missing = Vec::new();
-    for path in files("pipelines", "yaml") {
-        for (place, text) in [("README.md", &readme), ("src/main.rs", &main)] {
-            if !text.contains(name(&path)) {
-                missing.push(format!("`{}`, in {place}", name(&path)));
-            }
-        }
-    }
+    let wholes = shipped_pipelines().into_iter().map(|path| ("README.md", &readme, shipped_name(&path)));
+    let all = shipped_files().into_iter().map(|path| ("src/main.rs", &main, shipped_name(&path)));
+    let missing = wholes.chain(all).filter(|(_, text, name)| !text.contains(name.as_str()));
+    let missing: Vec<String> = missing.map(|(place, _, name)| format!("`{name}`, in {place}")).collect();
     assert!(missing.is_empty(), "missing:\n  {}", missing.join("\n  "));
 }
 
@@ -87,12 +83,12 @@ fn every_pipeline_is_compiled_in_and_in_the_readme() {
 #[test]
 fn the_head_of_every_pipeline_names_commands_that_are_right() {
     let project = Project::with_program("", env!("CARGO_BIN_EXE_pipeline"));
-    for path in files("pipelines", "yaml") {
+    for path in shipped_pipelines() {
         let head = head(&path);
         let commands: BTreeSet<String> = head.iter().filter_map(|line| pipeline_command(line)).collect();
         assert!(!commands.is_empty(), "{}: no `pipeline run` or `pipeline compare` in its head", path.display());
         for command in &commands {
-            assert!(command.contains(name(&path)), "{}: `{command}` names another file", path.display());
+            assert!(command.contains(&shipped_name(&path)), "{}: `{command}` names another file", path.display());
             let (_, arguments) = command.split_once(' ').unwrap();
             project.check_without_files(arguments);
         }
@@ -130,4 +126,36 @@ fn every_kind_has_a_page_that_can_be_read() {
             );
         }
     }
+}
+
+/// A seeded bug that has lost its place, or the test that is to catch it, would catch nothing any more.
+#[test]
+fn every_seeded_bug_has_its_place_and_its_test() {
+    let bugs: Vec<serde_json::Value> = serde_json::from_str(&document("tests/seeded/bugs.json")).unwrap();
+    let table = document("tests/seeded/README.md");
+    let mut wrong = Vec::new();
+    for bug in &bugs {
+        let text = |field: &str| bug[field].as_str().unwrap();
+        let found = document(text("file")).matches(text("right")).count();
+        if found != 1 {
+            wrong.push(format!("`{}`: its text is {found} times in {}", text("name"), text("file")));
+        }
+        let (package, test) = (bug["test"][0].as_str().unwrap(), bug["test"][1].as_str().unwrap());
+        let folder = match package {
+            "lm" => "stages/lm/src",
+            "stages" => "stages/src",
+            _ => "src",
+        };
+        let (module, name) = test.split_once("::tests::").unwrap();
+        let module = format!("{folder}/{}", module.replace("::", "/"));
+        let code: String =
+            [".rs", "/mod.rs", "/tests.rs"].iter().map(|end| document(&format!("{module}{end}"))).collect();
+        if !code.contains(&format!("fn {name}(")) {
+            wrong.push(format!("`{}`: there is no test `{test}`", text("name")));
+        }
+        if !table.contains(&format!("| `{}` |", text("name"))) || !table.contains(&format!("`{name}`")) {
+            wrong.push(format!("`{}` is not in the table of tests/seeded/README.md", text("name")));
+        }
+    }
+    assert!(bugs.len() >= 20 && wrong.is_empty(), "{} bugs:\n  {}", bugs.len(), wrong.join("\n  "));
 }

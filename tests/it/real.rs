@@ -19,7 +19,7 @@ use promptkd::plan::key::{self, InputDigests, SourcePart};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Map, Value as Json, json};
 
-use crate::harness::{Project, Ran, children, example, is_alive, wait_until};
+use crate::harness::{Project, Ran, children, example, is_alive, shipped_pipelines, wait_until};
 
 /// The whole method with the smallest models, nine stages.
 const TINY: &str = include_str!("../fixtures/tiny.yaml");
@@ -64,19 +64,51 @@ fn names_in(section: &str, text: &str) -> Vec<String> {
 #[test]
 fn every_shipped_pipeline_is_right_in_every_profile_and_ablation() {
     let project = project("");
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
     let mut checked = 0;
-    for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
-        let (file, text) = (path.display(), fs::read_to_string(&path).unwrap());
-        let profiles = names_in("profiles", &text).into_iter().map(|name| format!("--all --profile {name}"));
-        let ablations = names_in("ablations", &text).into_iter().map(|name| format!("--ablation {name}"));
+    for path in shipped_pipelines() {
+        let file = path.display();
+        let names =
+            |section: &str| with_included(&path).iter().flat_map(|text| names_in(section, text)).collect::<Vec<_>>();
+        let profiles = names("profiles").into_iter().map(|name| format!("--all --profile {name}"));
+        let ablations = names("ablations").into_iter().map(|name| format!("--ablation {name}"));
         for flags in ["--all".to_owned()].into_iter().chain(profiles).chain(ablations) {
             project.check_without_files(&format!("{file} {flags}"));
             checked += 1;
         }
     }
-    // Two files, the profiles of Dolly and the ablations of the built-in corpus.
-    assert!(checked > 4, "only {checked} selections were found");
+    assert!(checked > 60, "only {checked} selections were found");
+}
+
+/// The text of a pipeline and of the files that it includes.
+fn with_included(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap();
+    let includes = text.lines().skip_while(|line| !line.starts_with("include:"));
+    let includes = includes.take_while(|line| line.starts_with("include:") || line.starts_with("  - "));
+    let names = includes
+        .flat_map(|line| line.trim_start_matches("include:").trim_start_matches("  -").split([' ', ',', '[', ']']));
+    let beside =
+        names.filter(|name| !name.is_empty()).map(|name| path.with_file_name(name)).filter(|path| path.is_file());
+    let below: Vec<String> = beside.flat_map(|path| with_included(&path)).collect();
+    [vec![text], below].concat()
+}
+
+/// The batch of each method is that of its recipe, whatever is done to the rest of the pipeline, or nothing runs.
+#[test]
+fn a_recipe_with_another_effective_batch_is_refused_before_anything_runs() {
+    let project = project("");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/paper/cpu-gpt2.yaml").display().to_string();
+    for (variant, setting, fields) in [
+        ("base", "params.promptkd_take=16", 2),
+        ("rkl", "train.windows.batch.take=64", 1),
+        ("kd", "params.sft_take=32", 1),
+        ("sft", "train.windows.batch.last=short", 0),
+        ("minillm", "params.minillm_take=8", 1),
+    ] {
+        let ran = project.run(&format!("check {file} --variant {variant} --set {setting}"));
+        let found = ran.stderr.matches("`effective_batch` says that an update has").count();
+        // Whether a round may be short is known once the rows are.
+        assert_eq!(found, fields, "{variant}: {}", ran.stderr);
+    }
 }
 
 #[test]

@@ -126,4 +126,14 @@ mod tests {
             micro_batches(&data, Some(2), Mean::MicroBatches).unwrap().iter().map(|b| b.token_weight).collect();
         assert_eq!(weights, [1.0 / 8.0, 1.0 / 2.0]);
     }
+
+    #[test]
+    fn every_token_counts_alike_however_a_batch_is_split() {
+        let rows = vec![row(0, &[1], &[2, 3, 4]), row(1, &[1], &[2]), row(2, &[1], &[5])];
+        let data = Dataset { rows, tokenizer: TokenizerFile::new("", 0, 9) };
+        for size in 1..=3 {
+            let batches = micro_batches(&data, Some(size), Mean::Tokens).unwrap();
+            assert!(batches.iter().flat_map(MicroBatch::weights).all(|weight| weight == 1.0 / 5.0), "{size}");
+        }
+    }
 }

@@ -36,6 +36,11 @@ macro_rules! config {
             #[serde(default)]
             #[schemars(range(min = 1, max = contract::limits::BATCH))]
             pub micro_batch: Option<u64>,
+            /// Rows of an update in the recipe that this follows: where the pipeline makes it another number, the plan fails. Left
+            /// out: any number will do.
+            #[serde(default)]
+            #[schemars(range(min = 1, max = contract::limits::BATCH))]
+            pub effective_batch: Option<u64>,
             /// Whether what is trained keeps only the inputs of its blocks for the backward pass, and computes the rest again
             /// there: less memory, a third more time, the same bits.
             #[serde(default)]
@@ -61,6 +66,7 @@ macro_rules! config {
                     warmup_from_zero: self.warmup_from_zero,
                     optimizer: self.optimizer.clone(),
                     micro_batch: self.micro_batch,
+                    effective_batch: self.effective_batch,
                     activation_checkpointing: self.activation_checkpointing,
                     mean: self.mean,
                     dtype: self.dtype,
@@ -105,6 +111,6 @@ impl Settings {
     }
 }
 
-/// What is only a matter of memory, and changes no bit. Not so `micro_batch`: a matrix product over the tokens of a few rows
-/// adds them up in another order than one over those of all rows.
-pub const OUTSIDE_KEY: &[&str] = &["activation_checkpointing"];
+/// What is only a matter of memory, or only looked at, and changes no bit. Not so `micro_batch`: a matrix product over the tokens
+/// of a few rows adds them up in another order than one over those of all rows.
+pub const OUTSIDE_KEY: &[&str] = &["activation_checkpointing", "effective_batch"];

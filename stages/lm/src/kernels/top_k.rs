@@ -68,6 +68,44 @@ fn floored(log: f32) -> f32 {
     if log < LOG_FLOOR { LOG_FLOOR } else { log }
 }
 
+/// A class that counts for nothing.
+pub(crate) const NO_CLASS: u32 = u32::MAX;
+
+/// Log-probabilities of classes, `log_probs`, of the tokens of `softmax(logits * scale)`, where the token at each place is of the class
+/// in `classes`: those of the tokens of a class are added up. Of those that are of no class it is as if they were not there.
+pub(crate) fn of_classes(logits: &[f32], scale: f32, classes: &[u32], log_probs: &mut [f32]) {
+    let counted = || logits.iter().zip(classes).filter(|(_, class)| **class != NO_CLASS);
+    let max = counted().fold(f32::NEG_INFINITY, |most, (logit, _)| if *logit > most { *logit } else { most });
+    let mut sums = vec![0.0_f64; log_probs.len()];
+    for (logit, class) in counted() {
+        sums[*class as usize] += (f64::from(*logit - max) * f64::from(scale)).exp();
+    }
+    let all: f64 = sums.iter().sum();
+    for (sum, log_prob) in sums.iter().zip(log_probs) {
+        *log_prob = floored((sum / all).ln() as f32);
+    }
+}
+
+/// Divergence of an event's probability `exp(log_s)` from `exp(log_t)`, as of distributions over the event and its opposite, and its
+/// derivative by `log_s`. No event is quite certain: its opposite has a probability of 1e-12 at least.
+pub(crate) fn of_event(divergence: Divergence, log_s: f64, log_t: f64) -> (f64, f64) {
+    let least = f64::from(LOG_FLOOR);
+    let with_opposite = |log: f64| {
+        let log = log.clamp(least, -1e-12);
+        [log, (-log.exp_m1()).ln().max(least)]
+    };
+    let (s, t) = (with_opposite(log_s), with_opposite(log_t));
+    let summand = |index: usize| {
+        let (log_s, log_t) = (s[index], t[index]);
+        let token = Token { s: log_s.exp() as f32, log_s: log_s as f32, t: log_t.exp() as f32, log_t: log_t as f32 };
+        let summand = for_rule!(divergence, R(a, b) => R::summand(token, a as f32, b as f32));
+        (f64::from(summand.value), f64::from(summand.slope))
+    };
+    let ((value, slope), (value_of_opposite, slope_of_opposite)) = (summand(0), summand(1));
+    // What the event gains its opposite loses.
+    (value + value_of_opposite, slope - slope_of_opposite * (s[0] - s[1]).exp())
+}
+
 /// Divergence of `softmax(logits / temperature)`, made as coarse as `target`, from `target`. Adds `factor` times its
 /// derivative by `logits` to `slopes`, unless that is empty. `scratch` has the length of `logits`.
 ///

@@ -21,6 +21,7 @@ use candle_core::{DType, Device, Tensor};
 pub use self::confidence::{Confidence, confidences};
 use self::ready::attach;
 use crate::kernels::head::active;
+use crate::kernels::top_k::of_event;
 pub use crate::terms::divergence::{Divergence, check_temperature};
 pub use crate::terms::top_k::TopK;
 
@@ -122,6 +123,14 @@ pub fn divergence_values(hidden: &Tensor, head: &Tensor, targets: &[Target]) -> 
     let request = Request::new(hidden, head, None, targets, &weights)?;
     let terms = request.answer(false, false)?.terms;
     Ok((0..targets.len()).map(|t| terms.iter().skip(t).step_by(targets.len()).copied().collect()).collect())
+}
+
+/// Divergence of an event from a target's, where the trainee gives it the probability `exp(log_s)` and the target `exp(log_t)`: that
+/// of two distributions over the event and its opposite. Beside it the derivative by `log_s`.
+///
+/// An event is a coarsening of what tokens are drawn one after the other, so that no f-divergence is larger than over the tokens.
+pub fn event_divergence(divergence: Divergence, log_s: f64, log_t: f64) -> (f64, f64) {
+    of_event(divergence, log_s, log_t)
 }
 
 /// Arguments that fit together.

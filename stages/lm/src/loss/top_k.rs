@@ -9,7 +9,7 @@ use crate::host::elements;
 use crate::kernels::by_row;
 use crate::kernels::elementary::LOG_FLOOR;
 use crate::kernels::head::rows_per_chunk;
-use crate::kernels::top_k::most_likely;
+use crate::kernels::top_k::{NO_CLASS, most_likely, of_classes};
 use crate::terms::divergence::check_temperature;
 use crate::terms::top_k::{Classes, TopK};
 
@@ -19,11 +19,50 @@ impl TopK {
     ///
     /// Errors when shapes do not fit, `k` is not within 1 to V, or, with [`NotFinite`], a distribution is not made of numbers.
     pub fn of(hidden: &Tensor, head: &Tensor, k: usize, temperature: f64) -> Result<Self> {
-        let (rows, width) = hidden.dims2().context("`hidden` of a model must be [rows, width]")?;
-        let (vocabulary, head_width) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
-        ensure!(width == head_width, "`head` has width {head_width}, expected {width} as in `hidden`");
+        let vocabulary = head.dim(0)?;
         ensure!(k > 0 && k <= vocabulary, "`k` is {k}, expected 1 to {vocabulary}, the size of the vocabulary");
         check_temperature(temperature).context("temperature of a model")?;
+        TopK::by_row(hidden, head, (vocabulary, k), |logits, tokens, log_probs| {
+            most_likely(logits, (1.0 / temperature) as f32, tokens, log_probs)
+        })
+    }
+
+    /// What `softmax(hidden headᵀ / temperature)` says of `count` classes of tokens: a distribution over the classes, without rest,
+    /// whose ids are their numbers. `classes` has the class of each of the head's V tokens; what is of none counts as if it were not
+    /// there. So a model speaks in the words of one that has another tokenizer.
+    ///
+    /// `hidden` is `[N, D]`, `head` `[V, D]`. Chunked. Errors as [`TopK::of`] does.
+    pub fn of_classes(
+        hidden: &Tensor,
+        head: &Tensor,
+        classes: &[Option<u32>],
+        count: usize,
+        temperature: f64,
+    ) -> Result<Self> {
+        let vocabulary = head.dim(0)?;
+        ensure!(classes.len() == vocabulary, "{} of {vocabulary} tokens have a class", classes.len());
+        let inside = classes.iter().flatten().all(|class| (*class as usize) < count);
+        ensure!(inside && classes.iter().any(Option::is_some), "a token's class is none of the {count}");
+        check_temperature(temperature).context("temperature of a model")?;
+        let classes: Vec<u32> = classes.iter().map(|class| class.unwrap_or(NO_CLASS)).collect();
+        TopK::by_row(hidden, head, (count, count), |logits, tokens, log_probs| {
+            tokens.iter_mut().zip(0..).for_each(|(token, class)| *token = class);
+            of_classes(logits, (1.0 / temperature) as f32, &classes, log_probs);
+            LOG_FLOOR
+        })
+    }
+
+    /// Of `vocabulary` tokens, what `keep` makes of the logits of every row: K of them with their log-probabilities, and the
+    /// logarithm of the rest.
+    fn by_row(
+        hidden: &Tensor,
+        head: &Tensor,
+        (vocabulary, k): (usize, usize),
+        keep: impl Fn(&mut [f32], &mut [u32], &mut [f32]) -> f32 + Sync,
+    ) -> Result<Self> {
+        let (rows, width) = hidden.dims2().context("`hidden` of a model must be [rows, width]")?;
+        let (columns, head_width) = head.dims2().context("`head` of a model must be [vocabulary, width]")?;
+        ensure!(width == head_width, "`head` has width {head_width}, expected {width} as in `hidden`");
         let mut kept = TopK {
             vocabulary,
             k,
@@ -31,8 +70,7 @@ impl TopK {
             log_probs: vec![0.0; rows * k],
             log_rest: vec![0.0; rows],
         };
-        let scale = (1.0 / temperature) as f32;
-        let chunk = rows_per_chunk(vocabulary);
+        let chunk = rows_per_chunk(columns);
         let head = head.detach().to_dtype(DType::F32)?;
         for start in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - start);
@@ -42,8 +80,8 @@ impl TopK {
             let tokens = kept.tokens[places.clone()].par_chunks_mut(k);
             let outputs =
                 tokens.zip(kept.log_probs[places].par_chunks_mut(k)).zip(&mut kept.log_rest[start..][..count]);
-            outputs.zip(logits.par_chunks_mut(vocabulary)).for_each(|(((tokens, log_probs), log_rest), logits)| {
-                *log_rest = most_likely(logits, scale, tokens, log_probs);
+            outputs.zip(logits.par_chunks_mut(columns)).for_each(|(((tokens, log_probs), log_rest), logits)| {
+                *log_rest = keep(logits, tokens, log_probs);
             });
         }
         let finite = |row: usize| {
