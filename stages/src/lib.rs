@@ -17,6 +17,7 @@ pub mod address;
 pub mod aligned;
 pub mod chat;
 mod columns;
+pub mod command;
 pub mod corpus;
 pub mod cut_layers;
 pub mod distill;
@@ -59,6 +60,7 @@ mod writing;
 pub fn registry() -> Registry {
     Registry::new(load)
         .with(adapt::Adapt)
+        .with(command::Command)
         .with(cut_layers::CutLayers)
         .with(distill::Distill)
         .with(download::Download)
