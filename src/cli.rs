@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::language::Request;
+use crate::plan::selection::Wanted;
 
 /// Turns a YAML file into a distilled language model, and says exactly what it did
 #[derive(Parser)]
@@ -38,8 +39,32 @@ pub(crate) enum Command {
     #[command(after_help = "Example: pipeline show promptkd.yaml score --json")]
     Show(ShowArgs),
     /// Explain why stages have to run: the exact difference to the last time
-    #[command(after_help = "Example: pipeline why promptkd.yaml student")]
-    Why(Target),
+    #[command(after_help = "Example: pipeline why promptkd.yaml student --against no-prompt")]
+    Why(WhyArgs),
+    /// Give the result of a stage a name
+    #[command(after_help = "Example: pipeline tag best promptkd.yaml train")]
+    Tag(TagArgs),
+    /// List the names of results
+    #[command(after_help = "Example: pipeline tags --json")]
+    Tags(ListArgs),
+    /// Take a name away from a result
+    #[command(after_help = "Example: pipeline untag best")]
+    Untag(UntagArgs),
+    /// Keep the key of a stage as it is: a plan in which it is another fails
+    #[command(after_help = "Example: pipeline pin promptkd.yaml teacher")]
+    Pin(Target),
+    /// Let the key of a stage change again
+    #[command(after_help = "Example: pipeline unpin promptkd.yaml teacher")]
+    Unpin(Target),
+    /// List runs, or the stages of one
+    #[command(after_help = "Example: pipeline runs 20260131")]
+    Runs(RunsArgs),
+    /// Print the logs of a run, the newest if none is named
+    #[command(after_help = "Example: pipeline logs train --follow")]
+    Logs(LogsArgs),
+    /// Show what runs now
+    #[command(after_help = "Example: pipeline status")]
+    Status(StatusArgs),
     /// Draw the graph of a pipeline
     #[command(after_help = "Example: pipeline graph promptkd.yaml --format dot | dot -Tsvg > graph.svg")]
     Graph(GraphArgs),
@@ -55,6 +80,12 @@ pub(crate) enum Command {
     /// Copy an artifact out of the store, its bytes verified
     #[command(after_help = "Example: pipeline export promptkd.yaml train.student --to my-student")]
     Export(ExportArgs),
+    /// Make files that are there the result of a stage, as if it had made them
+    #[command(after_help = "Example: pipeline import promptkd.yaml teacher --from my-teacher")]
+    Import(ImportArgs),
+    /// Say what this machine and this store can do
+    #[command(after_help = "Example: pipeline doctor")]
+    Doctor(DoctorArgs),
     /// Write a copy of a shipped pipeline, to start from
     #[command(after_help = "Example: pipeline init promptkd.yaml")]
     Init {
@@ -85,9 +116,15 @@ pub(crate) enum Command {
 pub(crate) struct Target {
     /// Pipeline: a path, the name of one in `pipelines/` or of a shipped one, or `-` for standard input
     pub(crate) file: PathBuf,
-    /// Stages to look at, with all that they need; `LOOP.STAGE` too. Without any: all
+    /// Stages to look at, with all that they need; `LOOP.STAGE` too. `STAGE+` is a stage with all that needs it. Without any: all
     #[arg(value_name = "STAGE")]
     pub(crate) stages: Vec<String>,
+    /// Leave out what needs these stages
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
+    pub(crate) until: Vec<String>,
+    /// Leave what the named stages need as it is: it must have a result
+    #[arg(long, requires = "stages")]
+    pub(crate) only: bool,
     /// Where and at what scale to run
     #[arg(long, value_name = "P")]
     profile: Option<String>,
@@ -117,6 +154,17 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// The stages that are asked for, of which some are to run in any case.
+    pub(crate) fn wanted<'a>(&'a self, force: &'a [String]) -> Wanted<'a> {
+        Wanted { stages: &self.stages, until: &self.until, force }
+    }
+
+    /// The same for another variant alone.
+    pub(crate) fn request_of(&self, variant: &str) -> Request {
+        let variants = vec![variant.to_owned()];
+        Request { variants, all_variants: false, ablation: None, ..self.request() }
+    }
+
     pub(crate) fn request(&self) -> Request {
         Request {
             file: self.file.clone(),
@@ -149,6 +197,12 @@ pub(crate) struct StoreArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) target: Target,
+    /// Run these stages although they have a result, and say whether they give the same bytes
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
+    pub(crate) force: Vec<String>,
+    /// Stop as soon as a stage fails; without, what does not need it goes on
+    #[arg(long)]
+    pub(crate) fail_fast: bool,
     /// Print events, one JSON object a line, in place of the table
     #[arg(long)]
     pub(crate) json: bool,
@@ -185,9 +239,102 @@ pub(crate) struct CheckArgs {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) target: Target,
+    /// Plan these stages to run although they have a result
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
+    pub(crate) force: Vec<String>,
     /// Exit with status 3 if there is work
     #[arg(long)]
     pub(crate) check: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct WhyArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Compare with this instead: a run (the beginning of its name), the name of a result, or a variant
+    #[arg(long, value_name = "RUN|NAME|VARIANT")]
+    pub(crate) against: Option<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct ImportArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// The folder or file; of a stage with several outputs, `OUTPUT=PATH` for each
+    #[arg(long, value_name = "PATH", required = true)]
+    pub(crate) from: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct TagArgs {
+    /// Letters, digits, `-`, `_` and `.`
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Take the name from the result that has it
+    #[arg(long)]
+    pub(crate) r#move: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UntagArgs {
+    /// The name
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct RunsArgs {
+    /// One of them, by the beginning of its name; of several the newest
+    pub(crate) run: Option<String>,
+    /// How many to list
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) last: usize,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct LogsArgs {
+    /// A run, a stage of the newest, or both
+    #[arg(value_names = ["RUN", "STAGE"], num_args = 0..=2)]
+    pub(crate) names: Vec<String>,
+    /// Go on as long as the run does
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -272,11 +419,59 @@ pub(crate) enum Extraction {
 #[derive(Subcommand)]
 pub(crate) enum CacheCommand {
     /// Measure what the store takes up
-    #[command(after_help = "Example: pipeline cache du --json")]
-    Du(CacheArgs),
+    #[command(after_help = "Example: pipeline cache du --stages")]
+    Du(DuArgs),
+    /// Drop results that nobody wants any more: what has a name or was in a run of the last days stays
+    #[command(after_help = "Example: pipeline cache gc --days 14 --limit 50GiB --dry-run")]
+    Gc(GcArgs),
     /// Hash everything in the store; what is damaged is removed and will be computed again
     #[command(after_help = "Example: pipeline cache verify")]
     Verify(CacheArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct DuArgs {
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+    /// Tell what each stage takes up, the most first
+    #[arg(long)]
+    pub(crate) stages: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct GcArgs {
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+    /// Keep what runs of so many last days wanted
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub(crate) days: u64,
+    /// Drop no more than it takes for artifacts to fit in here, as `50GiB`; the longest unwanted go first
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) limit: Option<u64>,
+    /// Only say what would go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// A number of bytes: `1000`, `1.5GB`, `20GiB`.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
+    let factor: f64 = match unit.trim() {
+        "" | "B" => 1.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        "KiB" => 1024.0,
+        "MiB" => f64::from(1 << 20),
+        "GiB" => f64::from(1 << 30),
+        "TiB" => 1024.0 * f64::from(1 << 30),
+        other => {
+            return Err(format!("`{other}` is no unit; write `KiB`, `MiB`, `GiB`, `TiB`, `kB`, `MB`, `GB` or `TB`"));
+        }
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("`{text}` is no size; write for example `20GiB`"))?;
+    Ok((number * factor) as u64)
 }
 
 #[derive(Args)]
@@ -292,6 +487,18 @@ pub(crate) struct CacheArgs {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in
+            [("0", 0), ("1000", 1000), ("1.5GB", 1_500_000_000), ("20GiB", 20 << 30), ("2 MiB", 2 << 20)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GiB", "1Gi", "-1", "1.2.3"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent_and_every_visible_command_has_an_example() {

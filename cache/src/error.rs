@@ -39,6 +39,14 @@ pub enum StoreError {
     #[error("`{port}` cannot name an output; expected letters, digits, `-`, `_` or `.`, not starting with `.`")]
     Port { port: String },
 
+    /// A name is the name of a file.
+    #[error("`{name}` is no name for a result; expected letters, digits, `-`, `_` or `.`, not starting with `.`")]
+    NoName { name: String },
+
+    /// What is wanted would take away what others work with.
+    #[error("somebody works with the store `{}`; try again when they are done", path.display())]
+    InUse { path: PathBuf },
+
     /// The store was written by another version of this program.
     #[error("store `{}` has format `{found}`, expected `{expected}`; choose another folder", path.display())]
     Format { path: PathBuf, found: String, expected: &'static str },

@@ -15,9 +15,14 @@ hexadecimal!(Key);
 impl Key {
     /// `blake3("pipeline-action-v1" ‖ canonical(preimage))`.
     pub fn of(preimage: &Json) -> Key {
+        Key::of_text(&canonical(preimage))
+    }
+
+    /// Of a preimage in its canonical text.
+    pub(crate) fn of_text(text: &str) -> Key {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"pipeline-action-v1");
-        hasher.update(canonical(preimage).as_bytes());
+        hasher.update(text.as_bytes());
         Key(*hasher.finalize().as_bytes())
     }
 }

@@ -16,6 +16,7 @@
 //! ac/ab/<key>            action record, with a checksum
 //! pre/ab/<key>           preimage of a key
 //! cut/<key>/<round>/     checkpoint: a checksummed `manifest` beside the folder `files`
+//! names/                 names that people gave to results, a checksummed file each
 //! runs/                  the runner's own
 //! work/<key>.<id>/       the only place where a running stage writes
 //! locks/                 the kernel's locks, one file a key while it is held
@@ -71,6 +72,7 @@
 #![warn(missing_docs)]
 
 mod artifact;
+mod collect;
 #[cfg(test)]
 mod crash_safety;
 mod cut;
@@ -79,6 +81,7 @@ mod disk;
 mod error;
 mod key;
 mod lock;
+mod name;
 mod publish;
 mod record;
 mod source;
@@ -88,11 +91,13 @@ mod usage;
 mod verify;
 mod work;
 
+pub use collect::{Collection, InUse, Wish};
 pub use cut::Cut;
 pub use digest::{Digest, FileEntry, NotHexadecimal};
 pub use error::{Result, StoreError};
 pub use key::{Key, canonical};
 pub use lock::Guard;
+pub use name::Named;
 pub use record::{Artifact, Lookup, Record, Why};
 pub use source::{Takes, copy_source};
 pub use store::Store;

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, StoreError};
 
+/// Name of the lock of those who work with a store.
+pub(crate) const IN_USE: &str = "use";
+
 /// Holds a lock until it is dropped.
 #[derive(Debug)]
 pub struct Guard {

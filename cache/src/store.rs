@@ -14,13 +14,13 @@ use crate::digest::{self, Digest, FileEntry};
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::key::{Key, canonical};
-use crate::lock::{self, Guard};
+use crate::lock::{self, Guard, IN_USE};
 use crate::record::{self, Lookup, Record, Why};
 use crate::stamp::{Identity, Stamp, Stamps, forget_old};
 use crate::work::{self, Scratch, Work, Workplace};
 
 /// Folders below the root.
-const FOLDERS: [&str; 9] = ["cas", "trees", "ac", "pre", "cut", "runs", "work", "locks", "stamps"];
+const FOLDERS: [&str; 10] = ["cas", "trees", "ac", "pre", "cut", "names", "runs", "work", "locks", "stamps"];
 
 /// Names the layout of the folders and the forms of the files; another one is refused rather than misread.
 const FORMAT: &str = "pipeline-store-v1";
@@ -120,12 +120,17 @@ impl Store {
 
     /// Keeps what a key was made of, and returns the key.
     pub fn keep_preimage(&self, preimage: &Json) -> Result<Key> {
-        let key = Key::of(preimage);
-        if self.preimage(&key)?.is_none() {
+        let text = canonical(preimage);
+        let key = Key::of_text(&text);
+        let home = self.preimage_path(&key);
+        let kept = match read_if_there(&home) {
+            Ok(kept) => kept,
+            Err(error) => error.into_damage().map(|_| None)?,
+        };
+        if kept.as_deref() != Some(text.as_bytes()) {
             let scratch = self.begin_scratch()?;
             let path = scratch.path.join("preimage");
-            let home = self.preimage_path(&key);
-            self.disk.write(&path, canonical(preimage).as_bytes())?;
+            self.disk.write(&path, text.as_bytes())?;
             self.make_parent(&home)?;
             self.disk.rename(&path, &home)?;
         }
@@ -209,8 +214,9 @@ impl Store {
     /// Removes what processes that are gone left behind, and returns how many work folders there were. Their lock files go,
     /// too, checkpoints of work that is finished, and stamps of boots long ago. Safe at any time.
     pub fn sweep(&self) -> Result<usize> {
-        for (_, path) in list(&self.root.join("locks"))? {
-            if path != self.place.gate {
+        for (name, path) in list(&self.root.join("locks"))? {
+            // Those two are never removed: several hold them at once.
+            if path != self.place.gate && name != IN_USE {
                 drop(lock::try_take(&path)?); // who gives a lock up removes its file
             }
         }

@@ -18,6 +18,14 @@ pub struct Size {
     pub bytes: u64,
 }
 
+impl std::ops::Add for Size {
+    type Output = Size;
+
+    fn add(self, other: Size) -> Size {
+        Size { files: self.files + other.files, bytes: self.bytes + other.bytes }
+    }
+}
+
 /// What each part of the store takes up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
@@ -71,7 +79,7 @@ impl Store {
 }
 
 /// The size of all files below a folder; `only_copies` leaves out those that are links to blobs.
-fn size_of(folder: &Path, only_copies: bool) -> Result<Size> {
+pub(crate) fn size_of(folder: &Path, only_copies: bool) -> Result<Size> {
     let mut size = Size::default();
     let mut folders = vec![folder.to_path_buf()];
     while let Some(folder) = folders.pop() {

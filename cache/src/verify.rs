@@ -179,7 +179,7 @@ impl Store {
     }
 
     /// What lies in `part/ab/rest`, with the name `abrest`.
-    fn below(&self, part: &str) -> Result<Vec<(PathBuf, String)>> {
+    pub(crate) fn below(&self, part: &str) -> Result<Vec<(PathBuf, String)>> {
         let mut found = Vec::new();
         for (first, folder) in list(&self.root().join(part))? {
             found.extend(list(&folder)?.into_iter().map(|(rest, path)| (path, format!("{first}{rest}"))));

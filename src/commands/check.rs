@@ -15,7 +15,7 @@ use crate::run::device;
 
 pub(crate) fn check(args: &CheckArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
-    let selection = selection::select(&graph, &args.target.stages)?;
+    let selection = selection::select(&graph, &args.target.wanted(&[]))?;
     let devices = device::devices(&args.target.device, bench.gpus)?;
     warn_or_fail(&graph, &selection, bench, &devices, &BTreeMap::new())?;
     let mut text = String::new();

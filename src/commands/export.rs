@@ -12,7 +12,7 @@ use super::{BadRequest, Workbench, existing_store, say};
 use crate::cli::ExportArgs;
 use crate::graph::Graph;
 use crate::ground::signals::{self, Watch};
-use crate::plan::selection::{self, Selection};
+use crate::plan::selection::{self, Selection, Wanted};
 use crate::plan::{self, Settled};
 
 pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
@@ -21,7 +21,7 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     };
     let graph = bench.load(&args.target)?;
     let (stage, port) = split(&graph, name);
-    let selection = selection::select(&graph, &[stage.to_owned()])?;
+    let selection = selection::select(&graph, &Wanted { stages: &[stage.to_owned()], ..Wanted::default() })?;
     let store = existing_store(&args.target.store)?;
     let settled = settled(&graph, &selection, stage, bench, &store)?;
     let outputs: BTreeMap<String, &Artifact> =

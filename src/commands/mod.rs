@@ -2,9 +2,14 @@
 
 mod cache;
 mod check;
+mod doctor;
 mod export;
+mod import;
+mod names;
+mod outlook;
 mod plan;
 mod run;
+mod runs;
 mod score;
 mod show;
 mod why;
@@ -15,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ::cache::Store;
+use ::cache::{Store, StoreError};
 use anyhow::{Context, Result};
 use clap::Parser;
 use contract::{Registry, Scoring};
@@ -30,9 +35,9 @@ use crate::ground::signals::{self, Interrupted};
 use crate::ground::terminal::{has_colours, printable_lines};
 use crate::ground::trouble::{BadRequest, is_store_trouble, status};
 use crate::language::{self, Diagnostics};
-use crate::plan::Settled;
 use crate::plan::foresee::Foresight;
 use crate::plan::selection::Selection;
+use crate::plan::{Plan, Settled};
 use crate::report::draw;
 use crate::run::device;
 
@@ -87,7 +92,17 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         Command::Plan(args) => return plan::plan(&args, bench),
         Command::Check(args) => check::check(&args, bench)?,
         Command::Show(args) => show::show(&args, bench)?,
-        Command::Why(target) => why::why(&target, bench)?,
+        Command::Why(args) => why::why(&args, bench)?,
+        Command::Import(args) => import::import(&args, bench)?,
+        Command::Doctor(args) => doctor::doctor(&args, bench)?,
+        Command::Tag(args) => names::tag(&args, bench)?,
+        Command::Tags(args) => names::tags(&args)?,
+        Command::Untag(args) => names::untag(&args)?,
+        Command::Pin(target) => names::pin(&target, bench)?,
+        Command::Unpin(target) => names::unpin(&target, bench)?,
+        Command::Runs(args) => runs::runs(&args)?,
+        Command::Logs(args) => runs::logs(&args)?,
+        Command::Status(args) => runs::status(&args)?,
         Command::Graph(args) => {
             let graph = bench.load(&args.target)?;
             say(&match args.format {
@@ -121,6 +136,9 @@ fn complain(error: &anyhow::Error) -> u8 {
         return signals::status(*signal);
     }
     tell(&format!("error: {}", printable_lines(&format!("{error:#}"))));
+    if let Some(StoreError::NoName { .. } | StoreError::InUse { .. }) = error.downcast_ref() {
+        return status::BAD_REQUEST;
+    }
     if is_store_trouble(error)
         || error.chain().any(|cause| cause.is::<io::Error>() || cause.is::<::cache::StoreError>())
     {
@@ -128,6 +146,20 @@ fn complain(error: &anyhow::Error) -> u8 {
     } else {
         status::BAD_REQUEST
     }
+}
+
+/// With `--only`, an error where something has to run that is not named.
+pub(crate) fn only_named(target: &Target, selection: &Selection, plan: &Plan) -> Result<()> {
+    let open = plan.steps.iter().filter(|(node, step)| step.settled().is_none() && !selection.named.contains(node));
+    let missing: Vec<String> = open.map(|(node, _)| format!("`{}`", selection.labels[node])).collect();
+    if !target.only || missing.is_empty() {
+        return Ok(());
+    }
+    let (verb, missing) = (if missing.len() == 1 { "has" } else { "have" }, missing.join(", "));
+    Err(BadRequest(format!(
+        "{missing} {verb} no result, and `--only` keeps it from running; name it too, or leave `--only` out"
+    ))
+    .into())
 }
 
 /// What is foreseen of stages without a result, on standard error. An error where one of them cannot work.

@@ -8,7 +8,8 @@ use ::cache::Store;
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
 
-use super::{BadRequest, Workbench, open_store, read_store, say, status};
+use super::outlook::Outlook;
+use super::{BadRequest, Workbench, only_named, open_store, read_store, say, status};
 use crate::cli::{CompareArgs, RunArgs};
 use crate::graph::Graph;
 use crate::ground::output::tell;
@@ -16,7 +17,8 @@ use crate::ground::signals;
 use crate::ground::trouble::Fault;
 use crate::language;
 use crate::plan::foresee::Foresight;
-use crate::plan::history::Pipeline;
+use crate::plan::history::{History, Pipeline};
+use crate::plan::names::Pins;
 use crate::plan::selection;
 use crate::plan::{self, Settled};
 use crate::report;
@@ -56,7 +58,7 @@ pub(crate) fn compare(args: CompareArgs, bench: &Workbench) -> Result<ExitCode> 
 
 /// Prints the table of what is in the store, and says what of it is missing.
 fn show_results(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
-    let selection = selection::select(graph, &args.target.stages)?;
+    let selection = selection::select(graph, &args.target.wanted(&[]))?;
     let store = read_store(&args.target.store)?;
     let plan = plan::plan(graph, &selection, bench.registry, &store)?;
     print_table(args.markdown, graph, &plan.settled(), &store)?;
@@ -76,21 +78,29 @@ fn show_results(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<Exit
 
 fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCode> {
     let target = &args.target;
-    let selection = selection::select(graph, &target.stages)?;
+    let selection = selection::select(graph, &target.wanted(&args.force))?;
     let settings = settings(args, bench)?;
     let store = open_store(&target.store)?;
     // What cannot work is refused before anything runs; what is only odd is said by the run itself.
     let plan = plan::plan(graph, &selection, bench.registry, &store)?;
+    only_named(target, &selection, &plan)?;
+    let pipeline = Pipeline::of(&target.file);
+    let pins = Pins::of(graph, &store, &pipeline)?;
+    pins.check_plan(&plan, &selection, &store)?;
     let mut foresight = Foresight::new(graph, &selection, bench.registry, device::machine(&settings.devices));
     let (errors, _) = foresight.diagnose(&plan.settled());
     if !errors.diagnostics.is_empty() {
         return Err(errors.into());
     }
+    let outlook = Outlook::of(graph, &selection, &plan, &History::open(&store, pipeline.clone()), &store);
+    outlook.check_room(&store)?;
+    if outlook.has_work() && graph.cells.len() > 1 && !args.json {
+        tell(&outlook.line());
+    }
     let mut reporter = report::reporter(args.json, selection.width());
-    let pipeline = Pipeline::of(&target.file);
     let summary = {
         let _span = tracing::info_span!("run", pipeline = pipeline.pipeline).entered();
-        run::run(foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
+        run::run(plan, pins, foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
     };
     let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary.settled, &store) };
     conclude(&summary, args.json, shown)
@@ -115,6 +125,7 @@ fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {
         jobs: usize::from(target.jobs),
         cut_seconds: args.cut_every,
         unroll: args.unroll,
+        fail_fast: args.fail_fast,
     })
 }
 

@@ -25,7 +25,7 @@ use crate::plan::{self, Settled, Step};
 
 pub(crate) fn show(args: &ShowArgs, bench: &Workbench) -> Result<()> {
     let graph = bench.load(&args.target)?;
-    let selection = selection::select(&graph, &args.target.stages)?;
+    let selection = selection::select(&graph, &args.target.wanted(&[]))?;
     let store = read_store(&args.target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
     let steps: BTreeMap<NodeIndex, Step> = plan.steps.into_iter().collect();

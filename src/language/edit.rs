@@ -249,7 +249,7 @@ impl Locator<'_> {
         in_loop: bool,
     ) -> Result<Located, Refusal> {
         let kind = node.get("kind").and_then(Node::text).and_then(|kind| self.kinds.get(kind));
-        let top = kind.map(|kind| kind.schema.fields(&[])).unwrap_or_default();
+        let top = kind.map(|kind| kind.schema().fields(&[])).unwrap_or_default();
         match rest {
             [] => Ok(self.found(&keys, What::Stage, false, Vec::new())),
             ["in", port] => {
@@ -274,7 +274,7 @@ impl Locator<'_> {
                 keys.extend(fields);
                 let path: Vec<String> = fields.iter().map(|&f| f.to_owned()).collect();
                 let (last, above) = path.split_last().expect("`[]` and `with` alone are matched before");
-                let known = kind.map(|kind| kind.schema.fields(above)).unwrap_or_default();
+                let known = kind.map(|kind| kind.schema().fields(above)).unwrap_or_default();
                 let mut names = known.names;
                 let alone = !in_loop && above.is_empty() && kind.is_some_and(|kind| kind.alone.is_some());
                 if alone {

@@ -19,8 +19,9 @@ pub(crate) struct Kinds<'a> {
 /// A kind with its schema.
 pub(crate) struct KindInfo<'a> {
     pub(crate) kind: &'a dyn Kind,
-    pub(crate) schema: Schema,
     pub(crate) alone: Option<Alone>,
+    registry: &'a Registry,
+    schema: OnceCell<Schema>,
     validator: OnceCell<Validator>,
 }
 
@@ -28,8 +29,9 @@ impl<'a> Kinds<'a> {
     pub(crate) fn new(registry: &'a Registry) -> Self {
         let info = |kind: &'a dyn Kind| KindInfo {
             kind,
-            schema: Schema(kind.schema()),
             alone: kind.alone(),
+            registry,
+            schema: OnceCell::new(),
             validator: OnceCell::new(),
         };
         Kinds { kinds: registry.kinds().map(|kind| (kind.about().name, info(kind))).collect() }
@@ -45,9 +47,16 @@ impl<'a> Kinds<'a> {
 }
 
 impl KindInfo<'_> {
+    /// Made when it is first asked for: a pipeline uses few of all kinds.
+    pub(crate) fn schema(&self) -> &Schema {
+        let schema = || self.registry.schema(self.kind.about().name).cloned().expect("a kind of the registry");
+        self.schema.get_or_init(|| Schema(schema()))
+    }
+
     /// Compiled once, when the first stage of the kind is checked.
     pub(crate) fn validator(&self) -> &Validator {
-        self.validator.get_or_init(|| jsonschema::validator_for(&self.schema.0).expect("the schema of a kind is valid"))
+        let compile = || jsonschema::validator_for(&self.schema().0).expect("the schema of a kind is valid");
+        self.validator.get_or_init(compile)
     }
 }
 

@@ -5,7 +5,7 @@
 //! coordinator asks again whenever a result has come in, and a stage that cannot work fails at once instead of hours later;
 //! a worker asks with the facts of the very values that enter.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 
 use cache::Record;
@@ -18,7 +18,7 @@ use crate::graph::{Entry, Exit, Graph, Operator, Origin, Subgraph};
 use crate::ground::source::Place;
 use crate::ground::source::Span;
 use crate::language::diagnostic::{Diagnostic, Diagnostics};
-use crate::plan::selection::Selection;
+use crate::plan::selection::{Selection, reach};
 use crate::plan::{Settled, content, key};
 use crate::rounds::flow::{Entering, Leaving, Part, Seen, look};
 
@@ -30,6 +30,8 @@ pub(crate) struct Foresight<'a> {
     machine: Machine,
     /// Of each subgraph, what was known of its entries and what was said.
     seen: HashMap<NodeIndex, (Entering, Seen)>,
+    /// What is known of the outputs of each subgraph.
+    known: HashMap<NodeIndex, Leaving>,
 }
 
 /// A finding about a stage of the graph.
@@ -48,24 +50,48 @@ impl<'a> Foresight<'a> {
         registry: &'static Registry,
         machine: Machine,
     ) -> Self {
-        Foresight { graph, selection, registry, machine, seen: HashMap::new() }
+        Foresight { graph, selection, registry, machine, seen: HashMap::new(), known: HashMap::new() }
     }
 
     /// All that is wrong or odd about selected stages without a result.
     pub(crate) fn look(&mut self, settled: &BTreeMap<NodeIndex, Settled>) -> Vec<Foreseen> {
-        let mut known: HashMap<NodeIndex, Leaving> = HashMap::new();
+        // Nothing is asked of what no stage without a result reads, directly or not.
+        let open = self.selection.order.iter().copied().filter(|node| !settled.contains_key(node)).collect();
+        let asked = reach(self.graph, open, Direction::Incoming);
+        self.known.clear();
+        self.walk(settled, asked.iter().filter_map(|node| self.selection.positions.get(node).copied()).collect())
+    }
+
+    /// What is wrong or odd about stages without a result of which more is known since these have one, or none any more.
+    pub(crate) fn look_again(
+        &mut self,
+        settled: &BTreeMap<NodeIndex, Settled>,
+        changed: impl IntoIterator<Item = NodeIndex>,
+    ) -> Vec<Foreseen> {
+        let positions = &self.selection.positions;
+        self.walk(settled, changed.into_iter().filter_map(|node| positions.get(&node).copied()).collect())
+    }
+
+    /// Looks at what stands at these places in the order, and at all that reads what was said of them anew.
+    fn walk(&mut self, settled: &BTreeMap<NodeIndex, Settled>, mut places: BTreeSet<usize>) -> Vec<Foreseen> {
         let mut found = Vec::new();
-        for &node in &self.selection.order {
+        while let Some(place) = places.pop_first() {
+            let node = self.selection.order[place];
             let edges = self.graph.subgraphs.edges_directed(node, Direction::Incoming);
             let entries = edges.map(|edge| {
-                let facts = known.get(&edge.source()).and_then(|outputs| outputs.get(&edge.weight().output));
+                let facts = self.known.get(&edge.source()).and_then(|outputs| outputs.get(&edge.weight().output));
                 (edge.weight().input.clone(), facts.cloned().unwrap_or_default())
             });
             let entries: Entering = entries.collect();
             let result = settled.get(&node);
             let mut outputs = self.look_at(node, entries, result.is_some(), &mut found);
             outputs.extend(result.map(recorded).unwrap_or_default());
-            known.insert(node, outputs);
+            let before = self.known.get(&node);
+            if before.is_some_and(|before| *before != outputs) {
+                let readers = self.graph.subgraphs.neighbors_directed(node, Direction::Outgoing);
+                places.extend(readers.filter_map(|reader| self.selection.positions.get(&reader)));
+            }
+            self.known.insert(node, outputs);
         }
         found
     }

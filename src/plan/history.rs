@@ -1,7 +1,7 @@
 //! What earlier runs wanted to do, and what has changed since: the exact difference of two preimages.
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use serde_json::Value as Json;
 use crate::graph::{Loop, Operator, Subgraph};
 use crate::ground::source::Place;
 use crate::ground::terminal::flow;
+use crate::ground::trouble::BadRequest;
 use crate::plan::key::{self, Action};
 use crate::plan::selection::Alias;
 
@@ -85,17 +86,22 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// A plan as it was read.
-struct Plan {
-    /// Identifier of the run.
-    run: String,
-    pipeline: Pipeline,
-    stages: Vec<PlannedStage>,
+/// A run as its plan tells.
+#[derive(Clone, Debug)]
+pub(crate) struct PastRun {
+    /// Identifier, which begins with date and time.
+    pub(crate) id: String,
+    /// Its folder.
+    pub(crate) folder: PathBuf,
+    /// The pipeline.
+    pub(crate) pipeline: Pipeline,
+    /// Stages whose key came to be known, the last word on each.
+    pub(crate) stages: Vec<PlannedStage>,
 }
 
-impl Plan {
+impl PastRun {
     /// Nothing where there is none. A line that is not whole is the last one of a run that was killed.
-    fn read(run: &Path) -> Option<Plan> {
+    fn read(run: &Path) -> Option<Self> {
         let text = fs::read_to_string(run.join(PLAN)).ok()?;
         let mut lines = text.lines();
         let pipeline = serde_json::from_str(lines.next()?).ok()?;
@@ -103,9 +109,31 @@ impl Plan {
         for stage in lines.map_while(|line| serde_json::from_str::<PlannedStage>(line).ok()) {
             stages.insert(stage.alias.clone(), stage);
         }
-        let stages = stages.into_values().collect();
-        Some(Plan { run: run.file_name()?.to_string_lossy().into_owned(), pipeline, stages })
+        let id = run.file_name()?.to_string_lossy().into_owned();
+        Some(PastRun { id, folder: run.to_owned(), pipeline, stages: stages.into_values().collect() })
     }
+}
+
+/// All runs of a store, the newest first.
+pub(crate) fn past_runs(store: &Store) -> impl Iterator<Item = PastRun> {
+    folders(store).into_iter().filter_map(|folder| PastRun::read(&folder))
+}
+
+/// The newest run whose identifier begins so: a date will do.
+pub(crate) fn find_run(store: &Store, start: &str) -> Result<PastRun> {
+    let begins = |folder: &PathBuf| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(start));
+    let found = folders(store).into_iter().filter(begins).find_map(|folder| PastRun::read(&folder));
+    let unknown = || BadRequest(format!("no run begins with `{start}`; `pipeline runs` lists them"));
+    found.filter(|_| !start.is_empty()).ok_or_else(|| unknown().into())
+}
+
+/// Folders of runs, the newest first.
+fn folders(store: &Store) -> Vec<PathBuf> {
+    let entries = fs::read_dir(store.runs()).into_iter().flatten().flatten();
+    let mut folders: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    // Identifiers begin with the time.
+    folders.sort_unstable_by(|a, b| b.cmp(a));
+    folders
 }
 
 /// A stage as an earlier run saw it.
@@ -114,6 +142,15 @@ pub(crate) struct Earlier {
     pub run: String,
     /// The stage then.
     pub stage: PlannedStage,
+}
+
+/// What a stage cost when it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Cost {
+    /// Seconds, over all attempts.
+    pub(crate) seconds: f64,
+    /// Bytes of its outputs.
+    pub(crate) bytes: u64,
 }
 
 /// One thing that differs between two preimages.
@@ -133,7 +170,14 @@ pub(crate) struct Change {
 pub(crate) struct History {
     pipeline: Pipeline,
     runs: Vec<PathBuf>,
-    plans: OnceCell<Vec<Plan>>,
+    plans: OnceCell<Plans>,
+}
+
+/// Plans of one pipeline, the newest first, and where each stage is in them.
+struct Plans {
+    runs: Vec<PastRun>,
+    /// By name: number of the run, and of the stage in it.
+    by_name: HashMap<String, Vec<(usize, usize)>>,
 }
 
 /// How many runs are looked back at: what changed longer ago explains nothing any more.
@@ -142,33 +186,52 @@ const REACH: usize = 200;
 impl History {
     /// Lists the runs of a store, for a pipeline.
     pub(crate) fn open(store: &Store, pipeline: Pipeline) -> Self {
-        let entries = fs::read_dir(store.runs()).into_iter().flatten().flatten();
-        let mut runs: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-        // Identifiers begin with the time.
-        runs.sort_unstable_by(|a, b| b.cmp(a));
+        let mut runs = folders(store);
         runs.truncate(REACH);
         History { pipeline, runs, plans: OnceCell::new() }
+    }
+
+    /// Every earlier sight of a stage, under any of its names: the newest first.
+    fn sights(&self, aliases: &[Alias]) -> impl Iterator<Item = (&PastRun, &PlannedStage)> {
+        let plans = self.plans();
+        let mut names: Vec<&str> = aliases.iter().map(|alias| alias.name.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let mut places: Vec<(usize, usize)> =
+            names.into_iter().filter_map(|name| plans.by_name.get(name)).flatten().copied().collect();
+        places.sort_unstable();
+        places.into_iter().map(|(run, stage)| (&plans.runs[run], &plans.runs[run].stages[stage]))
     }
 
     /// The newest run of the same pipeline in which the stage had another key: preferably the stage of the same cell, else
     /// one of the same name, so that a variant that is new is compared with what it varies.
     pub(crate) fn before(&self, aliases: &[Alias], key: &Key) -> Option<Earlier> {
-        let same_cell = |stage: &PlannedStage| aliases.contains(&stage.alias);
-        let same_name = |stage: &PlannedStage| aliases.iter().any(|alias| alias.name == stage.alias.name);
-        let find = |fits: &dyn Fn(&PlannedStage) -> bool| {
-            self.plans().iter().find_map(|plan| {
-                let stage = plan.stages.iter().find(|stage| fits(stage) && stage.key != *key)?;
-                Some(Earlier { run: plan.run.clone(), stage: stage.clone() })
-            })
-        };
-        find(&same_cell).or_else(|| find(&same_name))
+        let others = || self.sights(aliases).filter(|(_, stage)| stage.key != *key);
+        let found = others().find(|(_, stage)| aliases.contains(&stage.alias)).or_else(|| others().next());
+        found.map(|(run, stage)| Earlier { run: run.id.clone(), stage: stage.clone() })
     }
 
     /// Whether any earlier run had this very stage: the same name and key.
     pub(crate) fn knows(&self, aliases: &[Alias], key: &Key) -> bool {
-        let same =
-            |stage: &PlannedStage| stage.key == *key && aliases.iter().any(|alias| alias.name == stage.alias.name);
-        self.plans().iter().any(|plan| plan.stages.iter().any(same))
+        self.sights(aliases).any(|(_, stage)| stage.key == *key)
+    }
+
+    /// The first run in reach that had this very stage.
+    pub(crate) fn first_with(&self, aliases: &[Alias], key: &Key) -> Option<String> {
+        self.sights(aliases).filter(|(_, stage)| stage.key == *key).last().map(|(run, _)| run.id.clone())
+    }
+
+    /// What the stage cost when a run last made it, whatever has changed since; preferably that of the same cell.
+    pub(crate) fn cost(&self, aliases: &[Alias], store: &Store) -> Option<Cost> {
+        let cost = |stage: &PlannedStage| {
+            let record = store.record(&stage.key).ok()??;
+            let bytes = record.outputs.values().map(|artifact| artifact.bytes).sum();
+            Some(Cost { seconds: record.info.get("seconds")?.as_f64()?, bytes })
+        };
+        // A few are enough: a stage that was not made in its last runs is another one by now.
+        let own = self.sights(aliases).filter(|(_, stage)| aliases.contains(&stage.alias)).take(8);
+        let all = self.sights(aliases).take(8);
+        own.chain(all).find_map(|(_, stage)| cost(stage))
     }
 
     /// What has changed about a stage since it last had another key, with the run of that time. `None` when it never had.
@@ -180,11 +243,7 @@ impl History {
     ) -> Result<Option<(String, Vec<Change>)>> {
         let Some(earlier) = self.before(aliases, &action.key) else { return Ok(None) };
         let Some(old) = store.preimage(&earlier.stage.key)? else { return Ok(None) };
-        let old = key::with_names(&old, &earlier.stage.names);
-        // The store keeps numbers by value, `1.0` as `1`, so that only equal texts are equal values here.
-        let new: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
-        let new = key::with_names(&new, &key::names_of(&action.subgraph));
-        Ok(Some((earlier.run, differences(&old, &new, &action.subgraph))))
+        Ok(Some((earlier.run, changes_since(&old, &earlier.stage.names, action)?)))
     }
 
     /// Why a stage without a result runs, in a few words.
@@ -208,17 +267,33 @@ impl History {
 
     /// Plans of this pipeline that can be read. Where none is of this very file, those of files with its name: a project may
     /// have moved.
-    fn plans(&self) -> &[Plan] {
+    fn plans(&self) -> &Plans {
         self.plans.get_or_init(|| {
-            let plans: Vec<Plan> = self.runs.iter().filter_map(|run| Plan::read(run)).collect();
-            let own = plans.iter().any(|plan| plan.pipeline.path == self.pipeline.path);
-            let fits = |plan: &Plan| match own {
-                true => plan.pipeline.path == self.pipeline.path,
-                false => plan.pipeline.file_name() == self.pipeline.file_name(),
+            let runs: Vec<PastRun> = self.runs.iter().filter_map(|run| PastRun::read(run)).collect();
+            let own = runs.iter().any(|run| run.pipeline.path == self.pipeline.path);
+            let fits = |run: &PastRun| match own {
+                true => run.pipeline.path == self.pipeline.path,
+                false => run.pipeline.file_name() == self.pipeline.file_name(),
             };
-            plans.into_iter().filter(fits).collect()
+            let runs: Vec<PastRun> = runs.into_iter().filter(fits).collect();
+            let mut by_name: HashMap<String, Vec<(usize, usize)>> = HashMap::new();
+            for (at, run) in runs.iter().enumerate() {
+                for (place, stage) in run.stages.iter().enumerate() {
+                    by_name.entry(stage.alias.name.clone()).or_default().push((at, place));
+                }
+            }
+            Plans { runs, by_name }
         })
     }
+}
+
+/// What differs between a preimage that the store kept, in which places had these names, and that of an action.
+pub(crate) fn changes_since(old: &Json, names: &BTreeMap<String, String>, action: &Action) -> Result<Vec<Change>> {
+    let old = key::with_names(old, names);
+    // The store keeps numbers by value, `1.0` as `1`, so that only equal texts are equal values here.
+    let new: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
+    let new = key::with_names(&new, &key::names_of(&action.subgraph));
+    Ok(differences(&old, &new, &action.subgraph))
 }
 
 /// Every path at which two preimages differ.
@@ -301,5 +376,13 @@ impl Change {
     pub(crate) fn line(&self) -> String {
         let (old, new) = (show_value(self.old.as_ref(), "default"), show_value(self.new.as_ref(), "default"));
         format!("{}: {old} -> {new}", self.path)
+    }
+
+    /// The same with the place where the new value is written.
+    pub(crate) fn line_with_place(&self) -> String {
+        match &self.place {
+            Some(Place { file, line, column }) => format!("{} ({file}:{line}:{column})", self.line()),
+            None => self.line(),
+        }
     }
 }

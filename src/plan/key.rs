@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use cache::{Artifact, Key};
-use contract::{About, Kind, Registry, Source};
+use contract::{About, Kind, PortType, Registry, Source};
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
@@ -99,7 +99,8 @@ impl Maker<'_> {
     /// Kind, version and configuration.
     fn operator(&mut self, operator: &Operator) -> Result<OperatorPart> {
         let kind = find_kind(self.registry, &operator.kind)?;
-        let config = without_defaults(&self.config(operator, kind)?, &kind.schema());
+        let schema = self.registry.schema(&operator.kind).context("a kind that is known has a schema")?;
+        let config = without_defaults(&self.config(operator, kind)?, schema);
         let About { name, version, numerics, reads_clock, summary: _, example: _ } = kind.about();
         Ok(OperatorPart { kind: name, version, numerics, clock: reads_clock, config })
     }
@@ -362,6 +363,17 @@ pub fn outputs(subgraph: &Subgraph) -> Vec<(Exit, String)> {
             carry.chain(stages.map(|(index, name)| (Exit::Metrics(name.clone()), stored_metrics(index)))).collect()
         }
     }
+}
+
+/// The same with their types. What a stage of a loop measured is of a type of its own.
+pub(crate) fn typed_outputs(subgraph: &Subgraph) -> Vec<(Exit, String, PortType)> {
+    let port_type = |exit: &Exit| match (subgraph, exit) {
+        (Subgraph::Operator(operator), Exit::Port(name)) => operator.ports.find_output(name).map(|port| port.port_type),
+        (Subgraph::Loop(body), Exit::Kept(name)) => body.carry.get(name).map(|carry| carry.port_type),
+        _ => Some(PortType::Metrics),
+    };
+    let typed = |(exit, stored)| port_type(&exit).map(|port_type| (exit, stored, port_type));
+    outputs(subgraph).into_iter().filter_map(typed).collect()
 }
 
 /// What the kept value of a carried place is called in the store.

@@ -7,6 +7,7 @@ pub(crate) mod content;
 pub(crate) mod foresee;
 pub(crate) mod history;
 pub mod key;
+pub(crate) mod names;
 mod preimage;
 pub(crate) mod results;
 pub(crate) mod selection;
@@ -49,6 +50,12 @@ impl Settled {
         self.record.outputs.iter().map(|(stored, artifact)| (exit(stored), artifact)).collect()
     }
 
+    /// Where it was, of a result that nobody made here.
+    pub fn imported_from(&self) -> Option<String> {
+        let paths = self.record.info.get("imported")?.as_array()?.iter().filter_map(|path| path.as_str());
+        Some(paths.collect::<Vec<_>>().join(", "))
+    }
+
     /// Seconds it took when it was made, over all attempts.
     pub fn seconds(&self) -> Option<f64> {
         self.record.info.get("seconds")?.as_f64()
@@ -67,6 +74,11 @@ pub enum Decision {
         /// Why there is no result.
         why: Why,
     },
+    /// Its result is there, and it is to be made again.
+    Again {
+        /// What to run.
+        action: Action,
+    },
     /// It has to run, and a cut says where to go on.
     Resume {
         /// What to run.
@@ -78,12 +90,23 @@ pub enum Decision {
     },
 }
 
+/// Why a stage runs that has a result.
+pub(crate) const FORCED: &str = "asked for with `--force`";
+
 impl Decision {
+    /// The same for a stage that is to run although it has a result.
+    pub(crate) fn again_if(self, forced: bool) -> Self {
+        match self {
+            Decision::Cached(Settled { action, .. }) if forced => Decision::Again { action },
+            other => other,
+        }
+    }
+
     /// What it is about.
     pub fn action(&self) -> &Action {
         match self {
             Decision::Cached(settled) => &settled.action,
-            Decision::Run { action, .. } | Decision::Resume { action, .. } => action,
+            Decision::Run { action, .. } | Decision::Again { action } | Decision::Resume { action, .. } => action,
         }
     }
 }
@@ -119,7 +142,7 @@ impl Step {
     pub fn settled(&self) -> Option<&Settled> {
         match self.decision()? {
             Decision::Cached(settled) => Some(settled),
-            Decision::Run { .. } | Decision::Resume { .. } => None,
+            Decision::Run { .. } | Decision::Again { .. } | Decision::Resume { .. } => None,
         }
     }
 }
@@ -150,7 +173,7 @@ pub fn plan(graph: &Graph, selection: &Selection, registry: &Registry, store: &S
         let step = match inputs(graph, node, &settled) {
             Err(on) => Step::Waits { on },
             Ok(inputs) => match decide(&graph.subgraphs[node], &inputs, registry, store) {
-                Ok(decision) => Step::Decided(decision),
+                Ok(decision) => Step::Decided(decision.again_if(selection.forced.contains(&node))),
                 Err(error) if is_store_trouble(&error) => return Err(error),
                 Err(error) => Step::Impossible { error: format!("{error:#}") },
             },
@@ -174,7 +197,7 @@ fn known_result(decision: &Decision, store: &Store) -> Result<Option<Settled>> {
             let record = store.record(&action.key)?;
             Ok(record.map(|record| Settled { action: action.clone(), record }))
         }
-        Decision::Run { .. } | Decision::Resume { .. } => Ok(None),
+        Decision::Run { .. } | Decision::Again { .. } | Decision::Resume { .. } => Ok(None),
     }
 }
 
@@ -182,8 +205,7 @@ fn known_result(decision: &Decision, store: &Store) -> Result<Option<Settled>> {
 ///
 /// Errors when its key cannot be computed, for example since a local file is missing, or when the store fails.
 pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Decision> {
-    let mut content = |source: &Source| content::of(source, store);
-    let action = key::action(&node.subgraph, inputs, registry, &mut content)
+    let action = action_of(node, inputs, registry, store)
         .with_context(|| format!("cannot tell what stage `{}` depends on", node.name))?;
     match store.lookup(&action.key)? {
         Lookup::Hit(record) => Ok(Decision::Cached(Settled { action, record })),
@@ -196,6 +218,32 @@ pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &S
             None => Decision::Run { action, why },
         }),
     }
+}
+
+/// What a subgraph does with these inputs.
+///
+/// Errors when its key cannot be computed.
+pub(crate) fn action_of(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Action> {
+    let mut content = |source: &Source| content::of(source, store);
+    key::action(&node.subgraph, inputs, registry, &mut content)
+}
+
+/// What is known of what enters a subgraph, and by which entries something else will.
+pub(crate) fn known_inputs(
+    graph: &Graph,
+    node: NodeIndex,
+    settled: &BTreeMap<NodeIndex, Settled>,
+) -> (InputDigests, Vec<String>) {
+    let (mut inputs, mut missing) = (BTreeMap::new(), Vec::new());
+    for edge in graph.subgraphs.edges_directed(node, Direction::Incoming) {
+        let input = &edge.weight().input;
+        match settled.get(&edge.source()).and_then(|before| before.artifact(&edge.weight().output)) {
+            Some(artifact) => drop(inputs.insert(input.clone(), artifact.clone())),
+            None => missing.push(input.to_string()),
+        }
+    }
+    missing.sort_unstable();
+    (inputs, missing)
 }
 
 /// What enters a subgraph, by entry; or the subgraphs whose results are missing.

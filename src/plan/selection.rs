@@ -15,6 +15,12 @@ use crate::ground::trouble::BadRequest;
 pub struct Selection {
     /// What is wanted with all that it needs.
     pub order: Vec<NodeIndex>,
+    /// Where each of them stands in that order.
+    pub positions: BTreeMap<NodeIndex, usize>,
+    /// What was named itself; everything where nothing was.
+    pub named: BTreeSet<NodeIndex>,
+    /// What is to run although it has a result.
+    pub forced: BTreeSet<NodeIndex>,
     /// A name for people, unique in the graph: the stage's, and where another cell has another stage of that name, with
     /// its own cell's label.
     pub labels: BTreeMap<NodeIndex, String>,
@@ -38,24 +44,61 @@ pub struct Alias {
     pub cell: String,
 }
 
-/// Selects the named stages with all that they need; without names, everything.
+/// Which stages are asked for, as the command line names them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted<'a> {
+    /// `STAGE` or `+STAGE`, with all that it needs; `STAGE+`, with all that needs it. Without any: everything.
+    pub(crate) stages: &'a [String],
+    /// What needs one of these is left out.
+    pub(crate) until: &'a [String],
+    /// These run although they have a result.
+    pub(crate) force: &'a [String],
+}
+
+/// Selects what is asked for, with all that it needs.
 ///
-/// A name is `STAGE` or `LOOP.STAGE`, in any cell. Errors when no cell has it.
-pub(crate) fn select(graph: &Graph, stages: &[String]) -> Result<Selection> {
-    let mut wanted = BTreeSet::new();
-    for stage in stages {
-        let found: Vec<_> = graph.cells.iter().filter_map(|cell| find(graph, cell, stage)).collect();
+/// A name is `STAGE` or `LOOP.STAGE`, in any cell. Errors when no cell has it, or nothing is left.
+pub(crate) fn select(graph: &Graph, wanted: &Wanted) -> Result<Selection> {
+    let Wanted { stages, until, force } = wanted;
+    let mut named = match stages.is_empty() {
+        true => graph.subgraphs.node_indices().collect(),
+        false => all_named(graph, stages)?,
+    };
+    let last = all_named(graph, until)?;
+    let after: BTreeSet<NodeIndex> =
+        reach(graph, last.clone(), Direction::Outgoing).difference(&last).copied().collect();
+    named.retain(|node| !after.contains(node));
+    if named.is_empty() {
+        return Err(BadRequest(format!(
+            "everything that is named needs `{}`; name another `--until`",
+            until.join("`, `")
+        ))
+        .into());
+    }
+    let forced = all_named(graph, force)?;
+    let selected = reach(graph, named.clone(), Direction::Incoming);
+    if let Some(stray) = forced.iter().find(|node| !selected.contains(node)) {
+        let name = &graph.subgraphs[*stray].name;
+        return Err(BadRequest(format!("`--force {name}` names a stage that is not among those to run")).into());
+    }
+    let order: Vec<_> = graph::in_order(&graph.subgraphs).into_iter().filter(|node| selected.contains(node)).collect();
+    let positions = order.iter().enumerate().map(|(at, node)| (*node, at)).collect();
+    Ok(Selection { order, positions, named, forced, labels: labels(graph), aliases: aliases(graph) })
+}
+
+/// What names stand for, in all cells; with a `+` behind it, with all that needs it.
+fn all_named(graph: &Graph, names: &[String]) -> Result<BTreeSet<NodeIndex>> {
+    let mut all = BTreeSet::new();
+    for written in names {
+        let name = written.strip_prefix('+').unwrap_or(written);
+        let (name, downstream) = name.strip_suffix('+').map_or((name, false), |name| (name, true));
+        let found: BTreeSet<_> = graph.cells.iter().filter_map(|cell| find(graph, cell, name)).collect();
         if found.is_empty() {
-            return Err(unknown(graph, stage).into());
+            return Err(unknown(graph, name).into());
         }
-        wanted.extend(found);
+        all.extend(if downstream { reach(graph, found, Direction::Outgoing) } else { found });
     }
-    if stages.is_empty() {
-        wanted.extend(graph.subgraphs.node_indices());
-    }
-    let wanted = with_needs(graph, wanted);
-    let order = graph::in_order(&graph.subgraphs).into_iter().filter(|node| wanted.contains(node)).collect();
-    Ok(Selection { order, labels: labels(graph), aliases: aliases(graph) })
+    Ok(all)
 }
 
 /// The subgraph that a name stands for in a cell: `STAGE`, or `LOOP.STAGE`.
@@ -71,7 +114,8 @@ pub(crate) fn find(graph: &Graph, cell: &Cell, name: &str) -> Option<NodeIndex> 
     }
 }
 
-fn unknown(graph: &Graph, name: &str) -> BadRequest {
+/// What is said of a name that no stage has.
+pub(crate) fn unknown(graph: &Graph, name: &str) -> BadRequest {
     let names: BTreeSet<String> = graph.cells.iter().flat_map(|cell| names_in(graph, cell)).collect();
     let near = names.iter().map(|known| (strsim::damerau_levenshtein(known, name), known)).min();
     let hint = match near {
@@ -92,13 +136,14 @@ fn names_in(graph: &Graph, cell: &Cell) -> Vec<String> {
     cell.names.iter().flat_map(|entry| [vec![entry.0.clone()], inner(entry)].concat()).collect()
 }
 
-fn with_needs(graph: &Graph, wanted: BTreeSet<NodeIndex>) -> BTreeSet<NodeIndex> {
-    let mut queue: VecDeque<_> = wanted.iter().copied().collect();
-    let mut found = wanted;
+/// Subgraphs with all that they need, or with all that needs them.
+pub(crate) fn reach(graph: &Graph, from: BTreeSet<NodeIndex>, direction: Direction) -> BTreeSet<NodeIndex> {
+    let mut queue: VecDeque<_> = from.iter().copied().collect();
+    let mut found = from;
     while let Some(node) = queue.pop_front() {
-        for before in graph.subgraphs.neighbors_directed(node, Direction::Incoming) {
-            if found.insert(before) {
-                queue.push_back(before);
+        for next in graph.subgraphs.neighbors_directed(node, direction) {
+            if found.insert(next) {
+                queue.push_back(next);
             }
         }
     }

@@ -17,7 +17,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::graph::Entry;
 use crate::ground::trouble::{Blamed, own_panic};
-use crate::plan::key::{Action, InputDigests};
+use crate::plan::key::{self, Action, InputDigests};
 use crate::plan::results;
 use crate::plan::{Settled, content};
 use crate::run::executor::{Control, Ending, Executor, Running};
@@ -59,6 +59,8 @@ pub(crate) struct Attempt {
     pub(crate) stage: String,
     pub(crate) action: Action,
     pub(crate) inputs: InputDigests,
+    /// Whether there is a result, which is to be made again.
+    pub(crate) again: bool,
     pub(crate) store: Arc<Store>,
     pub(crate) slot: Slot,
     pub(crate) cut_seconds: f64,
@@ -149,7 +151,9 @@ impl Attempt {
         let key = self.action.key;
         let _lock = self.lock()?;
         // Whoever had the lock before may have done the work.
-        if let Lookup::Hit(record) = self.store.lookup(&key)? {
+        if !self.again
+            && let Lookup::Hit(record) = self.store.lookup(&key)?
+        {
             let (record, metrics) = self.measured(record)?;
             return Ok(Ended::Reused(record, metrics));
         }
@@ -232,11 +236,36 @@ impl Attempt {
         self.check_inputs()?;
         let outputs: Vec<_> =
             outputs.into_iter().map(|(name, port_type)| (name, port_type.name().to_owned())).collect();
+        let before = if self.again { self.store.record(&self.action.key)? } else { None };
+        if before.is_some() {
+            // The first whole result of a key stays as long as it is there.
+            self.store.forget(&self.action.key)?;
+        }
         let record = self.store.publish(work, &outputs, info)?;
+        if let Some(before) = before {
+            self.compare_results(&before, &record);
+        }
         // Checkpoints of finished work only take room.
         let _ = self.store.drop_cuts(&self.action.key);
         self.compare_sources();
         Ok(record)
+    }
+
+    /// A stage that was made again should have given the same bytes.
+    fn compare_results(&self, before: &Record, now: &Record) {
+        let digest = |record: &Record, output: &String| record.outputs.get(output).map(|artifact| artifact.digest);
+        let names = key::outputs(&self.action.subgraph).into_iter();
+        let other = names.filter(|(_, stored)| digest(before, stored) != digest(now, stored));
+        let other: Vec<String> = other.map(|(exit, _)| format!("`{exit}`")).collect();
+        let message = match other.is_empty() {
+            true => Message::Noted { part: None, text: "it gave the same bytes as before".into() },
+            false => {
+                let text =
+                    format!("it gave other bytes than before for {}: the same key, another result", other.join(", "));
+                Message::Warned { part: None, text }
+            }
+        };
+        (self.say)(Update::Said(message));
     }
 
     /// What a record measured, read here because it may have to be hashed first.

@@ -5,6 +5,7 @@
 //! interrupt is heard at once. Threads that still hash when a run is over are left behind, and end with the process.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
-use cache::Store;
+use cache::{InUse, Store};
 use contract::Registry;
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
@@ -28,9 +29,10 @@ use crate::ground::trouble::{Fault, is_damage, is_store_trouble, own_panic};
 use crate::plan::foresee::Foresight;
 use crate::plan::history::{History, Pipeline, PlanLog, PlannedStage};
 use crate::plan::key::{self, Action, InputDigests};
+use crate::plan::names::Pins;
 use crate::plan::results;
-use crate::plan::selection::{Alias, Selection};
-use crate::plan::{self, Decision, Settled};
+use crate::plan::selection::{Alias, Selection, reach};
+use crate::plan::{self, Decision, Plan, Settled, Step};
 use crate::run::attempt::{Attempt, Ended, Orders, Update};
 use crate::run::executor::Executor;
 use crate::run::folder::{log_end, log_path, new_run};
@@ -51,6 +53,8 @@ pub(crate) struct Settings {
     pub cut_seconds: f64,
     /// Cut every loop after every stage run.
     pub unroll: bool,
+    /// Stop as soon as a stage fails.
+    pub fail_fast: bool,
 }
 
 /// What became of a run.
@@ -76,14 +80,27 @@ struct Decided {
     metrics: Map<String, Json>,
 }
 
+/// A subgraph to decide about, in whole: it is decided about on another thread.
+struct Question {
+    node: NodeIndex,
+    subgraph: Node,
+    inputs: InputDigests,
+    forced: bool,
+    /// What the plan said already.
+    planned: Option<Decision>,
+}
+
 /// How long killed workers may take to be gone before nobody waits for them any more.
 const LAST_BREATH: Duration = Duration::from_millis(400);
 
-/// Runs what is selected and not in the store, of which `foresight` may have seen something before. `name` is the pipeline
-/// file as given. A store that cannot be written serves a run whose results are all there; nothing is kept of such a run.
+/// Runs what is selected and not in the store, of which `foresight` may have seen something before, from where a plan that was
+/// just made leaves off. A store that cannot be written serves a run whose results are all there; nothing is kept of such a
+/// run.
 ///
 /// Errors when the store or the run's folder cannot be used; a stage that fails is no error here but part of the summary.
 pub(crate) fn run(
+    plan: Plan,
+    pins: Pins,
     foresight: Foresight<'_>,
     store: Arc<Store>,
     settings: &Settings,
@@ -95,9 +112,10 @@ pub(crate) fn run(
     let signals = signals::take(move |signal| drop(signal_sender.send(News::Signal(signal))));
     let history = History::open(&store, pipeline.clone());
     let diary = if store.can_be_written()? {
+        let in_use = store.in_use()?;
         store.sweep()?;
-        let folder = new_run(&store)?;
-        Some(Diary { plan: PlanLog::create(&folder, pipeline)?, folder })
+        let (folder, owner) = new_run(&store)?;
+        Some(Diary { plan: PlanLog::create(&folder, pipeline)?, folder, _owner: owner, _in_use: in_use })
     } else {
         None
     };
@@ -109,16 +127,20 @@ pub(crate) fn run(
         store,
         settings,
         history,
+        pins,
         foresight,
         foreseen: BTreeSet::new(),
-        looked_with: None,
+        changed: None,
         events: EventLog::create(diary.as_ref().map(|diary| diary.folder.as_path()), reporter)?,
         pipeline: pipeline.pipeline.clone(),
         diary,
+        urgency: None,
         slots: Slots::new(&settings.devices, settings.threads, settings.jobs, memory::limit()),
         executor: Arc::new(Local),
         open: selection.order.iter().copied().collect(),
-        deciding: false,
+        askable: (0..selection.order.len()).collect(),
+        deciding: 0,
+        forced: selection.forced.clone(),
         settled: BTreeMap::new(),
         queue: VecDeque::new(),
         running: BTreeMap::new(),
@@ -132,6 +154,7 @@ pub(crate) fn run(
     };
     let since = Instant::now();
     coordinator.start();
+    coordinator.take_over(plan);
     let outcome = coordinator.work(&news);
     let summary = coordinator.finish(since.elapsed(), outcome.is_err());
     drop(signals);
@@ -145,23 +168,31 @@ struct Coordinator<'a> {
     store: Arc<Store>,
     settings: &'a Settings,
     history: History,
+    pins: Pins,
     foresight: Foresight<'a>,
     /// Warnings that were given, so that each is given once.
     foreseen: BTreeSet<(NodeIndex, String)>,
-    /// How many results there were when it was last looked ahead.
-    looked_with: Option<usize>,
+    /// What got a result, or lost it, since it was last looked ahead; nothing before that.
+    changed: Option<Vec<NodeIndex>>,
     events: EventLog<'a>,
     /// The pipeline file as given.
     pipeline: String,
     /// Where the run is written down; nothing in a store that cannot be written.
     diary: Option<Diary>,
+    /// Seconds from the beginning of each subgraph to the end of the run, as it last took; asked for once something waits for a
+    /// slot.
+    urgency: Option<BTreeMap<NodeIndex, f64>>,
     slots: Slots,
     /// Where workers are started.
     executor: Arc<dyn Executor>,
     /// Selected, and neither settled, being decided about, queued, running nor given up.
     open: BTreeSet<NodeIndex>,
-    /// Whether a subgraph is being decided about.
-    deciding: bool,
+    /// Places in the order of open ones whose inputs may all be known.
+    askable: BTreeSet<usize>,
+    /// How many are being decided about.
+    deciding: usize,
+    /// Those that are to run although they have a result, until they do.
+    forced: BTreeSet<NodeIndex>,
     settled: BTreeMap<NodeIndex, Settled>,
     /// Decided to run, waiting for a slot.
     queue: VecDeque<Ready>,
@@ -181,12 +212,16 @@ struct Coordinator<'a> {
 struct Diary {
     folder: PathBuf,
     plan: PlanLog,
+    /// Says that the run goes on.
+    _owner: File,
+    /// Keeps what others find useless where it is.
+    _in_use: InUse,
 }
 
-/// The run was told to stop.
+/// The run is to stop.
 struct Stopping {
-    /// By this signal, the first that came.
-    signal: i32,
+    /// By this signal, the first that came; none where a stage failed.
+    signal: Option<i32>,
     /// When what still runs is killed, and after that when it is given up.
     until: Instant,
     killed: bool,
@@ -196,6 +231,8 @@ struct Ready {
     node: NodeIndex,
     action: Action,
     inputs: InputDigests,
+    /// Whether it has a result, which is to be made again.
+    again: bool,
     reason: String,
     /// The newest cut: rounds done and all rounds.
     cut: Option<(u64, u64)>,
@@ -226,12 +263,12 @@ impl Coordinator<'_> {
         loop {
             if self.stopping.is_none() {
                 self.decide_next();
-                if !self.deciding {
+                if self.deciding == 0 {
                     self.look_ahead();
                     self.fill_slots()?;
                 }
             }
-            if self.running.is_empty() && (self.stopping.is_some() || !self.deciding) {
+            if self.running.is_empty() && (self.stopping.is_some() || self.deciding == 0) {
                 return Ok(());
             }
             let until = self.stopping.as_ref().map(|stopping| stopping.until);
@@ -246,33 +283,92 @@ impl Coordinator<'_> {
         }
     }
 
-    /// Has the next subgraph decided about whose inputs are known; a result in the store may make further inputs known.
+    /// Begins with what the plan decided from results that are there.
+    fn take_over(&mut self, plan: Plan) {
+        let settled = plan.settled();
+        let mut questions = Vec::new();
+        for (node, step) in plan.steps {
+            let Step::Decided(decision) = step else { continue };
+            if let Ok(inputs) = plan::inputs(self.graph, node, &settled) {
+                questions.push(self.question(node, inputs, Some(decision)));
+            }
+        }
+        self.ask(questions);
+    }
+
+    /// Has all those decided about whose inputs are known; results in the store may make further inputs known.
     fn decide_next(&mut self) {
-        if self.deciding {
+        if self.deciding > 0 {
             return;
         }
-        for &node in self.selection.order.iter().filter(|node| self.open.contains(node)) {
-            let Ok(inputs) = plan::inputs(self.graph, node, &self.settled) else { continue };
-            self.open.remove(&node);
-            self.deciding = true;
-            let (subgraph, registry) = (self.graph.subgraphs[node].clone(), self.registry);
-            let (store, sender) = (Arc::clone(&self.store), self.sender.clone());
-            thread::spawn(move || {
-                let decide = || decide_and_measure(&subgraph, &inputs, registry, &store);
-                let decided = catch_unwind(AssertUnwindSafe(decide)).unwrap_or_else(|_| Err(own_panic()));
-                // Nobody listens once the run is over.
-                let _ = sender.send(News::Decided(node, inputs, decided));
-            });
+        let mut questions = Vec::new();
+        for place in std::mem::take(&mut self.askable) {
+            let node = self.selection.order[place];
+            if self.open.contains(&node)
+                && let Ok(inputs) = plan::inputs(self.graph, node, &self.settled)
+            {
+                questions.push(self.question(node, inputs, None));
+            }
+        }
+        self.ask(questions);
+    }
+
+    fn question(&self, node: NodeIndex, inputs: InputDigests, planned: Option<Decision>) -> Question {
+        let (subgraph, forced) = (self.graph.subgraphs[node].clone(), self.forced.contains(&node));
+        Question { node, subgraph, inputs, forced, planned }
+    }
+
+    /// Has subgraphs decided about, in that order, on another thread.
+    fn ask(&mut self, questions: Vec<Question>) {
+        if questions.is_empty() {
             return;
+        }
+        for question in &questions {
+            self.open.remove(&question.node);
+        }
+        self.deciding += questions.len();
+        let registry = self.registry;
+        let (store, sender) = (Arc::clone(&self.store), self.sender.clone());
+        thread::spawn(move || {
+            for question in questions {
+                let (node, inputs) = (question.node, question.inputs.clone());
+                let decide = || decide_and_measure(question, registry, &store);
+                let decided = catch_unwind(AssertUnwindSafe(decide)).unwrap_or_else(|_| Err(own_panic()));
+                if sender.send(News::Decided(node, inputs, decided)).is_err() {
+                    return; // nobody listens once the run is over
+                }
+            }
+        });
+    }
+
+    /// A result is there: those that read it may have all inputs now.
+    fn settle(&mut self, node: NodeIndex, settled: Settled) {
+        self.settled.insert(node, settled);
+        self.note_change(node);
+        let readers = self.graph.subgraphs.neighbors_directed(node, Direction::Outgoing);
+        self.askable.extend(readers.filter_map(|reader| self.selection.positions.get(&reader)));
+    }
+
+    /// It is to be decided about again.
+    fn reopen(&mut self, node: NodeIndex) {
+        self.open.insert(node);
+        self.note_change(node);
+        self.askable.extend(self.selection.positions.get(&node));
+    }
+
+    fn note_change(&mut self, node: NodeIndex) {
+        if let Some(changed) = &mut self.changed {
+            changed.push(node);
         }
     }
 
     /// With every result more is known of what is left: a stage that cannot work fails now, and not when its turn comes.
     fn look_ahead(&mut self) {
-        if self.looked_with.replace(self.settled.len()) == Some(self.settled.len()) {
-            return;
-        }
-        for foreseen in self.foresight.look(&self.settled) {
+        let found = match self.changed.replace(Vec::new()) {
+            None => self.foresight.look(&self.settled),
+            Some(changed) => self.foresight.look_again(&self.settled, changed),
+        };
+        for foreseen in found {
             let node = foreseen.node;
             let waits = self.open.contains(&node) || self.queue.iter().any(|ready| ready.node == node);
             let line = self.foresight.line(&foreseen);
@@ -291,7 +387,7 @@ impl Coordinator<'_> {
     }
 
     fn act(&mut self, node: NodeIndex, inputs: InputDigests, decided: Result<Box<Decided>>) -> Result<()> {
-        self.deciding = false;
+        self.deciding -= 1;
         let Decided { decision, metrics } = match decided {
             Ok(decided) => *decided,
             // The store itself failing ends the run; a file of the user's that cannot be read fails its stage.
@@ -301,6 +397,11 @@ impl Coordinator<'_> {
                 return Ok(());
             }
         };
+        if let Err(error) = self.pins.check(node, decision.action(), &self.store) {
+            self.fail(node, error, None);
+            return Ok(());
+        }
+        let again = matches!(decision, Decision::Again { .. });
         let (action, reason, cut) = match decision {
             Decision::Cached(settled) => {
                 self.note(node, &settled.action)?;
@@ -310,6 +411,7 @@ impl Coordinator<'_> {
             Decision::Resume { action, round, rounds } => {
                 (action, format!("goes on after round {round} of {rounds}"), Some((round, rounds)))
             }
+            Decision::Again { action } => (action, plan::FORCED.to_owned(), None),
             Decision::Run { action, why } => {
                 let reason = self.history.reason(&self.selection.aliases[&node], &action, &why, &self.store);
                 (action, reason, None)
@@ -317,8 +419,20 @@ impl Coordinator<'_> {
         };
         self.note(node, &action)?;
         tracing::debug!(stage = self.label(node), key = %action.key, reason, "to run");
-        self.queue.push_back(Ready { node, action: self.unrolled(action), inputs, reason, cut });
+        let ready = Ready { node, action: self.unrolled(action), inputs, again, reason, cut };
+        self.enqueue(ready);
         Ok(())
+    }
+
+    /// Of stages that run side by side, those come first that the most work waits for; else all run in the order of the file.
+    fn enqueue(&mut self, ready: Ready) {
+        if self.settings.jobs < 2 {
+            return self.queue.push_back(ready);
+        }
+        let urgency =
+            self.urgency.get_or_insert_with(|| urgencies(self.graph, self.selection, &self.history, &self.store));
+        let place = self.queue.partition_point(|other| urgency[&other.node] >= urgency[&ready.node]);
+        self.queue.insert(place, ready);
     }
 
     fn unrolled(&self, mut action: Action) -> Action {
@@ -341,7 +455,9 @@ impl Coordinator<'_> {
     /// see to be the same, runs once and serves both.
     fn fill_slots(&mut self) -> Result<()> {
         let mut at = 0;
-        while let Some(ready) = self.queue.get(at) {
+        while self.slots.has_place()
+            && let Some(ready) = self.queue.get(at)
+        {
             let is_running = |running: &Running| running.ready.action.key == ready.action.key;
             let needs = slots::needs(&ready.action.subgraph, self.registry);
             let twin_runs = self.running.values().any(is_running);
@@ -375,6 +491,7 @@ impl Coordinator<'_> {
             stage: self.label(node),
             action: ready.action.clone(),
             inputs: ready.inputs.clone(),
+            again: ready.again,
             store: Arc::clone(&self.store),
             slot: slot.clone(),
             cut_seconds: self.settings.cut_seconds,
@@ -425,6 +542,9 @@ impl Coordinator<'_> {
         let running = self.running.remove(&node).expect("it was running a moment ago");
         self.slots.give_back(running.slot);
         let Ready { action, reason, cut, .. } = running.ready;
+        if matches!(ended, Ended::Ran(..)) {
+            self.forced.remove(&node);
+        }
         match ended {
             Ended::Ran(record, metrics) => {
                 self.ran += 1;
@@ -432,7 +552,7 @@ impl Coordinator<'_> {
                 let (stage, key) = (self.label(node), settled.action.key.to_string());
                 let seconds = settled.seconds().unwrap_or_default();
                 self.events.send(&Event::StageFinished { stage, key, reason, seconds, metrics });
-                self.settled.insert(node, settled);
+                self.settle(node, settled);
             }
             Ended::Reused(record, metrics) => self.reuse(node, Settled { action, record }, metrics),
             Ended::Stopped => self.stopped(node, cut),
@@ -448,7 +568,7 @@ impl Coordinator<'_> {
         self.reused += 1;
         let (stage, key) = (self.label(node), settled.action.key.to_string());
         self.events.send(&Event::StageReused { stage, key, recorded_seconds: settled.seconds(), metrics });
-        self.settled.insert(node, settled);
+        self.settle(node, settled);
     }
 
     fn stopped(&mut self, node: NodeIndex, cut: Option<(u64, u64)>) {
@@ -475,7 +595,8 @@ impl Coordinator<'_> {
         let stage = self.label(maker);
         self.events.send(&Event::StageWarned { stage, part: None, text });
         self.settled.remove(&maker);
-        self.open.extend([maker, node]);
+        self.reopen(maker);
+        self.reopen(node);
     }
 
     /// A local file changed between the plan and the start, so the stage has another key now.
@@ -489,7 +610,7 @@ impl Coordinator<'_> {
         }
         let text = format!("`{source}` changed since this run looked at it; what it holds now is used");
         self.events.send(&Event::StageWarned { stage: self.label(node), part: None, text });
-        self.open.insert(node);
+        self.reopen(node);
     }
 
     /// Shows the failure at once and gives up whatever needs the stage.
@@ -503,27 +624,35 @@ impl Coordinator<'_> {
             log: log.map(|log| log.display().to_string()).unwrap_or_default(),
             log_end,
         });
-        for after in self.selection.order.clone() {
-            if self.open.contains(&after) && self.needs(after, node) {
-                self.open.remove(&after);
+        let after = reach(self.graph, BTreeSet::from([node]), Direction::Outgoing);
+        let after: BTreeSet<usize> =
+            after.iter().filter_map(|after| self.selection.positions.get(after).copied()).collect();
+        for place in after {
+            let after = self.selection.order[place];
+            if self.open.remove(&after) {
                 self.events.send(&Event::StageSkipped { stage: self.label(after), needs: stage.clone() });
             }
         }
         self.failed.push((stage, error));
-    }
-
-    fn needs(&self, node: NodeIndex, other: NodeIndex) -> bool {
-        petgraph::algo::has_path_connecting(&self.graph.subgraphs, other, node, None)
+        if self.settings.fail_fast && self.stopping.is_none() {
+            self.stop(None);
+        }
     }
 
     /// The first interrupt cuts and stops, the second kills.
     fn interrupt(&mut self, signal: i32) {
-        if self.stopping.is_some() {
+        if let Some(stopping) = &mut self.stopping {
+            stopping.signal.get_or_insert(signal);
             self.kill_all();
             return self.give_up(|_| true);
         }
-        self.stopping = Some(Stopping { signal, until: Instant::now() + GRACE, killed: false });
         self.events.send(&Event::RunStopping { signal, seconds: (GRACE + LAST_BREATH).as_secs_f64() });
+        self.stop(Some(signal));
+    }
+
+    /// Starts nothing any more, and tells what runs to keep what it can and stop.
+    fn stop(&mut self, signal: Option<i32>) {
+        self.stopping = Some(Stopping { signal, until: Instant::now() + GRACE, killed: false });
         for running in self.running.values() {
             running.orders.stop();
         }
@@ -557,7 +686,7 @@ impl Coordinator<'_> {
     /// Says how it ended. After trouble with the store workers may still run, whose results could not be kept.
     fn finish(mut self, elapsed: Duration, store_failed: bool) -> Summary {
         self.kill_all();
-        let signal = self.stopping.as_ref().map(|stopping| stopping.signal);
+        let signal = self.stopping.as_ref().and_then(|stopping| stopping.signal);
         let status = match (signal, self.failed.is_empty() && !store_failed) {
             (Some(_), _) => Status::Interrupted,
             (None, false) => Status::Failed,
@@ -579,14 +708,33 @@ impl Coordinator<'_> {
     }
 }
 
+/// Seconds from the beginning of each subgraph to the end of the longest chain that begins with it, as stages last took. Those
+/// that never ran count as the mean of the others.
+fn urgencies(graph: &Graph, selection: &Selection, history: &History, store: &Store) -> BTreeMap<NodeIndex, f64> {
+    let cost = |node: &NodeIndex| history.cost(&selection.aliases[node], store).map(|cost| cost.seconds);
+    let known: Vec<Option<f64>> = selection.order.iter().map(cost).collect();
+    let (sum, number) = known.iter().flatten().fold((0.0, 0.0), |(sum, number), seconds| (sum + seconds, number + 1.0));
+    let mean = if number > 0.0 { sum / number } else { 1.0 };
+    let mut urgencies: BTreeMap<NodeIndex, f64> = BTreeMap::new();
+    for (node, seconds) in selection.order.iter().zip(known).rev() {
+        let after = graph.subgraphs.neighbors_directed(*node, Direction::Outgoing);
+        let longest =
+            after.filter_map(|after| urgencies.get(&after)).fold(0.0, |longest: f64, other| longest.max(*other));
+        urgencies.insert(*node, seconds.unwrap_or(mean) + longest);
+    }
+    urgencies
+}
+
 /// Decides about a subgraph, and reads what a result that is there measured. One whose figures turn out to be damaged is no
 /// result: the store has dropped it then, and asked again it says so.
-fn decide_and_measure(node: &Node, inputs: &InputDigests, registry: &Registry, store: &Store) -> Result<Box<Decided>> {
-    let mut decision = plan::decide(node, inputs, registry, store)?;
+fn decide_and_measure(question: Question, registry: &Registry, store: &Store) -> Result<Box<Decided>> {
+    let Question { subgraph, inputs, forced, planned, .. } = question;
+    let decide = || Ok::<_, anyhow::Error>(plan::decide(&subgraph, &inputs, registry, store)?.again_if(forced));
+    let mut decision = planned.map_or_else(decide, Ok)?;
     while let Decision::Cached(settled) = &decision {
         match results::metrics(settled, store) {
             Ok(metrics) => return Ok(Box::new(Decided { decision, metrics })),
-            Err(error) if is_damage(&error) => decision = plan::decide(node, inputs, registry, store)?,
+            Err(error) if is_damage(&error) => decision = decide()?,
             Err(error) => return Err(error),
         }
     }

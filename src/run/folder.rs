@@ -1,7 +1,7 @@
 //! The folder of a run: `runs/<id>` of the store, with the run's plan, events and logs.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,12 +9,32 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use cache::Store;
 
-/// Makes `runs/<id>`; identifiers sort by time.
-pub(crate) fn new_run(store: &Store) -> Result<PathBuf> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let folder = store.runs().join(format!("{}-{}", utc(now), std::process::id()));
+/// Name of the file that the process of a run holds locked as long as it goes on.
+const OWNER: &str = "owner";
+
+/// Makes `runs/<id>`; identifiers sort by time. The file tells others that the run goes on, as long as it is open.
+pub(crate) fn new_run(store: &Store) -> Result<(PathBuf, File)> {
+    let folder = store.runs().join(format!("{}-{}", utc(now()), std::process::id()));
     fs::create_dir_all(&folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
-    Ok(folder)
+    let path = folder.join(OWNER);
+    let owner = File::create(&path).and_then(|file| file.lock().map(|()| file));
+    let owner = owner.with_context(|| format!("cannot lock `{}`", path.display()))?;
+    Ok((folder, owner))
+}
+
+/// Whether the process of a run is there.
+pub(crate) fn is_going_on(run: &Path) -> bool {
+    let locked = |file: File| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+    File::open(run.join(OWNER)).is_ok_and(locked)
+}
+
+fn now() -> Duration {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// What identifiers of runs begin with that are so many days old.
+pub(crate) fn days_ago(days: u64) -> String {
+    utc(now().saturating_sub(Duration::from_secs(days.saturating_mul(86_400))))
 }
 
 /// A time since 1970 as `20260131-235959.123`, in UTC (days to date as in Hinnant's "chrono-compatible low-level date
@@ -34,10 +54,39 @@ fn utc(time: Duration) -> String {
     format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}.{:03}", time.subsec_millis())
 }
 
+/// The log of an attempt at a stage.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Log {
+    /// The stage, as a file is called.
+    pub(crate) stage: String,
+    /// Which attempt, from 1.
+    pub(crate) attempt: u64,
+    pub(crate) path: PathBuf,
+}
+
+/// The logs of a run, of one stage or of all.
+pub(crate) fn logs_of(run: &Path, stage: Option<&str>) -> Vec<Log> {
+    let entries = fs::read_dir(run).into_iter().flatten().flatten();
+    let log = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?.strip_suffix(".log")?;
+        let (stage, attempt) = name.rsplit_once('.')?;
+        Some(Log { stage: stage.to_owned(), attempt: attempt.parse().ok()?, path })
+    };
+    let mut logs: Vec<Log> = entries.filter_map(|entry| log(entry.path())).collect();
+    logs.retain(|log| stage.is_none_or(|stage| log.stage == file_name(stage)));
+    logs.sort_unstable();
+    logs
+}
+
+/// A stage's name as files are called.
+fn file_name(stage: &str) -> String {
+    let plain = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    stage.chars().map(plain).collect()
+}
+
 /// `<stage>.<attempt>.log` in the folder of a run, of the first attempt that has none yet.
 pub(crate) fn log_path(folder: &Path, stage: &str) -> PathBuf {
-    let plain = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' };
-    let stage: String = stage.chars().map(plain).collect();
+    let stage = file_name(stage);
     let paths = (1..).map(|attempt| folder.join(format!("{stage}.{attempt}.log")));
     paths.into_iter().find(|path| !path.exists()).expect("some number is free")
 }

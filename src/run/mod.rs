@@ -4,7 +4,7 @@ mod attempt;
 mod coordinator;
 pub(crate) mod device;
 mod executor;
-mod folder;
+pub(crate) mod folder;
 mod local;
 mod protocol;
 mod slots;

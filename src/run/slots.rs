@@ -45,6 +45,11 @@ impl Slots {
         self.threads
     }
 
+    /// Whether one more worker may run.
+    pub(crate) fn has_place(&self) -> bool {
+        self.places > 0
+    }
+
     /// A slot for a stage, if what it needs is free now. Only what needs a card gets one, and nobody else has it meanwhile.
     /// On the CPU stages run beside one another as far as the memory goes that they are known to need, in bytes; one that
     /// needs more than there is runs alone.

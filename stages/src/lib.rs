@@ -20,6 +20,7 @@ pub mod attention;
 pub mod calibration;
 pub mod chat;
 mod columns;
+pub mod command;
 pub mod corpus;
 pub mod cut_layers;
 pub mod distill;
@@ -68,6 +69,7 @@ pub fn registry() -> Registry {
         .with(adapt::Adapt)
         .with(attention::Attention)
         .with(calibration::Calibration)
+        .with(command::Command)
         .with(cut_layers::CutLayers)
         .with(distill::Distill)
         .with(download::Download)

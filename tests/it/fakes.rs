@@ -32,6 +32,7 @@ pub fn registry() -> Registry {
         .with(Slow)
         .with(OnCard)
         .with(Count)
+        .with(Moody)
         .with(Double)
 }
 
@@ -623,6 +624,37 @@ impl Stage for Count {
             let data = inputs.take::<Dataset>("data")?;
             let keep = config.keep.unwrap_or(data.rows.len()).min(data.rows.len());
             Ok(Outputs::new().with("data", data.select(&(0..keep).collect::<Vec<_>>())))
+        })
+    }
+}
+
+/// Passes on one row fewer each time it runs: a stage that does not do the same twice.
+struct Moody;
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct MoodyConfig {
+    /// Gets a line each time.
+    file: PathBuf,
+}
+
+impl Stage for Moody {
+    type Config = MoodyConfig;
+
+    fn about(&self) -> About {
+        about("moody")
+    }
+
+    fn ports(&self, _: &MoodyConfig) -> Ports {
+        pass_on()
+    }
+
+    fn start(&self, config: MoodyConfig, _: &Env, _: Option<AnyValue>) -> Result<Box<dyn Operator>> {
+        once(move |mut inputs, _, _| {
+            append_line(Some(&config.file), "ran")?;
+            let times = fs::read_to_string(&config.file)?.lines().count();
+            let data = inputs.take::<Dataset>("data")?;
+            Ok(Outputs::new().with("data", data.select(&(times..data.rows.len()).collect::<Vec<_>>())))
         })
     }
 }

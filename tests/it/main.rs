@@ -1,6 +1,8 @@
 //! Tests of the command line as a real process, in a folder of its own: the runner with fake stages, then with the real
 //! ones; and of what the documents promise.
 
+#[cfg(feature = "stages")]
+mod command;
 mod commands;
 #[cfg(feature = "stages")]
 mod docs;
@@ -8,12 +10,16 @@ mod docs;
 mod floors;
 mod foreseen;
 mod harness;
+mod import;
 mod interrupts;
 #[cfg(feature = "stages")]
 mod limits;
+mod names;
 mod output;
 #[cfg(feature = "stages")]
 mod real;
 #[cfg(feature = "stages")]
 mod remote;
 mod runs;
+mod selection;
+mod space;

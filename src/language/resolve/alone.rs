@@ -41,7 +41,7 @@ pub(super) fn check<'a>(
     kinds: &Kinds,
     problems: &mut Problems,
 ) -> Option<Checked<'a>> {
-    let own_seed = info.schema.fields(&[]).names.iter().any(|field| field == "seed");
+    let own_seed = info.schema().fields(&[]).names.iter().any(|field| field == "seed");
     // One seed decides the order of the rows and what the stage draws.
     let aside: Vec<&str> = WINDOW_FIELDS.into_iter().filter(|field| *field != "seed" || !own_seed).collect();
     let operator = config::operator(spec, info, &aside, all.conventions, problems);

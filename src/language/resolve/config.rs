@@ -126,7 +126,7 @@ impl Check<'_> {
     }
 
     fn out_of_range(&self, path: &[String]) -> Diagnostic {
-        let range = self.info.schema.range(path).unwrap_or_default();
+        let range = self.info.schema().range(path).unwrap_or_default();
         let (node, _) = self.node(path);
         let message = format!("`{}` must be {range}, got {}", dotted(path), node.describe());
         self.wrong(path, message, &format!("give a number that is {range}"))
@@ -142,7 +142,7 @@ impl Check<'_> {
         match &node.value {
             Value::Map(map) => map.iter().for_each(|(key, entry)| below(key.clone(), &entry.node)),
             Value::List(items) => items.iter().enumerate().for_each(|(at, item)| below(at.to_string(), item)),
-            Value::Number(number) if number.is_f64() && self.info.schema.is_whole(path) => {
+            Value::Number(number) if number.is_f64() && self.info.schema().is_whole(path) => {
                 let value = number.as_f64().unwrap_or_default();
                 if value.fract() == 0.0 && value.abs() < 1e15 {
                     let message = format!("`{}` must be a whole number, got {}", dotted(path), node.describe());
@@ -155,7 +155,7 @@ impl Check<'_> {
 
     /// What is wrong with a choice that has settings of its own, or should have.
     fn wrong_form(&self, path: &[String]) -> Option<Diagnostic> {
-        let forms = self.info.schema.forms(path);
+        let forms = self.info.schema().forms(path);
         let (node, _) = self.node(path);
         let field = dotted(path);
         let known = |name: &str| forms.iter().find(|(form, _)| form == name);
@@ -191,7 +191,7 @@ impl Check<'_> {
         if let Some(form) = self.wrong_form(path) {
             return vec![form];
         }
-        let has_forms = !self.info.schema.forms(path).is_empty();
+        let has_forms = !self.info.schema().forms(path).is_empty();
         let other_shape = |error: &ValidationError| match error.kind() {
             // Another of the choices that have settings of their own.
             ValidationErrorKind::AdditionalProperties { .. } | ValidationErrorKind::Required { .. } => {
@@ -201,7 +201,7 @@ impl Check<'_> {
             ValidationErrorKind::Constant { .. } => true,
             ValidationErrorKind::Enum { .. } => path_of(error).len() == path.len(),
             ValidationErrorKind::OneOfNotValid { .. } | ValidationErrorKind::AnyOf { .. } => {
-                path_of(error).len() == path.len() && !self.info.schema.choices(path).is_empty()
+                path_of(error).len() == path.len() && !self.info.schema().choices(path).is_empty()
             }
             _ => false,
         };
@@ -213,7 +213,7 @@ impl Check<'_> {
         if let Some(tag) = all().filter(is_constant).map(path_of).find(|tag| tag.len() > path.len()) {
             return vec![self.wrong_choice(&tag)];
         }
-        if !self.info.schema.choices(path).is_empty() {
+        if !self.info.schema().choices(path).is_empty() {
             return vec![self.wrong_choice(path)];
         }
         let types = all().filter_map(|error| match error.kind() {
@@ -232,7 +232,7 @@ impl Check<'_> {
         let hint = if on_window {
             "in a loop, rows are taken by its windows: write it on an entry of `windows`".to_owned()
         } else {
-            let known = self.info.schema.fields(path).names;
+            let known = self.info.schema().fields(path).names;
             let extra = if path.is_empty() && self.info.alone.is_some() { &WINDOW_FIELDS[..] } else { &[] };
             did_you_mean(field, "field", known.iter().map(String::as_str).chain(extra.iter().copied()))
         };
@@ -241,10 +241,10 @@ impl Check<'_> {
     }
 
     fn wrong_choice(&self, path: &[String]) -> Diagnostic {
-        let mut choices = self.info.schema.choices(path);
+        let mut choices = self.info.schema().choices(path);
         let (node, _) = self.node(path);
         let given = node.text().unwrap_or_default();
-        choices.extend(self.info.schema.forms(path).iter().map(written));
+        choices.extend(self.info.schema().forms(path).iter().map(written));
         let hint = did_you_mean(given, "value", choices.iter().map(String::as_str));
         let message = format!("`{}` must be one of {}, got {}", dotted(path), quoted(&choices), node.describe());
         self.wrong(path, message, &hint)

@@ -10,7 +10,7 @@ mod config;
 mod order;
 mod reference;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use contract::PortType;
 use contract::port::several_of;
@@ -298,7 +298,7 @@ impl Assembly {
             .map(|edge| json!([edge.input, names[&edge.stage].index(), edge.output.to_string()]))
             .collect();
         sources.sort_by_key(Json::to_string);
-        let identity = json!({"subgraph": identity(&stage.subgraph), "sources": sources}).to_string();
+        let identity = cache::canonical(&json!({"subgraph": identity(&stage.subgraph), "sources": sources}));
         if let Some(node) = self.known.get(&identity) {
             return *node;
         }
@@ -319,23 +319,9 @@ impl Assembly {
     }
 }
 
-/// What a subgraph does, whatever the order of the file and wherever its values are written.
+/// What a subgraph does, wherever its values are written.
 pub(crate) fn identity(subgraph: &Subgraph) -> Json {
     let mut subgraph = subgraph.clone();
     subgraph.operators_mut().into_iter().for_each(|operator| operator.places.clear());
-    let mut value = serde_json::to_value(subgraph).expect("a subgraph is JSON");
-    sort(&mut value);
-    value
-}
-
-fn sort(value: &mut Json) {
-    match value {
-        Json::Object(map) => {
-            let sorted: BTreeMap<String, Json> = std::mem::take(map).into_iter().collect();
-            map.extend(sorted);
-            map.values_mut().for_each(sort);
-        }
-        Json::Array(items) => items.iter_mut().for_each(sort),
-        _ => {}
-    }
+    serde_json::to_value(subgraph).expect("a subgraph is JSON")
 }

@@ -104,6 +104,7 @@ impl Bench {
             stage: "read".into(),
             action: self.action(),
             inputs: BTreeMap::new(),
+            again: false,
             store: Arc::clone(&self.store),
             slot: Slot { device: "cpu".into(), threads: 1, memory: 0 },
             cut_seconds: 60.0,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::bail;
 use schemars::JsonSchema;
@@ -373,8 +374,14 @@ fn typed<S: Stage>(config: &Json) -> S::Config {
 
 /// All kinds, and how values are read back from a folder.
 pub struct Registry {
-    kinds: BTreeMap<&'static str, Box<dyn Kind>>,
+    kinds: BTreeMap<&'static str, Known>,
     load: LoadValue,
+}
+
+/// A kind, and its schema from when it was first asked for: a pipeline asks once a stage.
+struct Known {
+    kind: Box<dyn Kind>,
+    schema: OnceLock<Json>,
 }
 
 /// Reads a value of that type from the folder that [`crate::Value::save`] wrote. Inner states are read by
@@ -389,18 +396,23 @@ impl Registry {
 
     /// Adds a kind under the name it gives itself.
     pub fn with(mut self, kind: impl Kind + 'static) -> Self {
-        self.kinds.insert(kind.about().name, Box::new(kind));
+        self.kinds.insert(kind.about().name, Known { kind: Box::new(kind), schema: OnceLock::new() });
         self
     }
 
     /// The kind of that name.
     pub fn get(&self, name: &str) -> Option<&dyn Kind> {
-        self.kinds.get(name).map(Box::as_ref)
+        self.kinds.get(name).map(|known| known.kind.as_ref())
+    }
+
+    /// The [`Kind::schema`] of the kind of that name, made once.
+    pub fn schema(&self, name: &str) -> Option<&Json> {
+        self.kinds.get(name).map(|known| known.schema.get_or_init(|| known.kind.schema()))
     }
 
     /// All kinds, by name.
     pub fn kinds(&self) -> impl Iterator<Item = &dyn Kind> {
-        self.kinds.values().map(Box::as_ref)
+        self.kinds.values().map(|known| known.kind.as_ref())
     }
 
     /// Reads a value back.
