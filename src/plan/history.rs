@@ -150,6 +150,12 @@ impl History {
         History { pipeline, runs, plans: OnceCell::new() }
     }
 
+    /// Folders of the runs of this pipeline, newest first.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = &Path> {
+        let folder = |plan: &Plan| self.runs.iter().find(|run| run.ends_with(&plan.run)).map(PathBuf::as_path);
+        self.plans().iter().filter_map(folder)
+    }
+
     /// The newest run of the same pipeline in which the stage had another key: preferably the stage of the same cell, else
     /// one of the same name, so that a variant that is new is compared with what it varies.
     pub(crate) fn before(&self, aliases: &[Alias], key: &Key) -> Option<Earlier> {
