@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     promptkd::main(
         registry,
         &[("shortest.yaml", PIPELINE)],
-        &promptkd::Extras { score: stages::score::score, gpus: stages::gpus },
+        &promptkd::Extras { score: stages::score::score, texts: stages::text::texts, gpus: stages::gpus },
     )
 }
 

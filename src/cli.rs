@@ -26,9 +26,24 @@ pub(crate) enum Command {
     #[command(after_help = "Example: pipeline run promptkd.yaml --variant no-prompt,forward-kl --set params.seed=20")]
     Run(RunArgs),
     /// Print the table of what a pipeline's report compares, as far as there are results
-    #[command(after_help = "Example: pipeline compare promptkd.yaml --markdown > results.md\n\
+    #[command(after_help = "Example: pipeline compare promptkd.yaml --format latex > results.tex\n\
         Exit status 3 where results are missing: `--run` computes them")]
     Compare(CompareArgs),
+    /// Write one page of what was gained, what made it, and how sure that is
+    #[command(after_help = "Example: pipeline report promptkd.yaml --ablation methods -o report.html\n\
+        It needs no network and no script, and shows what has a result; it computes nothing")]
+    Report(ReportArgs),
+    /// Draw one metric over what was varied, as SVG
+    #[command(
+        mut_arg("stages", |arg| arg.value_name("METRIC").help("Metric to plot: `STAGE.METRIC`, or its heading in the report")),
+        after_help = "Example: pipeline plot promptkd.yaml score.rouge_l --ablation prompt-length --by params.prompt_length -o x.svg\n\
+        Training curves: pipeline plot promptkd.yaml train.learn.loss --all --by update -o loss.svg"
+    )]
+    Plot(PlotArgs),
+    /// Show a run as it goes on, from its events alone, also of another machine's folder
+    #[command(after_help = "Example: pipeline watch\n\
+        Another machine's: pipeline watch /mnt/box/.pipeline/runs/20260131-235959.123-4567")]
+    Watch(WatchArgs),
     /// Check a pipeline without running it
     #[command(after_help = "Example: pipeline check promptkd.yaml --all --origin")]
     Check(CheckArgs),
@@ -206,15 +221,45 @@ pub(crate) struct RunArgs {
     /// Print events, one JSON object a line, in place of the table
     #[arg(long)]
     pub(crate) json: bool,
-    /// Print the table as Markdown
-    #[arg(long, conflicts_with = "json")]
-    pub(crate) markdown: bool,
+    #[command(flatten)]
+    pub(crate) table: TableArgs,
     /// Seconds between two checkpoints of a loop. PIPELINE_CUT_SECONDS says others than 30
     #[arg(long, value_name = "SECONDS", default_value = CUT_SECONDS.as_str())]
     pub(crate) cut_every: f64,
     /// Save and load everything after every stage run of a loop: slow, with the same results; keeps no checkpoint by itself
     #[arg(long)]
     pub(crate) unroll: bool,
+}
+
+/// How a comparison is written.
+#[derive(Args, Clone)]
+pub(crate) struct TableArgs {
+    /// What to write the table in; CSV and JSON have every repeat, interval and key
+    #[arg(long, value_enum, default_value_t = TableFormat::Text, conflicts_with = "json")]
+    pub(crate) format: TableFormat,
+    /// The same as `--format markdown`
+    #[arg(long, conflicts_with_all = ["json", "format"])]
+    pub(crate) markdown: bool,
+    /// What was measured runs down, and variants across
+    #[arg(long)]
+    pub(crate) transpose: bool,
+    /// Leave out columns that are the same for all
+    #[arg(long)]
+    pub(crate) only_differing: bool,
+    /// Columns to show, by heading or as `STAGE.METRIC`, in this order
+    #[arg(long, value_name = "C", value_delimiter = ',')]
+    pub(crate) columns: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TableFormat {
+    Text,
+    Markdown,
+    /// With `booktabs`
+    Latex,
+    /// A measurement a row
+    Csv,
+    Json,
 }
 
 #[derive(Args)]
@@ -224,6 +269,41 @@ pub(crate) struct CompareArgs {
     pub(crate) run: bool,
     #[command(flatten)]
     pub(crate) how: RunArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct ReportArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// File to write; `-` for standard output
+    #[arg(short, long, value_name = "FILE", default_value = "report.html")]
+    pub(crate) output: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct PlotArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// What runs along the axis: a setting that an ablation varies, `variant`, or `update` for training curves
+    #[arg(long, value_name = "PARAM", default_value = "variant")]
+    pub(crate) by: String,
+    /// File to write; `-` for standard output
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub(crate) output: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct WatchArgs {
+    /// Run: its identifier, or its folder; the newest of the store if not given
+    pub(crate) run: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Show what has happened so far, and end
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Print events, one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

@@ -36,6 +36,6 @@ const SHIPPED: &[(&str, &str)] = &[
 ];
 
 fn main() -> ExitCode {
-    let extras = promptkd::Extras { score: stages::score::score, gpus: stages::gpus };
+    let extras = promptkd::Extras { score: stages::score::score, texts: stages::text::texts, gpus: stages::gpus };
     promptkd::main(stages::registry(), SHIPPED, &extras)
 }

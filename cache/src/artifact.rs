@@ -13,6 +13,11 @@ use crate::source;
 use crate::store::{Care, Condition, Store};
 
 impl Store {
+    /// Where the folder of an artifact is, to name it: nobody has looked whether it is there and whole.
+    pub fn artifact_place(&self, artifact: &Artifact) -> PathBuf {
+        self.tree_path(&artifact.digest)
+    }
+
     /// The folder of an artifact, readable in place, all of whose bytes have just been hashed. Nobody may write there.
     ///
     /// A damaged folder is built again from the artifact's blobs. When a blob is damaged too, it is removed, so that the

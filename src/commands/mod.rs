@@ -8,10 +8,13 @@ mod import;
 mod names;
 mod outlook;
 mod plan;
+mod plot;
+mod report;
 mod run;
 mod runs;
 mod score;
 mod show;
+mod watch;
 mod why;
 
 use std::collections::BTreeMap;
@@ -23,7 +26,7 @@ use std::sync::Arc;
 use ::cache::{Store, StoreError};
 use anyhow::{Context, Result};
 use clap::Parser;
-use contract::{Registry, Scoring};
+use contract::{Registry, Scoring, TokenizerFile};
 use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
 
@@ -34,7 +37,7 @@ use crate::ground::output::{say, say_help};
 use crate::ground::signals::{self, Interrupted};
 use crate::ground::terminal::{has_colours, printable_lines};
 use crate::ground::trouble::{BadRequest, is_store_trouble, status};
-use crate::language::{self, Diagnostics};
+use crate::language::{self, Diagnostics, Request};
 use crate::plan::foresee::Foresight;
 use crate::plan::selection::Selection;
 use crate::plan::{Plan, Settled};
@@ -45,6 +48,8 @@ use crate::run::device;
 pub struct Extras {
     /// Scores a file of predictions against one of references: names and numbers.
     pub score: fn(&Scoring) -> Result<Json>,
+    /// Turns lists of ids into text by a tokenizer, for people to read.
+    pub texts: fn(&TokenizerFile, &[&[u32]]) -> Result<Vec<String>>,
     /// How many GPUs stages can use, or what they lack; nothing when they were built without CUDA.
     pub gpus: fn() -> Option<Result<usize>>,
 }
@@ -60,6 +65,21 @@ impl Workbench<'_> {
     /// The graph that the flags select.
     pub(crate) fn load(&self, target: &Target) -> Result<Graph> {
         Ok(language::load(&target.request(), self.registry, self.shipped)?)
+    }
+
+    /// The graph of the variants that the file's report compares, unless flags select others; and what is asked for by that.
+    pub(crate) fn load_compared(&self, target: &Target) -> Result<(Graph, Request)> {
+        let mut request = target.request();
+        let graph = language::load(&request, self.registry, self.shipped)?;
+        let selects = !request.variants.is_empty() || request.all_variants || request.ablation.is_some();
+        let compared = graph.cells.iter().find_map(|cell| cell.report.as_ref()).map(|report| &report.compare);
+        match compared.filter(|compared| !selects && !compared.is_empty()) {
+            Some(compared) => {
+                request.variants = compared.clone();
+                Ok((language::load(&request, self.registry, self.shipped)?, request))
+            }
+            None => Ok((graph, request)),
+        }
     }
 }
 
@@ -89,6 +109,9 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
     match command {
         Command::Run(args) => return run::run(&args, bench),
         Command::Compare(args) => return run::compare(args, bench),
+        Command::Report(args) => report::report(&args, bench, extras)?,
+        Command::Plot(args) => plot::plot(&args, bench)?,
+        Command::Watch(args) => watch::watch(&args)?,
         Command::Plan(args) => return plan::plan(&args, bench),
         Command::Check(args) => check::check(&args, bench)?,
         Command::Show(args) => show::show(&args, bench)?,

@@ -10,19 +10,19 @@ use petgraph::graph::NodeIndex;
 
 use super::outlook::Outlook;
 use super::{BadRequest, Workbench, only_named, open_store, read_store, say, status};
-use crate::cli::{CompareArgs, RunArgs};
+use crate::cli::{CompareArgs, RunArgs, TableArgs, TableFormat};
 use crate::graph::Graph;
 use crate::ground::output::tell;
 use crate::ground::signals;
 use crate::ground::trouble::Fault;
-use crate::language;
 use crate::plan::foresee::Foresight;
 use crate::plan::history::{History, Pipeline};
 use crate::plan::names::Pins;
 use crate::plan::selection;
 use crate::plan::{self, Settled};
 use crate::report;
-use crate::report::table;
+use crate::report::comparison;
+use crate::report::table::{self, Form, View};
 use crate::run::device;
 use crate::run::{self, Settings, Summary};
 
@@ -39,19 +39,13 @@ pub(crate) fn compare(args: CompareArgs, bench: &Workbench) -> Result<ExitCode> 
     if args.json && !run {
         return Err(BadRequest("`--json` prints the events of a run: say `--run` as well".into()).into());
     }
-    let mut request = args.target.request();
-    let mut graph = language::load(&request, bench.registry, bench.shipped)?;
-    let Some(report) = graph.cells.iter().find_map(|cell| cell.report.clone()) else {
+    let (graph, _) = bench.load_compared(&args.target)?;
+    if comparison::report(&graph).is_none() {
         return Err(BadRequest(format!(
             "`{}` has no `report`, so there is nothing to compare; add one, such as `report: {{metric: score.rouge_l}}`",
             args.target.file.display()
         ))
         .into());
-    };
-    if request.variants.is_empty() && !request.all_variants && request.ablation.is_none() && !report.compare.is_empty()
-    {
-        request.variants = report.compare;
-        graph = language::load(&request, bench.registry, bench.shipped)?;
     }
     if run { run_graph(&args, &graph, bench) } else { show_results(&args, &graph, bench) }
 }
@@ -61,8 +55,8 @@ fn show_results(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<Exit
     let selection = selection::select(graph, &args.target.wanted(&[]))?;
     let store = read_store(&args.target.store)?;
     let plan = plan::plan(graph, &selection, bench.registry, &store)?;
-    print_table(args.markdown, graph, &plan.settled(), &store)?;
-    let reported = table::stages(graph);
+    print_table(args, graph, &plan.settled(), &store)?;
+    let reported = comparison::stages(graph);
     let missing: Vec<_> = plan
         .steps
         .iter()
@@ -102,15 +96,30 @@ fn run_graph(args: &RunArgs, graph: &Graph, bench: &Workbench) -> Result<ExitCod
         let _span = tracing::info_span!("run", pipeline = pipeline.pipeline).entered();
         run::run(plan, pins, foresight, Arc::clone(&store), &settings, &pipeline, reporter.as_mut())?
     };
-    let shown = if args.json { reporter.finish() } else { print_table(args.markdown, graph, &summary.settled, &store) };
+    let shown = if args.json { reporter.finish() } else { print_table(args, graph, &summary.settled, &store) };
     conclude(&summary, args.json, shown)
 }
 
-fn print_table(markdown: bool, graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Store) -> Result<()> {
-    match table::table(graph, settled, store)? {
-        Some(table) => say(&if markdown { table.markdown() } else { table.text() }),
-        None => Ok(()),
-    }
+fn print_table(args: &RunArgs, graph: &Graph, settled: &BTreeMap<NodeIndex, Settled>, store: &Store) -> Result<()> {
+    let Some(comparison) = comparison::compare(graph, settled, store)? else { return Ok(()) };
+    let (form, view) = shape(&args.table);
+    let file = args.target.file.display().to_string();
+    let name = args.target.file.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
+    let command = format!("pipeline compare {file}");
+    say(&table::write(&comparison, form, &view, &name, &command)?)
+}
+
+fn shape(args: &TableArgs) -> (Form, View) {
+    let TableArgs { format, markdown, transpose, only_differing, columns } = args.clone();
+    let form = match format {
+        _ if markdown => Form::Markdown,
+        TableFormat::Text => Form::Text,
+        TableFormat::Markdown => Form::Markdown,
+        TableFormat::Latex => Form::Latex,
+        TableFormat::Csv => Form::Csv,
+        TableFormat::Json => Form::Json,
+    };
+    (form, View { transpose, only_differing, columns })
 }
 
 fn settings(args: &RunArgs, bench: &Workbench) -> Result<Settings> {

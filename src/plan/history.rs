@@ -203,6 +203,11 @@ impl History {
         places.into_iter().map(|(run, stage)| (&plans.runs[run], &plans.runs[run].stages[stage]))
     }
 
+    /// Folders of the runs of this pipeline, the newest first.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = &Path> {
+        self.plans().runs.iter().map(|run| run.folder.as_path())
+    }
+
     /// The newest run of the same pipeline in which the stage had another key: preferably the stage of the same cell, else
     /// one of the same name, so that a variant that is new is compared with what it varies.
     pub(crate) fn before(&self, aliases: &[Alias], key: &Key) -> Option<Earlier> {

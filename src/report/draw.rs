@@ -1,4 +1,4 @@
-//! Draws the graph as Mermaid or DOT.
+//! Draws the graph as Mermaid, as DOT, or as a picture.
 //!
 //! A loop is a box with its round inside; other subgraphs are single shapes. A thick line is a handoff through the store, a
 //! thin one a value in memory, a dotted one what the next round begins with. Types stand on the lines.
@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
 
+use chart::Tone;
 use contract::files::counted;
 
 use crate::graph::{Entry, Every, Exit, Graph, Loop, Node, Origin, Subgraph};
@@ -16,13 +17,13 @@ use crate::graph::{Entry, Every, Exit, Graph, Loop, Node, Origin, Subgraph};
 /// The graph in Mermaid's flowchart language.
 pub(crate) fn draw_mermaid(graph: &Graph) -> String {
     let mut out = String::from("flowchart TD\n");
-    for drawn in drawing(graph) {
+    for drawn in drawing(graph, &|_| true) {
         match drawn {
-            Part::Open { id, label } => {
+            Part::Open { id, label, .. } => {
                 let _ = writeln!(out, "    subgraph {id} [\"{}\"]", mermaid_text(&label));
             }
             Part::Close => out.push_str("    end\n"),
-            Part::Shape { id, label, shape } => {
+            Part::Shape { id, label, shape, .. } => {
                 let (open, close) = match shape {
                     Shape::Stage => ("[\"", "\"]"),
                     Shape::Window => ("[/\"", "\"/]"),
@@ -46,13 +47,13 @@ pub(crate) fn draw_mermaid(graph: &Graph) -> String {
 /// The graph in the language of Graphviz.
 pub(crate) fn draw_dot(graph: &Graph) -> String {
     let mut out = String::from("digraph pipeline {\n    node [shape=box];\n");
-    for drawn in drawing(graph) {
+    for drawn in drawing(graph, &|_| true) {
         match drawn {
-            Part::Open { id, label } => {
+            Part::Open { id, label, .. } => {
                 let _ = writeln!(out, "    subgraph cluster_{id} {{\n    label={};", dot_text(&label));
             }
             Part::Close => out.push_str("    }\n"),
-            Part::Shape { id, label, shape } => {
+            Part::Shape { id, label, shape, .. } => {
                 let shape = match shape {
                     Shape::Stage => "box",
                     Shape::Window => "parallelogram",
@@ -73,17 +74,62 @@ pub(crate) fn draw_dot(graph: &Graph) -> String {
     out + "}\n"
 }
 
-/// A piece of a drawing, in the order in which it is written.
+/// Some subgraphs as a picture; `tone` says how each fares.
+pub(crate) fn picture(
+    graph: &Graph,
+    title: &str,
+    nodes: &BTreeSet<NodeIndex>,
+    tone: &dyn Fn(NodeIndex) -> Tone,
+) -> chart::Graph {
+    let mut picture = chart::Graph { title: title.to_owned(), description: None, nodes: Vec::new(), edges: Vec::new() };
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    let mut parent = None;
+    for drawn in drawing(graph, &|node| nodes.contains(&node)) {
+        match drawn {
+            Part::Open { id, label, node } => {
+                parent = Some(picture.nodes.len());
+                places.insert(id, picture.nodes.len());
+                let (lines, tone) = (vec![label], tone(node));
+                picture.nodes.push(chart::Node { lines, shape: chart::Shape::Box, tone, parent: None });
+            }
+            Part::Close => parent = None,
+            Part::Shape { id, label, shape, node } => {
+                let shape = match shape {
+                    Shape::Stage => chart::Shape::Box,
+                    Shape::Window => chart::Shape::Slanted,
+                    Shape::Carried => chart::Shape::Round,
+                };
+                let lines = label.lines().map(str::to_owned).collect();
+                let tone = if parent.is_some() { Tone::Plain } else { tone(node) };
+                places.insert(id, picture.nodes.len());
+                picture.nodes.push(chart::Node { lines, shape, tone, parent });
+            }
+            Part::Line { from, to, label, line, .. } => {
+                let line = match line {
+                    Line::Handoff => chart::Line::Thick,
+                    Line::Memory => chart::Line::Thin,
+                    Line::NextRound => chart::Line::Dotted,
+                };
+                picture.edges.push(chart::Edge { from: places[&from], to: places[&to], label, line });
+            }
+        }
+    }
+    picture
+}
+
+/// A piece of a drawing, in the order in which it is written; `node` is the subgraph that it is, or is in.
 enum Part {
     Open {
         id: String,
         label: String,
+        node: NodeIndex,
     },
     Close,
     Shape {
         id: String,
         label: String,
         shape: Shape,
+        node: NodeIndex,
     },
     /// `ports` are what it leaves and what it enters.
     Line {
@@ -116,25 +162,27 @@ enum Line {
     NextRound,
 }
 
-fn drawing(graph: &Graph) -> Vec<Part> {
+/// The subgraphs that are shown, and what leads from one of them to another.
+fn drawing(graph: &Graph, is_shown: &dyn Fn(NodeIndex) -> bool) -> Vec<Part> {
     let mut parts = Vec::new();
-    for index in graph.subgraphs.node_indices() {
+    for index in graph.subgraphs.node_indices().filter(|index| is_shown(*index)) {
         let node = &graph.subgraphs[index];
-        let name = shown_name(graph, index);
+        let name = shown_name(graph, index, is_shown);
         match &node.subgraph {
             Subgraph::Operator(operator) => {
                 let label = format!("{name}\n{}", operator.kind);
-                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage });
+                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage, node: index });
             }
             Subgraph::Loop(body) if body.alone => {
                 let kind = body.stages.values().next().map_or("", |stage| stage.operator.kind.as_str());
                 let label = format!("{name}\n{kind}, {}", rounds(body));
-                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage });
+                parts.push(Part::Shape { id: id(index), label, shape: Shape::Stage, node: index });
             }
-            Subgraph::Loop(body) => draw_loop(&id(index), &name, body, &mut parts),
+            Subgraph::Loop(body) => draw_loop(index, &name, body, &mut parts),
         }
     }
-    for edge in graph.subgraphs.edge_references() {
+    let edges = graph.subgraphs.edge_references();
+    for edge in edges.filter(|edge| is_shown(edge.source()) && is_shown(edge.target())) {
         let handoff = edge.weight();
         parts.push(Part::Line {
             from: leaves(edge.source(), &graph.subgraphs[edge.source()], &handoff.output),
@@ -177,14 +225,20 @@ fn entered(entry: &Entry) -> String {
     }
 }
 
-fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
-    parts.push(Part::Open { id: id.to_owned(), label: format!("{name}: {}", rounds(body)) });
+fn draw_loop(node: NodeIndex, name: &str, body: &Loop, parts: &mut Vec<Part>) {
+    let id = &id(node);
+    parts.push(Part::Open { id: id.clone(), label: format!("{name}: {}", rounds(body)), node });
     for (window, spec) in &body.windows {
         let label = format!("{window}\n{} a round", counted(spec.take, "row"));
-        parts.push(Part::Shape { id: inner(id, "windows", window), label, shape: Shape::Window });
+        parts.push(Part::Shape { id: inner(id, "windows", window), label, shape: Shape::Window, node });
     }
     for carried in body.carry.keys() {
-        parts.push(Part::Shape { id: inner(id, "carry", carried), label: carried.clone(), shape: Shape::Carried });
+        parts.push(Part::Shape {
+            id: inner(id, "carry", carried),
+            label: carried.clone(),
+            shape: Shape::Carried,
+            node,
+        });
     }
     for (stage, spec) in &body.stages {
         let every = match spec.every {
@@ -193,7 +247,7 @@ fn draw_loop(id: &str, name: &str, body: &Loop, parts: &mut Vec<Part>) {
             Every::Rounds(rounds) => format!(", every {rounds} rounds"),
         };
         let label = format!("{stage}\n{}{every}", spec.operator.kind);
-        parts.push(Part::Shape { id: inner(id, "stage", stage), label, shape: Shape::Stage });
+        parts.push(Part::Shape { id: inner(id, "stage", stage), label, shape: Shape::Stage, node });
     }
     for (stage, spec) in &body.stages {
         for (port, origin) in &spec.inputs {
@@ -232,9 +286,10 @@ fn rounds(body: &Loop) -> String {
 }
 
 /// The name of a subgraph, with the first cell that has it where the name stands for several.
-fn shown_name(graph: &Graph, index: NodeIndex) -> String {
+fn shown_name(graph: &Graph, index: NodeIndex, is_shown: &dyn Fn(NodeIndex) -> bool) -> String {
     let name = &graph.subgraphs[index].name;
-    let same = graph.subgraphs.node_weights().filter(|node| node.name == *name).count();
+    let shown = graph.subgraphs.node_indices().filter(|node| is_shown(*node));
+    let same = shown.filter(|node| graph.subgraphs[*node].name == *name).count();
     let cell = graph.cells.iter().find(|cell| cell.names.values().any(|node| *node == index));
     match cell {
         Some(cell) if same > 1 => format!("{name} ({})", cell.label),

@@ -181,6 +181,11 @@ impl Text {
     }
 }
 
+/// Text of each list of ids, special tokens left out, for people to read.
+pub fn texts(tokenizer: &TokenizerFile, ids: &[&[u32]]) -> Result<Vec<String>> {
+    Text::new(tokenizer, SpecialTokens::Text)?.decode_all(ids)
+}
+
 /// Tokens that steer: added as special ones, or known to begin, end or pad. What stands for the unspellable is none, for it
 /// comes from any text.
 #[derive(Clone)]

@@ -15,13 +15,18 @@ const SHIPPED: &[(&str, &str)] = &[(
 )];
 
 fn main() -> ExitCode {
-    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, gpus })
+    promptkd::main(fakes::registry(), SHIPPED, &promptkd::Extras { score, texts, gpus })
 }
 
 /// As many GPUs as a test says there are.
 fn gpus() -> Option<anyhow::Result<usize>> {
     let count = std::env::var("FAKE_GPUS").ok()?;
     Some(count.parse().context("FAKE_GPUS is no number"))
+}
+
+/// Ids as numbers.
+fn texts(_: &contract::TokenizerFile, ids: &[&[u32]]) -> anyhow::Result<Vec<String>> {
+    Ok(ids.iter().map(|ids| format!("{ids:?}")).collect())
 }
 
 fn score(request: &contract::Scoring) -> anyhow::Result<serde_json::Value> {
