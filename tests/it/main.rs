@@ -16,4 +16,5 @@ mod output;
 mod real;
 #[cfg(feature = "stages")]
 mod remote;
+mod reports;
 mod runs;
