@@ -40,6 +40,12 @@ pub(crate) enum Command {
         Training curves: pipeline plot promptkd.yaml train.learn.loss --all --by update -o loss.svg"
     )]
     Plot(PlotArgs),
+    /// Give what stages have measured to a tracker, after the fact; what is there already is not sent again
+    #[command(after_help = "Example: pipeline track tensorboard promptkd.yaml --all --to runs\n\
+        `tensorboard` writes event files, a folder a stage, which others read too: `wandb sync` takes such a folder (untried). \
+        `trackio` writes the same, and says how it is imported. `mlflow` sends to the server of MLFLOW_TRACKING_URI, with \
+        MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")]
+    Track(TrackArgs),
     /// Show a run as it goes on, from its events alone, also of another machine's folder
     #[command(after_help = "Example: pipeline watch\n\
         Another machine's: pipeline watch /mnt/box/.pipeline/runs/20260131-235959.123-4567")]
@@ -290,6 +296,28 @@ pub(crate) struct PlotArgs {
     /// File to write; `-` for standard output
     #[arg(short, long, value_name = "FILE", default_value = "-")]
     pub(crate) output: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct TrackArgs {
+    /// Tracker to give it to
+    #[arg(value_enum)]
+    pub(crate) tracker: Tracker,
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Folder to write to, `runs` if not given; for `mlflow` the address of its server
+    #[arg(long, value_name = "DIR|URL")]
+    pub(crate) to: Option<String>,
+    /// Go on as long as the newest run of the pipeline does
+    #[arg(long)]
+    pub(crate) follow: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tracker {
+    Tensorboard,
+    Mlflow,
+    Trackio,
 }
 
 #[derive(Args)]

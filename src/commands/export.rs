@@ -1,4 +1,4 @@
-//! `pipeline export`: copies an artifact out of the store.
+//! `pipeline export`: copies an artifact out of the store; a model that others open gets a card.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -7,13 +7,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use cache::{Artifact, Store};
+use petgraph::graph::NodeIndex;
 
-use super::{BadRequest, Workbench, existing_store, say};
+use super::{BadRequest, Workbench, existing_store, report, say};
 use crate::cli::ExportArgs;
-use crate::graph::Graph;
+use crate::graph::{Exit, Graph};
 use crate::ground::signals::{self, Watch};
+use crate::plan;
 use crate::plan::selection::{self, Selection, Wanted};
-use crate::plan::{self, Settled};
+use crate::report::card::Card;
 
 pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let [name] = args.target.stages.as_slice() else {
@@ -21,11 +23,19 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     };
     let graph = bench.load(&args.target)?;
     let (stage, port) = split(&graph, name);
-    let selection = selection::select(&graph, &Wanted { stages: &[stage.to_owned()], ..Wanted::default() })?;
+    // Of the one cell, what reads the artifact too: a card says how a model scores.
+    let wanted = selection::select(&graph, &Wanted { stages: &[stage.to_owned()], ..Wanted::default() })?;
+    let node = node(&graph, &wanted, stage)?;
+    let selection = selection::select(&graph, &Wanted::default())?;
     let store = existing_store(&args.target.store)?;
-    let settled = settled(&graph, &selection, stage, bench, &store)?;
+    let all = plan::plan(&graph, &selection, bench.registry, &store)?.settled();
+    let settled = all.get(&node).ok_or_else(|| {
+        BadRequest(format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`"))
+    })?;
+    let exits: BTreeMap<String, (Exit, &Artifact)> =
+        settled.outputs().into_iter().map(|(exit, artifact)| (exit.to_string(), (exit, artifact))).collect();
     let outputs: BTreeMap<String, &Artifact> =
-        settled.outputs().into_iter().map(|(output, artifact)| (output.to_string(), artifact)).collect();
+        exits.iter().map(|(output, (_, artifact))| (output.clone(), *artifact)).collect();
     let (port, artifact) = match port {
         Some(port) => outputs.get_key_value(port),
         None if outputs.keys().filter(|port| !port.ends_with("metrics")).count() == 1 => {
@@ -39,7 +49,20 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     })?;
     refuse_inside(&args.to, &store)?;
     let from = store.open_artifact(artifact)?;
-    copy(&from, &args.to, &signals::watch())?;
+    let cell = graph.cells.iter().find(|cell| cell.names.values().any(|other| *other == node));
+    let card = match (kind_of(&from), cell) {
+        (Some(is_adapter), Some(cell)) => {
+            let name = args.to.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            let file = args.target.file.display().to_string();
+            let command = report::command(&args.target, &args.target.request(), &file).of_cell(cell, stage);
+            let (graph, output) = (&graph, &exits[port].0);
+            let card =
+                Card { name: &name, graph, cell, node, output, settled: &all, store: &store, is_adapter, command };
+            Some(card.markdown()?)
+        }
+        _ => None,
+    };
+    copy(&from, &args.to, card.as_deref(), &signals::watch())?;
     say(&format!("{}\n", args.to.display()))?;
     tracing::info!(stage, port, digest = %artifact.digest, "exported");
     Ok(())
@@ -68,35 +91,47 @@ fn split<'n>(graph: &Graph, name: &'n str) -> (&'n str, Option<&'n str>) {
     }
 }
 
-/// The result of the one subgraph that the stage's name stands for.
-fn settled(graph: &Graph, selection: &Selection, stage: &str, bench: &Workbench, store: &Store) -> Result<Settled> {
+/// The one subgraph that the stage's name stands for.
+fn node(graph: &Graph, selection: &Selection, stage: &str) -> Result<NodeIndex> {
     let nodes: BTreeSet<_> = graph.cells.iter().filter_map(|cell| selection::find(graph, cell, stage)).collect();
-    let node = match nodes.iter().collect::<Vec<_>>().as_slice() {
-        [node] => **node,
+    match nodes.iter().collect::<Vec<_>>().as_slice() {
+        [node] => Ok(**node),
         several => {
             let labels: Vec<_> = several.iter().map(|node| format!("`{}`", selection.labels[node])).collect();
             let message = format!("`{stage}` stands for {}; select one variant", labels.join(", "));
-            return Err(BadRequest(message).into());
+            Err(BadRequest(message).into())
         }
-    };
-    let mut settled = plan::plan(graph, selection, bench.registry, store)?.settled();
-    settled.remove(&node).ok_or_else(|| {
-        BadRequest(format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`")).into()
-    })
+    }
+}
+
+/// Whether a folder is a model that others open, and then whether it is an adapter; nothing for what has a card already.
+fn kind_of(folder: &Path) -> Option<bool> {
+    let has = |file: &str| folder.join(file).is_file();
+    if has("README.md") {
+        return None;
+    }
+    match (has("config.json"), has("adapter_config.json")) {
+        (true, _) => Some(false),
+        (false, true) => Some(true),
+        (false, false) => None,
+    }
 }
 
 /// How many bytes are copied before it is asked whether to go on.
 const PART: u64 = 16 << 20;
 
-/// Copies a folder whole: the copy appears under its name only when complete, and nothing is left of one that is not.
-fn copy(from: &Path, to: &Path, watch: &Watch) -> Result<()> {
+/// Copies a folder whole, with a card where there is one: the copy appears under its name only when complete, and nothing is
+/// left of one that is not.
+fn copy(from: &Path, to: &Path, card: Option<&str>, watch: &Watch) -> Result<()> {
     if to.exists() && fs::read_dir(to).map_or(true, |mut entries| entries.next().is_some()) {
         bail!(BadRequest(format!("`{}` is already there; choose a new folder", to.display())));
     }
     let mut name = to.file_name().context("the folder to export to has no name")?.to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let draft = to.with_file_name(name);
+    let write = |card| fs::write(draft.join("README.md"), card).context("cannot write the model's card");
     let outcome = copy_tree(from, &draft, watch)
+        .and_then(|()| card.map_or(Ok(()), write))
         .and_then(|()| fs::rename(&draft, to).with_context(|| format!("cannot make folder `{}`", to.display())));
     if outcome.is_err() {
         // What is left of the draft helps nobody.
@@ -139,7 +174,7 @@ mod tests {
         let (from, to) = (folder.path().join("from"), folder.path().join("to"));
         fs::create_dir_all(from.join("deep")).unwrap();
         fs::write(from.join("deep/file"), "text").unwrap();
-        let error = copy(&from, &to, &Watch::after(15)).unwrap_err();
+        let error = copy(&from, &to, None, &Watch::after(15)).unwrap_err();
         assert_eq!(error.downcast_ref(), Some(&signals::Interrupted(15)));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "what is left is what was there");
     }

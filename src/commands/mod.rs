@@ -14,6 +14,7 @@ mod run;
 mod runs;
 mod score;
 mod show;
+mod track;
 mod watch;
 mod why;
 
@@ -111,6 +112,7 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         Command::Compare(args) => return run::compare(args, bench),
         Command::Report(args) => report::report(&args, bench, extras)?,
         Command::Plot(args) => plot::plot(&args, bench)?,
+        Command::Track(args) => track::track(&args, bench)?,
         Command::Watch(args) => watch::watch(&args)?,
         Command::Plan(args) => return plan::plan(&args, bench),
         Command::Check(args) => check::check(&args, bench)?,

@@ -160,6 +160,9 @@ fn heat(comparison: &Comparison, at: usize, measure: &Measure, down: &str, acros
             values[row][column] = line.figures[at].figure().map(|figure| figure.mean);
         }
     }
+    if values.iter().flatten().all(Option::is_none) {
+        return None;
+    }
     let title = format!("{} of {best} by {} and {}", measure.heading, last(down), last(across));
     let (down, across) = ((down.to_owned(), rows), (across.to_owned(), columns));
     Some(Heat { title, description: None, value: measure.heading.clone(), down, across, values }.draw())

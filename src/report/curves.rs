@@ -96,19 +96,17 @@ pub(crate) fn curves(
     let mut found = Vec::new();
     for (name, lines) in by_name {
         let is_shared = lines.len() == 1;
-        // By part and number: a curve for each line.
-        let mut charts: IndexMap<(Option<String>, String), Vec<(String, Points)>> = IndexMap::new();
-        let mut clock_name = "round";
+        // By part, number and clock: a curve for each line.
+        let mut charts: IndexMap<Which, Vec<(String, Points)>> = IndexMap::new();
         for (nodes, labels) in lines {
             let label = if is_shared { String::new() } else { labels.join(", ") };
-            let mut points: IndexMap<(Option<String>, String), Points> = IndexMap::new();
+            let mut points: IndexMap<Which, Points> = IndexMap::new();
             for node in nodes {
                 for (part, rows) in rows_of(node)? {
                     for row in &rows {
                         let Some((clock, at)) = clock(row) else { continue };
-                        clock_name = clock;
                         for (measure, value) in measured(row) {
-                            points.entry((part.clone(), measure.clone())).or_default().push((at, value));
+                            points.entry((part.clone(), measure.clone(), clock)).or_default().push((at, value));
                         }
                     }
                 }
@@ -117,15 +115,24 @@ pub(crate) fn curves(
                 charts.entry(which).or_default().push((label.clone(), points));
             }
         }
-        for ((part, measure), curves) in charts {
-            let values = || curves.iter().flat_map(|(_, points)| points.iter().map(|point| point.1));
-            let first = values().next();
-            if values().all(|value| Some(value) == first) {
+        // The loss first, then in the order in which they were measured.
+        let parts: Vec<Option<String>> = charts.keys().map(|(part, ..)| part.clone()).collect();
+        charts.sort_by_cached_key(|(part, measure, _), _| {
+            (parts.iter().position(|other| other == part), measure != "loss")
+        });
+        for ((part, measure, clock), curves) in charts {
+            // What never changes, or was measured once, is no curve.
+            let is_same = |of: fn(&(f64, f64)) -> f64| {
+                let mut all = curves.iter().flat_map(|(_, points)| points).map(of);
+                let first = all.next();
+                all.all(|value| Some(value) == first)
+            };
+            if is_same(|point| point.0) || is_same(|point| point.1) {
                 continue;
             }
             let stage = part.map_or_else(|| name.clone(), |part| format!("{name}.{part}"));
             let series = curves.into_iter().map(|(label, points)| summarised(label, points)).collect();
-            let (title, x, y) = (format!("{stage}: {measure}"), Axis::of(clock_name), Axis::of(&measure));
+            let (title, x, y) = (format!("{stage}: {measure}"), Axis::of(clock), Axis::of(&measure));
             let lines = Lines { title, description: None, x, y, series };
             found.push(Curves { stage, name: measure, is_shared, lines });
         }
@@ -133,6 +140,9 @@ pub(crate) fn curves(
     found.sort_by_key(|curves| curves.is_shared);
     Ok(found)
 }
+
+/// Part of a loop, number and clock.
+type Which = (Option<String>, String, &'static str);
 
 /// A number at a time, of all repeats.
 type Points = Vec<(f64, f64)>;

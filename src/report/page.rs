@@ -8,6 +8,7 @@ use cache::{Key, Store};
 use chart::{Tone, visible};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use petgraph::graph::NodeIndex;
+use serde_json::Value as Json;
 
 use crate::events::Status;
 use crate::graph::{Graph, Operator, Subgraph};
@@ -76,7 +77,7 @@ impl Command<'_> {
     }
 
     /// What runs a stage of one cell with all that it needs.
-    fn of_cell(&self, cell: &crate::graph::Cell, stage: &str) -> String {
+    pub(crate) fn of_cell(&self, cell: &crate::graph::Cell, stage: &str) -> String {
         let mut words = ["pipeline", "run", self.file].map(str::to_owned).to_vec();
         words.extend(self.common.iter().cloned());
         if cell.variant != "base" {
@@ -111,7 +112,8 @@ nav ul{display:flex;flex-wrap:wrap;gap:.2em 1.2em;list-style:none;padding:0}\
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}\
 caption{text-align:left;color:var(--quiet);padding:.2em 0}\
 th,td{padding:.25em .7em;text-align:right;vertical-align:top;border-bottom:1px solid var(--grid)}\
-th:first-child,td.text,th.text{text-align:left}thead th{border-bottom:1px solid var(--quiet)}tbody th{font-weight:400}\
+td{white-space:nowrap}td.text{white-space:normal}\
+th:first-child,td.text,th.text{text-align:left}td code[title]{white-space:nowrap}thead th{border-bottom:1px solid var(--quiet)}tbody th{font-weight:400}\
 tr.best th,tr.best td{font-weight:600}tr.break th,tr.break td{border-top:1px solid var(--quiet)}\
 small{color:var(--quiet);display:block}\
 .wide{overflow-x:auto}.charts{display:grid;gap:1.2rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr))}\
@@ -240,7 +242,7 @@ impl Page<'_> {
         let Some(comparison) = self.comparison else { return html! {} };
         let best = comparison.best();
         html! {
-            div.wide role="region" tabindex="0" aria-label="Comparison" {
+            div.wide role="region" tabindex="0" aria-label="Table of the comparison" {
                 table {
                     caption { "What was measured; each number leads to the stage that measured it" }
                     thead { tr {
@@ -343,8 +345,8 @@ impl Page<'_> {
                                 @match difference {
                                     Difference::Value(change) => {
                                         td.text { (visible(&change.path)) }
-                                        td.text { (visible(&show_value(change.old.as_ref(), "default"))) }
-                                        td.text { (visible(&show_value(change.new.as_ref(), "default"))) }
+                                        td.text { (side(change.old.as_ref(), change.new.as_ref())) }
+                                        td.text { (side(change.new.as_ref(), change.old.as_ref())) }
                                         td.text { @if let Some(place) = &change.place { (visible(&format!("{}:{}", place.file, place.line))) } }
                                     }
                                     Difference::OnlyHere => { td.text { "the stage" } td.text { "not there" } td.text { "there" } td.text {} }
@@ -473,6 +475,16 @@ impl Page<'_> {
     }
 }
 
+/// One side of a difference. A whole part of a loop that only one of them has is there or not there.
+fn side(own: Option<&Json>, other: Option<&Json>) -> String {
+    let is_part = |value: Option<&Json>| value.is_some_and(|it| it.get("config").or_else(|| it.get("next")).is_some());
+    match own {
+        Some(_) if other.is_none() && is_part(own) => "there".into(),
+        None if is_part(other) => "not there".into(),
+        _ => visible(&show_value(own, "default")),
+    }
+}
+
 /// A stage as the page shows it.
 struct Stage {
     anchor: String,
@@ -521,7 +533,7 @@ fn kinds(subgraph: &Subgraph) -> String {
 
 fn stage_table(stages: &[Stage]) -> Markup {
     html! {
-        div.wide role="region" tabindex="0" aria-label="Stages" {
+        div.wide role="region" tabindex="0" aria-label="Table of the stages" {
             table {
                 caption { "Every stage: what became of it in the newest run, what it took when it was made, its key and files, and what runs it" }
                 thead { tr { th scope="col" { "stage" } th.text scope="col" { "kind" } th.text scope="col" { "state" } th scope="col" { "time" } th.text scope="col" { "key" } th.text scope="col" { "files" } th.text scope="col" { "command" } } }

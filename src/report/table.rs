@@ -441,7 +441,7 @@ pub(crate) mod tests {
             metric: Some(format!("score.{heading}")),
             better,
         };
-        let difference = over([1.0, 1.1, 1.2]);
+        let difference = over([1.0, 1.5, 2.0]);
         let compared =
             |entry: Entry| Compared { entry, p: Some(0.003), corrected: Some(0.006), verdict: Some(Verdict::Better) };
         let empty = Compared { entry: Entry::Missing, p: None, corrected: None, verdict: None };
@@ -470,8 +470,8 @@ pub(crate) mod tests {
         assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["kd", "82", "±", "2.48", "not", "measured", "12.3"]);
         assert!(text.contains("rouge_l against sft: better: kd"), "{text}");
         let markdown = written(Form::Markdown, &View::default());
-        assert!(markdown.contains("|            a\\|b |") && markdown.contains("-:|"), "{markdown}");
-        assert!(markdown.contains("|    1.1 ± 0.2484 |"), "{markdown}");
+        assert!(markdown.contains(" a\\|b |") && markdown.contains("-:|"), "{markdown}");
+        assert!(markdown.contains("|   1.5 ± 1.24 |"), "{markdown}");
     }
 
     #[test]
@@ -505,7 +505,7 @@ pub(crate) mod tests {
         );
         let difference = lines.iter().find(|line| line.starts_with("difference")).unwrap();
         assert!(
-            difference.starts_with("difference,kd - sft,kd,,rouge_l,1.1")
+            difference.starts_with("difference,kd - sft,kd,,rouge_l,1.5,")
                 && difference.ends_with(",3,repeats,0.003,0.006,better,,")
         );
         let commas = |line: &&str| line.matches(',').count();

@@ -20,6 +20,7 @@ mod output;
 mod real;
 #[cfg(feature = "stages")]
 mod remote;
+mod reports;
 mod runs;
 mod selection;
 mod space;
