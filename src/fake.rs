@@ -133,6 +133,7 @@ kind!(Distill, DistillConfig, "distill", "Trains a student to follow a teacher."
     .input("student", PortType::Model, "what learns")
     .input("teacher", PortType::Model, "what is followed")
     .optional("prompt", PortType::SoftPrompt, "put before the teacher's text")
+    .several("advisers", PortType::Model, "others that are followed, by name")
     .input("data", PortType::Dataset, "rows of a window")
     .output("model", PortType::Model, "the student afterwards"),
     fn alone(&self) -> Option<Alone> {

@@ -72,6 +72,42 @@ fn rows_are_shuffled_by_the_stages_seed_or_from_0_as_published() {
     assert_eq!((seed("sound", "order_seed: 3"), seed("reference", "order_seed: 3")), (3, 3));
 }
 
+#[test]
+fn an_input_may_take_several_values_by_name() {
+    const ONE: &str = "prompt: tune.prompt, data: respond}";
+    assert!(EXAMPLE.contains(ONE));
+    let with = |more: &str| EXAMPLE.replace(ONE, &format!("prompt: tune.prompt, data: respond, {more}}}"));
+    let text = with("advisers: {first: teacher, second: student0}");
+    let whole = base(&text);
+    let Subgraph::Loop(train) = &node(&whole, 0, "train").subgraph else { panic!("not a loop") };
+    let inputs = &train.stages["learn"].inputs;
+    assert_eq!(["advisers/first", "advisers/second"].map(|name| &inputs[name]), [&Origin::Outside; 2]);
+    let edges = whole.subgraphs.edges_directed(whole.cells[0].names["train"], petgraph::Incoming);
+    let entries: Vec<String> = edges.map(|edge| edge.weight().input.to_string()).collect();
+    assert!(entries.contains(&"learn.advisers/second".to_owned()), "{entries:?}");
+    assert!(draw_mermaid(&whole).contains("advisers"));
+
+    let one = "  one: {remove: [train.learn.in.advisers.first], rebind: {train.learn.in.advisers.second: teacher}}\n";
+    let edited = text.replace("variants:\n", &format!("variants:\n{one}"));
+    let changed = graph(&edited, &Request { variants: vec!["one".into()], ..Request::default() });
+    let Subgraph::Loop(train) = &node(&changed, 0, "train").subgraph else { panic!("not a loop") };
+    let inputs = train.stages["learn"].inputs.keys().filter(|input| input.starts_with("advisers"));
+    assert_eq!(inputs.collect::<Vec<_>>(), ["advisers/second"]);
+
+    for (more, expected) in [
+        ("advisers: teacher", "input `advisers` of kind `distill` takes several values by name"),
+        ("advisors: {first: teacher}", "kind `distill` has no input `advisors`"),
+        ("advisers: {first: data.train}", "`train.learn.in.advisers/first` takes `model`"),
+        ("advisers: {first.one: teacher}", "`first.one` cannot be a name"),
+    ] {
+        let error = load_text(&with(more), &Request::default()).err().expect(more).to_string();
+        assert!(error.contains(expected), "{more}: {error}");
+    }
+    let one = EXAMPLE.replace("prompt: tune.prompt, data: respond}", "prompt: {one: tune.prompt}, data: respond}");
+    let error = load_text(&one, &Request::default()).err().unwrap().to_string();
+    assert!(error.contains("input `prompt` of kind `distill` takes one value"), "{error}");
+}
+
 /// A request as the last line of a broken file asks for: `# --variant a,b --set path=value`.
 fn request_of(file: &Path) -> Request {
     let text = std::fs::read_to_string(file).unwrap();

@@ -119,6 +119,17 @@ impl Aligned {
     pub fn hidden(&self, model: &LanguageModel, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
         model.hidden(&self.packed, prompt, dropout)
     }
+
+    /// The same, and beside it what comes out of some layers, `[tokens, width]` each.
+    pub fn states(
+        &self,
+        model: &LanguageModel,
+        prompt: Option<&Tensor>,
+        dropout: Option<&Dropout>,
+        layers: &[usize],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        model.states(&self.packed, prompt, dropout, layers)
+    }
 }
 
 /// A response behind a prompt.
@@ -257,8 +268,13 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// Its hidden states where they predict response tokens, `[tokens, width]`.
     pub fn hidden(&self, text: &Aligned) -> Result<Tensor> {
+        Ok(self.states(text, &[])?.0)
+    }
+
+    /// The same, and beside it what comes out of some layers, `[tokens, width]` each.
+    pub fn states(&self, text: &Aligned, layers: &[usize]) -> Result<(Tensor, Vec<Tensor>)> {
         let seen = self.view.map(|view| text.seen_in(view)).transpose()?;
-        seen.as_ref().unwrap_or(text).hidden(self.model, self.prompt, None)
+        seen.as_ref().unwrap_or(text).states(self.model, self.prompt, None, layers)
     }
 }
 

@@ -40,8 +40,13 @@
 //! shortest groups of tokens that spell the same bytes. Where a group has one token of each side, the teacher's distribution is
 //! compared with the student's over the tokens with which the student begins to spell the teacher's; where it has several, their
 //! probabilities are multiplied, and the two are compared as those of an event and its opposite. With one tokenizer on both sides that is
-//! `alignment: ids`. Unlike in GOLD, every comparison is of distributions, and no probabilities are compared by their rank. `aligned`
+//! `alignment: response`. Unlike in GOLD, every comparison is of distributions, and no probabilities are compared by their rank. `aligned`
 //! is the share of response tokens that are in a group.
+//!
+//! `hidden_states` adds a loss on what comes out of pairs of layers. `diagnostics` measures in every update how far the two agree
+//! on its text, before the update: of each token the share of the student's likeliest tokens that are among the teacher's
+//! (`overlap`), the probability that the student gives to the teacher's (`mass`) and the teacher to the student's
+//! (`teacher_mass`), the entropy of both; and of the rows the mean `length` and the share that `ended` with an end token.
 //!
 //! Inputs: `student`, `data`, `teacher` and its soft prompt, `teachers`, or `cache`; `view`; `contrast`. Outputs: `model`, and a
 //! row of metrics an update. Cost: a forward pass of the teacher (with a cache its head, or nothing), a forward and a backward
@@ -58,8 +63,8 @@ use contract::{
     About, Alone, AnyValue, Cause, ConfigError, Conventions, Dataset, Env, Inputs, Operator, Outlook, Outputs,
     PortType, Ports, Result, Sink, Stage, Step, limits,
 };
-use lm::loss::{Divergence, Target, head_loss};
-use lm::{Architecture, Dropout, Head, Keep, LanguageModel, Lora, Prompts, SoftPrompt, TeacherCache};
+use lm::loss::{Agreement, Divergence, Source, Target, head_loss};
+use lm::{Architecture, Dropout, Head, Keep, LanguageModel, Lora, Projections, Prompts, SoftPrompt, TeacherCache};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -69,6 +74,7 @@ use crate::aligned::{Aligned, Alignment, Pairing, View};
 use crate::evaluate;
 use crate::finite::Behind;
 use crate::foresight;
+use crate::hidden_states::{self, HiddenStates};
 use crate::padding::Padding;
 use crate::teachers::{self, By, Heard, Lesson, Teachers};
 use crate::training::{self, Beside, MicroBatch, Parts, Trainer, Training};
@@ -116,6 +122,12 @@ training::config! {
         /// How the text on `contrast` is learnt.
         #[serde(default)]
         pub contrast: Option<Contrast>,
+        /// A loss on hidden states beside that on the next token.
+        #[serde(default)]
+        pub hidden_states: Option<crate::hidden_states::HiddenStates>,
+        /// Measures in every update how far student and teacher agree.
+        #[serde(default)]
+        pub diagnostics: Option<Diagnostics>,
         /// Shape of a student with random weights; for when no `student` is connected.
         #[serde(default)]
         pub init: Option<Architecture>,
@@ -147,6 +159,20 @@ pub struct Contrast {
     #[serde(default = "one")]
     #[schemars(range(min = 0.0, max = contract::limits::WEIGHT))]
     pub weight: f64,
+}
+
+/// How agreement is measured. The output heads of both are multiplied with once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Diagnostics {
+    /// How many of the likeliest tokens are compared.
+    #[serde(default = "default_top_k")]
+    #[schemars(range(min = 1, max = contract::limits::VOCABULARY))]
+    pub top_k: usize,
+}
+
+fn default_top_k() -> usize {
+    16
 }
 
 fn weights_schema(_: &mut SchemaGenerator) -> Schema {
@@ -258,7 +284,7 @@ impl Stage for Distill {
     }
 
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue> {
-        Trainer::load_state(folder, env)
+        hidden_states::State::load(folder, env)
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
@@ -274,8 +300,12 @@ impl Stage for Distill {
         foresight::computes_in(outlook, config.dtype);
         outlook.output("model", model);
         config.foresee_contrast(outlook);
+        if let Some(hidden_states) = &config.hidden_states {
+            hidden_states.foresee(outlook);
+        }
         if config.alignment == Alignment::Bytes {
             foresight::teacher_of_other_tokens(outlook);
+            config.foresee_bytes(outlook);
         } else {
             teachers::foresee(outlook, config.by());
         }
@@ -322,9 +352,11 @@ impl Stage for Distill {
     }
 
     fn start(&self, config: Config, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        let trainer = Trainer::new(config.settings(), 1e-2, state);
+        let (optimizer, projections) = state.map(hidden_states::State::split).unzip();
+        let trainer = Trainer::new(config.settings(), 1e-2, optimizer);
         let device = lm::device(&env.device)?;
-        Ok(Box::new(Distilling { device, trainer, config, cached: None, across: None, padding: Padding::default() }))
+        let (projections, padding) = (projections.flatten(), Padding::default());
+        Ok(Box::new(Distilling { device, trainer, config, cached: None, across: None, projections, padding }))
     }
 }
 
@@ -336,6 +368,8 @@ struct Distilling {
     cached: Option<Option<Head>>,
     /// The tokenizers, once they have been looked at, for `alignment: bytes`.
     across: Option<Arc<Across>>,
+    /// From the student's channels to the teacher's, once both are known.
+    projections: Option<Projections>,
     padding: Padding,
 }
 
@@ -376,6 +410,11 @@ impl Operator for Distilling {
             self.padding.say("student", &own, &port, &teacher.output_head()?, sink);
         }
         let cached = cached.map(|head| head.beside(student.vocab_size())).transpose()?;
+        if let (Some(states), None) = (&config.hidden_states, &self.projections) {
+            let width = teachers.as_ref().and_then(Teachers::width).context("there is no `teacher` to compare with")?;
+            self.projections = Some(states.projections(&student, width, config.seed)?);
+        }
+        let parameters = hidden_states::all_of(&student, self.projections.as_ref());
 
         let teaching = prompt.as_ref().map(|prompt| prompt.vectors.detach());
         let models = teachers.iter().flat_map(Teachers::models);
@@ -384,43 +423,58 @@ impl Operator for Distilling {
         let behind: Vec<Behind<'_>> = [Behind::new("student", &student, None)].into_iter().chain(behind).collect();
         let dropout = training::dropout(config.dropout, config.seed, step, purpose::DROPOUT);
         let Config { temperature, alignment, .. } = config;
-        let learning = Learning { student: &student, temperature, alignment, dropout };
+        let projections = self.projections.as_ref();
+        let learning = Learning { student: &student, temperature, alignment, dropout, projections };
+        let layers = config.hidden_states.as_ref().map(HiddenStates::of_teacher).unwrap_or_default();
         let none = "none of the rows of `contrast` has a response token";
         let mut beside = contrast.as_ref().map(|data| Beside::new(&data.rows, settings.mean(), none)).transpose()?;
-        let row = self.trainer.update(&student.parameters(), &data, step, sink, &behind, |batch, parts| {
+        let mut row = self.trainer.update(&parameters, &data, step, sink, &behind, |batch, parts| {
             let prompt = config.prompt_of(batch, prompt.as_ref(), prompt_before.as_ref())?;
             if let Some(other) = &other {
                 return config.loss_across(other, batch, &learning, prompt.as_ref(), view.as_ref(), parts);
             }
-            let taught = |text: &Aligned| match &teachers {
+            let taught = |text: &Aligned, layers: &[usize]| match &teachers {
                 Some(teachers) => teachers.lessons(text, |teacher, text| {
                     let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
-                    alignment.read(seen.as_ref().unwrap_or(text)).hidden(teacher, prompt.as_ref(), None)
+                    alignment.read(seen.as_ref().unwrap_or(text)).states(teacher, prompt.as_ref(), None, layers)
                 }),
                 None => bail!("there is nothing to learn from: connect `teacher`, `teachers` or `cache`"),
             };
             let lessons = match &cache {
                 Some(cache) => {
                     let said = cache.read(&batch.text.rows(), config.cache_prompts, &self.device)?;
-                    let heard = Heard { name: None, share: 1.0, said, head: cached.as_ref() };
+                    let heard = Heard { name: None, share: 1.0, said, head: cached.as_ref(), states: Vec::new() };
                     vec![Lesson { tokens: None, heard: vec![heard] }]
                 }
-                None => taught(&batch.text)?,
+                None => taught(&batch.text, &layers)?,
             };
-            let mut loss = learning.loss(Task::of(&config), &batch.text, batch.token_weight, &lessons, parts)?;
+            let mut loss = learning.loss(&Task::of(&config), &batch.text, batch.token_weight, &lessons, parts)?;
             let next = beside.as_mut().and_then(|beside| beside.next(batch));
             if let (Some((text, weight)), Some(contrast)) = (next, config.contrast) {
                 let task = Task::of_contrast(contrast);
-                loss = (loss + learning.loss(task, &text, weight, &taught(&text)?, parts)?)?;
+                loss = (loss + learning.loss(&task, &text, weight, &taught(&text, &[])?, parts)?)?;
             }
             Ok(loss)
         })?;
+        if config.diagnostics.is_some() {
+            let rows = data.rows.len().max(1) as f64;
+            let ended = data.rows.iter().filter(|row| row.end == contract::End::Stop).count();
+            row.insert("ended".into(), json!(ended as f64 / rows));
+            let tokens: usize = data.rows.iter().map(|row| row.response.len()).sum();
+            row.insert("length".into(), json!(tokens as f64 / rows));
+        }
         sink.metrics(row);
         Ok(Outputs::new().with("model", student))
     }
 
     fn state(&self) -> Result<Option<AnyValue>> {
-        self.trainer.state()
+        let optimizer = self.trainer.state()?;
+        Ok(match (&self.projections, optimizer) {
+            (Some(projections), Some(optimizer)) if !projections.0.is_empty() => {
+                Some(Arc::new(hidden_states::State { optimizer, projections: projections.copy()? }))
+            }
+            (_, optimizer) => optimizer,
+        })
     }
 }
 
@@ -476,23 +530,27 @@ impl Distilling {
 }
 
 /// What is learnt of a text.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Task {
     divergence: Divergence,
     weight: f64,
     cross_entropy: f64,
+    hidden_states: Option<HiddenStates>,
+    diagnostics: Option<Diagnostics>,
     /// Before the names of its parts in metrics.
     prefix: &'static str,
 }
 
 impl Task {
     fn of(config: &Config) -> Self {
+        let Config { divergence, diagnostics, ref hidden_states, .. } = *config;
         let (weight, cross_entropy) = config.weights();
-        Task { divergence: config.divergence, weight, cross_entropy, prefix: "" }
+        Task { divergence, weight, cross_entropy, hidden_states: hidden_states.clone(), diagnostics, prefix: "" }
     }
 
     fn of_contrast(Contrast { divergence, weight }: Contrast) -> Self {
-        Task { divergence, weight, cross_entropy: 0.0, prefix: "contrast_" }
+        let (hidden_states, diagnostics) = (None, None);
+        Task { divergence, weight, cross_entropy: 0.0, hidden_states, diagnostics, prefix: "contrast_" }
     }
 }
 
@@ -502,20 +560,23 @@ struct Learning<'a> {
     temperature: f64,
     alignment: Alignment,
     dropout: Option<Dropout>,
+    projections: Option<&'a Projections>,
 }
 
 impl Learning<'_> {
     /// The loss of a text of whose tokens each counts `token_weight`.
     fn loss(
         &self,
-        task: Task,
+        task: &Task,
         text: &Aligned,
         token_weight: f32,
         lessons: &[Lesson<'_>],
         parts: &mut Parts,
     ) -> Result<Tensor> {
-        let Task { divergence, weight, cross_entropy, prefix } = task;
-        let hidden = self.alignment.read(text).hidden(self.student, None, self.dropout.as_ref())?; // [tokens, C]
+        let Task { divergence, weight, cross_entropy, ref hidden_states, diagnostics, prefix } = *task;
+        let layers = hidden_states.as_ref().map(HiddenStates::of_student).unwrap_or_default();
+        let read = self.alignment.read(text);
+        let (hidden, states) = read.states(self.student, None, self.dropout.as_ref(), &layers)?; // [tokens, C]
         let head = self.student.head()?;
         let name = format!("{prefix}{}", divergence.name());
         let mut total: Option<Tensor> = None;
@@ -528,7 +589,20 @@ impl Learning<'_> {
             let labels = lesson.labels_of(&text.labels);
             let weights = vec![token_weight; labels.len()];
             let labels = (cross_entropy != 0.0).then_some((labels.as_slice(), cross_entropy));
-            let found = head_loss(&lesson.rows_of(&hidden)?, &head, labels, &targets, &weights)?;
+            let own = lesson.rows_of(&hidden)?;
+            let found = head_loss(&own, &head, labels, &targets, &weights)?;
+            if let Some(Diagnostics { top_k }) = diagnostics {
+                for heard in &lesson.heard {
+                    let Source::Head { hidden, head: other } = heard.source()? else {
+                        bail!("`diagnostics` need whole distributions, and the cache keeps the likeliest tokens alone")
+                    };
+                    let agreement = Agreement::of([&own, &head], [hidden, other], top_k)?;
+                    let share = heard.share * f64::from(token_weight);
+                    for (name, sum) in named(agreement) {
+                        parts.add(name, share * sum);
+                    }
+                }
+            }
             for (heard, value) in lesson.heard.iter().zip(&found.divergences) {
                 parts.add(&name, heard.share * value);
                 if let Some(teacher) = heard.name {
@@ -544,15 +618,46 @@ impl Learning<'_> {
                 None => found.loss,
                 Some(total) => (total + found.loss)?,
             });
+            if let Some((wanted, [heard])) = hidden_states.as_ref().zip(lesson.heard.first_chunk::<1>()) {
+                let projections = self.projections.context("there are no projections")?;
+                let (loss, value) = wanted.loss(&states, &heard.states, projections, token_weight)?;
+                parts.add(wanted.name(), value);
+                parts.add("loss", wanted.weight * value);
+                total = total.map(|total| total + loss).transpose()?;
+            }
         }
         total.context("a text without tokens")
     }
+}
+
+/// The numbers of an agreement, by their names in metrics.
+fn named(agreement: Agreement) -> [(&'static str, f64); 5] {
+    let Agreement { overlap, mass, target_mass, entropy, target_entropy } = agreement;
+    [
+        ("overlap", overlap),
+        ("mass", mass),
+        ("teacher_mass", target_mass),
+        ("entropy", entropy),
+        ("teacher_entropy", target_entropy),
+    ]
 }
 
 impl Config {
     /// What decides between several teachers.
     fn by(&self) -> By<'_> {
         self.route.as_ref().map_or(By::Weights(&self.weights), By::Route)
+    }
+
+    /// What has no meaning where tokens are not the same.
+    fn foresee_bytes(&self, outlook: &mut Outlook) {
+        let wanted = [("hidden_states", self.hidden_states.is_some()), ("diagnostics", self.diagnostics.is_some())];
+        for (field, _) in wanted.iter().filter(|(_, is_there)| *is_there) {
+            outlook.error(
+                [Cause::Field((*field).into()), Cause::Field("alignment".into())],
+                format!("`{field}` compares token by token, which teachers with other tokens do not have"),
+                format!("leave out `{field}`, or `alignment`"),
+            );
+        }
     }
 
     fn foresee_contrast(&self, outlook: &mut Outlook) {

@@ -32,6 +32,7 @@ pub mod finetune;
 pub mod finite;
 mod foresight;
 pub mod gguf;
+mod hidden_states;
 pub mod instruct;
 pub mod interval;
 pub mod merge;

@@ -61,6 +61,8 @@ pub(crate) struct Heard<'a> {
     pub(crate) said: Said,
     /// The head that hidden states are multiplied with.
     pub(crate) head: Option<&'a Tensor>,
+    /// What came out of the layers that were asked for.
+    pub(crate) states: Vec<Tensor>,
 }
 
 impl Heard<'_> {
@@ -144,19 +146,24 @@ impl<'a> Teachers<'a> {
         Ok((!all.is_empty()).then_some(Teachers { all, by, families }))
     }
 
+    /// The channels of the first.
+    pub(crate) fn width(&self) -> Option<usize> {
+        self.all.first().map(|teacher| teacher.model.width())
+    }
+
     /// Each by its port.
     pub(crate) fn models(&self) -> Vec<(String, &LanguageModel)> {
         self.all.iter().map(|teacher| (teacher.port(), &teacher.model)).collect()
     }
 
-    /// What there is to learn of a text; `read` gives what a teacher's hidden states are where it predicts response tokens,
-    /// `[tokens, width]`.
+    /// What there is to learn of a text; `read` gives a teacher's hidden states where it predicts response tokens, `[tokens, width]`,
+    /// and beside them what comes out of the layers that are learnt from.
     ///
     /// Errors when nobody teaches one of its rows.
     pub(crate) fn lessons(
         &self,
         text: &Aligned,
-        read: impl Fn(&LanguageModel, &Aligned) -> Result<Tensor>,
+        read: impl Fn(&LanguageModel, &Aligned) -> Result<(Tensor, Vec<Tensor>)>,
     ) -> Result<Vec<Lesson<'_>>> {
         match self.by {
             By::Weights(weights) => {
@@ -211,7 +218,7 @@ impl Teacher {
         self.name.as_ref().map_or("teacher".to_owned(), |name| one_of_several("teachers", name))
     }
 
-    fn says(&self, share: f64, hidden: Tensor) -> Heard<'_> {
-        Heard { name: self.name.as_deref(), share, said: Said::Hidden(hidden), head: Some(&self.head) }
+    fn says(&self, share: f64, (hidden, states): (Tensor, Vec<Tensor>)) -> Heard<'_> {
+        Heard { name: self.name.as_deref(), share, said: Said::Hidden(hidden), head: Some(&self.head), states }
     }
 }

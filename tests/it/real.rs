@@ -610,7 +610,8 @@ fn an_adapter_that_is_there_is_not_trained_away_in_silence() {
         .expect(1, &["`targets` names `q_proj`, which is no linear layer of the model: it has `c_attn`"]);
 }
 
-/// What [`TINY`] gains by this: MiniLLM, on responses in which the teacher has a say; GKD, half on-policy; SeqKD.
+/// What [`TINY`] gains by this: MiniLLM, on responses in which the teacher has a say; GKD, half on-policy; SeqKD; DistiLLM with a
+/// buffer of two rounds, and DistiLLM-2; two teachers by family; a loss on hidden states, with a learned projection.
 const METHODS: &str = "
 variants:
   minillm:
@@ -630,12 +631,47 @@ variants:
       taught: {kind: teacher-generate, in: {teacher: teacher, data: data.train}, with: {max_new_tokens: 8, samples: 2}}
       learnt: {kind: finetune, in: {data: taught, valid: data.valid, model: student0}, with: {take: 8, epochs: 1, learning_rate: 5e-3}}
     rebind: {score.in.model: learnt}
+  distillm:
+    extends: [gkd]
+    stages:
+      start: {kind: evaluate, in: {model: student0, data: data.valid}, with: {metrics: [loss]}}
+      train.respond:
+        kind: mix
+        in: {data: windows.batch, model: carry.student, scores: carry.scores}
+        with: {threshold: 0.7, rise: 0.3, tolerance: 0, capacity: 16, max_new_tokens: 8, seed: 4}
+    remove: [train.respond.fraction]
+    set:
+      train.windows.batch.epochs: 3
+      train.carry.scores: {from: start.metrics, next: check.metrics}
+      train.learn.divergence: {skewed-forward-kl: {alpha: 0.1}}
+  distillm-2:
+    extends: [gkd]
+    rebind: {train.learn.in.data: windows.batch, train.learn.in.contrast: respond}
+    set:
+      train.respond.fraction: 1
+      train.learn.divergence: {skewed-forward-kl: {alpha: 0.1}}
+      train.learn.contrast: {divergence: {skewed-reverse-kl: {alpha: 0.1}}}
+      train.learn.micro_batch: 3
+  routed:
+    extends: [gkd]
+    stages:
+      labelled: {kind: tokenize, in: {corpus: corpus, tokenizer: tokenizer}, with: {template: task, max_length: 160, keep_family: true}}
+    remove: [train.learn.in.teacher]
+    rebind:
+      train.windows.batch.of: labelled.train
+      train.learn.in.teachers.first: teacher
+      train.learn.in.teachers.second: student0
+    set: {train.learn.route: {read: second, animal: second, otherwise: first}}
+  states:
+    extends: [gkd]
+    set: {train.learn.hidden_states: {layers: [[0, 0]]}, train.learn.divergence: adaptive-kl, train.learn.diagnostics: {top_k: 4}}
 ";
 
 #[test]
 fn other_methods_are_edits_of_the_graph_and_cut_anywhere_they_have_the_same_bits() {
     let text = format!("{TINY}{METHODS}");
-    for (variant, ran) in [("minillm", 7), ("gkd", 7), ("seqkd", 8)] {
+    let later = [("distillm", 8), ("distillm-2", 7), ("routed", 8), ("states", 7)];
+    for (variant, ran) in [("minillm", 7), ("gkd", 7), ("seqkd", 8)].into_iter().chain(later) {
         let [at_once, unrolled] = ["--threads 1", "--threads 2 --unroll"].map(|arguments| {
             let project = project(&text);
             let done = format!("done: {ran} ran");
@@ -644,6 +680,34 @@ fn other_methods_are_edits_of_the_graph_and_cut_anywhere_they_have_the_same_bits
         });
         assert_eq!(at_once, unrolled, "{variant}");
     }
+}
+
+#[test]
+fn a_replay_buffer_and_its_threshold_survive_kills() {
+    let text = format!("{TINY}{METHODS}");
+    let undisturbed = {
+        let project = project(&text);
+        project.run("run FILE --variant distillm --threads 1").expect(0, &["done: 8 ran"]);
+        project.digests("--variant distillm")
+    };
+    let project = project(&text);
+    // Killed after every cut, until nothing is left to be killed.
+    let mut kills = 0;
+    loop {
+        let mut running = project.start("run FILE --variant distillm --json --cut-every 0 --threads 2");
+        let lines = BufReader::new(running.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let mut events = lines.map(|line| serde_json::from_str::<Json>(&line).unwrap());
+        if events.any(|event| event["event"] == "stage_cut" && event["stage"] == "train") {
+            kill(running.id());
+            kills += 1;
+        }
+        if running.wait().unwrap().success() {
+            break;
+        }
+    }
+    assert!(kills > 1, "the loop was cut {kills} times");
+    assert_eq!(project.digests("--variant distillm"), undisturbed);
+    assert_nothing_is_half_done(&project);
 }
 
 /// What [`TINY`] gains by this: the teacher is told how to answer, and writes what the student learns, which is not told.
@@ -751,6 +815,8 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         sound("finetune", json!({"init": {"architecture": "gpt2", "layers": 2, "width": 32}, "learning_rate": 2e-3})),
         reference("finetune", json!({"learning_rate": 2e-3, "micro_batch": 4})),
         sound("merge", json!({})),
+        sound("mix", json!({"max_new_tokens": 48, "batch": 7})),
+        reference("mix", json!({"max_new_tokens": 48})),
         sound("policy-gradient", json!({"learning_rate": 5e-6, "batch": 64})),
         reference("policy-gradient", json!({"learning_rate": 5e-6, "padded_to": 256})),
         sound("prompt-init", json!({"length": 7, "text": "Suppose you are a student."})),

@@ -31,6 +31,8 @@ pub mod purpose {
     pub const MIX: u32 = 12;
     /// Which responses are taken out of a replay buffer.
     pub const REPLAY: u32 = 13;
+    /// Initial maps between hidden states.
+    pub const PROJECTION: u32 = 14;
     /// Persona lines of a dataset.
     pub const PERSONA: u32 = 0x40;
     /// Dropout of a student.

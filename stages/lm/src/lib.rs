@@ -28,6 +28,7 @@ pub mod loss;
 mod model;
 mod ops;
 mod optim;
+mod projection;
 mod prompt;
 mod schedule;
 mod teacher_cache;
@@ -50,6 +51,7 @@ pub use generate::{Generate, Generated, Mixed, Prompt, generate, generate_mixed,
 pub use head::Head;
 pub use model::LanguageModel;
 pub use optim::{AdamW, AdamWOptions, Gradients, OptimizerState, Sgd, SgdOptions, accumulate, gradients, norm};
+pub use projection::Projections;
 pub use prompt::SoftPrompt;
 pub use schedule::{Schedule, Warmup, learning_rate};
 pub use teacher_cache::{Keep, Prompts, Response, Said, Storage, TeacherCache, TeacherCacheWriter};

@@ -442,24 +442,61 @@ impl LanguageModel {
     /// Errors when a sequence is longer than the model's positions, an id is not in its vocabulary, or the tokens that are
     /// wanted are not in order or not there.
     pub fn hidden(&self, batch: &Packed, prompt: Option<&Tensor>, dropout: Option<&Dropout>) -> Result<Tensor> {
+        self.hidden_beside(batch, prompt, dropout, &[])
+    }
+
+    /// The same, and behind it what came out of the blocks `layers`, counted from 0, before any norm: `[N, C]` each.
+    ///
+    /// Errors also when there is no such block.
+    pub fn states(
+        &self,
+        batch: &Packed,
+        prompt: Option<&Tensor>,
+        dropout: Option<&Dropout>,
+        layers: &[usize],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let count = self.config.layers();
+        if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
+            anyhow::bail!("there is no layer {layer}: the model has {count}, counted from 0");
+        }
+        if layers.is_empty() {
+            return Ok((self.hidden(batch, prompt, dropout)?, Vec::new()));
+        }
+        let all = self.hidden_beside(batch, prompt, dropout, layers)?;
+        let part = |place: usize| Ok(all.narrow(1, place * self.width(), self.width())?.contiguous()?);
+        let before = |layer: usize| (0..layer).filter(|other| layers.contains(other)).count();
+        let states = layers.iter().map(|layer| part(1 + before(*layer)));
+        Ok((part(0)?, states.collect::<Result<_>>()?))
+    }
+
+    /// Final hidden states and those behind some blocks side by side, in the order of the blocks.
+    fn hidden_beside(
+        &self,
+        batch: &Packed,
+        prompt: Option<&Tensor>,
+        dropout: Option<&Dropout>,
+        layers: &[usize],
+    ) -> Result<Tensor> {
         let prompt_length = self.check(batch, prompt)?;
         let rows = batch.behind_prompt(prompt_length);
         if rows.inputs.is_empty() || rows.wanted.as_ref().is_some_and(Vec::is_empty) {
-            return Ok(Tensor::zeros((0, self.width()), candle_core::DType::F32, &self.device)?);
+            let beside = (0..self.config.layers()).filter(|layer| layers.contains(layer)).count();
+            let width = self.width() * (1 + beside);
+            return Ok(Tensor::zeros((0, width), candle_core::DType::F32, &self.device)?);
         }
         let dropout = dropout.copied();
         match (&self.device, self.dtype) {
-            (Device::Cpu, _) => self.hidden_by(Cpu, rows, prompt, dropout),
+            (Device::Cpu, _) => self.hidden_by(Cpu, rows, prompt, dropout, layers),
             #[cfg(feature = "cuda")]
             (Device::Cuda(device), Dtype::F32) => {
-                self.hidden_by(Cuda::<f32>::new(device, &rows)?, rows, prompt, dropout)
+                self.hidden_by(Cuda::<f32>::new(device, &rows)?, rows, prompt, dropout, layers)
             }
             #[cfg(feature = "cuda")]
             (Device::Cuda(device), Dtype::Bf16) => {
-                self.hidden_by(Cuda::<half::bf16>::new(device, &rows)?, rows, prompt, dropout)
+                self.hidden_by(Cuda::<half::bf16>::new(device, &rows)?, rows, prompt, dropout, layers)
             }
             #[allow(unreachable_patterns, reason = "with cuda, the device of other systems is left")]
-            _ => self.hidden_plain(&rows, prompt, dropout),
+            _ => self.hidden_plain(&rows, prompt, dropout, layers),
         }
     }
 
@@ -469,12 +506,14 @@ impl LanguageModel {
         rows: Packed,
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
+        layers: &[usize],
     ) -> Result<Tensor> {
         let prompt = prompt.map(Tensor::contiguous).transpose()?;
         let positions = rows.positions_in_use();
         let new = if self.activation_checkpointing { Tape::checkpointing } else { Tape::new };
-        let mut tape = new(backend, rows, dropout);
+        let mut tape = new(backend, rows, dropout).tapping(layers);
         let hidden = self.forward(&mut tape, prompt.as_ref(), positions)?;
+        let hidden = tape.with_taps(hidden)?;
         let trained = self.weights.values().find_map(|weight| {
             weight.variable().or(weight.low_rank().map(|low_rank| &low_rank.a).filter(|a| a.is_variable()))
         });
@@ -488,8 +527,11 @@ impl LanguageModel {
         rows: &Packed,
         prompt: Option<&Tensor>,
         dropout: Option<Dropout>,
+        layers: &[usize],
     ) -> Result<Tensor> {
-        Ok(self.forward(&mut Plain::new(rows, dropout), prompt, rows.positions_in_use())?)
+        let mut plain = Plain::new(rows, dropout).tapping(layers);
+        let hidden = self.forward(&mut plain, prompt, rows.positions_in_use())?;
+        Ok(plain.with_taps(hidden)?)
     }
 
     /// How much every position of a text attends to every other, `[H, T, T]` by head, query and key, layer by layer: what the
@@ -789,7 +831,7 @@ mod tests {
             {
                 let rows = batch.behind_prompt(if prompt.is_some() { 4 } else { 0 });
                 let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
-                let plain = model.hidden_plain(&rows, prompt, dropout).unwrap();
+                let plain = model.hidden_plain(&rows, prompt, dropout, &[]).unwrap();
                 let mut parameters = model.parameters();
                 parameters.shift_remove(model.config.head());
                 parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));

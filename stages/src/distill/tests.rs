@@ -55,12 +55,13 @@ fn alone(student: &LanguageModel, teacher: &LanguageModel, row: &contract::Row, 
     let text = Aligned::of([row]);
     let said = lm::Said::Hidden(text.hidden(&teacher.frozen(), None, None).unwrap());
     let head = teacher.frozen().head().unwrap();
-    let lesson = Lesson { tokens: None, heard: vec![Heard { name: None, share: 1.0, said, head: Some(&head) }] };
-    let learning = Learning { student, temperature: 1.0, alignment: Alignment::Response, dropout: None };
+    let heard = Heard { name: None, share: 1.0, said, head: Some(&head), states: Vec::new() };
+    let lesson = Lesson { tokens: None, heard: vec![heard] };
+    let learning = Learning { student, temperature: 1.0, alignment: Alignment::Response, dropout: None, projections: None };
     let resolved = Kind::resolve(&Distill, &config(json!({})), Conventions::Sound).unwrap();
     let task = Task::of(&serde_json::from_value(resolved).unwrap());
     let mut parts = Parts::default();
-    let loss = learning.loss(task, &text, weight, &[lesson], &mut parts).unwrap();
+    let loss = learning.loss(&task, &text, weight, &[lesson], &mut parts).unwrap();
     let value = parts.iter().find(|(name, _)| *name == "reverse_kl").unwrap().1;
     (value, lm::gradients(&loss, &student.parameters()).unwrap())
 }

@@ -23,7 +23,7 @@ pub(crate) fn most_likely(logits: &mut [f32], scale: f32, tokens: &mut [u32], lo
 }
 
 /// The ids of the `count` largest logits, in order.
-fn best(logits: &[f32], count: usize) -> Vec<u32> {
+pub(crate) fn best(logits: &[f32], count: usize) -> Vec<u32> {
     // The smallest of those kept lies on top: most logits are dismissed by one comparison with it.
     let mut kept = BinaryHeap::with_capacity(count + 1);
     let mut least = f32::NEG_INFINITY;

@@ -7,6 +7,7 @@
 //! Which text the rows come from, which rows count and by how much (`weights`), is the caller's: an average over tokens
 //! is weights of 1/N, a policy gradient is a cross-entropy whose weights are advantages.
 
+mod agreement;
 mod confidence;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -18,6 +19,7 @@ mod top_k;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
+pub use self::agreement::Agreement;
 pub use self::confidence::{Confidence, confidences};
 use self::ready::attach;
 use crate::kernels::head::active;

@@ -183,6 +183,32 @@ pub(crate) trait Ops: Sized {
     }
 }
 
+/// What comes out of some blocks, kept beside the result of a pass: of the rows that are wanted.
+pub(crate) struct Taps<A> {
+    layers: Vec<usize>,
+    blocks: usize,
+    kept: Vec<(usize, A)>,
+}
+
+impl<A> Taps<A> {
+    /// Behind the blocks `layers`, counted from 0, in any order.
+    pub(crate) fn new(layers: &[usize]) -> Self {
+        Taps { layers: layers.to_vec(), blocks: 0, kept: Vec::new() }
+    }
+
+    /// Counts a block; whether its result is to be kept, and under which number.
+    fn next(&mut self) -> Option<usize> {
+        self.blocks += 1;
+        let block = self.blocks - 1;
+        self.layers.contains(&block).then_some(block)
+    }
+
+    /// What was kept, in the order of the blocks.
+    fn take(&mut self) -> Vec<A> {
+        std::mem::take(&mut self.kept).into_iter().map(|(_, kept)| kept).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Var};

@@ -5,7 +5,7 @@
 use candle_core::{D, Device, Result, Tensor};
 
 use super::rotary::Rotary;
-use super::{Attend, Block, Layer, LayerNorm, Layout, Ops, Positions, RmsNorm};
+use super::{Attend, Block, Layer, LayerNorm, Layout, Ops, Positions, RmsNorm, Taps};
 use crate::batch::{Input, Packed};
 use crate::finite::is_finite;
 use crate::kernels::masks;
@@ -22,6 +22,7 @@ pub(crate) struct Plain<'a> {
     watch: Option<(usize, Option<usize>)>,
     /// Who is shown how every layer attends.
     probe: Option<&'a mut Probe<'a>>,
+    taps: Taps<Tensor>,
 }
 
 /// Is given the probabilities of a layer's attention, `[B, H, T, T]` by query and key, before dropout. Rows and columns behind
@@ -30,12 +31,22 @@ pub(crate) type Probe<'a> = dyn FnMut(&Tensor) -> Result<()> + 'a;
 
 impl<'a> Plain<'a> {
     pub(crate) fn new(batch: &'a Packed, dropout: Option<Dropout>) -> Self {
-        Plain { batch, dropout, watch: None, probe: None }
+        Plain { batch, dropout, watch: None, probe: None, taps: Taps::new(&[]) }
     }
 
     /// One that shows how every layer attends, one layer after the other.
     pub(crate) fn probing(batch: &'a Packed, probe: &'a mut Probe<'a>) -> Self {
         Plain { probe: Some(probe), ..Plain::new(batch, None) }
+    }
+
+    /// The same, keeping what comes out of the blocks `layers`, counted from 0.
+    pub(crate) fn tapping(self, layers: &[usize]) -> Self {
+        Plain { taps: Taps::new(layers), ..self }
+    }
+
+    /// The result of a pass and what was kept of its blocks side by side, in the order of the blocks.
+    pub(crate) fn with_taps(&mut self, result: Tensor) -> Result<Tensor> {
+        Tensor::cat(&[vec![result], self.taps.take()].concat(), D::Minus1)
     }
 
     /// One that notes which block's result is the first that is not finite.
@@ -244,6 +255,10 @@ impl Ops for Plain<'_> {
                 *broken = Some(*blocks);
             }
             *blocks += 1;
+        }
+        if let Some(layer) = self.taps.next() {
+            let kept = if x.dim(0)? == self.batch.inputs.len() { self.wanted(x.clone())? } else { x.clone() };
+            self.taps.kept.push((layer, kept));
         }
         Ok(x)
     }

@@ -16,7 +16,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor,
 use super::backend::Backend;
 use super::collect::{Contribution, deliver};
 use super::rotary::Rotary;
-use super::{Attend, Block, Layer, LayerNorm, Ops, Positions, RmsNorm, side_by_side};
+use super::{Attend, Block, Layer, LayerNorm, Ops, Positions, RmsNorm, Taps, side_by_side};
 use crate::batch::{Input, Packed};
 use crate::kernels::attention::Attention;
 use crate::kernels::rope::Turn;
@@ -33,6 +33,7 @@ pub(crate) struct Tape<B: Backend> {
     steps: Vec<Step<B>>,
     nodes: usize,
     keeping: Keeping,
+    taps: Taps<Array<B>>,
 }
 
 /// What is kept of a forward pass for the way back.
@@ -55,6 +56,12 @@ pub(crate) struct Array<B: Backend> {
     again: Option<Again<B>>,
 }
 
+impl<B: Backend> Clone for Array<B> {
+    fn clone(&self) -> Self {
+        Array { data: self.data.clone(), width: self.width, node: self.node, again: self.again.clone() }
+    }
+}
+
 /// Computes a result a second time.
 type Again<B> = Arc<dyn Fn(&B) -> Result<<B as Backend>::Buffer> + Send + Sync>;
 
@@ -73,7 +80,18 @@ impl<B: Backend> Tape<B> {
     }
 
     fn keeping(keeping: Keeping, backend: B, batch: Arc<Packed>, dropout: Option<Dropout>) -> Self {
-        Tape { backend, batch, dropout, steps: Vec::new(), nodes: 0, keeping }
+        Tape { backend, batch, dropout, steps: Vec::new(), nodes: 0, keeping, taps: Taps::new(&[]) }
+    }
+
+    /// The same, keeping what comes out of the blocks `layers`, counted from 0.
+    pub(crate) fn tapping(self, layers: &[usize]) -> Self {
+        Tape { taps: Taps::new(layers), ..self }
+    }
+
+    /// The result of a pass and what was kept of its blocks side by side, in the order of the blocks.
+    pub(crate) fn with_taps(&mut self, result: Array<B>) -> Result<Array<B>> {
+        let taps = self.taps.take();
+        if taps.is_empty() { Ok(result) } else { self.join(std::iter::once(result).chain(taps).collect()) }
     }
 
     /// The result as a tensor, `[rows, width]`, differentiable where it depends on variables. `anchor` is one of the
@@ -458,6 +476,20 @@ impl<B: Backend> Ops for Tape<B> {
     }
 
     fn block<T: Block>(&mut self, x: Array<B>, block: &T) -> Result<Array<B>> {
+        let out = self.run_block(x, block)?;
+        if let Some(layer) = self.taps.next() {
+            let rows = B::len(&out.data) / out.width;
+            let alias = Array { again: None, ..out.clone() };
+            // The last block has chosen already.
+            let kept = if rows == self.batch.inputs.len() { self.wanted(alias)? } else { alias };
+            self.taps.kept.push((layer, kept));
+        }
+        Ok(out)
+    }
+}
+
+impl<B: Backend> Tape<B> {
+    fn run_block<T: Block>(&mut self, x: Array<B>, block: &T) -> Result<Array<B>> {
         if self.keeping != Keeping::BlockInputs {
             return block.forward(self, x);
         }
