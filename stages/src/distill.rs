@@ -245,7 +245,8 @@ impl Stage for Distill {
                     .hint("leave out one or the other"),
             );
         }
-        if config.weight == 0.0 && config.cross_entropy == 0.0 {
+        let beside = config.hidden_states.is_some() || config.contrast.is_some();
+        if config.weight == 0.0 && config.cross_entropy == 0.0 && !beside {
             errors.push(
                 ConfigError::at("weight", "`weight` and `cross_entropy` are both 0, so the loss is 0")
                     .hint("leave `weight` out to learn from the teacher"),

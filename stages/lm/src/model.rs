@@ -830,12 +830,15 @@ mod tests {
                 [(None, None), (Some(&prompt), None), (None, Some(dropout)), (Some(&prompt), Some(dropout))]
             {
                 let rows = batch.behind_prompt(if prompt.is_some() { 4 } else { 0 });
-                let fused = model.hidden(&batch, prompt, dropout.as_ref()).unwrap();
-                let plain = model.hidden_plain(&rows, prompt, dropout, &[]).unwrap();
+                // Sometimes with what comes out of its two blocks.
+                let layers: &[usize] = if prompt.is_some() { &[1, 0] } else { &[] };
+                let columns = width * (1 + layers.len());
+                let fused = model.hidden_beside(&batch, prompt, dropout.as_ref(), layers).unwrap();
+                let plain = model.hidden_plain(&rows, prompt, dropout, layers).unwrap();
                 let mut parameters = model.parameters();
                 parameters.shift_remove(model.config.head());
                 parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
-                let factors = Tensor::from_vec(numbers(7, 41 * width), (41, width), &Device::Cpu).unwrap();
+                let factors = Tensor::from_vec(numbers(7, 41 * columns), (41, columns), &Device::Cpu).unwrap();
                 let [(fused, found), (plain, expected)] = [fused, plain].map(|hidden| {
                     let loss = (&hidden * &factors).unwrap().sum_all().unwrap();
                     (hidden, gradients(&loss, &parameters).unwrap())
