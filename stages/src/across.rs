@@ -163,10 +163,19 @@ impl Across {
         let (single, several): (Vec<&Group>, Vec<&Group>) = paired.iter().partition(alone);
         let (losses, sum) = self.of_distributions(&single, student, teacher, comparison, weights)?;
         let (more, more_sum) = of_events(&several, student, teacher, comparison, weights)?;
-        let loss = losses.into_iter().chain(more).map(Ok).reduce(|sum: Result<Tensor>, loss| Ok((sum? + loss?)?));
-        // Where nothing is compared, gradients are zeros.
-        let nothing = || -> Result<Tensor> { Ok(((student.hidden.sum_all()? + student.head.sum_all()?)? * 0.0)?) };
-        Ok((loss.unwrap_or_else(nothing)?, sum + more_sum))
+        let mut loss: Option<Tensor> = None;
+        for part in losses.into_iter().chain(more) {
+            loss = Some(match loss {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+        }
+        let loss = match loss {
+            Some(loss) => loss,
+            // Where nothing is compared, gradients are zeros.
+            None => ((student.hidden.sum_all()? + student.head.sum_all()?)? * 0.0)?,
+        };
+        Ok((loss, sum + more_sum))
     }
 
     fn of_distributions(

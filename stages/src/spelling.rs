@@ -294,23 +294,21 @@ mod tests {
             .collect()
     }
 
-    /// Groups of a text by two tokenizers are those that the sets of their tokens' ends give, and each spells the same on both sides.
-    /// Gives the number of groups, and how many of them have several tokens on a side.
+    /// What a student wrote and its teacher reads is put into the groups that the sets of their tokens' ends give, and each spells the
+    /// same on both sides. Gives the number of groups, and how many of them have several tokens on a side.
     fn check(text: &str, own: &(Text, Spelling), other: &(Text, Spelling)) -> (usize, usize) {
-        let [own_ids, other_ids] = [own, other].map(|(tokenizer, _)| tokenizer.encode(text).unwrap());
+        let own_ids = own.0.encode(text).unwrap();
+        let written = own.1.text(&own_ids);
+        assert!([text.to_owned(), format!(" {text}")].contains(&written), "{text:?} is {written:?}");
+        let other_ids = other.0.encode(&written).unwrap();
         let (student, mut teacher) = (own.1.each(&own_ids), other.1.each(&other_ids));
         assert_eq!((student.len(), teacher.len()), (own_ids.len(), other_ids.len()), "{text:?}");
-        let (mut student_text, teacher_text) = (student.concat(), teacher.concat());
         let found = groups(&student, &teacher);
-        let mut student = student;
         // What a tokenizer puts before a text is no part of it.
-        for (tokens, bytes) in [(&mut student, &mut student_text), (&mut teacher, &mut teacher_text.clone())] {
-            if bytes.len() == text.len() + 1 {
-                bytes.remove(0);
-                tokens[0] = &tokens[0][1..];
-            }
-            assert_eq!(String::from_utf8_lossy(bytes), text);
+        if teacher.concat().len() > written.len() {
+            teacher[0] = &teacher[0][1..];
         }
+        assert_eq!([student.concat(), teacher.concat()], [written.as_bytes(), written.as_bytes()], "{text:?}");
         let common: Vec<usize> = ends(&student).intersection(&ends(&teacher)).copied().filter(|end| *end > 0).collect();
         assert_eq!(found.len(), common.len(), "{text:?}");
         let (mut at, mut before) = (0, (0, 0));
@@ -318,12 +316,16 @@ mod tests {
             assert_eq!((group.student.start, group.teacher.start), before, "{text:?}");
             before = (group.student.end, group.teacher.end);
             let spelt = [student[group.student.clone()].concat(), teacher[group.teacher.clone()].concat()];
-            assert_eq!(spelt[0], text.as_bytes()[at..end], "{text:?}");
-            assert_eq!(spelt[0], spelt[1], "{text:?}");
+            assert_eq!(spelt, [&written.as_bytes()[at..end]; 2], "{text:?}");
             at = end;
         }
-        assert_eq!(at, text.len(), "{text:?}");
+        assert_eq!(at, written.len(), "{text:?}");
         (found.len(), found.iter().filter(|group| group.student.len() + group.teacher.len() > 2).count())
+    }
+
+    /// SentencePiece writes a space as `▁`, and cannot tell the two apart.
+    fn without_mark(text: &str) -> String {
+        text.replace('▁', "_")
     }
 
     fn ready(file: &TokenizerFile) -> (Text, Spelling) {
@@ -344,7 +346,10 @@ mod tests {
             pieces(include_bytes!("../tests/fixtures/sentencepiece/bpe-bytes.model")),
         ];
         for (own, other) in [(0, 1), (1, 0), (2, 1), (0, 3), (3, 1), (1, 1)] {
-            let counts = (0..10_000).map(|number| check(&hard_text(number), &made[own], &made[other]));
+            let counts = (0..10_000).map(|number| {
+                let text = if own.max(other) == 3 { without_mark(&hard_text(number)) } else { hard_text(number) };
+                check(&text, &made[own], &made[other])
+            });
             let (all, several) = counts.fold((0, 0), |sum, new| (sum.0 + new.0, sum.1 + new.1));
             assert!(all > 10_000 && (several > 0) == (own != other), "{own} {other}: {several} of {all}");
         }
@@ -354,13 +359,18 @@ mod tests {
     fn no_group_is_misaligned_by_the_tokenizers_of_gpt_2_opt_and_llama() {
         let Some(data) = shared_data("tokenizers") else { return };
         let open = |name: &str| ready(&open_tokenizer(&data.join(name), None).unwrap().tokenizer);
-        let all = [open("gpt2"), open("opt"), open("llama2"), ready(&train_tokenizer::trained(700))];
+        let opt = tempfile::tempdir().unwrap();
+        for (name, from) in [("vocab.json", "gpt2-vocab.json"), ("merges.txt", "gpt2-merges.txt")] {
+            std::fs::copy(data.join("opt").join(from), opt.path().join(name)).unwrap();
+        }
+        let opt = ready(&open_tokenizer(opt.path(), None).unwrap().tokenizer);
+        let all = [open("gpt2"), opt, open("llama2"), ready(&train_tokenizer::trained(700))];
         let dolly = shared_data("dolly/dolly-eval-1of2.jsonl").unwrap();
         let dolly = std::fs::read_to_string(dolly).unwrap();
         let lines: Vec<&str> = dolly.lines().collect();
         let text = |number: u32| match number % 8 {
             0 => lines[number as usize / 8 % lines.len()].chars().take(400).collect(),
-            _ => hard_text(number),
+            _ => without_mark(&hard_text(number)),
         };
         for (own, other) in [(0, 1), (0, 2), (2, 0), (1, 2), (3, 0), (3, 2)] {
             let counts = (0..10_000).map(|number| check(&text(number), &all[own], &all[other]));
