@@ -108,6 +108,20 @@ template <class T> struct Rules {
             return {x17, x19};
         }
     };
+    struct AdaptiveKl {
+        static __device__ __forceinline__ Summand of(float s, float log_s, float t, float log_t, float a, float b) {
+            float x0 = log_s - log_t;
+            float x1 = 1.0f - a;
+            float x2 = x1 * s;
+            float x3 = x2 * x0;
+            float x4 = a * t;
+            float x5 = x4 * x0;
+            float x6 = x3 - x5;
+            float x7 = a * t;
+            float x8 = x3 - x7;
+            return {x6, x8};
+        }
+    };
 };
 
-#define FOR_EVERY_RULE(CASE) CASE(0, ForwardKl) CASE(1, ReverseKl) CASE(2, Jsd) CASE(3, SkewedForwardKl) CASE(4, SkewedReverseKl) CASE(5, TotalVariation) CASE(6, AlphaBeta)
+#define FOR_EVERY_RULE(CASE) CASE(0, ForwardKl) CASE(1, ReverseKl) CASE(2, Jsd) CASE(3, SkewedForwardKl) CASE(4, SkewedReverseKl) CASE(5, TotalVariation) CASE(6, AlphaBeta) CASE(7, AdaptiveKl)
