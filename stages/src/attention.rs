@@ -21,8 +21,9 @@
 //!
 //! Inputs: `model` and its soft prompt, `data`, `before`, `predictions`. Outputs: `metrics`, over all heads; `table`: `heads.csv`,
 //! `layers.csv`, and where there is something to say `divergent.csv`, `accuracy.csv` and `maps.jsonl`, the matrices of chosen heads
-//! with their tokens. Layers and heads are counted from 0. Cost: a slow forward pass of each model over each text, in f32; memory
-//! for one text, 4 bytes for each layer, head, query and key.
+//! with their tokens; `figures`: each number by layer, the divergence of every head, what goes with accuracy, and the chosen
+//! heads. Layers and heads are counted from 0. Cost: a slow forward pass of each model over each text, in f32; memory for one
+//! text, 4 bytes for each layer, head, query and key.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
@@ -30,6 +31,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use candle_core::Tensor;
+use chart::{Axis, Dots, Estimate, Figure, Heat, Lines, Series};
 use contract::dataset::row_name;
 use contract::limits;
 use contract::{
@@ -116,6 +118,9 @@ const LISTED: usize = 10;
 /// Heads drawn where nobody chose any.
 const DRAWN: usize = 2;
 
+/// Tokens of a text that the picture of a head shows, from the first on: more cannot be read.
+const SHOWN: usize = 96;
+
 /// The kind.
 pub struct Attention;
 
@@ -167,6 +172,7 @@ impl Stage for Attention {
                 PortType::Table,
                 "heads, layers, the heads that differ most, and how each goes with accuracy",
             )
+            .output("figures", PortType::Figure, "the same as pictures, and chosen heads with their tokens")
     }
 
     fn foresee(&self, config: &Config, outlook: &mut Outlook) {
@@ -188,13 +194,15 @@ impl Stage for Attention {
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Measuring { config, folder: env.scratch.join("attention") }))
+        let folder = env.scratch.join("attention");
+        Ok(Box::new(Measuring { config, tables: folder.join("table"), figures: folder.join("figures") }))
     }
 }
 
 struct Measuring {
     config: Config,
-    folder: PathBuf,
+    tables: PathBuf,
+    figures: PathBuf,
 }
 
 impl Operator for Measuring {
@@ -245,17 +253,31 @@ impl Operator for Measuring {
         for column in &columns {
             metrics.insert(column.name.clone(), column.summary(&resamples));
         }
-        std::fs::create_dir_all(&self.folder)?;
-        let write = |name: &str, text: &str| contract::value::write(&self.folder.join(name), text.as_bytes());
+        std::fs::create_dir_all(&self.tables)?;
+        std::fs::create_dir_all(&self.figures)?;
+        let write = |name: &str, text: &str| contract::value::write(&self.tables.join(name), text.as_bytes());
+        let draw = |name: &str, figure: Figure| {
+            contract::value::write(&self.figures.join(format!("{name}.svg")), figure.svg().as_bytes())
+        };
+        for name in MEASURES.iter().chain(&DISTANCES[..1]) {
+            let found: Vec<&Column> =
+                columns.iter().filter(|it| it.name.strip_suffix("_before").unwrap_or(&it.name) == *name).collect();
+            if !found.is_empty() {
+                draw(&format!("{name}-by-layer"), by_layer_drawn(name, &found, heads, &resamples))?;
+            }
+        }
         write("heads.csv", &by_head(&columns, heads))?;
         write("layers.csv", &by_layer(&columns, heads))?;
         let divergent = columns.iter().find(|column| column.name == "divergence").map(|column| column.largest(heads));
         if let Some(divergent) = &divergent {
             write("divergent.csv", &listed(&columns, heads, divergent))?;
+            let column = columns.iter().find(|column| column.name == "divergence").context("it was measured")?;
+            draw("divergence-by-head", by_head_drawn(column, heads))?;
         }
         if let Some(predictions) = &predictions {
             let right = Right::of(predictions, rows)?;
             write("accuracy.csv", &right.correlations(&columns[..MEASURES.len()], heads, &mut metrics))?;
+            draw("accuracy", correlations_drawn(&metrics))?;
         }
         let chosen = config.maps.clone().or(divergent.map(|heads| heads[..heads.len().min(DRAWN)].to_vec()));
         if let Some(chosen) = chosen.filter(|chosen| !chosen.is_empty()) {
@@ -267,13 +289,19 @@ impl Operator for Measuring {
                     let of = row_name(rows[0].id);
                     let map =
                         json!({"row": of, "model": model, "layer": head.layer, "head": head.head, "tokens": tokens});
-                    maps += &with_matrix(map, attended.at(head)?, attended.length).to_string();
+                    let matrix = attended.at(head)?;
+                    maps += &with_matrix(map, matrix, attended.length).to_string();
                     maps.push('\n');
+                    let title = format!("Layer {}, head {} of `{model}`", head.layer, head.head);
+                    draw(&format!("map-{}-{}-{model}", head.layer, head.head), map_drawn(title, &tokens, matrix))?;
                 }
             }
             write("maps.jsonl", &maps)?;
         }
-        Ok(Outputs::new().with("metrics", Metrics(metrics)).with("table", Folder::new(PortType::Table, &self.folder)))
+        Ok(Outputs::new()
+            .with("metrics", Metrics(metrics))
+            .with("table", Folder::new(PortType::Table, &self.tables))
+            .with("figures", Folder::new(PortType::Figure, &self.figures)))
     }
 }
 
@@ -490,6 +518,79 @@ fn listed(columns: &[Column], heads: usize, chosen: &[Head]) -> String {
     table("layer,head", columns, chosen.iter().map(line))
 }
 
+/// A number by layer, of one model or of both, with its interval over texts.
+fn by_layer_drawn(name: &str, columns: &[&Column], heads: usize, resamples: &Resamples) -> Figure {
+    let series = columns.iter().map(|column| {
+        let layers = (0..column.head_count() / heads).filter_map(|layer| {
+            let texts = column.by_text(layer * heads..(layer + 1) * heads)?;
+            let interval = resamples.of_mean(&texts, &vec![1.0; texts.len()]);
+            let mean = mean(texts.into_iter())?;
+            Some(((layer as f64, mean), interval.map_or((mean, mean), |[low, high]| (low, high))))
+        });
+        let (points, band) = layers.unzip();
+        let label = if column.name.ends_with("_before") { "before" } else { "model" };
+        Series { label: if columns.len() > 1 { label.into() } else { String::new() }, points, band }
+    });
+    let words = name.replace('_', " ");
+    let unit = if ["entropy", "divergence"].contains(&name) { ", nats" } else { "" };
+    let title = format!("{}{} of heads, by layer", words[..1].to_uppercase(), &words[1..]);
+    let (x, y) = (Axis::of("layer"), Axis::of(&format!("{words}{unit}; band: 95 % interval over texts")));
+    Lines { title, description: None, x, y, series: series.collect() }.draw()
+}
+
+/// How far every head is from that of the other model.
+fn by_head_drawn(column: &Column, heads: usize) -> Figure {
+    let names = |count: usize| (0..count).map(|index| index.to_string()).collect::<Vec<_>>();
+    let layers = column.head_count() / heads;
+    let row = |layer: usize| (layer * heads..(layer + 1) * heads).map(|index| column.mean(index..index + 1)).collect();
+    Heat {
+        title: "Divergence from the model before".into(),
+        description: None,
+        value: "Jensen-Shannon divergence in nats".into(),
+        down: ("layer".into(), names(layers)),
+        across: ("head".into(), names(heads)),
+        values: (0..layers).map(row).collect(),
+    }
+    .draw()
+}
+
+/// How each measure goes with accuracy, where that can be said.
+fn correlations_drawn(metrics: &Map<String, Json>) -> Figure {
+    let row = |name: &&str| {
+        let found = &metrics[&format!("{name}_correlation")];
+        let [low, high] = [0, 1].map(|end| found["interval"][end].as_f64());
+        let estimate = Estimate { repeats: Vec::new(), mean: found["mean"].as_f64()?, interval: low.zip(high) };
+        Some((name.replace('_', " "), estimate))
+    };
+    Dots {
+        title: "What goes with right answers".into(),
+        description: None,
+        value: Axis::of("correlation over texts, 95 % interval"),
+        rows: MEASURES.iter().filter_map(row).collect(),
+        mark: Some(0.0),
+    }
+    .draw()
+}
+
+/// What the queries of a head give to the keys they see.
+fn map_drawn(title: String, tokens: &[String], matrix: &[f32]) -> Figure {
+    let shown = tokens.len().min(SHOWN);
+    let names = tokens[..shown].to_vec();
+    let row = |query: usize| {
+        let given = &matrix[query * tokens.len()..][..shown];
+        given.iter().enumerate().map(|(key, p)| (key <= query).then_some(f64::from(*p))).collect()
+    };
+    Heat {
+        title,
+        description: None,
+        value: "attention".into(),
+        down: ("query".into(), names.clone()),
+        across: ("key".into(), names),
+        values: (0..shown).map(row).collect(),
+    }
+    .draw()
+}
+
 /// Puts the matrix of a head into what is said of it, a list a query.
 fn with_matrix(mut map: Json, matrix: &[f32], length: usize) -> Json {
     map["attention"] = matrix.chunks_exact(length).collect();
@@ -595,8 +696,8 @@ mod tests {
         let kind: &dyn Kind = &Attention;
         let scratch = Scratch::new();
         let (outputs, log) = scratch.run(kind, config, inputs)?;
-        let folder = output::<Folder>(&outputs, "table").path().to_owned();
-        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+        let folders = ["table", "figures"].map(|port| output::<Folder>(&outputs, port).path().to_owned());
+        let files = folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap()).map(|entry| entry.unwrap());
         let files = files
             .map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read_to_string(entry.path()).unwrap()));
         Ok((output::<Metrics>(&outputs, "metrics").0.clone(), files.collect(), log))
@@ -688,6 +789,12 @@ mod tests {
                 assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-5 && row[query + 1..].iter().all(|p| *p == 0.0));
             }
         }
+        let drawn: Vec<&str> = files.keys().filter_map(|name| name.strip_suffix(".svg")).collect();
+        assert_eq!(drawn.len(), 5 + 1 + 4, "{drawn:?}");
+        assert!(files["divergence-by-head.svg"].contains("Jensen-Shannon divergence in nats is highest, "));
+        // Below the diagonal a place for each pair, above it none.
+        let map = files.iter().find(|(name, _)| name.starts_with("map-")).unwrap().1;
+        assert_eq!(map.matches("<g class=\"cell\">").count(), 11 * 12 / 2);
         assert!(metrics["entropy_before"]["mean"].is_number() && metrics["divergence"]["mean"].as_f64().unwrap() > 0.0);
     }
 

@@ -16,13 +16,14 @@
 //! `by: max-logit` is the number of the published program for response priming: the largest logit, averaged over the positions of an
 //! answer. It is no probability, so there is no calibration error, and bins hold equally many answers.
 //!
-//! Inputs: `predictions`. Outputs: `metrics`, and `table`, one line a bin, with the 95 % interval of its share of right answers
-//! (Wilson, 1927). The other intervals are of 95 %, by bootstrap over rows: the answers to one row stay together. Cost: none.
+//! Inputs: `predictions`. Outputs: `metrics`; `table`, one line a bin, with the 95 % interval of its share of right answers
+//! (Wilson, 1927); `figure`, the curve. The other intervals are of 95 %, by bootstrap over rows: the answers to one row stay together. Cost: none.
 
 use std::fmt::Write;
 use std::path::PathBuf;
 
 use anyhow::ensure;
+use chart::{Axis, Figure, Lines, Series};
 use contract::limits;
 use contract::{
     About, AnyValue, Conventions, Env, Folder, Inputs, Metrics, Operator, Outputs, PortType, Ports, Predictions,
@@ -104,16 +105,19 @@ impl Stage for Calibration {
             .input("predictions", PortType::Predictions, "answers of which it is known whether they are right")
             .output("metrics", PortType::Metrics, "the expected calibration error and what goes with it")
             .output("table", PortType::Table, "the calibration curve: a line a bin")
+            .output("figure", PortType::Figure, "the same as a picture")
     }
 
     fn start(&self, config: Config, env: &Env, _state: Option<AnyValue>) -> Result<Box<dyn Operator>> {
-        Ok(Box::new(Calibrating { config, folder: env.scratch.join("calibration") }))
+        let folder = env.scratch.join("calibration");
+        Ok(Box::new(Calibrating { config, table: folder.join("table"), figure: folder.join("figure") }))
     }
 }
 
 struct Calibrating {
     config: Config,
-    folder: PathBuf,
+    table: PathBuf,
+    figure: PathBuf,
 }
 
 /// An answer: how sure the model was, and whether it is right.
@@ -149,9 +153,18 @@ impl Operator for Calibrating {
         metrics.insert("sureness_of_wrong".into(), measured(&sureness(false)));
         metrics.insert("answers".into(), json!(all.len()));
 
-        std::fs::create_dir_all(&self.folder)?;
-        contract::value::write(&self.folder.join("calibration.csv"), bins.curve(&all).as_bytes())?;
-        Ok(Outputs::new().with("metrics", Metrics(metrics)).with("table", Folder::new(PortType::Table, &self.folder)))
+        let curve = bins.curve(&all);
+        for (folder, name, text) in [
+            (&self.table, "calibration.csv", as_table(&curve)),
+            (&self.figure, "calibration.svg", drawn(&curve, by).svg()),
+        ] {
+            std::fs::create_dir_all(folder)?;
+            contract::value::write(&folder.join(name), text.as_bytes())?;
+        }
+        Ok(Outputs::new()
+            .with("metrics", Metrics(metrics))
+            .with("table", Folder::new(PortType::Table, &self.table))
+            .with("figure", Folder::new(PortType::Figure, &self.figure)))
     }
 }
 
@@ -242,18 +255,56 @@ impl Bins {
         self.split(answers).iter().map(gap).sum::<f64>() / answers.len() as f64
     }
 
-    /// A line a bin that holds answers: its range, how many they are, how sure, how many are right in percent, and the interval of that.
-    fn curve(&self, answers: &[Answer]) -> String {
-        let mut table = "low,high,answers,sureness,accuracy,accuracy_low,accuracy_high\n".to_owned();
-        for (index, bin) in self.split(answers).iter().enumerate() {
-            let Some((sure, right)) = mean(bin.iter().map(|it| it.0)).zip(share(bin)) else { continue };
+    /// What is to be said of each that holds answers.
+    fn curve(&self, answers: &[Answer]) -> Vec<Bin> {
+        let bin = |(index, answers): (usize, &Vec<Answer>)| {
+            let (sureness, accuracy) = mean(answers.iter().map(|it| it.0)).zip(share(answers))?;
             let low = index.checked_sub(1).map_or(self.low, |before| self.ends[before]);
             let high = self.ends.get(index).copied().unwrap_or(self.high);
-            let [from, to] = wilson(right / 100.0, bin.len()).map(|share| round(100.0 * share));
-            let _ = writeln!(table, "{low},{high},{},{sure},{right},{from},{to}", bin.len());
-        }
-        table
+            let interval = wilson(accuracy / 100.0, answers.len()).map(|share| round(100.0 * share));
+            Some(Bin { low, high, answers: answers.len(), sureness, accuracy, interval })
+        };
+        self.split(answers).iter().enumerate().filter_map(bin).collect()
     }
+}
+
+/// The answers of a range of sureness.
+struct Bin {
+    low: f64,
+    high: f64,
+    answers: usize,
+    /// Mean.
+    sureness: f64,
+    /// Right ones, in percent.
+    accuracy: f64,
+    interval: [f64; 2],
+}
+
+fn as_table(curve: &[Bin]) -> String {
+    let mut table = "low,high,answers,sureness,accuracy,accuracy_low,accuracy_high\n".to_owned();
+    for Bin { low, high, answers, sureness, accuracy, interval: [from, to] } in curve {
+        let _ = writeln!(table, "{low},{high},{answers},{sureness},{accuracy},{from},{to}");
+    }
+    table
+}
+
+/// The curve, beside that of a model which is as sure as it is right.
+fn drawn(curve: &[Bin], by: By) -> Figure {
+    let points = curve.iter().map(|bin| (bin.sureness, bin.accuracy)).collect();
+    let band = curve.iter().map(|bin| (bin.interval[0], bin.interval[1])).collect();
+    let mut series = vec![Series { label: "answers".into(), points, band }];
+    if by != By::MaxLogit {
+        let points = vec![(0.0, 0.0), (1.0, 100.0)];
+        series.push(Series { label: "calibrated".into(), points, band: Vec::new() });
+    }
+    Lines {
+        title: "Right answers by sureness".into(),
+        description: None,
+        x: Axis::of(&by.field().replace('_', " ")),
+        y: Axis::of("right answers, percent; band: 95 % interval"),
+        series,
+    }
+    .draw()
 }
 
 /// The 95 % interval of a share of so many (Wilson, 1927).
@@ -291,6 +342,12 @@ mod tests {
         Ok((output::<Metrics>(&outputs, "metrics").0.clone(), lines.collect()))
     }
 
+    fn outputs_figure(config: Json, answers: &[(u64, f64, Option<bool>)]) -> String {
+        let (kind, scratch): (&dyn Kind, _) = (&Calibration, Scratch::new());
+        let outputs = scratch.run(kind, config, vec![("predictions", predictions(answers))]).unwrap().0;
+        std::fs::read_to_string(output::<Folder>(&outputs, "figure").path().join("calibration.svg")).unwrap()
+    }
+
     #[test]
     fn the_error_is_the_distance_of_sureness_and_truth_in_each_bin() {
         // Two bins: 0.1 and 0.3 with none right, |0.2 - 0|; 0.6, 0.8 and 1.0 with two right, |0.8 - 2/3|.
@@ -310,6 +367,11 @@ mod tests {
         assert!((mean("auroc") - 500.0 / 6.0).abs() < 1e-6);
         assert_eq!((mean("accuracy"), mean("sureness_of_right"), &metrics["answers"]), (40.0, 0.8, &json!(5)));
         assert_eq!(lines.len(), 2);
+        let figure = &outputs_figure(json!({"bins": 2}), &answers);
+        assert!(
+            figure.contains("answers goes from 0 to 66.") && figure.contains("calibrated goes from 0 to 100"),
+            "{figure}"
+        );
         assert_eq!(lines[0][..5], [0.0, 0.5, 2.0, 0.2, 0.0]);
         // Wilson's interval of 2 of 3: 20.8 to 93.9 percent.
         assert!((lines[1][5] - 20.7655).abs() < 1e-3 && (lines[1][6] - 93.8508).abs() < 1e-3, "{lines:?}");
