@@ -22,7 +22,7 @@ const PERIOD: Duration = Duration::from_secs(2);
 pub(crate) fn track(args: &TrackArgs, bench: &Workbench) -> Result<()> {
     let target = &args.target;
     let (graph, _) = bench.load_compared(target)?;
-    let selection = selection::select(&graph, &target.stages)?;
+    let selection = selection::select(&graph, &target.wanted(&[]))?;
     let store = existing_store(&target.store)?;
     let name = target.file.file_stem().map_or_else(|| "pipeline".into(), |stem| stem.to_string_lossy().into_owned());
     let to = args.to.as_deref();
