@@ -127,6 +127,20 @@ pub(crate) enum Command {
     /// Look after the store
     #[command(subcommand, after_help = "Example: pipeline cache du")]
     Cache(CacheCommand),
+    /// Print what a shell needs to complete command lines, with the names in a pipeline
+    #[command(after_help = "Example: pipeline completions bash >> ~/.bashrc")]
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print what the last word may become
+    #[command(hide = true)]
+    Complete {
+        /// The words so far, without the program
+        #[arg(last = true)]
+        words: Vec<String>,
+    },
     /// Run one subgraph for a coordinator
     #[command(hide = true)]
     Worker,
@@ -353,6 +367,9 @@ pub(crate) struct PlanArgs {
     /// Exit with status 3 if there is work
     #[arg(long)]
     pub(crate) check: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -362,6 +379,13 @@ pub(crate) struct WhyArgs {
     /// Compare with this instead: a run (the beginning of its name), the name of a result, or a variant
     #[arg(long, value_name = "RUN|NAME|VARIANT")]
     pub(crate) against: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Shell {
+    Bash,
+    Zsh,
+    Fish,
 }
 
 #[derive(Args)]

@@ -2,6 +2,7 @@
 
 mod cache;
 mod check;
+mod complete;
 mod doctor;
 mod export;
 mod import;
@@ -145,6 +146,8 @@ fn dispatch(command: Command, bench: &Workbench, extras: &Extras) -> Result<Exit
         }
         Command::Score(args) => score::score(&args, extras)?,
         Command::Cache(command) => return cache::cache(&command),
+        Command::Completions { shell } => complete::completions(shell)?,
+        Command::Complete { words } => complete::complete(&words, bench)?,
         Command::Worker => unreachable!("workers never come here"),
     }
     Ok(ExitCode::SUCCESS)

@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
+use serde_json::json;
 
 use super::outlook::{self, Outlook};
-use super::{Workbench, only_named, read_store, say, status, warn_or_fail};
+use super::{Workbench, only_named, pretty, read_store, say, status, warn_or_fail};
 use crate::cli::PlanArgs;
 use crate::plan::history::{History, Pipeline};
 use crate::plan::names::Pins;
@@ -28,6 +29,7 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
     let history = History::open(&store, pipeline);
     let width = selection.width();
     let mut text = String::new();
+    let mut stages = Vec::new();
     for (node, step) in &plan.steps {
         let name = &selection.labels[node];
         let reason = match step {
@@ -48,12 +50,23 @@ pub(crate) fn plan(args: &PlanArgs, bench: &Workbench) -> Result<ExitCode> {
             Step::Impossible { error } => error.clone(),
         };
         let cost = if step.settled().is_none() { history.cost(&selection.aliases[node], &store) } else { None };
+        stages.push(json!({
+            "stage": name,
+            "status": word(step),
+            "key": step.decision().map(|decision| decision.action().key),
+            "reason": reason,
+            "expected_seconds": cost.map(|cost| cost.seconds),
+            "expected_bytes": cost.map(|cost| cost.bytes),
+        }));
         let expected = outlook::expected(step, cost);
         text += format!("{:<18}  {name:width$}  {reason}{expected}", word(step)).trim_end();
         text.push('\n');
     }
     let outlook = Outlook::of(&graph, &selection, &plan, &history, &store);
-    say(&format!("{text}{}\n", outlook.line()))?;
+    say(&match args.json {
+        true => pretty(&json!({"stages": stages, "outlook": outlook.to_json()})),
+        false => format!("{text}{}\n", outlook.line()),
+    })?;
     foreseen?;
     outlook.check_room(&store)?;
     pins.check_plan(&plan, &selection, &store)?;

@@ -54,6 +54,48 @@ pub struct Request {
     pub set: Vec<String>,
 }
 
+/// What a pipeline's text names, whether or not it is right.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Outline {
+    /// `STAGE` and `LOOP.STAGE`.
+    pub(crate) stages: Vec<String>,
+    /// With `base`.
+    pub(crate) variants: Vec<String>,
+    pub(crate) profiles: Vec<String>,
+    pub(crate) ablations: Vec<String>,
+    /// Paths that can be set: parameters, and the fields that stages write.
+    pub(crate) settings: Vec<String>,
+}
+
+/// The names in a pipeline; none of a text that is no YAML.
+pub(crate) fn outline(file: &std::path::Path, shipped: &[(&str, &str)]) -> Option<Outline> {
+    let tree = document::load(file, shipped).ok()?;
+    let names = |node: Option<&Node>| -> Vec<String> {
+        node.and_then(Node::map).into_iter().flatten().map(|(name, _)| name.clone()).collect()
+    };
+    let below = |prefix: &str, node: Option<&Node>| -> Vec<String> {
+        names(node).iter().map(|name| format!("{prefix}.{name}")).collect()
+    };
+    let mut found = Outline {
+        variants: [vec!["base".to_owned()], names(tree.get("variants"))].concat(),
+        profiles: names(tree.get("profiles")),
+        ablations: names(tree.get("ablations")),
+        settings: below("params", tree.get("params")),
+        ..Outline::default()
+    };
+    for (name, entry) in tree.get("stages").and_then(Node::map).into_iter().flatten() {
+        found.stages.push(name.clone());
+        found.settings.extend(below(name, entry.node.get("with")));
+        let inner = entry.node.at(["loop", "stages"]).and_then(Node::map);
+        for (stage, inner) in inner.into_iter().flatten() {
+            let full = format!("{name}.{stage}");
+            found.settings.extend(below(&full, inner.node.get("with")));
+            found.stages.push(full);
+        }
+    }
+    Some(found)
+}
+
 /// Reads a pipeline into the graph of all cells that a request selects.
 ///
 /// `shipped` are the pipelines compiled in, by name and text. Errors hold everything that is wrong with the file and the

@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 
-use cache::Record;
 use contract::{Cause, Facts, Finding, Location, Machine, Outlook, Registry, Source};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
@@ -367,7 +366,7 @@ fn missing_sources(subgraph: &Subgraph, registry: &Registry) -> Vec<(Part, Findi
 
 /// The facts that were kept with a result. Results of earlier versions have none.
 fn recorded(settled: &Settled) -> Leaving {
-    let Record { info, .. } = &settled.record;
+    let info = &settled.record.info;
     let facts = info.get("facts").and_then(|facts| serde_json::from_value(facts.clone()).ok());
     let facts: BTreeMap<String, Facts> = facts.unwrap_or_default();
     let exits = crate::plan::key::outputs(&settled.action.subgraph).into_iter();

@@ -13,6 +13,7 @@ pub(crate) mod results;
 pub(crate) mod selection;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cache::{Artifact, Lookup, Record, Store, Why};
@@ -27,16 +28,21 @@ use crate::plan::key::{Action, InputDigests};
 use crate::plan::selection::Selection;
 use crate::rounds;
 
-/// A subgraph whose result is in the store.
+/// A subgraph whose result is in the store. Cheap to clone: plans and runs hand it around.
 #[derive(Clone, Debug)]
 pub struct Settled {
     /// What was run.
-    pub action: Action,
+    pub action: Arc<Action>,
     /// Its result.
-    pub record: Record,
+    pub record: Arc<Record>,
 }
 
 impl Settled {
+    /// What an action gave.
+    pub(crate) fn new(action: Action, record: Record) -> Self {
+        Settled { action: Arc::new(action), record: Arc::new(record) }
+    }
+
     /// The artifact of an output.
     pub fn artifact(&self, output: &Exit) -> Option<&Artifact> {
         self.outputs().remove(output)
@@ -97,7 +103,9 @@ impl Decision {
     /// The same for a stage that is to run although it has a result.
     pub(crate) fn again_if(self, forced: bool) -> Self {
         match self {
-            Decision::Cached(Settled { action, .. }) if forced => Decision::Again { action },
+            Decision::Cached(Settled { action, .. }) if forced => {
+                Decision::Again { action: Arc::unwrap_or_clone(action) }
+            }
             other => other,
         }
     }
@@ -195,7 +203,7 @@ fn known_result(decision: &Decision, store: &Store) -> Result<Option<Settled>> {
         Decision::Cached(settled) => Ok(Some(settled.clone())),
         Decision::Run { action, why: Why::ArtifactMissing { .. } | Why::ArtifactCorrupt { .. } } => {
             let record = store.record(&action.key)?;
-            Ok(record.map(|record| Settled { action: action.clone(), record }))
+            Ok(record.map(|record| Settled::new(action.clone(), record)))
         }
         Decision::Run { .. } | Decision::Again { .. } | Decision::Resume { .. } => Ok(None),
     }
@@ -208,7 +216,7 @@ pub fn decide(node: &Node, inputs: &InputDigests, registry: &Registry, store: &S
     let action = action_of(node, inputs, registry, store)
         .with_context(|| format!("cannot tell what stage `{}` depends on", node.name))?;
     match store.lookup(&action.key)? {
-        Lookup::Hit(record) => Ok(Decision::Cached(Settled { action, record })),
+        Lookup::Hit(record) => Ok(Decision::Cached(Settled::new(action, record))),
         Lookup::Miss(why) => Ok(match store.cut_standing(&action.key)? {
             // A cut that cannot be read is no cut.
             Some(cut) => match rounds::standing(&cut.path) {

@@ -270,9 +270,9 @@ impl Attempt {
 
     /// What a record measured, read here because it may have to be hashed first.
     fn measured(&self, record: Record) -> Result<(Record, Map<String, Json>)> {
-        let settled = Settled { action: self.action.clone(), record };
+        let settled = Settled::new(self.action.clone(), record);
         let metrics = results::metrics(&settled, &self.store)?;
-        Ok((settled.record, metrics))
+        Ok((Arc::unwrap_or_clone(settled.record), metrics))
     }
 
     /// Verified folders of the inputs, by entry; or the entry whose artifact turned out to be damaged.

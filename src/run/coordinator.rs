@@ -233,6 +233,8 @@ struct Ready {
     inputs: InputDigests,
     /// Whether it has a result, which is to be made again.
     again: bool,
+    /// Whether it is to have the machine for itself, since memory ran out when it had not.
+    alone: bool,
     reason: String,
     /// The newest cut: rounds done and all rounds.
     cut: Option<(u64, u64)>,
@@ -419,7 +421,7 @@ impl Coordinator<'_> {
         };
         self.note(node, &action)?;
         tracing::debug!(stage = self.label(node), key = %action.key, reason, "to run");
-        let ready = Ready { node, action: self.unrolled(action), inputs, again, reason, cut };
+        let ready = Ready { node, action: self.unrolled(action), inputs, again, alone: false, reason, cut };
         self.enqueue(ready);
         Ok(())
     }
@@ -454,6 +456,9 @@ impl Coordinator<'_> {
     /// Starts what is queued and finds what it needs free. The same key twice, in two variants that the front end could not
     /// see to be the same, runs once and serves both.
     fn fill_slots(&mut self) -> Result<()> {
+        if self.running.values().any(|running| running.ready.alone) {
+            return Ok(());
+        }
         let mut at = 0;
         while self.slots.has_place()
             && let Some(ready) = self.queue.get(at)
@@ -461,7 +466,8 @@ impl Coordinator<'_> {
             let is_running = |running: &Running| running.ready.action.key == ready.action.key;
             let needs = slots::needs(&ready.action.subgraph, self.registry);
             let twin_runs = self.running.values().any(is_running);
-            match if twin_runs { None } else { self.slots.take(needs, self.foresight.memory(ready.node)) } {
+            let waits = twin_runs || ready.alone && !self.running.is_empty();
+            match if waits { None } else { self.slots.take(needs, self.foresight.memory(ready.node)) } {
                 Some(slot) => {
                     let ready = self.queue.remove(at).expect("it was looked at just now");
                     self.begin(ready, slot)?;
@@ -541,24 +547,30 @@ impl Coordinator<'_> {
     fn end(&mut self, node: NodeIndex, ended: Ended) -> Result<()> {
         let running = self.running.remove(&node).expect("it was running a moment ago");
         self.slots.give_back(running.slot);
-        let Ready { action, reason, cut, .. } = running.ready;
+        let Ready { action, inputs, again, reason, cut, .. } = running.ready;
         if matches!(ended, Ended::Ran(..)) {
             self.forced.remove(&node);
         }
         match ended {
             Ended::Ran(record, metrics) => {
                 self.ran += 1;
-                let settled = Settled { action, record };
+                let settled = Settled::new(action, record);
                 let (stage, key) = (self.label(node), settled.action.key.to_string());
                 let seconds = settled.seconds().unwrap_or_default();
                 self.events.send(&Event::StageFinished { stage, key, reason, seconds, metrics });
                 self.settle(node, settled);
             }
-            Ended::Reused(record, metrics) => self.reuse(node, Settled { action, record }, metrics),
+            Ended::Reused(record, metrics) => self.reuse(node, Settled::new(action, record), metrics),
             Ended::Stopped => self.stopped(node, cut),
             Ended::Damaged { entry } => self.mend(node, &entry),
             Ended::Changed { source } => self.plan_again(node, &source),
             Ended::Failed(error) if is_store_trouble(&error) => return Err(error),
+            // Beside others it had less memory than there is: a stage that fails alone fails for good.
+            Ended::Failed(error) if Fault::of(&error) == Fault::Memory && !self.running.is_empty() => {
+                let text = format!("{error:#}; it runs once more, when no other stage does");
+                self.events.send(&Event::StageWarned { stage: self.label(node), part: None, text });
+                self.queue.push_back(Ready { node, action, inputs, again, alone: true, reason, cut });
+            }
             Ended::Failed(error) => self.fail(node, error, Some(&running.log)),
         }
         Ok(())

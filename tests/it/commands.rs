@@ -251,3 +251,38 @@ fn names_are_shown_and_not_obeyed() {
         usage.stderr
     );
 }
+
+#[test]
+fn a_shell_completes_the_names_in_a_pipeline() {
+    let project = Project::new(crate::runs::PROMPTKD);
+    for (words, expected) in [
+        ("run p.yaml train.l", "train.learn\n"),
+        ("run p.yaml --variant s", "slow\n"),
+        ("run p.yaml --ablation s", "seeds\n"),
+        ("why p.yaml --set params.", "params.seed=\n"),
+        ("run nowhere.yaml t", ""),
+    ] {
+        assert_eq!(project.run(&format!("complete -- {words}")).expect(0, &[]).stdout, expected, "{words}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        project.run(&format!("completions {shell}")).expect(0, &["complete -- "]);
+    }
+}
+
+#[test]
+fn doctor_and_a_plan_speak_to_programs() {
+    let project = Project::new(crate::runs::PROMPTKD);
+    let doctor: serde_json::Value = serde_json::from_str(&project.run("doctor --json").expect(0, &[]).stdout).unwrap();
+    assert!(doctor["hashing"].as_f64().unwrap() > 1e6 && doctor["store"]["free"].as_u64().is_some(), "{doctor}");
+    project.run("run FILE teacher").expect(0, &[]);
+    let plan: serde_json::Value = serde_json::from_str(&project.run("plan FILE --json").expect(0, &[]).stdout).unwrap();
+    let status = |stage: &str| {
+        let stages = plan["stages"].as_array().unwrap();
+        stages.iter().find(|found| found["stage"] == stage).unwrap()["status"].clone()
+    };
+    assert_eq!(
+        (status("teacher"), status("data"), status("train")),
+        ("cached".into(), "run".into(), "depends-on-result".into())
+    );
+    assert_eq!((&plan["outlook"]["cached"], &plan["outlook"]["never_made"]), (&1.into(), &6.into()));
+}

@@ -12,6 +12,7 @@ mod foreseen;
 mod harness;
 mod import;
 mod interrupts;
+mod kills;
 #[cfg(feature = "stages")]
 mod limits;
 mod names;

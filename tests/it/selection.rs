@@ -110,3 +110,43 @@ stages:
     project.run("run FILE").expect(1, &["failed: 1 ran, 1 reused, 1 failed"]);
     assert_eq!(project.lines("aside.txt"), 1);
 }
+
+#[test]
+fn what_the_most_work_waits_for_runs_first() {
+    let pipeline = "
+version: 1
+name: paths
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  first: {kind: slow, in: {data: source}, with: {milliseconds: 1}}
+  second: {kind: slow, in: {data: source}, with: {milliseconds: 2}}
+  long: {kind: slow, in: {data: source}, with: {milliseconds: 900}}
+";
+    let project = Project::new(pipeline);
+    let started = |arguments: &str| -> Vec<String> {
+        let events = project.run(&format!("run FILE --json {arguments}")).expect(0, &[]).events();
+        let started = events.iter().filter(|event| event["event"] == "stage_started");
+        started.map(|event| event["stage"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(started("--jobs 1"), ["source", "first", "second", "long"], "the order of the file");
+    // Other keys, of which is known what they took before.
+    let order = started("--jobs 2 --set source.seed=7");
+    assert_eq!(order[1], "long", "{order:?}");
+}
+
+#[test]
+fn a_stage_without_memory_beside_others_runs_once_more_alone() {
+    let pipeline = "
+version: 1
+name: hungry
+stages:
+  source: {kind: rows, with: {rows: 6}}
+  slow: {kind: slow, in: {data: source}, with: {milliseconds: 1500}}
+  hungry: {kind: fail, in: {after: source}, with: {how: memory}}
+";
+    let said = "it runs once more, when no other stage does";
+    let beside = Project::new(pipeline);
+    beside.run("run FILE --jobs 2").expect(1, &[said, "failed: 2 ran, 0 reused, 1 failed"]);
+    let alone = Project::new(pipeline).run("run FILE").expect(1, &["failed: 2 ran, 0 reused, 1 failed"]);
+    assert!(!alone.stderr.contains(said), "{}", alone.stderr);
+}

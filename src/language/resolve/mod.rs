@@ -12,8 +12,8 @@ mod reference;
 
 use std::collections::HashMap;
 
-use contract::PortType;
 use contract::port::several_of;
+use contract::{PortType, Ports};
 use indexmap::IndexMap;
 use petgraph::graph::NodeIndex;
 use serde_json::{Value as Json, json};
@@ -319,9 +319,12 @@ impl Assembly {
     }
 }
 
-/// What a subgraph does, wherever its values are written.
+/// What a subgraph does, wherever its values are written. Ports follow from kind and configuration.
 pub(crate) fn identity(subgraph: &Subgraph) -> Json {
     let mut subgraph = subgraph.clone();
-    subgraph.operators_mut().into_iter().for_each(|operator| operator.places.clear());
+    for operator in subgraph.operators_mut() {
+        operator.places.clear();
+        operator.ports = Ports::default();
+    }
     serde_json::to_value(subgraph).expect("a subgraph is JSON")
 }
