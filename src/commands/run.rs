@@ -9,7 +9,7 @@ use anyhow::Result;
 use petgraph::graph::NodeIndex;
 
 use super::outlook::Outlook;
-use super::{BadRequest, Workbench, only_named, open_store, read_store, say, status};
+use super::{BadRequest, Workbench, only_named, open_store, read_store, report as report_page, say, status};
 use crate::cli::{CompareArgs, RunArgs, TableArgs, TableFormat};
 use crate::graph::Graph;
 use crate::ground::output::tell;
@@ -105,7 +105,7 @@ fn print_table(args: &RunArgs, graph: &Graph, settled: &BTreeMap<NodeIndex, Sett
     let (form, view) = shape(&args.table);
     let file = args.target.file.display().to_string();
     let name = args.target.file.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
-    let command = format!("pipeline compare {file}");
+    let command = report_page::command(&args.target, &args.target.request(), &file).of_all("compare");
     say(&table::write(&comparison, form, &view, &name, &command)?)
 }
 

@@ -70,9 +70,7 @@ fn python(text: &str) -> String {
 fn write(folder: &Path, stages: &[Tracked]) -> Result<Sent> {
     let mut sent = Sent::default();
     for stage in stages {
-        let plain = |c: char| if c.is_alphanumeric() || "-_.=".contains(c) { c } else { '_' };
-        let label: String = stage.label.chars().map(plain).collect();
-        let place = folder.join(format!("{label}-{}", &stage.key[..12]));
+        let place = folder.join(format!("{}-{}", folder_name(&stage.label), &stage.key[..12]));
         let path = place.join(format!("events.out.tfevents.0.{}", &stage.key[..16]));
         let bytes = events(stage);
         if fs::read(&path).is_ok_and(|there| there == bytes) {
@@ -87,6 +85,12 @@ fn write(folder: &Path, stages: &[Tracked]) -> Result<Sent> {
         sent.new += 1;
     }
     Ok(sent)
+}
+
+/// A label as the name of a folder: `train (base params.seed=20)` is `train-base-params.seed=20`.
+fn folder_name(label: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_.=".contains(c);
+    label.split(|c| !plain(c)).filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-")
 }
 
 /// When each number was measured is not known: steps are spread over the seconds that the stage took, from 1970 on.
@@ -105,4 +109,16 @@ fn events(stage: &Tracked) -> Vec<u8> {
     }
     scalars.sort_by_key(|scalar| scalar.step);
     tfevents::file(0.0, scalars)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_folders_and_of_python() {
+        assert_eq!(folder_name("train (base params.seed=20)"), "train-base-params.seed=20");
+        assert_eq!(folder_name("../x y/"), "..-x-y");
+        assert_eq!(python("it's\\"), "'it\\'s\\\\'");
+    }
 }

@@ -224,7 +224,8 @@ impl Card<'_> {
             front["datasets"] = json!(datasets);
         }
         let mut tags = vec!["distillation".to_owned()];
-        tags.extend(kinds(&self.graph.subgraphs[self.node].subgraph).into_iter().map(str::to_owned));
+        let kinds = kinds(&self.graph.subgraphs[self.node].subgraph);
+        tags.extend(kinds.into_iter().filter(|kind| *kind != "evaluate").map(str::to_owned));
         front["tags"] = json!(tags);
         if !scores.is_empty() {
             let mut results: Vec<Json> = Vec::new();

@@ -70,10 +70,11 @@ pub(crate) enum Difference {
 }
 
 impl Command<'_> {
-    fn run(&self, stage: Option<&str>) -> String {
-        let words = ["pipeline", "run", self.file].map(str::to_owned).into_iter();
+    /// With what selects all cells, behind a verb such as `run`.
+    pub(crate) fn of_all(&self, verb: &str) -> String {
+        let words = ["pipeline", verb, self.file].map(str::to_owned).into_iter();
         let words = words.chain(self.common.iter().cloned()).chain(self.cells.iter().cloned());
-        words.chain(stage.map(str::to_owned)).map(|word| quoted(&word)).collect::<Vec<_>>().join(" ")
+        words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ")
     }
 
     /// What runs a stage of one cell with all that it needs.
@@ -192,7 +193,7 @@ impl Page<'_> {
                 p.state.bad {
                     strong { @if is_going_on { "Not finished: " } @else { "Unfinished: " } }
                     (missing.len()) " of " (stages.len()) " stages have no result yet. "
-                    code { (visible(&self.command.run(None))) } " computes them."
+                    code { (visible(&self.command.of_all("run"))) } " computes them."
                 }
             }
             @if let Some((label, settings)) = self.settings() {
@@ -469,7 +470,7 @@ impl Page<'_> {
                         None => "goes on, or was killed",
                     }) }
                 }
-                dt { "to repeat it" } dd { code { (visible(&self.command.run(None))) } }
+                dt { "to repeat it" } dd { code { (visible(&self.command.of_all("run"))) } }
             }
         }
     }

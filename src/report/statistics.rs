@@ -248,7 +248,7 @@ mod tests {
             let share = called(200, count, 0.0, of_repeats);
             assert!((0.02..=0.08).contains(&share), "{count} repeats: {share}");
         }
-        let share = called(200, 60, 0.0, |rows| of_rows(&rows.iter().map(|row| (*row, 1.0)).collect::<Vec<_>>()));
+        let share = called(200, 100, 0.0, |rows| of_rows(&rows.iter().map(|row| (*row, 1.0)).collect::<Vec<_>>()));
         assert!((0.02..=0.08).contains(&share), "rows: {share}");
     }
 

@@ -471,7 +471,7 @@ pub(crate) mod tests {
         assert!(text.contains("rouge_l against sft: better: kd"), "{text}");
         let markdown = written(Form::Markdown, &View::default());
         assert!(markdown.contains(" a\\|b |") && markdown.contains("-:|"), "{markdown}");
-        assert!(markdown.contains("|   1.5 ± 1.24 |"), "{markdown}");
+        assert!(markdown.contains("|  1.5 ± 1.24 |"), "{markdown}");
     }
 
     #[test]
