@@ -36,8 +36,8 @@ macro_rules! config {
             #[serde(default)]
             #[schemars(range(min = 1, max = contract::limits::BATCH))]
             pub micro_batch: Option<u64>,
-            /// Rows of an update in the recipe that this follows: where the pipeline makes it another number, the plan fails. Left
-            /// out: any number will do.
+            /// Rows of an update in the recipe that this follows: where the pipeline makes it another number, the plan fails; left
+            /// out: as many as there are.
             #[serde(default)]
             #[schemars(range(min = 1, max = contract::limits::BATCH))]
             pub effective_batch: Option<u64>,
