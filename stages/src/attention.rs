@@ -292,7 +292,8 @@ impl Operator for Measuring {
                     let matrix = attended.at(head)?;
                     maps += &with_matrix(map, matrix, attended.length).to_string();
                     maps.push('\n');
-                    let title = format!("Layer {}, head {} of `{model}`", head.layer, head.head);
+                    let whose = if *model == "before" { ", of the model before" } else { "" };
+                    let title = format!("Layer {}, head {}{whose}", head.layer, head.head);
                     draw(&format!("map-{}-{}-{model}", head.layer, head.head), map_drawn(title, &tokens, matrix))?;
                 }
             }
