@@ -462,7 +462,7 @@ mod tests {
 
     #[test]
     fn gguf_files_hold_model_and_tokenizer() {
-        for family in ["llama", "mistral", "qwen2", "qwen3"] {
+        for family in ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"] {
             let (scratch, model) = (Scratch::new(), Arc::new(model(family)));
             let expected = logits(&model);
             let largest = expected.iter().fold(0.0, |a: f32, b| a.max(b.abs()));

@@ -374,6 +374,7 @@ fn space_before(json: &Json) -> Result<bool> {
 mod tests {
     use std::fs;
     use std::path::PathBuf;
+    use std::sync::Arc;
 
     use proptest::prelude::*;
 
@@ -411,6 +412,23 @@ mod tests {
             for (sample, ids) in texts.iter().zip(&ids) {
                 assert_eq!(text.encode(sample).unwrap(), *ids, "{name}: {sample:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_file_has_the_tokenizer_of_its_checkpoint_though_it_is_written_otherwise() {
+        let texts: Json = serde_json::from_str(include_str!("../tests/fixtures/gguf/ids.json")).unwrap();
+        let texts: Vec<String> = serde_json::from_value(texts["texts"].clone()).unwrap();
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let file = open("smollm").tokenizer;
+        let mut json: Json = serde_json::from_slice(&file.json).unwrap();
+        json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [digits, bytes]});
+        let checkpoint = TokenizerFile { json: Arc::new(json.to_string().into_bytes()), ..file.clone() };
+        assert_eq!(file.difference(&checkpoint, "file", "checkpoint"), None);
+        let [one, other] = [&file, &checkpoint].map(|tokenizer| Text::new(tokenizer, SpecialTokens::Parse).unwrap());
+        for text in &texts {
+            assert_eq!(one.encode(text).unwrap(), other.encode(text).unwrap(), "{text:?}");
         }
     }
 

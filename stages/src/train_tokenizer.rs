@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn the_tokenizer_is_the_one_that_this_version_trains() {
         let tokenizer = train(&builtin(), &config(json!({"vocab_size": 1024, "template": "task"}))).unwrap();
-        assert_eq!((tokenizer.size, tokenizer.vocabulary().meaning.as_deref()), (1024, Some("2:29f599be44f87a32")));
+        assert_eq!((tokenizer.size, tokenizer.vocabulary().meaning.as_deref()), (1024, Some("3:cfbabce135001084")));
     }
 
     #[test]

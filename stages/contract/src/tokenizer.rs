@@ -84,7 +84,7 @@ const FACTS: &str = "pipeline_tokenizer.json";
 const EFFECTIVE: &str = "effective_tokenizer.json";
 
 /// Begins a meaning, so that those of other versions, which were made otherwise, are known as such.
-const MEANING: &str = "2:";
+const MEANING: &str = "3:";
 
 /// Whether two tokenizers are known to give ids other meanings, by what [`TokenizerFile::vocabulary`] says of them.
 pub(crate) fn is_other_meaning(a: &str, b: &str) -> bool {
@@ -172,7 +172,8 @@ impl TokenizerFile {
     }
 
     /// The same text for two tokenizers that give every id the same meaning and divide text alike. How a file is written,
-    /// what it cuts and pads, and what it puts around a text have no part in it.
+    /// what it cuts and pads, and what it puts around a text have no part in it, nor has the program that wrote it: the
+    /// tokenizer of a GGUF file is that of the checkpoint it was made of.
     fn meaning(&self) -> String {
         let canonical = match serde_json::from_slice::<Json>(&self.json) {
             Ok(json) => Parts::of(&json).text(),
@@ -227,14 +228,17 @@ impl Parts {
                 added.iter_mut().filter_map(Json::as_object_mut).for_each(|token| _ = token.remove("normalized"));
             }
         }
+        let mut tokens = tokens(json);
+        // Converters to GGUF fill a vocabulary up to the rows of its model.
+        tokens.retain(|id, token| *token != format!("[PAD{id}]"));
         let rest = [
             ("normalizer", json["normalizer"].clone()),
-            ("pre_tokenizer", json["pre_tokenizer"].clone()),
+            ("pre_tokenizer", Json::Array(words(&json["pre_tokenizer"]))),
             ("added_tokens", added),
             ("model", model),
         ];
         let rest = rest.map(|(name, value)| (name, without_defaults(value)));
-        Parts { tokens: tokens(json), merges: merges.flatten().collect(), rest }
+        Parts { tokens, merges: merges.flatten().collect(), rest }
     }
 
     fn text(&self) -> String {
@@ -272,6 +276,24 @@ impl Parts {
         let parts = self.rest.iter().zip(&other.rest);
         let ((name, a), (_, b)) = parts.into_iter().find(|((_, a), (_, b))| a != b)?;
         Some(format!("`{name}` is {} in `{here}` and {} in `{there}`", short(a, b), short(b, a)))
+    }
+}
+
+/// The steps that divide a text into words, those that have several names under one of them.
+fn words(json: &Json) -> Vec<Json> {
+    /// What `ByteLevel` divides a text by, unless told not to.
+    const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+    let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"});
+    match json["type"].as_str() {
+        None => Vec::new(),
+        Some("Sequence") => json["pretokenizers"].as_array().into_iter().flatten().flat_map(words).collect(),
+        Some("Digits") if json["individual_digits"] == true => vec![split(r"\p{N}")],
+        Some("ByteLevel") if json["use_regex"] != false && json["add_prefix_space"] == false => {
+            let mut bytes = json.clone();
+            bytes["use_regex"] = false.into();
+            vec![split(GPT2), bytes]
+        }
+        _ => vec![json.clone()],
     }
 }
 
@@ -411,6 +433,35 @@ mod tests {
         let folder = saved(&TokenizerFile::new(ABC, 2, 3));
         let config: Json = serde_json::from_slice(&read(&folder.path().join(CONFIG)).unwrap()).unwrap();
         assert_eq!((&config["eos_token"], &config["bos_token"]), (&json!("</s>"), &json!("</s>")));
+    }
+
+    #[test]
+    fn words_are_divided_alike_under_any_name() {
+        let split = |regex: &str, behavior| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": false});
+        let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": regex, "use_regex": regex});
+        let sequence = |steps: Json| json!({"type": "Sequence", "pretokenizers": steps});
+        let tokenizer = |words: &Json| {
+            let json =
+                json!({"pre_tokenizer": words, "model": {"type": "BPE", "vocab": {"a": 0, "[PAD2]": 2}, "merges": []}});
+            TokenizerFile::new(json.to_string(), 0, 3)
+        };
+        let gpt2 = split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "Isolated");
+        let digits = split(r"\p{N}", "Isolated");
+        let named = sequence(json!([{"type": "Digits", "individual_digits": true}, bytes(true)]));
+        let spelt = sequence(json!([digits, gpt2, bytes(false)]));
+        let difference = |a: &Json, b: &Json| tokenizer(a).difference(&tokenizer(b), "x", "y");
+        assert_eq!(difference(&named, &spelt), None);
+        assert_eq!(difference(&bytes(true), &sequence(json!([gpt2, bytes(false)]))), None);
+        assert_eq!(tokenizer(&named).meaning(), tokenizer(&spelt).meaning());
+        assert!(difference(&named, &bytes(true)).unwrap().starts_with("`pre_tokenizer` is "));
+        assert!(difference(&bytes(true), &bytes(false)).is_some());
+        let spaced = json!({"type": "ByteLevel", "add_prefix_space": true});
+        assert!(difference(&bytes(true), &spaced).is_some());
+        let removed = sequence(json!([split(r"\p{N}", "Removed"), bytes(true)]));
+        assert!(difference(&named, &removed).is_some());
+        // What only fills a vocabulary up is no token.
+        let plain = TokenizerFile::new(r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#, 0, 1);
+        assert_eq!(plain.difference(&tokenizer(&Json::Null), "x", "y"), None);
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub use families::{
 };
 pub use files::export::{families_in_llama_cpp, is_in_llama_cpp};
 pub use files::folder::{MODEL_FILES, ModelFolder};
-pub use files::gguf::{Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, row_order};
+pub use files::gguf::{Gguf, GgufModel, GgufTensor, GgufValue, ModelTensor, Order, row_order};
 pub use finite::{NotFinite, is_finite};
 pub use generate::{Generate, Generated, Mixed, Prompt, generate, generate_mixed, sample};
 pub use head::Head;

@@ -251,6 +251,9 @@ impl ModelFolder {
             let mut first: Option<Vec<f32>> = None;
             for (file, stored) in &place.parts {
                 let path = self.files[*file].path().display();
+                if self.files[*file].encoded(stored)?.is_some_and(|matrix| matrix.is_finite()) {
+                    continue;
+                }
                 let values = self.files[*file].values(stored)?;
                 let tensor = Tensor::from_vec(values, stored.shape.as_slice(), &Device::Cpu)?;
                 if let Some(found) = first_not_finite(&tensor)? {

@@ -23,7 +23,7 @@ use indexmap::IndexMap;
 use crate::terms::format::Format;
 
 pub(crate) use self::model::reordered;
-pub use self::model::{GgufModel, ModelTensor, row_order};
+pub use self::model::{GgufModel, ModelTensor, Order, row_order};
 
 /// An open GGUF file, or all files of a split one.
 #[derive(Debug)]

@@ -22,9 +22,10 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use serde_json::Value as Json;
 
-use super::gguf::{Gguf, GgufModel, ModelTensor, reordered, row_order};
+use super::gguf::{Gguf, GgufModel, ModelTensor, Order, reordered};
 use super::llama2c::Llama2cFile;
 use super::pickle::PickleFile;
+use crate::kernels::buffer::transposed;
 use crate::kernels::decode::decode;
 use crate::kernels::map::map;
 use crate::terms::format::Format;
@@ -287,10 +288,13 @@ impl TensorFile {
                 stored.collect()
             }
             Kind::Gguf { file, tensors } => {
-                let stored = tensors.iter().map(|ModelTensor { index, name, .. }| {
-                    let tensor = &file.tensors()[*index];
-                    let written = dtype_of(tensor.format).map_or(Written::Quantised(tensor.format), Written::As);
-                    Stored { name: name.clone(), shape: tensor.shape.clone(), written }
+                let stored = tensors.iter().map(|tensor| {
+                    let format = match tensor.order {
+                        Order::Transposed => Format::F32,
+                        _ => file.tensors()[tensor.index].format,
+                    };
+                    let written = dtype_of(format).map_or(Written::Quantised(format), Written::As);
+                    Stored { name: tensor.name.clone(), shape: tensor.shape(file), written }
                 });
                 stored.collect()
             }
@@ -334,12 +338,12 @@ impl TensorFile {
         }
         let [rows, columns] = stored.shape[..] else { return Ok(None) };
         if let Kind::Gguf { file, tensors } = &self.kind {
-            let ModelTensor { index, interleaved_heads, .. } = named(tensors, &stored.name)?;
+            let ModelTensor { index, order, .. } = named(tensors, &stored.name)?;
             let bytes = Bytes::Owned(file.read_all(&file.tensors()[*index])?.into());
             let matrix = Encoded::new(format, rows, columns, bytes)?;
-            return Ok(Some(match interleaved_heads {
-                Some(heads) => matrix.reordered(&row_order(rows, *heads)),
-                None => matrix,
+            return Ok(Some(match order {
+                Order::Rows(order) => matrix.reordered(order),
+                _ => matrix,
             }));
         }
         let Kind::Safetensors { file, start, header, mapped } = &self.kind else { return Ok(None) };
@@ -415,15 +419,18 @@ fn named<'a>(tensors: &'a [ModelTensor], name: &str) -> Result<&'a ModelTensor> 
     tensors.iter().find(|tensor| tensor.name == name).context("a tensor without a place")
 }
 
-/// The numbers of a tensor, its rows in the order of Hugging Face.
+/// The numbers of a tensor as they stand in Hugging Face checkpoints.
 fn from_gguf(file: &Gguf, tensors: &[ModelTensor], name: &str) -> Result<Vec<f32>> {
-    let ModelTensor { index, interleaved_heads, .. } = named(tensors, name)?;
+    let ModelTensor { index, order, .. } = named(tensors, name)?;
     let tensor = &file.tensors()[*index];
     let bytes = file.read_all(tensor)?;
     let mut values = vec![0.0; tensor.shape.iter().product()];
     decode(tensor.format, &bytes, &mut values);
-    let Some(heads) = interleaved_heads else { return Ok(values) };
-    Ok(reordered(&values, &row_order(tensor.shape[0], *heads)))
+    Ok(match (order, &tensor.shape[..]) {
+        (Order::Rows(order), _) => reordered(&values, order),
+        (Order::Transposed, [rows, columns]) => transposed(&values, *columns, *rows, *columns, *rows),
+        _ => values,
+    })
 }
 
 fn safetensors(path: &Path) -> Result<Kind> {

@@ -9,9 +9,9 @@
 
 use rayon::prelude::*;
 
-use super::decode::decode;
+use super::decode::{GROUP, Layout, WithLayout, decode, with_layout};
 use super::elementwise;
-use super::vector::{self, Vector, Wide, prefetch};
+use super::vector::{self, Sixteen, Vector, Wide, prefetch};
 use crate::terms::format::Format;
 
 /// Up to so many rows a product is bound by memory.
@@ -23,11 +23,15 @@ const STREAM: (usize, usize) = (16, 1536);
 /// The same where they are more: a piece of the weight that fits the second cache.
 const PANEL: (usize, usize) = (768, 192);
 
-/// Rows of a transposed weight that one task takes.
-const STRIP: usize = 128;
+/// Rows of a transposed weight that one task takes: whole tiles.
+const STRIP: usize = 144;
 
-/// Rows of an encoded weight that are decoded together: they stay in the first caches until they are multiplied.
-const DECODED: usize = 16;
+/// Up to so many rows an encoded weight is decoded in registers.
+const IN_REGISTERS: usize = 4;
+
+/// Where they are more, rows of the weight that are decoded together: with few rows they stay in the first cache until they are
+/// multiplied, with many in the second one, so that the others are read less often.
+const DECODED: (usize, usize) = (12, 48);
 
 /// How far ahead of the first rows a transposed weight is asked for, at least: what is read while memory answers.
 const AHEAD: usize = 2048;
@@ -63,7 +67,7 @@ pub(crate) fn product_transposed(a: &[f32], weight: &[f32], depth: usize) -> Vec
     out
 }
 
-/// [`product_transposed`] with a weight of a format, decoded some rows at a time: the bits that the decoded one gives.
+/// [`product_transposed`] with a weight of a format, decoded on the way: the bits that the decoded one gives.
 pub(crate) fn product_encoded(a: &[f32], format: Format, bytes: &[u8], depth: usize) -> Vec<f32> {
     let row = format.bytes(depth).expect("a row is a number of blocks");
     assert!(depth > 0 && a.len().is_multiple_of(depth) && bytes.len().is_multiple_of(row), "sizes of a product");
@@ -71,11 +75,18 @@ pub(crate) fn product_encoded(a: &[f32], format: Format, bytes: &[u8], depth: us
     let mut out = vec![0.0; rows * columns];
     let shared = Shared { data: out.as_mut_ptr(), stride: columns, rows };
     cut(columns, STRIP, 4).into_par_iter().for_each(|(start, end)| {
-        let mut part = vec![0.0; DECODED.min(end - start) * depth];
-        for start in (start..end).step_by(DECODED) {
-            let end = end.min(start + DECODED);
+        let bytes = &bytes[start * row..end * row];
+        if rows <= IN_REGISTERS && depth.is_multiple_of(GROUP) {
+            with_layout(format, EncodedDots { a, bytes, depth, start, out: shared });
+            return;
+        }
+        let at_once = if rows <= FEW { DECODED.0 } else { DECODED.1 };
+        let mut part = vec![0.0; at_once.min(end - start) * depth];
+        for (i, bytes) in bytes.chunks(at_once * row).enumerate() {
+            let start = start + i * at_once;
+            let end = end.min(start + at_once);
             let weight = &mut part[..(end - start) * depth];
-            decode(format, &bytes[start * row..end * row], weight);
+            decode(format, bytes, weight);
             vector::run(Dots { a, weight, depth, start, end, out: shared });
         }
     });
@@ -293,7 +304,7 @@ struct Dots<'a> {
 impl Wide for Dots<'_> {
     type Output = ();
 
-    /// By tiles of sixteen sums, as square as the rows allow: as many as [`Vector::totals`] adds up at once.
+    /// By tiles of up to sixteen sums: as many as [`Vector::totals`] adds up at once, and as square as registers allow.
     #[inline(always)]
     fn run<V: Vector>(self) {
         // SAFETY: the columns are this task's own.
@@ -303,7 +314,8 @@ impl Wide for Dots<'_> {
                 (LANES, 4..) => dots_by::<V, 4, 4>(&self),
                 (LANES, 2..) => dots_by::<V, 2, 8>(&self),
                 (LANES, _) => dots_by::<V, 1, 16>(&self),
-                _ => dots_by::<[f32; LANES], 2, 2>(&self),
+                (_, 4..) => dots_by::<V, 4, 3>(&self),
+                _ => dots_by::<V::Sixteen, 2, 2>(&self),
             }
         }
     }
@@ -341,12 +353,13 @@ unsafe fn dots_of_rows<V: Vector, const R: usize, const C: usize>(task: &Dots<'_
     // SAFETY: the caller's promise.
     unsafe {
         (task.start..whole).step_by(C).for_each(|column| dots::<V, R, C>(task, row, column));
-        (whole..task.end).for_each(|column| (row..row + R).for_each(|row| dots::<V, 1, 1>(task, row, column)));
+        (whole..task.end).for_each(|column| dots::<V, R, 1>(task, row, column));
     }
     R
 }
 
-/// Products of `R` rows with `C` rows of the weight, at most sixteen.
+/// Products of `R` rows with `C` rows of the weight, at most sixteen. Where a vector has half of the lanes, they are summed up
+/// in two passes: so there are registers for larger tiles.
 ///
 /// # Safety
 ///
@@ -356,18 +369,41 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: 
     let depth = task.depth;
     let a: [&[f32]; R] = std::array::from_fn(|r| &task.a[(row + r) * depth..][..depth]);
     let w: [&[f32]; C] = std::array::from_fn(|c| &task.weight[(column - task.start + c) * depth..][..depth]);
-    let whole = depth / LANES * LANES;
     let ahead = AHEAD.max(C * depth);
-    let streams = row == 0 && (column + C) * depth + ahead <= task.end * depth;
+    let ahead = (row == 0 && (column + C) * depth + ahead <= task.end * depth).then_some(ahead);
+    let mut sums = lane_sums::<V, R, C>(a, w, 0, ahead);
+    if V::LANES < LANES {
+        let upper = lane_sums::<V, R, C>(a, w, V::LANES, None);
+        sums = std::array::from_fn(|r| std::array::from_fn(|c| sums[r][c].plus(upper[r][c])));
+    }
+    let zero = V::splat(0.0);
+    let totals = V::totals(std::array::from_fn(|i| if i < R * C { sums[i / C][i % C] } else { zero }));
+    for (r, totals) in totals.chunks_exact(C).take(R).enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { task.out.row(row + r, column, column + C) }.copy_from_slice(totals);
+    }
+}
+
+/// Of the products of rows of one length those summands that belong to [`Vector::LANES`] of the [`LANES`], from `first` on.
+/// `ahead` is how far ahead the weight is asked for.
+#[inline(always)]
+fn lane_sums<V: Vector, const R: usize, const C: usize>(
+    a: [&[f32]; R],
+    w: [&[f32]; C],
+    first: usize,
+    ahead: Option<usize>,
+) -> [[V; C]; R] {
+    let depth = a[0].len();
+    let whole = depth / LANES * LANES;
     let mut sums = [[V::splat(0.0); C]; R];
     if R == 1 {
         // One row of the weight after the other, as they lie: memory is what this waits for.
         for (c, w) in w.iter().enumerate() {
-            for k in (0..whole).step_by(LANES) {
-                if streams {
+            for k in (first..whole).step_by(LANES) {
+                if let Some(ahead) = ahead {
                     prefetch(w.as_ptr().wrapping_add(k + ahead));
                 }
-                // SAFETY: `k + LANES` is at most `depth`, the length of both.
+                // SAFETY: from `k - first`, a multiple of `LANES`, so many are within `depth`, the length of both.
                 unsafe {
                     let (a, w) = (V::load(a[0].as_ptr().add(k)), V::load(w.as_ptr().add(k)));
                     sums[0][c] = a.fused(w, sums[0][c]);
@@ -375,11 +411,11 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: 
             }
         }
     } else {
-        for k in (0..whole).step_by(LANES) {
-            if streams {
+        for k in (first..whole).step_by(LANES) {
+            if let Some(ahead) = ahead {
                 w.iter().for_each(|w| prefetch(w.as_ptr().wrapping_add(k + ahead)));
             }
-            // SAFETY: `k + LANES` is at most `depth`, the length of all.
+            // SAFETY: as above, for all of them.
             unsafe {
                 let w: [V; C] = std::array::from_fn(|c| V::load(w[c].as_ptr().add(k)));
                 for (sums, a) in sums.iter_mut().zip(&a) {
@@ -391,21 +427,74 @@ unsafe fn dots<V: Vector, const R: usize, const C: usize>(task: &Dots<'_>, row: 
             }
         }
     }
-    if whole < depth {
-        let w: [V; C] = std::array::from_fn(|c| V::part(&w[c][whole..]));
+    let rest = (whole + first).min(depth)..(whole + first + V::LANES).min(depth);
+    if !rest.is_empty() {
+        let w: [V; C] = std::array::from_fn(|c| V::part(&w[c][rest.clone()]));
         for (sums, a) in sums.iter_mut().zip(&a) {
-            let a = V::part(&a[whole..]);
+            let a = V::part(&a[rest.clone()]);
             for (sum, w) in sums.iter_mut().zip(w) {
                 *sum = a.fused(w, *sum);
             }
         }
     }
-    let zero = V::splat(0.0);
-    let totals = V::totals(std::array::from_fn(|i| if i < R * C { sums[i / C][i % C] } else { zero }));
-    for (r, totals) in totals.chunks_exact(C).take(R).enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { task.out.row(row + r, column, column + C) }.copy_from_slice(totals);
+    sums
+}
+
+/// The same with rows of a weight in blocks, for few rows: a group of numbers is decoded in registers for all of them.
+struct EncodedDots<'a> {
+    a: &'a [f32],
+    bytes: &'a [u8],
+    depth: usize,
+    start: usize,
+    out: Shared,
+}
+
+impl WithLayout for EncodedDots<'_> {
+    #[inline(always)]
+    fn run<L: Layout, V: Vector>(self) {
+        let mut row = 0;
+        while row < self.out.rows {
+            // SAFETY: the columns are this task's own.
+            row += unsafe {
+                match self.out.rows - row {
+                    4.. => encoded_dots::<L, V::Sixteen, 4>(&self, row),
+                    2.. => encoded_dots::<L, V::Sixteen, 2>(&self, row),
+                    _ => encoded_dots::<L, V::Sixteen, 1>(&self, row),
+                }
+            };
+        }
     }
+}
+
+/// All columns of a task for `R` rows, of which the sums fit the registers beside what decoding needs. Gives `R`.
+///
+/// # Safety
+///
+/// Nobody else may use these columns of `out`.
+#[inline(always)]
+unsafe fn encoded_dots<L: Layout, V: Sixteen, const R: usize>(task: &EncodedDots<'_>, row: usize) -> usize {
+    let depth = task.depth;
+    let a: [&[f32]; R] = std::array::from_fn(|r| &task.a[(row + r) * depth..][..depth]);
+    for (i, w) in task.bytes.chunks_exact(depth / L::NUMBERS * L::BYTES).enumerate() {
+        let mut sums = [V::splat(0.0); R];
+        for (i, block) in w.chunks_exact(L::BYTES).enumerate() {
+            let scales = L::scales(block);
+            let a: [&[f32]; R] = std::array::from_fn(|r| &a[r][i * L::NUMBERS..][..L::NUMBERS]);
+            for group in 0..L::NUMBERS / GROUP {
+                let w = L::group(block, &scales, group);
+                for (sum, a) in sums.iter_mut().zip(&a) {
+                    *sum = V::of(&a[group * GROUP..]).fused(w, *sum);
+                }
+            }
+        }
+        let column = task.start + i;
+        for (r, sum) in sums.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            let out = unsafe { task.out.row(row + r, column, column + 1) };
+            out[0] = sum.total();
+        }
+    }
+    R
 }
 
 #[cfg(test)]
@@ -447,16 +536,36 @@ mod tests {
     #[test]
     fn an_encoded_weight_gives_the_bits_of_the_decoded_one() {
         for format in Format::ALL {
-            for (k, n) in [(256, 1), (256, 130), (768, 33)] {
+            // Rows that fill no group of numbers, where a format has no blocks.
+            let odd = (!format.is_quantised()).then_some((37, 20));
+            for (k, n) in [(256, 1), (256, 130), (768, 33)].into_iter().chain(odd) {
                 let (bytes, _) = written(format, numbers(2, k * n));
                 let mut decoded = vec![0.0; k * n];
                 decode(format, &bytes, &mut decoded);
-                for rows in [1, 2, 17] {
+                for rows in [1, 2, 3, 4, 5, 7, 17] {
                     let a = numbers(1, rows * k);
+                    let expected = product_transposed(&a, &decoded, k);
                     let found = product_encoded(&a, format, &bytes, k);
-                    assert!(found == product_transposed(&a, &decoded, k), "{format}, {rows} rows, {k} {n}");
+                    assert!(found == expected, "{format}, {rows} rows, {k} {n}");
+                    assert!(found == with_threads(3, || product_encoded(&a, format, &bytes, k)), "{format}: threads");
+                    if rows <= IN_REGISTERS && k.is_multiple_of(GROUP) {
+                        let mut out = vec![0.0; rows * n];
+                        let shared = Shared { data: out.as_mut_ptr(), stride: n, rows };
+                        let dots = EncodedDots { a: &a, bytes: &bytes, depth: k, start: 0, out: shared };
+                        with_layout(format, ByArrays(dots));
+                        assert!(out == expected, "{format}, {rows} rows, {k} {n}, by arrays");
+                    }
                 }
             }
+        }
+    }
+
+    /// Work without vector instructions of its own: what the compiler makes of it.
+    struct ByArrays<W>(W);
+
+    impl<W: WithLayout> WithLayout for ByArrays<W> {
+        fn run<L: Layout, V: Vector>(self) {
+            self.0.run::<L, [f32; 8]>();
         }
     }
 

@@ -3,185 +3,260 @@
 //! The layouts are those of ggml: a block holds its scales as half floats and then its integers, several to a byte; a K block
 //! of 256 numbers has a scale (and some a minimum) for every 16 or 32 of them, in 4 or 6 bits. Each number is computed by the
 //! operations of ggml in their order, so that it has the bits that other readers of the same file see.
+//!
+//! In every format sixteen neighbours share their scale, so that they are decoded together, into registers ([`Layout`]).
 
-use half::{bf16, f16};
-
-use super::vector::widen;
+use super::bytes::Bytes;
+use super::vector::{self, Sixteen, Vector, Wide};
 use crate::terms::format::Format;
 
 /// Decodes blocks that follow one another.
 pub(crate) fn decode(format: Format, blocks: &[u8], out: &mut [f32]) {
     assert_eq!(format.bytes(out.len()), Some(blocks.len()), "{} numbers of {format}", out.len());
+    with_layout(format, Decode { blocks, out });
+}
+
+struct Decode<'a> {
+    blocks: &'a [u8],
+    out: &'a mut [f32],
+}
+
+impl WithLayout for Decode<'_> {
+    #[inline(always)]
+    fn run<L: Layout, V: Vector>(self) {
+        let blocks = self.blocks.chunks_exact(L::BYTES);
+        let tail = blocks.remainder();
+        let mut outs = self.out.chunks_exact_mut(L::NUMBERS);
+        for (block, out) in blocks.zip(&mut outs) {
+            let scales = L::scales::<V::Sixteen>(block);
+            for (group, out) in out.chunks_exact_mut(GROUP).enumerate() {
+                L::group(block, &scales, group).write(out);
+            }
+        }
+        let out = outs.into_remainder();
+        if !out.is_empty() {
+            // Formats without blocks: one number after another, so that any number of them may be left.
+            let (mut block, mut numbers) = (vec![0; L::BYTES], [0.0; GROUP]);
+            block[..tail.len()].copy_from_slice(tail);
+            L::group(&block, &L::scales::<V::Sixteen>(&block), 0).write(&mut numbers);
+            out.copy_from_slice(&numbers[..out.len()]);
+        }
+    }
+}
+
+/// Numbers that are decoded together.
+pub(super) const GROUP: usize = 16;
+
+/// How numbers lie in a block. Those of a format without blocks count as blocks of one group.
+///
+/// A number is an integer times a scale, and in some formats something is added. Both have so few bits that the product is
+/// exact: to add with one rounding or with two is the same.
+pub(super) trait Layout {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Its numbers, a multiple of [`GROUP`].
+    const NUMBERS: usize;
+
+    /// What the groups of a block are scaled and moved by.
+    type Scales<V: Sixteen>;
+
+    /// Those of a block of [`Layout::BYTES`].
+    fn scales<V: Sixteen>(block: &[u8]) -> Self::Scales<V>;
+
+    /// Sixteen numbers of it, those from `GROUP * group` on.
+    fn group<V: Sixteen>(block: &[u8], scales: &Self::Scales<V>, group: usize) -> V;
+}
+
+/// Work on blocks, compiled for each layout and for every kind of vector.
+pub(super) trait WithLayout {
+    /// Must be inlined, as [`Wide::run`].
+    fn run<L: Layout, V: Vector>(self);
+}
+
+/// Runs `work` with the layout of a format and the widest vectors that the processor has.
+pub(super) fn with_layout(format: Format, work: impl WithLayout) {
+    struct As<L, W>(W, std::marker::PhantomData<L>);
+
+    impl<L: Layout, W: WithLayout> Wide for As<L, W> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<V: Vector>(self) {
+            self.0.run::<L, V>();
+        }
+    }
+
+    fn run<L: Layout>(work: impl WithLayout) {
+        vector::run(As::<L, _>(work, std::marker::PhantomData));
+    }
+
     match format {
-        Format::F32 => floats(blocks, out, f32::from_le_bytes),
-        Format::F16 => floats(blocks, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Format::BF16 => floats(blocks, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        Format::Q4_0 => each::<18, 32>(blocks, out, q4_0),
-        Format::Q4_1 => each::<20, 32>(blocks, out, q4_1),
-        Format::Q5_0 => each::<22, 32>(blocks, out, q5_0),
-        Format::Q5_1 => each::<24, 32>(blocks, out, q5_1),
-        Format::Q8_0 => each::<34, 32>(blocks, out, q8_0),
-        Format::Q2K => each::<84, 256>(blocks, out, q2_k),
-        Format::Q3K => each::<110, 256>(blocks, out, q3_k),
-        Format::Q4K => each::<144, 256>(blocks, out, q4_k),
-        Format::Q5K => each::<176, 256>(blocks, out, q5_k),
-        Format::Q6K => each::<210, 256>(blocks, out, q6_k),
+        Format::F32 => run::<F32>(work),
+        Format::F16 => run::<F16>(work),
+        Format::BF16 => run::<BF16>(work),
+        Format::Q4_0 => run::<Q4_0>(work),
+        Format::Q4_1 => run::<Q4_1>(work),
+        Format::Q5_0 => run::<Q5_0>(work),
+        Format::Q5_1 => run::<Q5_1>(work),
+        Format::Q8_0 => run::<Q8_0>(work),
+        Format::Q2K => run::<Q2K>(work),
+        Format::Q3K => run::<Q3K>(work),
+        Format::Q4K => run::<Q4K>(work),
+        Format::Q5K => run::<Q5K>(work),
+        Format::Q6K => run::<Q6K>(work),
     }
 }
 
-fn floats<const BYTES: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; BYTES]) -> f32) {
-    let (bytes, _) = bytes.as_chunks::<BYTES>();
-    widen(|| out.iter_mut().zip(bytes).for_each(|(out, bytes)| *out = number(*bytes)));
-}
+/// Declares a layout: its name, the bytes and numbers of a block, its scales, and how a group of numbers is made.
+macro_rules! layout {
+    (
+        $name:ident, $bytes:literal, $numbers:literal,
+        scales<$v:ident>($of:ident) -> $scales:ty $make:block,
+        group($block:ident, $by:ident, $group:ident) $decode:block
+    ) => {
+        struct $name;
 
-#[inline(always)]
-fn each<const BYTES: usize, const COUNT: usize>(
-    blocks: &[u8],
-    out: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; COUNT]),
-) {
-    let ((blocks, _), (out, _)) = (blocks.as_chunks::<BYTES>(), out.as_chunks_mut::<COUNT>());
-    widen(|| blocks.iter().zip(out).for_each(|(block, out)| decode(block, out)));
-}
+        impl Layout for $name {
+            const BYTES: usize = $bytes;
+            const NUMBERS: usize = $numbers;
 
-/// The half float at a place of a block.
-#[inline(always)]
-fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
+            type Scales<$v: Sixteen> = $scales;
 
-/// Low and high halves of 16 bytes: the first 16 numbers of a block, and the others.
-#[inline(always)]
-fn nibbles(bytes: &[u8], out: &mut [f32; 32], number: impl Fn(usize, u8) -> f32) {
-    let (low, high) = out.split_at_mut(16);
-    for (j, (byte, (low, high))) in bytes[..16].iter().zip(low.iter_mut().zip(high)).enumerate() {
-        *low = number(j, byte & 0xf);
-        *high = number(j + 16, byte >> 4);
-    }
-}
+            #[inline(always)]
+            fn scales<$v: Sixteen>(block: &[u8]) -> $scales {
+                let $of: &[u8; $bytes] = block.first_chunk().expect("a whole block");
+                $make
+            }
 
-#[inline(always)]
-fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
-    let d = half(block, 0);
-    nibbles(&block[2..], out, |_, q| f32::from(q as i8 - 8) * d);
-}
-
-#[inline(always)]
-fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    nibbles(&block[4..], out, |_, q| f32::from(q) * d + m);
-}
-
-/// The fifth bit of number `j`, in its place.
-#[inline(always)]
-fn fifth(bits: u32, j: usize) -> u8 {
-    ((bits >> j & 1) << 4) as u8
-}
-
-#[inline(always)]
-fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
-    let (d, bits) = (half(block, 0), u32::from_le_bytes([block[2], block[3], block[4], block[5]]));
-    nibbles(&block[6..], out, |j, q| f32::from((q | fifth(bits, j)) as i8 - 16) * d);
-}
-
-#[inline(always)]
-fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    let bits = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
-    nibbles(&block[8..], out, |j, q| f32::from(q | fifth(bits, j)) * d + m);
-}
-
-#[inline(always)]
-fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let d = half(block, 0);
-    out.iter_mut().zip(&block[2..]).for_each(|(out, q)| *out = f32::from(*q as i8) * d);
-}
-
-#[inline(always)]
-fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
-    let (scales, q) = block[..80].split_at(16);
-    let (d, least) = (half(block, 80), half(block, 82));
-    for (i, out) in out.chunks_exact_mut(16).enumerate() {
-        // Eight groups of 16 share 32 bytes, two bits each.
-        let (bytes, shift) = (&q[i / 8 * 32 + i % 2 * 16..][..16], i % 8 / 2 * 2);
-        let (scale, minimum) = (d * f32::from(scales[i] & 0xf), least * f32::from(scales[i] >> 4));
-        out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = scale * f32::from(byte >> shift & 3) - minimum);
-    }
-}
-
-#[inline(always)]
-fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
-    let (third, rest) = block.split_at(32);
-    let (q, scales) = (&rest[..64], &rest[64..76]);
-    let d = half(block, 108);
-    for (i, out) in out.chunks_exact_mut(16).enumerate() {
-        // Of a scale's six bits four lie in the first eight bytes, two in the last four.
-        let low = scales[i % 8] >> (i / 8 * 4) & 0xf;
-        let high = scales[8 + i % 4] >> (i / 4 * 2) & 3;
-        let scale = d * f32::from((low | high << 4) as i8 - 32);
-        let (first, shift) = (i % 2 * 16, i % 8 / 2 * 2);
-        let (bytes, third) = (&q[i / 8 * 32 + first..][..16], &third[first..][..16]);
-        let bit = i / 2;
-        for (out, (byte, third)) in out.iter_mut().zip(bytes.iter().zip(third)) {
-            let number = (byte >> shift & 3) as i8 - if third >> bit & 1 == 0 { 4 } else { 0 };
-            *out = scale * f32::from(number);
+            #[inline(always)]
+            fn group<$v: Sixteen>(block: &[u8], $by: &$scales, $group: usize) -> $v {
+                let $block: &[u8; $bytes] = block.first_chunk().expect("a whole block");
+                $decode
+            }
         }
-    }
-}
-
-/// Scale and minimum of group `j` of eight, six bits each, from 12 bytes.
-#[inline(always)]
-fn scale_and_minimum(bytes: &[u8], j: usize) -> (f32, f32) {
-    let (scale, minimum) = if j < 4 {
-        (bytes[j] & 63, bytes[j + 4] & 63)
-    } else {
-        (bytes[j + 4] & 0xf | bytes[j - 4] >> 6 << 4, bytes[j + 4] >> 4 | bytes[j] >> 6 << 4)
     };
-    (f32::from(scale), f32::from(minimum))
 }
 
+/// The half float at a place of a block, in all lanes.
 #[inline(always)]
-fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, least) = (half(block, 0), half(block, 2));
-    for (i, out) in out.chunks_exact_mut(32).enumerate() {
-        let (scale, minimum) = scale_and_minimum(&block[4..16], i);
-        let (scale, minimum) = (d * scale, least * minimum);
-        let (bytes, shift) = (&block[16 + i / 2 * 32..][..32], i % 2 * 4);
-        out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = scale * f32::from(byte >> shift & 0xf) - minimum);
+fn half<V: Sixteen>(block: &[u8], at: usize) -> V {
+    V::splat_half([block[at], block[at + 1]])
+}
+
+/// Sixteen bytes of a block.
+#[inline(always)]
+fn bytes(block: &[u8], at: usize) -> Bytes {
+    Bytes::of(block[at..].first_chunk().expect("sixteen bytes within the block"))
+}
+
+/// A word of a block.
+#[inline(always)]
+fn word(block: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(*block[at..].first_chunk().expect("four bytes within the block"))
+}
+
+layout!(F32, 64, 16, scales<V>(_block) -> () {}, group(block, _scales, _group) {
+    let (words, _) = block.as_chunks();
+    let numbers: [f32; GROUP] = std::array::from_fn(|i| f32::from_le_bytes(words[i]));
+    V::of(&numbers)
+});
+
+layout!(F16, 32, 16, scales<V>(_block) -> () {}, group(block, _scales, _group) { V::halves(block) });
+
+layout!(BF16, 32, 16, scales<V>(_block) -> () {}, group(block, _scales, _group) { V::upper_halves(block) });
+
+// Blocks of 32: the first group of numbers in the lower halves of sixteen bytes, the second in the upper ones.
+
+layout!(Q4_0, 18, 32, scales<V>(block) -> V { half(block, 0) }, group(block, scale, group) {
+    V::integers(bytes(block, 2).field(4 * group, 0xf).minus(8)).times(*scale)
+});
+
+layout!(Q4_1, 20, 32, scales<V>(block) -> [V; 2] { [half(block, 0), half(block, 2)] }, group(block, scales, group) {
+    V::integers(bytes(block, 4).field(4 * group, 0xf)).fused(scales[0], scales[1])
+});
+
+layout!(Q5_0, 22, 32, scales<V>(block) -> V { half(block, 0) }, group(block, scale, group) {
+    let fifth = Bytes::bits(u16::from_le_bytes([block[2 + 2 * group], block[3 + 2 * group]]));
+    V::integers(bytes(block, 6).field(4 * group, 0xf).with(fifth, 4).minus(16)).times(*scale)
+});
+
+layout!(Q5_1, 24, 32, scales<V>(block) -> [V; 2] { [half(block, 0), half(block, 2)] }, group(block, scales, group) {
+    let fifth = Bytes::bits(u16::from_le_bytes([block[4 + 2 * group], block[5 + 2 * group]]));
+    V::integers(bytes(block, 8).field(4 * group, 0xf).with(fifth, 4)).fused(scales[0], scales[1])
+});
+
+layout!(Q8_0, 34, 32, scales<V>(block) -> V { half(block, 0) }, group(block, scale, group) {
+    V::integers(bytes(block, 2 + 16 * group)).times(*scale)
+});
+
+// Blocks of 256, with a scale and perhaps a minimum for each group or two of them.
+
+layout!(
+    Q2K, 84, 256,
+    scales<V>(block) -> [[f32; 16]; 2] {
+        let both = bytes(block, 0);
+        let (scales, minima) = (V::integers(both.field(0, 0xf)), V::integers(both.field(4, 0xf)));
+        [scales.times(half(block, 80)).lanes(), minima.times(half(block, 82)).lanes()]
+    },
+    group(block, scales, group) {
+        // Eight groups share 32 bytes, two bits each.
+        let integers = bytes(block, 16 + group / 8 * 32 + group % 2 * 16).field(group % 8 / 2 * 2, 3);
+        V::integers(integers).fused(V::splat(scales[0][group]), V::splat(-scales[1][group]))
     }
-}
+);
 
-#[inline(always)]
-fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
-    let (d, least) = (half(block, 0), half(block, 2));
-    let fifth = &block[16..48];
-    for (i, out) in out.chunks_exact_mut(32).enumerate() {
-        let (scale, minimum) = scale_and_minimum(&block[4..16], i);
-        let (scale, minimum) = (d * scale, least * minimum);
-        let (bytes, shift) = (&block[48 + i / 2 * 32..][..32], i % 2 * 4);
-        for (out, (byte, fifth)) in out.iter_mut().zip(bytes.iter().zip(fifth)) {
-            *out = scale * f32::from(byte >> shift & 0xf | (fifth >> i & 1) << 4) - minimum;
-        }
+layout!(
+    Q3K, 110, 256,
+    scales<V>(block) -> [f32; 16] {
+        // Of a scale's six bits four lie in the first eight bytes, two in the last four.
+        let low = [word(block, 96), word(block, 100)];
+        let (low, high) = (Bytes::of_words([low[0], low[1], low[0] >> 4, low[1] >> 4]), word(block, 104));
+        let high = Bytes::of_words([high, high >> 2, high >> 4, high >> 6]);
+        V::integers(low.field(0, 0xf).with(high.field(0, 3), 4).minus(32)).times(half(block, 108)).lanes()
+    },
+    group(block, scales, group) {
+        // Eight groups share 32 bytes, two bits each; 32 other bytes hold the third bit of all.
+        let third = bytes(block, group % 2 * 16).field(group / 2, 1);
+        let integers = bytes(block, 32 + group / 8 * 32 + group % 2 * 16).field(group % 8 / 2 * 2, 3);
+        V::integers(integers.with(third, 2).minus(4)).times(V::splat(scales[group]))
     }
+);
+
+/// Scales and then minima of eight times 32 numbers, six bits each, from 12 bytes.
+#[inline(always)]
+fn scales_and_minima<V: Sixteen>(block: &[u8]) -> [f32; 16] {
+    let [first, second, third] = [word(block, 4), word(block, 8), word(block, 12)];
+    const LOW: u32 = 0x0f0f_0f0f;
+    const TOP: u32 = 0x3030_3030;
+    let scales = [first & (LOW | TOP), third & LOW | first >> 2 & TOP];
+    let minima = [second & (LOW | TOP), third >> 4 & LOW | second >> 2 & TOP];
+    let integers = V::integers(Bytes::of_words([scales[0], scales[1], minima[0], minima[1]])).lanes();
+    let (d, least) = (half::<V>(block, 0).lanes()[0], half::<V>(block, 2).lanes()[0]);
+    std::array::from_fn(|i| integers[i] * if i < 8 { d } else { least })
 }
 
-#[inline(always)]
-fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
-    let (low, rest) = block.split_at(128);
-    let (high, scales) = (&rest[..64], &rest[64..80]);
-    let d = half(block, 208);
-    for (i, out) in out.chunks_exact_mut(16).enumerate() {
-        let scale = d * f32::from(scales[i] as i8);
+layout!(Q4K, 144, 256, scales<V>(block) -> [f32; 16] { scales_and_minima::<V>(block) }, group(block, scales, group) {
+    let integers = bytes(block, 16 + group / 4 * 32 + group % 2 * 16).field(group / 2 % 2 * 4, 0xf);
+    V::integers(integers).fused(V::splat(scales[group / 2]), V::splat(-scales[8 + group / 2]))
+});
+
+layout!(Q5K, 176, 256, scales<V>(block) -> [f32; 16] { scales_and_minima::<V>(block) }, group(block, scales, group) {
+    let fifth = bytes(block, 16 + group % 2 * 16).field(group / 2, 1);
+    let integers = bytes(block, 48 + group / 4 * 32 + group % 2 * 16).field(group / 2 % 2 * 4, 0xf);
+    V::integers(integers.with(fifth, 4)).fused(V::splat(scales[group / 2]), V::splat(-scales[8 + group / 2]))
+});
+
+layout!(
+    Q6K, 210, 256,
+    scales<V>(block) -> [f32; 16] { V::integers(bytes(block, 192)).times(half(block, 208)).lanes() },
+    group(block, scales, group) {
         // Of 128 numbers, 64 bytes hold low halves, first those of the former 64; 32 bytes hold two bits of four numbers.
-        let (part, group) = (i / 8, i % 8);
-        let (low, low_shift) = (&low[part * 64 + group % 4 * 16..][..16], group / 4 * 4);
-        let (high, high_shift) = (&high[part * 32 + group % 2 * 16..][..16], group / 2 * 2);
-        for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
-            let number = (low >> low_shift & 0xf | (high >> high_shift & 3) << 4) as i8 - 32;
-            *out = scale * f32::from(number);
-        }
+        let (part, group_of_part) = (group / 8, group % 8);
+        let low = bytes(block, part * 64 + group_of_part % 4 * 16).field(group_of_part / 4 * 4, 0xf);
+        let high = bytes(block, 128 + part * 32 + group_of_part % 2 * 16).field(group_of_part / 2 * 2, 3);
+        V::integers(low.with(high, 4).minus(32)).times(V::splat(scales[group]))
     }
-}
+);
 
 #[cfg(test)]
 mod tests {

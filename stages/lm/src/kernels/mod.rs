@@ -8,7 +8,7 @@
 //! - Loops over channels are written in fixed lanes, so that the compiler turns them into vector instructions.
 //!
 //! `unsafe` stands around the matrix product in `matmul`, in `by_row`, whose tasks share one result, in `buffer`, in
-//! `vector`, which loads vectors, in `map`, and in `cuda`, where kernels are launched.
+//! `vector` and `bytes`, which load vectors, in `map`, and in `cuda`, where kernels are launched.
 
 pub(crate) mod adamw;
 pub(crate) mod adaptive;
@@ -17,6 +17,8 @@ pub(crate) mod attention;
 pub(crate) mod buffer;
 #[expect(unsafe_code, reason = "tasks share one result")]
 pub(crate) mod by_row;
+#[expect(unsafe_code, reason = "vector instructions on bytes")]
+mod bytes;
 pub(crate) mod columns;
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "launches kernels")]

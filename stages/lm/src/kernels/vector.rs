@@ -3,8 +3,16 @@
 //!
 //! What a loop computes must not depend on how wide the vectors are, so that a number has the same bits on both.
 
+#[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma", target_feature = "f16c"))]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use std::sync::LazyLock;
 
+use half::{bf16, f16};
+
+use super::bytes::Bytes;
 use super::elementary::fused;
 
 /// Work that is compiled for every kind of vector.
@@ -23,8 +31,14 @@ pub(super) fn run<W: Wide>(work: W) -> W::Output {
         // SAFETY: the processor has these instructions.
         return unsafe { run_avx_512(work) };
     }
-    work.run::<[f32; 8]>()
+    work.run::<Usual>()
 }
+
+/// What the program was compiled for.
+#[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma", target_feature = "f16c"))]
+type Usual = std::arch::x86_64::__m256;
+#[cfg(not(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma", target_feature = "f16c")))]
+type Usual = [f32; 8];
 
 /// The same for a loop that the compiler turns into vector instructions by itself.
 #[inline(always)]
@@ -47,7 +61,7 @@ impl<T, F: FnOnce() -> T> Wide for Loop<F> {
 ///
 /// The processor must have AVX-512.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
 unsafe fn run_avx_512<W: Wide>(work: W) -> W::Output {
     work.run::<std::arch::x86_64::__m512>()
 }
@@ -57,7 +71,7 @@ unsafe fn run_avx_512<W: Wide>(work: W) -> W::Output {
 static HAS_AVX_512: LazyLock<bool> = LazyLock::new(|| {
     let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl");
     let has = has && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
-    has && cfg!(target_feature = "fma")
+    has && cfg!(all(target_feature = "fma", target_feature = "f16c"))
 });
 
 /// Asks for a cache line that will be wanted soon. The address may be any.
@@ -76,6 +90,9 @@ pub(super) fn prefetch(address: *const f32) {
 pub(super) trait Vector: Copy {
     const LANES: usize;
 
+    /// Sixteen lanes with the same instructions.
+    type Sixteen: Sixteen;
+
     fn splat(x: f32) -> Self;
     /// # Safety
     ///
@@ -87,6 +104,8 @@ pub(super) trait Vector: Copy {
     unsafe fn store(self, to: *mut f32);
     /// `self * b + c`, rounded once.
     fn fused(self, b: Self, c: Self) -> Self;
+    fn plus(self, b: Self) -> Self;
+    fn times(self, b: Self) -> Self;
 
     /// The first elements of a slice.
     #[inline(always)]
@@ -112,21 +131,45 @@ pub(super) trait Vector: Copy {
         unsafe { self.store(slice.as_mut_ptr()) }
     }
 
-    /// The sum over the lanes of each vector: the upper half is added to the lower one, until one lane is left.
+    /// The sum over the lanes: the upper half is added to the lower one, until one lane is left.
+    #[inline(always)]
+    fn total(self) -> f32 {
+        let mut lanes = [0.0; MOST_LANES];
+        self.write(&mut lanes);
+        let mut width = Self::LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
+    /// That of each vector.
     #[inline(always)]
     fn totals(vectors: [Self; 16]) -> [f32; 16] {
-        vectors.map(|vector| {
-            let mut lanes = [0.0; MOST_LANES];
-            vector.write(&mut lanes);
-            let mut width = Self::LANES / 2;
-            while width > 0 {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-                width /= 2;
-            }
-            lanes[0]
-        })
+        vectors.map(Self::total)
+    }
+}
+
+/// Vectors of sixteen lanes, for what is written in groups of so many numbers.
+pub(super) trait Sixteen: Vector {
+    /// Integers with a sign.
+    fn integers(bytes: Bytes) -> Self;
+    /// IEEE half floats.
+    fn halves(bytes: &[u8; 32]) -> Self;
+    /// Upper halves of f32.
+    fn upper_halves(bytes: &[u8; 32]) -> Self;
+    /// One half float in all lanes.
+    fn splat_half(bytes: [u8; 2]) -> Self;
+
+    /// As an array.
+    #[inline(always)]
+    fn lanes(self) -> [f32; 16] {
+        let mut lanes = [0.0; 16];
+        self.write(&mut lanes);
+        lanes
     }
 }
 
@@ -135,6 +178,8 @@ const MOST_LANES: usize = 16;
 
 impl Vector for f32 {
     const LANES: usize = 1;
+
+    type Sixteen = [f32; 16];
 
     #[inline(always)]
     fn splat(x: f32) -> f32 {
@@ -157,11 +202,23 @@ impl Vector for f32 {
     fn fused(self, b: f32, c: f32) -> f32 {
         fused(self, b, c)
     }
+
+    #[inline(always)]
+    fn plus(self, b: f32) -> f32 {
+        self + b
+    }
+
+    #[inline(always)]
+    fn times(self, b: f32) -> f32 {
+        self * b
+    }
 }
 
 /// What the compiler makes of it with the instructions that the program was compiled for.
 impl<const N: usize> Vector for [f32; N] {
     const LANES: usize = N;
+
+    type Sixteen = [f32; 16];
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -188,63 +245,37 @@ impl<const N: usize> Vector for [f32; N] {
         }
         out
     }
+
+    #[inline(always)]
+    fn plus(self, b: Self) -> Self {
+        std::array::from_fn(|i| self[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn times(self, b: Self) -> Self {
+        std::array::from_fn(|i| self[i] * b[i])
+    }
 }
 
-#[cfg(target_arch = "x86_64")]
-impl Vector for std::arch::x86_64::__m512 {
-    const LANES: usize = 16;
-
+impl Sixteen for [f32; 16] {
     #[inline(always)]
-    fn splat(x: f32) -> Self {
-        // SAFETY: only used where the processor was found to have AVX-512, as in what follows.
-        unsafe { std::arch::x86_64::_mm512_set1_ps(x) }
+    fn integers(bytes: Bytes) -> Self {
+        bytes.array().map(f32::from)
     }
 
     #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
+    fn halves(bytes: &[u8; 32]) -> Self {
+        std::array::from_fn(|i| f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
     }
 
     #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_storeu_ps(to, self) }
+    fn upper_halves(bytes: &[u8; 32]) -> Self {
+        std::array::from_fn(|i| bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32())
     }
 
     #[inline(always)]
-    fn fused(self, b: Self, c: Self) -> Self {
-        // SAFETY: as in `splat`.
-        unsafe { std::arch::x86_64::_mm512_fmadd_ps(self, b, c) }
-    }
-    /// Sixteen at once: half of what two vectors still have to add fits one.
-    #[inline(always)]
-    fn totals(vectors: [Self; 16]) -> [f32; 16] {
-        use std::arch::x86_64::{_mm512_add_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps};
-        // The order in which sums come out below; it is its own inverse.
-        const REVERSED: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
-        let vectors = REVERSED.map(|i| vectors[i]);
-        // SAFETY: as in `splat`.
-        unsafe {
-            let halves: [Self; 8] = std::array::from_fn(|i| {
-                let (a, b) = (vectors[i], vectors[i + 8]);
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
-            });
-            let quarters: [Self; 4] = std::array::from_fn(|i| {
-                let (a, b) = (halves[i], halves[i + 4]);
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
-            });
-            let pairs: [Self; 2] = std::array::from_fn(|i| {
-                let (a, b) = (quarters[i], quarters[i + 2]);
-                _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b))
-            });
-            let [a, b] = pairs;
-            let sums =
-                _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
-            let mut totals = [0.0; 16];
-            sums.write(&mut totals);
-            totals
-        }
+    fn splat_half(bytes: [u8; 2]) -> Self {
+        [f16::from_le_bytes(bytes).to_f32(); 16]
     }
 }
 

@@ -8,6 +8,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 
 use crate::kernels::decode::decode;
+use crate::kernels::elementary::all_finite;
 use crate::terms::format::Format;
 
 /// A matrix `[rows, columns]` of half floats or quantised blocks in main memory. A row is a whole number of blocks. A clone
@@ -39,6 +40,9 @@ impl Deref for Bytes {
     }
 }
 
+/// Rows a task decodes.
+const PART: usize = 64;
+
 impl Encoded {
     /// Errors where the bytes are not those of such a matrix.
     pub(crate) fn new(format: Format, rows: usize, columns: usize, bytes: Bytes) -> Result<Self> {
@@ -64,10 +68,18 @@ impl Encoded {
         decode(self.format, self.rows(rows), out);
     }
 
+    /// Whether all numbers are finite.
+    pub(crate) fn is_finite(&self) -> bool {
+        (0..self.rows).into_par_iter().step_by(PART).all(|first| {
+            let rows = first..self.rows.min(first + PART);
+            let mut values = vec![0.0; rows.len() * self.columns];
+            self.decode(rows, &mut values);
+            all_finite(&values)
+        })
+    }
+
     /// All numbers, as f32.
     pub(crate) fn tensor(&self, device: &Device) -> Result<Tensor> {
-        /// Rows a task decodes.
-        const PART: usize = 64;
         let mut values = vec![0.0; self.rows * self.columns];
         values.par_chunks_mut((PART * self.columns).max(1)).enumerate().for_each(|(part, values)| {
             let first = part * PART;

@@ -11,7 +11,7 @@ use contract::Result;
 use serde_json::Value as Json;
 
 use super::GgufValue;
-use super::model::{EMBEDDING, FREQUENCIES, HEAD, PARTS, row_order};
+use super::model::{FREQUENCIES, POSITIONS, by_part, inverse, names, row_order};
 use crate::families::rope::frequencies;
 use crate::families::{Config, Family, RopeScaling};
 
@@ -43,24 +43,6 @@ pub(crate) enum From {
     /// These numbers.
     Numbers(Vec<f32>),
 }
-
-/// How GPT-2 and GPT-NeoX call the parts of a block that are elsewhere in [`PARTS`].
-const GPT2: [(&str, &str); 6] = [
-    ("attn_norm", "ln_1"),
-    ("attn_qkv", "attn.c_attn"),
-    ("attn_output", "attn.c_proj"),
-    ("ffn_norm", "ln_2"),
-    ("ffn_up", "mlp.c_fc"),
-    ("ffn_down", "mlp.c_proj"),
-];
-const GPT_NEOX: [(&str, &str); 6] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_qkv", "attention.query_key_value"),
-    ("attn_output", "attention.dense"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_up", "mlp.dense_h_to_4h"),
-    ("ffn_down", "mlp.dense_4h_to_h"),
-];
 
 /// What llama.cpp calls a family's architecture; `None` where it knows none.
 pub(crate) fn architecture(family: Family) -> Option<&'static str> {
@@ -185,9 +167,10 @@ impl Said<'_> {
 
     fn tensors(&self) -> Result<Vec<ConvertedTensor>> {
         let heads = self.config.sizes().heads;
+        let names = names(self.name).context("an architecture without names")?;
         let mut tensors = Vec::new();
         for (from, shape) in self.config.parameter_shapes() {
-            let name = self.name_of(&from).with_context(|| format!("parameter `{from}` has no name in GGUF"))?;
+            let name = names.in_gguf(&from).with_context(|| format!("parameter `{from}` has no name in GGUF"))?;
             let part = from.rsplit('.').nth(1).unwrap_or_default();
             let transposed = || shape.iter().rev().copied().collect();
             let (from, shape) = match part {
@@ -203,7 +186,7 @@ impl Said<'_> {
                 _ => (From::Parameter(from), shape),
             };
             // Vectors, and the table of positions, whose rows are added.
-            let is_exact = shape.len() == 1 || name.starts_with("position_embd");
+            let is_exact = shape.len() == 1 || name == POSITIONS;
             tensors.push(ConvertedTensor { name, shape, from, is_exact });
         }
         let scaling = self.json["rope_scaling"].clone();
@@ -220,33 +203,6 @@ impl Said<'_> {
         }
         Ok(tensors)
     }
-
-    /// The name in GGUF of a parameter.
-    fn name_of(&self, from: &str) -> Option<String> {
-        let norm = |kind: &str| format!("output_norm.{kind}");
-        let whole = match from {
-            _ if from == self.config.embedding() => EMBEDDING.to_owned(),
-            _ if from == self.config.head() => HEAD.to_owned(),
-            "transformer.wpe.weight" => "position_embd.weight".to_owned(),
-            _ => {
-                let (rest, kind) = from.rsplit_once('.')?;
-                if ["model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"].contains(&rest) {
-                    norm(kind)
-                } else {
-                    let parts: &[(&str, &str)] = match self.family {
-                        Family::Gpt2 => &GPT2,
-                        Family::GptNeox => &GPT_NEOX,
-                        _ => &PARTS,
-                    };
-                    let layer = rest.split('.').find_map(|part| part.parse::<usize>().ok())?;
-                    let (_, part) = rest.split_once(&format!(".{layer}."))?;
-                    let (own, _) = parts.iter().find(|(_, other)| *other == part)?;
-                    format!("blk.{layer}.{own}.{kind}")
-                }
-            }
-        };
-        Some(whole)
-    }
 }
 
 fn reordered(from: &str, order: &[usize]) -> From {
@@ -255,17 +211,5 @@ fn reordered(from: &str, order: &[usize]) -> From {
 
 /// For each row of the file the row of the checkpoint: the way back of [`row_order`].
 fn interleaved(rows: usize, heads: usize) -> Vec<usize> {
-    let mut order = vec![0; rows];
-    row_order(rows, heads).into_iter().enumerate().for_each(|(row, in_file)| order[in_file] = row);
-    order
-}
-
-/// Queries, keys and values stand head by head in GPT-NeoX, and one behind another in its GGUF files.
-fn by_part(rows: usize, heads: usize) -> Vec<usize> {
-    let width = rows / heads / 3;
-    let row = |part: usize, head: usize, channel: usize| (head * 3 + part) * width + channel;
-    let heads = 0..heads;
-    (0..3)
-        .flat_map(|part| heads.clone().flat_map(move |head| (0..width).map(move |channel| row(part, head, channel))))
-        .collect()
+    inverse(&row_order(rows, heads))
 }

@@ -2,7 +2,8 @@
 //!
 //! llama.cpp turns neighbouring channels of a head by one rotary angle, in models of architecture `llama`; Hugging Face
 //! checkpoints turn channels that lie half a head apart. Converters therefore reorder the rows of `q_proj` and `k_proj`,
-//! and a reader has to undo it: [`row_order`]. The architectures `qwen2` and `qwen3` are as in Hugging Face checkpoints.
+//! and a reader has to undo it: [`row_order`]. Those of GPT-NeoX take queries, keys and values apart, and those of GPT-2
+//! transpose its matrices. The architectures `qwen2` and `qwen3` are as in Hugging Face checkpoints.
 //!
 //! Source: `gguf-py/gguf/constants.py` and `tensor_mapping.py`, `convert_hf_to_gguf.py` of llama.cpp.
 
@@ -29,8 +30,27 @@ pub struct ModelTensor {
     pub index: usize,
     /// Its name in Hugging Face checkpoints.
     pub name: String,
-    /// Heads whose rows stand in another order in the file: see [`row_order`]. `None` where all rows stand as they should.
-    pub interleaved_heads: Option<usize>,
+    /// How it lies in the file.
+    pub order: Order,
+}
+
+/// How a tensor lies in a file.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// As in Hugging Face checkpoints.
+    Same,
+    /// With its rows in another order: row `i` of the checkpoint is row `order[i]` of the file.
+    Rows(Vec<usize>),
+    /// Transposed. Blocks lie along what are columns then, so that its numbers have to be decoded.
+    Transposed,
+}
+
+impl ModelTensor {
+    /// Its shape in Hugging Face checkpoints.
+    pub fn shape(&self, gguf: &Gguf) -> Vec<usize> {
+        let shape = &gguf.tensors()[self.index].shape;
+        if self.order == Order::Transposed { shape.iter().rev().copied().collect() } else { shape.clone() }
+    }
 }
 
 /// For each row of a Hugging Face `q_proj` or `k_proj`, weights and biases alike, the row of the file that it is. `rows` are
@@ -43,62 +63,150 @@ pub fn row_order(rows: usize, heads: usize) -> Vec<usize> {
     (0..rows).map(|row| row / width * width + row % width % half * 2 + row % width / half).collect()
 }
 
+/// For each row of the file the row of the checkpoint, where queries, keys and values stand head by head in the checkpoint, and
+/// one behind another in the file.
+pub(super) fn by_part(rows: usize, heads: usize) -> Vec<usize> {
+    let width = rows / heads / 3;
+    let row = |part: usize, head: usize, channel: usize| (head * 3 + part) * width + channel;
+    let heads = 0..heads;
+    (0..3)
+        .flat_map(|part| heads.clone().flat_map(move |head| (0..width).map(move |channel| row(part, head, channel))))
+        .collect()
+}
+
+/// The way back of an order.
+pub(super) fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(to, from)| inverse[*from] = to);
+    inverse
+}
+
 /// The rows of a matrix, or the numbers of a vector, in another order.
 pub(crate) fn reordered(values: &[f32], order: &[usize]) -> Vec<f32> {
     let width = values.len() / order.len();
     order.iter().flat_map(|row| &values[row * width..][..width]).copied().collect()
 }
 
-/// An architecture that is read.
-struct Architecture {
-    /// Its name, in GGUF and as `model_type` alike.
+/// An architecture of llama.cpp.
+pub(super) struct Architecture {
+    /// Its name in GGUF.
     name: &'static str,
+    /// Its `model_type`.
+    model_type: &'static str,
     /// Its class, for those who open the folder in Python.
     class: &'static str,
-    /// Whether rows of queries and keys are in another order.
-    is_interleaved: bool,
+    names: Names,
 }
 
-const ARCHITECTURES: [Architecture; 3] = [
-    Architecture { name: "llama", class: "LlamaForCausalLM", is_interleaved: true },
-    Architecture { name: "qwen2", class: "Qwen2ForCausalLM", is_interleaved: false },
-    Architecture { name: "qwen3", class: "Qwen3ForCausalLM", is_interleaved: false },
+const ARCHITECTURES: [Architecture; 5] = [
+    Architecture { name: "llama", model_type: "llama", class: "LlamaForCausalLM", names: LLAMA },
+    Architecture { name: "qwen2", model_type: "qwen2", class: "Qwen2ForCausalLM", names: LLAMA },
+    Architecture { name: "qwen3", model_type: "qwen3", class: "Qwen3ForCausalLM", names: LLAMA },
+    Architecture { name: "gpt2", model_type: "gpt2", class: "GPT2LMHeadModel", names: GPT2 },
+    Architecture { name: "gptneox", model_type: "gpt_neox", class: "GPTNeoXForCausalLM", names: GPT_NEOX },
 ];
 
 /// Factors of rotary frequencies, one for each pair of channels.
 pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
-pub(super) const HEAD: &str = "output.weight";
-pub(super) const EMBEDDING: &str = "token_embd.weight";
+/// The table of positions.
+pub(super) const POSITIONS: &str = "position_embd.weight";
+const HEAD: &str = "output.weight";
+const EMBEDDING: &str = "token_embd.weight";
+const NORM: &str = "output_norm";
 
-/// The parts of a block, as llama.cpp and Hugging Face call them.
-pub(super) const PARTS: [(&str, &str); 11] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
+/// What the parameters of an architecture are called in Hugging Face checkpoints.
+pub(super) struct Names {
+    /// The embedding, the head and, where there is one, the table of positions.
+    whole: [(&'static str, &'static str); 3],
+    /// The last norm.
+    norm: &'static str,
+    /// What stands before the number of a layer.
+    layers: &'static str,
+    /// The parts of a block, as llama.cpp and Hugging Face call them.
+    parts: &'static [(&'static str, &'static str)],
+}
 
-/// The name of a tensor in a Hugging Face checkpoint.
-fn name_of(name: &str) -> Option<String> {
-    Some(match name {
-        EMBEDDING => "model.embed_tokens.weight".to_owned(),
-        "output_norm.weight" => "model.norm.weight".to_owned(),
-        HEAD => "lm_head.weight".to_owned(),
-        _ => {
-            let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-            let layer: u32 = layer.parse().ok()?;
-            let (part, kind) = rest.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
-            let (_, part) = PARTS.iter().find(|(own, _)| *own == part)?;
-            format!("model.layers.{layer}.{part}.{kind}")
+const LLAMA: Names = Names {
+    whole: [(EMBEDDING, "model.embed_tokens.weight"), (HEAD, "lm_head.weight"), (POSITIONS, "")],
+    norm: "model.norm",
+    layers: "model.layers.",
+    parts: &[
+        ("attn_norm", "input_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ],
+};
+
+const GPT2: Names = Names {
+    whole: [(EMBEDDING, "transformer.wte.weight"), (HEAD, "lm_head.weight"), (POSITIONS, "transformer.wpe.weight")],
+    norm: "transformer.ln_f",
+    layers: "transformer.h.",
+    parts: &[
+        ("attn_norm", "ln_1"),
+        ("attn_qkv", "attn.c_attn"),
+        ("attn_output", "attn.c_proj"),
+        ("ffn_norm", "ln_2"),
+        ("ffn_up", "mlp.c_fc"),
+        ("ffn_down", "mlp.c_proj"),
+    ],
+};
+
+const GPT_NEOX: Names = Names {
+    whole: [(EMBEDDING, "gpt_neox.embed_in.weight"), (HEAD, "embed_out.weight"), (POSITIONS, "")],
+    norm: "gpt_neox.final_layer_norm",
+    layers: "gpt_neox.layers.",
+    parts: &[
+        ("attn_norm", "input_layernorm"),
+        ("attn_qkv", "attention.query_key_value"),
+        ("attn_output", "attention.dense"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_up", "mlp.dense_h_to_4h"),
+        ("ffn_down", "mlp.dense_4h_to_h"),
+    ],
+};
+
+/// What the parameters of an architecture are called, by its name in GGUF.
+pub(super) fn names(architecture: &str) -> Option<&'static Names> {
+    ARCHITECTURES.iter().find(|known| known.name == architecture).map(|known| &known.names)
+}
+
+impl Names {
+    /// The name in a Hugging Face checkpoint of a tensor in a file.
+    fn in_checkpoint(&self, name: &str) -> Option<String> {
+        if let Some((_, whole)) = self.whole.iter().find(|(own, whole)| *own == name && !whole.is_empty()) {
+            return Some((*whole).to_owned());
         }
-    })
+        let (rest, kind) = name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+        if rest == NORM {
+            return Some(format!("{}.{kind}", self.norm));
+        }
+        let (layer, rest) = rest.strip_prefix("blk.")?.split_once('.')?;
+        let layer: u32 = layer.parse().ok()?;
+        let (_, part) = self.parts.iter().find(|(own, _)| *own == rest)?;
+        Some(format!("{}{layer}.{part}.{kind}", self.layers))
+    }
+
+    /// The way back.
+    pub(super) fn in_gguf(&self, name: &str) -> Option<String> {
+        if let Some((own, _)) = self.whole.iter().find(|(_, whole)| *whole == name) {
+            return Some((*own).to_owned());
+        }
+        let (rest, kind) = name.rsplit_once('.')?;
+        if rest == self.norm {
+            return Some(format!("{NORM}.{kind}"));
+        }
+        let (layer, rest) = rest.strip_prefix(self.layers)?.split_once('.')?;
+        let (own, _) = self.parts.iter().find(|(_, part)| *part == rest)?;
+        Some(format!("blk.{layer}.{own}.{kind}"))
+    }
 }
 
 /// Whether a tensor follows from the configuration.
@@ -109,8 +217,8 @@ fn is_constant(name: &str) -> bool {
 impl GgufModel {
     /// Reads what a file says of its model.
     ///
-    /// Errors where its architecture is none of `llama`, `qwen2` and `qwen3`, where it asks for what Hugging Face models of
-    /// that family do not compute, or where a tensor is none of the family; they name the file and the key or tensor.
+    /// Errors where its architecture is none of those above, where it asks for what Hugging Face models of that family do not
+    /// compute, or where a tensor is none of the family; they name the file and the key or tensor.
     pub fn of(gguf: &Gguf) -> Result<Self> {
         Self::read(gguf).with_context(|| format!("`{}` holds no model that can be read", gguf.path().display()))
     }
@@ -122,28 +230,18 @@ impl GgufModel {
             anyhow!("its architecture is `{name}`: expected one of {}", names.join(", "))
         })?;
         let said = Said { gguf, architecture };
-        let config = said.config()?;
-        let heads = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
-        let (query_heads, key_heads) = (heads("num_attention_heads"), heads("num_key_value_heads"));
+        let config = match name {
+            "gpt2" => said.gpt2()?,
+            "gptneox" => said.gpt_neox()?,
+            _ => said.llama_like()?,
+        };
         let mut tensors = Vec::new();
         for (index, tensor) in gguf.tensors().iter().enumerate().filter(|(_, tensor)| !is_constant(&tensor.name)) {
-            let name = name_of(&tensor.name)
-                .with_context(|| format!("tensor `{}` is none of a model of architecture `{name}`", tensor.name))?;
-            let heads = match name.rsplit('.').nth(1) {
-                Some("q_proj") => Some(query_heads),
-                Some("k_proj") => Some(key_heads),
-                _ => None,
-            };
-            let interleaved_heads = heads.filter(|_| architecture.is_interleaved);
-            if let Some(heads) = interleaved_heads {
-                let rows = tensor.shape.first().copied().unwrap_or(1);
-                ensure!(
-                    rows.is_multiple_of(2 * heads),
-                    "tensor `{}` has {rows} rows, which are no pairs in {heads} heads",
-                    tensor.name
-                );
-            }
-            tensors.push(ModelTensor { index, name, interleaved_heads });
+            let to = architecture.names.in_checkpoint(&tensor.name);
+            let to =
+                to.with_context(|| format!("tensor `{}` is none of a model of architecture `{name}`", tensor.name))?;
+            let order = said.order(&config, &to, &tensor.shape).with_context(|| format!("tensor `{}`", tensor.name))?;
+            tensors.push(ModelTensor { index, name: to, order });
         }
         Ok(GgufModel { config, tensors })
     }
@@ -177,7 +275,92 @@ impl Said<'_> {
         self.gguf.float(&self.key(key))
     }
 
-    fn config(&self) -> Result<Json> {
+    /// How a tensor of that name in Hugging Face checkpoints lies in the file.
+    fn order(&self, config: &Json, name: &str, shape: &[usize]) -> Result<Order> {
+        let heads = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
+        let part = name.rsplit('.').nth(1).unwrap_or_default();
+        let rows = shape.first().copied().unwrap_or(1);
+        Ok(match (self.architecture.name, part) {
+            ("llama", "q_proj" | "k_proj") => {
+                let heads = heads(if part == "q_proj" { "num_attention_heads" } else { "num_key_value_heads" });
+                ensure!(rows.is_multiple_of(2 * heads), "it has {rows} rows, which are no pairs in {heads} heads");
+                Order::Rows(row_order(rows, heads))
+            }
+            ("gptneox", "query_key_value") => {
+                let heads = heads("num_attention_heads");
+                ensure!(
+                    rows.is_multiple_of(3 * heads),
+                    "it has {rows} rows: expected those of queries, keys and values of {heads} heads"
+                );
+                Order::Rows(inverse(&by_part(rows, heads)))
+            }
+            ("gpt2", "c_attn" | "c_proj" | "c_fc") if shape.len() == 2 => Order::Transposed,
+            _ => Order::Same,
+        })
+    }
+
+    /// Rows of the embedding.
+    fn vocabulary(&self) -> Result<usize> {
+        let embedding = self.gguf.tensor(EMBEDDING).with_context(|| format!("tensor `{EMBEDDING}` is missing"))?;
+        let [vocabulary, _] = embedding.shape[..] else { bail!("tensor `{EMBEDDING}` is no matrix") };
+        Ok(vocabulary)
+    }
+
+    /// What is added in norms.
+    fn epsilon(&self, key: &str) -> Result<f64> {
+        self.float(key).with_context(|| format!("`{}` is no number", self.key(key)))
+    }
+
+    fn gpt2(&self) -> Result<Json> {
+        let Architecture { class, model_type, .. } = self.architecture;
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": model_type,
+            "vocab_size": self.vocabulary()?,
+            "n_positions": self.size("context_length")?,
+            "n_embd": self.size("embedding_length")?,
+            "n_layer": self.size("block_count")?,
+            "n_head": self.size("attention.head_count")?,
+            "n_inner": self.size("feed_forward_length")?,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": self.epsilon("attention.layer_norm_epsilon")?,
+            "tie_word_embeddings": self.gguf.tensor(HEAD).is_none(),
+        });
+        self.name_tokens(&mut config);
+        Ok(config)
+    }
+
+    fn gpt_neox(&self) -> Result<Json> {
+        let Architecture { class, model_type, .. } = self.architecture;
+        let (width, heads) = (self.size("embedding_length")?, self.size("attention.head_count")?);
+        ensure!(width.is_multiple_of(heads), "its width of {width} is no multiple of its {heads} heads");
+        let head_width = width / heads;
+        let turned = self.optional("rope.dimension_count")?.unwrap_or(head_width);
+        ensure!(turned <= head_width, "it turns {turned} channels of the {head_width} of a head");
+        let theta = self.float("rope.freq_base").unwrap_or(10000.0);
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": model_type,
+            "vocab_size": self.vocabulary()?,
+            "hidden_size": width,
+            "intermediate_size": self.size("feed_forward_length")?,
+            "num_hidden_layers": self.size("block_count")?,
+            "num_attention_heads": heads,
+            "hidden_act": "gelu",
+            "max_position_embeddings": self.size("context_length")?,
+            "use_parallel_residual": self.gguf.bool(&self.key("use_parallel_residual")).unwrap_or(true),
+            "rotary_pct": turned as f64 / head_width as f64,
+            "rotary_emb_base": theta,
+            "rope_scaling": self.scaling(theta, turned)?,
+            "attention_bias": true,
+            "layer_norm_eps": self.epsilon("attention.layer_norm_epsilon")?,
+            "tie_word_embeddings": self.gguf.tensor(HEAD).is_none(),
+        });
+        self.name_tokens(&mut config);
+        Ok(config)
+    }
+
+    fn llama_like(&self) -> Result<Json> {
         let Architecture { name, class, .. } = self.architecture;
         ensure!(self.gguf.integer(&self.key("expert_count")).unwrap_or(0) == 0, "it is a mixture of experts");
         let positions = self.size("context_length")?;
@@ -192,15 +375,10 @@ impl Said<'_> {
         let values = self.optional("attention.value_length")?.unwrap_or(head_width);
         ensure!(values == head_width, "its values have {values} channels a head and its keys {head_width}");
         let theta = self.float("rope.freq_base").unwrap_or(10000.0);
-        let embedding = self.gguf.tensor(EMBEDDING).with_context(|| format!("tensor `{EMBEDDING}` is missing"))?;
-        let [vocabulary, _] = embedding.shape[..] else { bail!("tensor `{EMBEDDING}` is no matrix") };
-        let epsilon = self.float("attention.layer_norm_rms_epsilon");
-        let epsilon =
-            epsilon.with_context(|| format!("`{}` is no number", self.key("attention.layer_norm_rms_epsilon")))?;
         let mut config = json!({
             "architectures": [class],
             "model_type": name,
-            "vocab_size": vocabulary,
+            "vocab_size": self.vocabulary()?,
             "hidden_size": width,
             "intermediate_size": self.size("feed_forward_length")?,
             "num_hidden_layers": self.size("block_count")?,
@@ -209,7 +387,7 @@ impl Said<'_> {
             "head_dim": head_width,
             "hidden_act": "silu",
             "max_position_embeddings": positions,
-            "rms_norm_eps": epsilon,
+            "rms_norm_eps": self.epsilon("attention.layer_norm_rms_epsilon")?,
             "tie_word_embeddings": self.gguf.tensor(HEAD).is_none(),
             "rope_theta": theta,
             "rope_scaling": self.scaling(theta, head_width)?,
@@ -218,6 +396,12 @@ impl Said<'_> {
             config["attention_bias"] = self.gguf.tensor("blk.0.attn_q.bias").is_some().into();
             config["mlp_bias"] = self.gguf.tensor("blk.0.ffn_gate.bias").is_some().into();
         }
+        self.name_tokens(&mut config);
+        Ok(config)
+    }
+
+    /// Says in a configuration which tokens begin, end and pad.
+    fn name_tokens(&self, config: &mut Json) {
         for (role, key) in [("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")] {
             config[role] = self.token(key).into();
         }
@@ -229,7 +413,6 @@ impl Said<'_> {
             [end] => end.into(),
             _ => ends.into(),
         };
-        Ok(config)
     }
 
     fn token(&self, role: &str) -> Option<u64> {
@@ -358,10 +541,14 @@ mod tests {
         assert_eq!((read.sizes().tied, read.sizes().kv_width, read.vocab_size()), (true, 4, 10));
         assert_eq!((read.begin(), read.ends()), (Some(1), &[2][..]));
         assert_eq!((&config["rms_norm_eps"], &config["rope_theta"]), (&json!(1e-5), &json!(10000.0)));
-        let heads: Vec<_> = tensors.iter().filter_map(|t| Some((t.name.as_str(), t.interleaved_heads?))).collect();
+        let reordered = tensors.iter().filter(|tensor| tensor.order != Order::Same);
+        let reordered: Vec<_> = reordered.map(|tensor| (tensor.name.as_str(), tensor.order.clone())).collect();
         assert_eq!(
-            heads,
-            [("model.layers.0.self_attn.q_proj.weight", 2), ("model.layers.0.self_attn.k_proj.weight", 1)]
+            reordered,
+            [
+                ("model.layers.0.self_attn.q_proj.weight", Order::Rows(row_order(8, 2))),
+                ("model.layers.0.self_attn.k_proj.weight", Order::Rows(row_order(4, 1)))
+            ]
         );
     }
 
@@ -371,7 +558,7 @@ mod tests {
             tiny("qwen2").tensor("blk.0.attn_q.bias", &[8], Format::F32).tensor("output.weight", &[10, 8], Format::F32);
         let GgufModel { config, tensors } = model(&qwen).unwrap();
         assert_eq!((&config["model_type"], &config["tie_word_embeddings"]), (&json!("qwen2"), &json!(false)));
-        assert!(tensors.iter().all(|tensor| tensor.interleaved_heads.is_none()));
+        assert!(tensors.iter().all(|tensor| tensor.order == Order::Same));
         let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert!(names.contains(&"model.layers.0.self_attn.q_proj.bias") && names.contains(&"lm_head.weight"));
         let qwen = tiny("qwen3").tensor("blk.0.attn_q_norm.weight", &[4], Format::F32);
