@@ -8,8 +8,9 @@ use candle_core::{DType, Device, Tensor};
 use contract::{AnyValue, Cause, Env, Outlook, PortType, Result, Value, limits};
 use indexmap::IndexMap;
 use lm::{LanguageModel, OptimizerState, Projections};
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// Which hidden states come near which.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub struct HiddenStates {
     /// Pairs `[STUDENT, TEACHER]` of layers, counted from 0: what comes out of the one is compared with what comes out of the
     /// other, before any norm, where response tokens are predicted.
+    #[schemars(schema_with = "layers_schema")]
     pub layers: Vec<[usize; 2]>,
     /// How they are compared. Where the two are of different widths, a matrix that is learnt beside the student, and is no part
     /// of it, brings the student's to the teacher's width.
@@ -37,6 +39,12 @@ pub enum Distance {
     Mse,
     /// 1 less the cosine of their angle.
     Cosine,
+}
+
+fn layers_schema(_: &mut SchemaGenerator) -> Schema {
+    let layer = json!({"type": "integer", "minimum": 0, "maximum": limits::LAYERS});
+    let pair = json!({"type": "array", "items": layer, "minItems": 2, "maxItems": 2});
+    json_schema!({"type": "array", "items": pair})
 }
 
 fn one() -> f64 {

@@ -622,8 +622,10 @@ variants:
         in: {student: carry.student, teacher: teacher, data: respond, text: data.valid}
         with: {learning_rate: 5e-3, passes: 2, batch: 4}
     rebind: {train.respond.in.teacher: teacher}
-  gkd:
+  plain:
     remove: [prompt0, train.carry.prompt, train.tune, train.learn.in.prompt, release]
+  gkd:
+    extends: [plain]
     set: {train.respond.fraction: 0.5, train.learn.divergence: {jsd: {beta: 0.5}}}
   seqkd:
     remove: [prompt0, train, release]
@@ -632,28 +634,26 @@ variants:
       learnt: {kind: finetune, in: {data: taught, valid: data.valid, model: student0}, with: {take: 8, epochs: 1, learning_rate: 5e-3}}
     rebind: {score.in.model: learnt}
   distillm:
-    extends: [gkd]
+    extends: [plain]
     stages:
       start: {kind: evaluate, in: {model: student0, data: data.valid}, with: {metrics: [loss]}}
       train.respond:
         kind: mix
         in: {data: windows.batch, model: carry.student, scores: carry.scores}
         with: {threshold: 0.7, rise: 0.3, tolerance: 0, capacity: 16, max_new_tokens: 8, seed: 4}
-    remove: [train.respond.fraction]
     set:
       train.windows.batch.epochs: 3
       train.carry.scores: {from: start.metrics, next: check.metrics}
       train.learn.divergence: {skewed-forward-kl: {alpha: 0.1}}
   distillm-2:
-    extends: [gkd]
+    extends: [plain]
     rebind: {train.learn.in.data: windows.batch, train.learn.in.contrast: respond}
     set:
-      train.respond.fraction: 1
       train.learn.divergence: {skewed-forward-kl: {alpha: 0.1}}
       train.learn.contrast: {divergence: {skewed-reverse-kl: {alpha: 0.1}}}
       train.learn.micro_batch: 3
   routed:
-    extends: [gkd]
+    extends: [plain]
     stages:
       labelled: {kind: tokenize, in: {corpus: corpus, tokenizer: tokenizer}, with: {template: task, max_length: 160, keep_family: true}}
     remove: [train.learn.in.teacher]
@@ -663,7 +663,7 @@ variants:
       train.learn.in.teachers.second: student0
     set: {train.learn.route: {read: second, animal: second, otherwise: first}}
   states:
-    extends: [gkd]
+    extends: [plain]
     set: {train.learn.hidden_states: {layers: [[0, 0]]}, train.learn.divergence: adaptive-kl, train.learn.diagnostics: {top_k: 4}}
 ";
 
