@@ -664,7 +664,7 @@ variants:
     set: {train.learn.route: {read: second, animal: second, otherwise: first}}
   states:
     extends: [plain]
-    set: {train.learn.hidden_states: {layers: [[0, 0]]}, train.learn.divergence: adaptive-kl, train.learn.diagnostics: {top_k: 4}}
+    set: {train.learn.hidden_states: {layers: [[0, 0]]}, train.learn.divergence: {adaptive-kl: {head: 0.5}}, train.learn.diagnostics: {top_k: 4}}
 ";
 
 #[test]
