@@ -332,6 +332,13 @@ fn collect<'a>(
                 path.pop();
             }
         }
+        (Some(Json::Array(before)), Some(Json::Array(after))) if before.len() == after.len() => {
+            for (place, (old, new)) in before.iter().zip(after).enumerate() {
+                path.push(place.to_string());
+                collect(Some(old), Some(new), path, found);
+                path.pop();
+            }
+        }
         _ => found(path, old, new),
     }
 }

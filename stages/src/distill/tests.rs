@@ -57,7 +57,8 @@ fn alone(student: &LanguageModel, teacher: &LanguageModel, row: &contract::Row, 
     let head = teacher.frozen().head().unwrap();
     let heard = Heard { name: None, share: 1.0, said, head: Some(&head), states: Vec::new() };
     let lesson = Lesson { tokens: None, heard: vec![heard] };
-    let learning = Learning { student, temperature: 1.0, alignment: Alignment::Response, dropout: None, projections: None };
+    let learning =
+        Learning { student, temperature: 1.0, alignment: Alignment::Response, dropout: None, projections: None };
     let resolved = Kind::resolve(&Distill, &config(json!({})), Conventions::Sound).unwrap();
     let task = Task::of(&serde_json::from_value(resolved).unwrap());
     let mut parts = Parts::default();
