@@ -447,7 +447,8 @@ impl LanguageModel {
 
     /// The same, and behind it what came out of the blocks `layers`, counted from 0, before any norm: `[N, C]` each.
     ///
-    /// Errors also when there is no such block.
+    /// Errors also when there is no such block, and where blocks have another width than final hidden states, as in the OPT of
+    /// 350 million parameters.
     pub fn states(
         &self,
         batch: &Packed,
@@ -463,6 +464,11 @@ impl LanguageModel {
             return Ok((self.hidden(batch, prompt, dropout)?, Vec::new()));
         }
         let all = self.hidden_beside(batch, prompt, dropout, layers)?;
+        let beside = (0..count).filter(|layer| layers.contains(layer)).count();
+        ensure!(
+            all.dim(1)? == self.width() * (1 + beside),
+            "what comes out of this model's layers has another width than its final hidden states: it cannot be compared"
+        );
         let part = |place: usize| Ok(all.narrow(1, place * self.width(), self.width())?.contiguous()?);
         let before = |layer: usize| (0..layer).filter(|other| layers.contains(other)).count();
         let states = layers.iter().map(|layer| part(1 + before(*layer)));
@@ -832,9 +838,9 @@ mod tests {
                 let rows = batch.behind_prompt(if prompt.is_some() { 4 } else { 0 });
                 // Sometimes with what comes out of its two blocks.
                 let layers: &[usize] = if prompt.is_some() { &[1, 0] } else { &[] };
-                let columns = width * (1 + layers.len());
                 let fused = model.hidden_beside(&batch, prompt, dropout.as_ref(), layers).unwrap();
                 let plain = model.hidden_plain(&rows, prompt, dropout, layers).unwrap();
+                let columns = fused.dim(1).unwrap();
                 let mut parameters = model.parameters();
                 parameters.shift_remove(model.config.head());
                 parameters.extend(prompt.map(|prompt| ("prompt".to_owned(), prompt.clone())));
