@@ -120,8 +120,15 @@ struct Other {
     name: String,
     /// In words.
     what: String,
-    /// What was made of each stage there: cell, name, and the preimage with the names of its places.
-    stages: Vec<(Alias, Json, BTreeMap<String, String>)>,
+    stages: Vec<Made>,
+}
+
+/// What was made of a stage there.
+struct Made {
+    alias: Alias,
+    preimage: Json,
+    /// What the places in the preimage were called.
+    names: BTreeMap<String, String>,
 }
 
 impl Other {
@@ -131,14 +138,15 @@ impl Other {
             let of = Of::read(&named);
             let alias = Alias { name: of.stage.clone(), cell: of.cell.clone() };
             let preimage = store.preimage(&named.key)?;
-            let stages = preimage.map(|preimage| (alias, preimage, of.names.clone())).into_iter().collect();
+            let stages =
+                preimage.map(|preimage| Made { alias, preimage, names: of.names.clone() }).into_iter().collect();
             return Ok(Other { name: name.into(), what: format!("`{name}`, {of}"), stages });
         }
         if let Ok(run) = find_run(store, name) {
             let mut stages = Vec::new();
             for stage in run.stages {
                 let preimage = store.preimage(&stage.key)?;
-                stages.extend(preimage.map(|preimage| (stage.alias, preimage, stage.names)));
+                stages.extend(preimage.map(|preimage| Made { alias: stage.alias, preimage, names: stage.names }));
             }
             return Ok(Other { name: name.into(), what: format!("run {}", run.id), stages });
         }
@@ -160,9 +168,9 @@ impl Other {
     }
 
     fn changes(&self, aliases: &[Alias], action: &Action) -> Result<Option<(String, Vec<Change>)>> {
-        let by = |fits: &dyn Fn(&Alias) -> bool| self.stages.iter().find(|(alias, _, _)| fits(alias));
+        let by = |fits: &dyn Fn(&Alias) -> bool| self.stages.iter().find(|made| fits(&made.alias));
         let same_name = |alias: &Alias| aliases.iter().any(|own| own.name == alias.name);
-        let Some((_, preimage, names)) = by(&|alias| aliases.contains(alias)).or_else(|| by(&same_name)) else {
+        let Some(Made { preimage, names, .. }) = by(&|alias| aliases.contains(alias)).or_else(|| by(&same_name)) else {
             return Ok(None);
         };
         Ok(Some((self.what.clone(), changes_since(preimage, names, action)?)))
@@ -170,12 +178,7 @@ impl Other {
 }
 
 /// The preimages of a graph, as far as they can be told; inputs without a result are left out.
-fn planned(
-    graph: &Graph,
-    selection: &Selection,
-    bench: &Workbench,
-    store: &Store,
-) -> Result<Vec<(Alias, Json, BTreeMap<String, String>)>> {
+fn planned(graph: &Graph, selection: &Selection, bench: &Workbench, store: &Store) -> Result<Vec<Made>> {
     let settled = plan::plan(graph, selection, bench.registry, store)?.settled();
     let mut stages = Vec::new();
     for node in &selection.order {
@@ -183,7 +186,8 @@ fn planned(
         let Ok(action) = plan::action_of(&graph.subgraphs[*node], &inputs, bench.registry, store) else { continue };
         let preimage: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
         let names = key::names_of(&action.subgraph);
-        stages.extend(selection.aliases[node].iter().map(|alias| (alias.clone(), preimage.clone(), names.clone())));
+        let made = |alias: &Alias| Made { alias: alias.clone(), preimage: preimage.clone(), names: names.clone() };
+        stages.extend(selection.aliases[node].iter().map(made));
     }
     Ok(stages)
 }
