@@ -803,6 +803,13 @@ fn samples() -> Vec<(&'static str, Conventions, Json)> {
         reference("attention", json!({})),
         sound("calibration", json!({})),
         reference("calibration", json!({})),
+        sound(
+            "command",
+            json!({
+                "run": ["cp", "{in.text}/train.jsonl", "{out.copy}"], "inputs": {"text": "corpus"},
+                "outputs": {"copy": "dir"}, "env": {"LANG": "C"}, "secrets": ["TOKEN"],
+            }),
+        ),
         sound("cut-layers", json!({"keep": {"evenly": 6}})),
         sound("distill", json!({"divergence": "reverse-kl", "learning_rate": 5e-4, "micro_batch": 4})),
         reference("distill", json!({"divergence": "forward-kl", "learning_rate": 5e-4, "micro_batch": 4})),
