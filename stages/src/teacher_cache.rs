@@ -15,6 +15,10 @@
 //! that the student reads; with `cache_prompts: any` in `distill` the teacher may read another prompt (response priming).
 //! Outputs: `cache`. Cost: one forward pass of the teacher. Disk, per response token: 4 bytes a channel (`storage: bf16`: 2),
 //! or 8 bytes a kept token; beside hidden states once the head, 4 bytes a channel for each token of the vocabulary.
+//!
+//! Measured on SmolLM2-135M-Instruct (4 bits a weight, 576 channels, 49,152 tokens) over 2,116 response tokens of GSM8K: hidden states take
+//! 2,304 bytes a token (and 113 MB once), the 8 likeliest tokens 68, all logits (`{top_k: 49152}`) 393,220. In CPU time of the whole
+//! process, prompts read among it, 94 response tokens a second are kept as hidden states and 60 as all logits.
 
 use anyhow::ensure;
 use contract::limits;
