@@ -18,7 +18,7 @@
 //!
 //! Measured on SmolLM2-135M-Instruct (4 bits a weight, 576 channels, 49,152 tokens) over 2,116 response tokens of GSM8K: hidden states take
 //! 2,304 bytes a token (and 113 MB once), the 8 likeliest tokens 68, all logits (`{top_k: 49152}`) 393,220. In CPU time of the whole
-//! process, prompts read among it, 94 response tokens a second are kept as hidden states and 60 as all logits.
+//! process, prompts read among it, 94 response tokens a second are kept as hidden states, 75 as the 64 likeliest, 60 as all logits.
 
 use anyhow::ensure;
 use contract::limits;
