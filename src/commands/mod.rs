@@ -28,7 +28,7 @@ use std::sync::Arc;
 use ::cache::{Store, StoreError};
 use anyhow::{Context, Result};
 use clap::Parser;
-use contract::{Registry, Scoring, TokenizerFile};
+use contract::{Registry, Scoring};
 use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
 
@@ -43,6 +43,7 @@ use crate::language::{self, Diagnostics, Request};
 use crate::plan::foresee::Foresight;
 use crate::plan::selection::Selection;
 use crate::plan::{Plan, Settled};
+use crate::report::answers::Decode;
 use crate::report::draw;
 use crate::run::device;
 
@@ -51,7 +52,7 @@ pub struct Extras {
     /// Scores a file of predictions against one of references: names and numbers.
     pub score: fn(&Scoring) -> Result<Json>,
     /// Turns lists of ids into text by a tokenizer, for people to read.
-    pub texts: fn(&TokenizerFile, &[&[u32]]) -> Result<Vec<String>>,
+    pub texts: Decode,
     /// How many GPUs stages can use, or what they lack; nothing when they were built without CUDA.
     pub gpus: fn() -> Option<Result<usize>>,
 }

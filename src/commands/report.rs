@@ -16,8 +16,8 @@ use crate::plan::history::{History, Pipeline, differences};
 use crate::plan::selection;
 use crate::plan::{self, Plan, Settled, key};
 use crate::report::answers;
-use crate::report::comparison::{self, Comparison};
-use crate::report::curves::{self, Curves, Group, Row};
+use crate::report::comparison::{self, Comparison, setting};
+use crate::report::curves::{self, Curves, Group, Rows};
 use crate::report::diary::Diary;
 use crate::report::page::{Command, Contrast, Difference, Page};
 
@@ -140,7 +140,7 @@ fn curves(
     labels: &BTreeMap<NodeIndex, String>,
     store: &Store,
 ) -> Result<Vec<Curves>> {
-    let mut rows_of = |node: NodeIndex| -> Result<Vec<(Option<String>, Vec<Row>)>> {
+    let mut rows_of = |node: NodeIndex| -> Result<Rows> {
         match settled.get(&node) {
             Some(settled) => curves::rows(settled, store),
             None => {
@@ -151,7 +151,24 @@ fn curves(
             }
         }
     };
-    curves::curves(graph, groups, &mut rows_of)
+    let several = groups.iter().any(|group| group.cells[0].variant != groups[0].cells[0].variant);
+    let named: Vec<Group<'_>> = groups
+        .iter()
+        .map(|group| {
+            let (cell, is_repeat) = (group.cells[0], group.cells.len() == 1 && !group.cells[0].repeat.is_empty());
+            let label = if is_repeat { group.label.clone() } else { short(cell, several) };
+            Group { label, cells: group.cells.clone() }
+        })
+        .collect();
+    curves::curves(graph, &named, &mut rows_of)
+}
+
+/// What tells a line from others, for the end of a curve: `kd learning_rate=0.001`, without the variant where all have it.
+fn short(cell: &Cell, has_variant: bool) -> String {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
+    let over = cell.over.iter().map(|(path, value)| format!("{}={}", last(path), setting(value)));
+    let variant = (has_variant || cell.over.is_empty()).then(|| cell.variant.clone());
+    variant.into_iter().chain(over).collect::<Vec<_>>().join(" ")
 }
 
 /// What differs between each line and the baseline, or the first of them, in their first cells.
@@ -188,7 +205,7 @@ fn contrasts(
             // Other inputs follow from other stages, which are listed themselves.
             let is_content = |value: &Option<Json>| value.as_ref().is_some_and(|value| value.get("digest").is_some());
             let own = found.into_iter().filter(|change| !(is_content(&change.old) && is_content(&change.new)));
-            changes.extend(own.map(|change| (name.clone(), Difference::Value(change))));
+            changes.extend(own.map(|change| (name.clone(), Difference::Value(Box::new(change)))));
         }
         let gone = there.names.keys().filter(|name| !here.names.contains_key(*name));
         changes.extend(gone.map(|name| (name.clone(), Difference::OnlyThere)));

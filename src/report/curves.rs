@@ -17,6 +17,9 @@ use crate::plan::Settled;
 /// A row of metrics.
 pub(crate) type Row = Map<String, Json>;
 
+/// Rows of every stage of a loop, by its name there; of a stage that trains alone without one.
+pub(crate) type Rows = Vec<(Option<String>, Vec<Row>)>;
+
 /// Curves over the updates of a loop, for one number that a stage of it measures.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Curves {
@@ -33,7 +36,7 @@ pub(crate) struct Curves {
 const CLOCKS: [&str; 3] = ["update", "round", "epoch"];
 
 /// Rows of every stage of a loop, whole where the loop has a result.
-pub(crate) fn rows(settled: &Settled, store: &Store) -> Result<Vec<(Option<String>, Vec<Row>)>> {
+pub(crate) fn rows(settled: &Settled, store: &Store) -> Result<Rows> {
     let Subgraph::Loop(body) = &settled.action.subgraph else { return Ok(Vec::new()) };
     let mut found = Vec::new();
     for stage in body.stages.keys() {
@@ -76,7 +79,7 @@ pub(crate) struct Group<'g> {
 pub(crate) fn curves(
     graph: &Graph,
     groups: &[Group<'_>],
-    rows_of: &mut dyn FnMut(NodeIndex) -> Result<Vec<(Option<String>, Vec<Row>)>>,
+    rows_of: &mut dyn FnMut(NodeIndex) -> Result<Rows>,
 ) -> Result<Vec<Curves>> {
     // Lines that have the same subgraphs under a name have one curve.
     let mut by_name: IndexMap<String, IndexMap<Vec<NodeIndex>, Vec<&str>>> = IndexMap::new();

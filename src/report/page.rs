@@ -54,6 +54,9 @@ pub(crate) struct Command<'a> {
     pub cells: Vec<String>,
 }
 
+/// A stage, a field of its, and the value.
+type Setting = (String, String, String);
+
 /// What differs between a variant and what it is held against.
 pub(crate) struct Contrast {
     pub label: String,
@@ -64,7 +67,7 @@ pub(crate) struct Contrast {
 
 /// One thing that differs.
 pub(crate) enum Difference {
-    Value(Change),
+    Value(Box<Change>),
     OnlyHere,
     OnlyThere,
 }
@@ -212,7 +215,7 @@ impl Page<'_> {
     }
 
     /// Of the best line: every setting of its loops and of what scores it.
-    fn settings(&self) -> Option<(String, Vec<(String, String, String)>)> {
+    fn settings(&self) -> Option<(String, Vec<Setting>)> {
         let comparison = self.comparison?;
         let line = &comparison.lines[comparison.best()?];
         let cell = self.graph.cells.iter().find(|cell| line.cells.contains(&cell.label))?;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde_json::{Value as Json, json};
 
-use super::comparison::{Better, Comparison, Entry, Figure, Of, Repeat, Verdict, setting};
+use super::comparison::{Better, Comparison, Entry, Figure, Of, Repeat, Settings, Verdict, setting};
 use crate::ground::terminal::{figure, printable};
 use crate::ground::trouble::BadRequest;
 
@@ -298,20 +298,9 @@ fn measured(comparison: &Comparison) -> Vec<&Repeat> {
 
 /// In long form, with full precision: a measurement a row, then means, then differences. Who reads it pivots it.
 fn csv(comparison: &Comparison) -> String {
-    let settings = |of: &dyn Fn(&mut dyn FnMut(&str))| {
-        let mut paths: Vec<String> = Vec::new();
-        of(&mut |path| {
-            if paths.iter().all(|known| known != path) {
-                paths.push(path.to_owned());
-            }
-        });
-        paths
-    };
-    let over = settings(&|add| comparison.lines.iter().flat_map(|line| &line.over).for_each(|(path, _)| add(path)));
-    let figures = || comparison.lines.iter().flat_map(|line| &line.figures).filter_map(Entry::figure);
-    let repeats = settings(&|add| {
-        figures().flat_map(|it| &it.repeats).flat_map(|it| &it.settings).for_each(|(path, _)| add(path))
-    });
+    let over = paths(comparison.lines.iter().map(|line| &line.over));
+    let figures = comparison.lines.iter().flat_map(|line| &line.figures).filter_map(Entry::figure);
+    let repeats = paths(figures.flat_map(|figure| &figure.repeats).map(|repeat| &repeat.settings));
     let mut text = String::new();
     let mut row = |fields: Vec<String>| text += &(fields.join(",") + "\n");
     let fixed = ["level", "label", "variant"].map(str::to_owned);
@@ -375,6 +364,17 @@ fn csv(comparison: &Comparison) -> String {
         }
     }
     text
+}
+
+/// The paths of all these settings, each once.
+fn paths<'s>(all: impl Iterator<Item = &'s Settings>) -> Vec<String> {
+    let mut paths: Vec<String> = Vec::new();
+    for (path, _) in all.flatten() {
+        if !paths.contains(path) {
+            paths.push(path.clone());
+        }
+    }
+    paths
 }
 
 /// A field as RFC 4180 has it; what a spreadsheet would take for a formula is kept from that by an apostrophe.
