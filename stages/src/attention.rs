@@ -693,7 +693,10 @@ mod tests {
         row(7, &ids("prompt"), &ids("response"))
     }
 
-    fn run(config: Json, inputs: Vec<(&str, AnyValue)>) -> Result<(Map<String, Json>, BTreeMap<String, String>, Log)> {
+    /// Metrics, files by name, and what was said.
+    type Ran = (Map<String, Json>, BTreeMap<String, String>, Log);
+
+    fn run(config: Json, inputs: Vec<(&str, AnyValue)>) -> Result<Ran> {
         let kind: &dyn Kind = &Attention;
         let scratch = Scratch::new();
         let (outputs, log) = scratch.run(kind, config, inputs)?;

@@ -333,7 +333,10 @@ mod tests {
         Arc::new(Predictions(answers.iter().map(row).collect()))
     }
 
-    fn run(config: Json, answers: &[(u64, f64, Option<bool>)]) -> Result<(Map<String, Json>, Vec<Vec<f64>>)> {
+    /// Metrics, and the rows of the table.
+    type Ran = (Map<String, Json>, Vec<Vec<f64>>);
+
+    fn run(config: Json, answers: &[(u64, f64, Option<bool>)]) -> Result<Ran> {
         let (kind, scratch): (&dyn Kind, _) = (&Calibration, Scratch::new());
         let outputs = scratch.run(kind, config, vec![("predictions", predictions(answers))])?.0;
         let table = output::<Folder>(&outputs, "table").path().join("calibration.csv");

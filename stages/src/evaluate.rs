@@ -633,13 +633,9 @@ impl<'a> Scores<'a> {
 
     /// Adds how sure the model is of every answer, to the metrics and to what is said of the answers.
     fn sureness(&mut self, seed: u64, answers: &[Option<Sureness>], predictions: &mut [Map<String, Json>]) {
-        let parts: [(&'static str, fn(&Sureness) -> f64); 3] = [
-            ("confidence", |it| it.confidence),
-            ("max_probability", |it| it.max_probability),
-            ("max_logit", |it| it.max_logit),
-        ];
-        for (name, part) in parts {
-            let values = answers.iter().map(|answer| answer.as_ref().map(part));
+        let parts = |it: &Sureness| [it.confidence, it.max_probability, it.max_logit];
+        for (place, name) in ["confidence", "max_probability", "max_logit"].into_iter().enumerate() {
+            let values = answers.iter().map(|answer| answer.as_ref().map(|answer| parts(answer)[place]));
             for (prediction, value) in predictions.iter_mut().zip(values.clone()) {
                 prediction.insert(name.to_owned(), json!(value.map(round)));
             }

@@ -146,10 +146,12 @@ fn every_seeded_bug_has_its_place_and_its_test() {
             "stages" => "stages/src",
             _ => "src",
         };
-        let (module, name) = test.split_once("::tests::").unwrap();
-        let module = format!("{folder}/{}", module.replace("::", "/"));
-        let code: String =
-            [".rs", "/mod.rs", "/tests.rs"].iter().map(|end| document(&format!("{module}{end}"))).collect();
+        let (module, name) = test.rsplit_once("::").unwrap();
+        let tests = format!("{folder}/{}", module.replace("::", "/"));
+        // In a file of their own, or in that of what they test.
+        let (code, _) = tests.rsplit_once('/').unwrap();
+        let files = [format!("{tests}.rs"), format!("{code}.rs"), format!("{code}/mod.rs")];
+        let code: String = files.iter().map(|file| document(file)).collect();
         if !code.contains(&format!("fn {name}(")) {
             wrong.push(format!("`{}`: there is no test `{test}`", text("name")));
         }
