@@ -100,7 +100,7 @@ fn an_input_may_take_several_values_by_name() {
         ("advisers: {first: data.train}", "`train.learn.in.advisers/first` takes `model`"),
         ("advisers: {first.one: teacher}", "`first.one` cannot be a name"),
     ] {
-        let error = load_text(&with(more), &Request::default()).err().expect(more).to_string();
+        let error = load_text(&with(more), &Request::default()).expect_err(more).to_string();
         assert!(error.contains(expected), "{more}: {error}");
     }
     let one = EXAMPLE.replace("prompt: tune.prompt, data: respond}", "prompt: {one: tune.prompt}, data: respond}");
