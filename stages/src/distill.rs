@@ -320,7 +320,7 @@ impl Stage for Distill {
                     "leave out the input `teacher`: the cache holds all that is learnt from",
                 );
             }
-        } else if outlook.has("teacher") {
+        } else if outlook.has("teacher") && config.alignment != Alignment::Bytes {
             foresight::teacher(outlook, "teacher", Some("prompt"));
         }
         if config.alignment != Alignment::Response && outlook.has("cache") {

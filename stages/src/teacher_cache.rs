@@ -363,7 +363,7 @@ mod tests {
         };
         let warm = json!({"divergence": "forward-kl", "learning_rate": 1e-2, "temperature": 2.0});
         for (inputs, config, said) in [
-            (vec![], &config, "connect `teacher`, or `cache`"),
+            (vec![], &config, "connect `teacher`, `teachers` or `cache`"),
             (vec![hidden(), ("teacher", model(2, 64, 5))], &config, "was made by another model than this teacher"),
             (vec![hidden(), ("teacher", model(1, 16, 5))], &config, "was made by another model than this teacher"),
             (
