@@ -15,7 +15,7 @@
 mod child;
 
 use std::fs;
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 use stages::text::{SpecialTokens, Text};
 
-use child::{Ended, Ran, Ready, Side};
+use child::{Ended, Ran, Ready, Side, memory, say};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -125,20 +125,6 @@ fn serve(task: &Path) -> Result<()> {
         say(&Ran { seconds, tokens: checks.len(), checks })?;
     }
     Ok(())
-}
-
-fn say(answer: &impl Serialize) -> Result<()> {
-    let mut out = stdout().lock();
-    writeln!(out, "{}", serde_json::to_string(answer)?)?;
-    Ok(out.flush()?)
-}
-
-/// A field of the kernel's account of this process, KiB.
-fn memory(field: &str) -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status").context("memory is measured on Linux only")?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
-    number.with_context(|| format!("the kernel tells no `{field}`"))
 }
 
 fn compare(arguments: &Arguments) -> Result<()> {

@@ -1,7 +1,8 @@
 //! The two sides as processes that live as long as their line: one request a line on their standard input, one answer a
 //! line of JSON on their standard output.
 
-use std::io::{BufRead, BufReader, Lines, Write};
+use std::fs;
+use std::io::{BufRead, BufReader, Lines, Write, stdout};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -33,6 +34,21 @@ pub(crate) struct Ended {
     pub(crate) peak_kib: u64,
     /// Largest memory on the accelerator, KiB, where there is one; 0 where its driver does not tell.
     pub(crate) device_kib: Option<u64>,
+}
+
+/// Gives an answer, in the process of our side.
+pub(crate) fn say(answer: &impl Serialize) -> Result<()> {
+    let mut out = stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(answer)?)?;
+    Ok(out.flush()?)
+}
+
+/// A field of the kernel's account of this process, KiB.
+pub(crate) fn memory(field: &str) -> Result<u64> {
+    let status = fs::read_to_string("/proc/self/status").context("memory is measured on Linux only")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
+    number.with_context(|| format!("the kernel tells no `{field}`"))
 }
 
 /// A side that is running.

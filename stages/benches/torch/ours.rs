@@ -1,7 +1,6 @@
 //! Our side: the work of every case, by the stage kinds where one does it, else by the public interface of `lm`.
 
-use std::fs;
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -15,14 +14,13 @@ use contract::{AnyValue, Conventions, Dataset, End, Env, Inputs, Operator, Row, 
 use lm::loss::{Divergence, Source, Target, head_loss};
 use lm::sample::Sampling;
 use lm::{AdamW, AdamWOptions, Generate, Gradients, LanguageModel, Packed, Prompt, SoftPrompt};
-use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 use stages::aligned::Aligned;
 use stages::score::{Stemming, rouge_l_with};
 use stages::text::{SpecialTokens, Text};
 
 use crate::WARM_UP;
-use crate::child::{Ended, Ran, Ready};
+use crate::child::{Ended, Ran, Ready, memory, say};
 use crate::task::{Case, Task};
 
 /// The work of a case. Told whether it is a check, it gives the number of tokens, and what the other side must find too.
@@ -57,20 +55,6 @@ pub(crate) fn serve(task: &Path) -> Result<()> {
         say(&Ran { seconds: start.elapsed().as_secs_f64(), tokens, checks })?;
     }
     Ok(())
-}
-
-fn say(answer: &impl Serialize) -> Result<()> {
-    let mut out = stdout().lock();
-    writeln!(out, "{}", serde_json::to_string(answer)?)?;
-    Ok(out.flush()?)
-}
-
-/// A field of the kernel's account of this process, KiB.
-fn memory(field: &str) -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status").context("memory is measured on Linux only")?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
-    number.with_context(|| format!("the kernel tells no `{field}`"))
 }
 
 /// What this process takes of the accelerator's memory, by the driver's account, above what an open device takes.
