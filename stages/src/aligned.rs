@@ -103,6 +103,14 @@ impl Aligned {
         Ok(Aligned::of(&rows))
     }
 
+    /// As who has the view reads them; as they are where there is none.
+    pub fn seen_by(&self, view: Option<&View>) -> Result<Cow<'_, Aligned>> {
+        Ok(match view {
+            Some(view) => Cow::Owned(self.seen_in(view)?),
+            None => Cow::Borrowed(self),
+        })
+    }
+
     /// The same labels at the first positions of the prompts, first with first, where nothing predicts them: what the published
     /// program for response priming learns. Prompts have a token for each.
     pub fn by_index(&self) -> Aligned {
@@ -273,8 +281,7 @@ impl Reader<'_> {
 
     /// The same, and beside it what comes out of some layers, `[tokens, width]` each.
     pub fn states(&self, text: &Aligned, layers: &[usize]) -> Result<(Tensor, Vec<Tensor>)> {
-        let seen = self.view.map(|view| text.seen_in(view)).transpose()?;
-        seen.as_ref().unwrap_or(text).states(self.model, self.prompt, None, layers)
+        text.seen_by(self.view)?.states(self.model, self.prompt, None, layers)
     }
 }
 

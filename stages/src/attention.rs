@@ -45,7 +45,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
 use crate::finite::{Behind, not_finite};
-use crate::interval::{Resamples, correlation, round};
+use crate::interval::{Resamples, correlation, mean, round};
 use crate::text::{SpecialTokens, Text};
 
 /// The `with` of `attention`.
@@ -477,11 +477,6 @@ impl Column {
         let head = |(index, _): &(usize, f64)| Head { layer: index / heads, head: index % heads };
         found.iter().take(LISTED).map(head).collect()
     }
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let (count, sum) = values.fold((0, 0.0), |(count, sum), value| (count + 1, sum + value));
-    (count > 0).then(|| sum / f64::from(count))
 }
 
 /// A cell of a table.

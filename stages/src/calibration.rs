@@ -34,7 +34,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
-use crate::interval::{Resamples, round};
+use crate::interval::{Resamples, mean, round};
 
 /// The `with` of `calibration`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -183,11 +183,6 @@ fn answers(predictions: &Predictions, by: By) -> Result<Vec<Vec<Answer>>> {
         by.field()
     );
     Ok(rows.into_values().collect())
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let (count, sum) = values.fold((0.0, 0.0), |(count, sum), value| (count + 1.0, sum + value));
-    (count > 0.0).then(|| sum / count)
 }
 
 /// Of right answers, in percent.

@@ -407,8 +407,8 @@ impl Operator for Distilling {
         if let Some(head) = &cached {
             self.padding.say("student", &own, "cache", head, sink);
         }
-        for (port, teacher) in teachers.iter().flat_map(Teachers::models) {
-            self.padding.say("student", &own, &port, &teacher.output_head()?, sink);
+        for (port, head) in teachers.iter().flat_map(Teachers::heads) {
+            self.padding.say("student", &own, &port, head, sink);
         }
         let cached = cached.map(|head| head.beside(student.vocab_size())).transpose()?;
         if let (Some(states), None) = (&config.hidden_states, &self.projections) {
@@ -436,8 +436,8 @@ impl Operator for Distilling {
             }
             let taught = |text: &Aligned, layers: &[usize]| match &teachers {
                 Some(teachers) => teachers.lessons(text, |teacher, text| {
-                    let seen = view.as_ref().map(|view| text.seen_in(view)).transpose()?;
-                    alignment.read(seen.as_ref().unwrap_or(text)).states(teacher, prompt.as_ref(), None, layers)
+                    let read = text.seen_by(view.as_ref())?;
+                    alignment.read(&read).states(teacher, prompt.as_ref(), None, layers)
                 }),
                 None => bail!("there is nothing to learn from: connect `teacher`, `teachers` or `cache`"),
             };

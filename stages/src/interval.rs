@@ -45,6 +45,12 @@ pub fn round(value: f64) -> f64 {
     (value * 1e6).round() / 1e6
 }
 
+/// The mean of numbers; `None` of none.
+pub fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (count, sum) = values.fold((0.0, 0.0), |(count, sum), value| (count + 1.0, sum + value));
+    (count > 0.0).then(|| sum / count)
+}
+
 /// Pearson's correlation of two columns over the rows drawn; `None` where one of them is the same in all.
 pub fn correlation(x: &[f64], y: &[f64], rows: &[u32]) -> Option<f64> {
     let at = |column: &[f64]| -> (Vec<f64>, f64) {

@@ -9,7 +9,7 @@ use contract::dataset::{ANSWERS, row_name};
 use contract::port::{one_of_several, several_of};
 use contract::{Cause, Dataset, Inputs, Outlook, Result, Row};
 use lm::loss::Source;
-use lm::{Dtype, LanguageModel, Said};
+use lm::{Dtype, Head, LanguageModel, Said};
 
 use crate::aligned::Aligned;
 use crate::foresight;
@@ -31,7 +31,9 @@ pub(crate) struct Teacher {
     /// What it is called among several; of one by itself none.
     name: Option<String>,
     model: LanguageModel,
-    /// Its output head over the tokens of the student, `[U, D]`.
+    /// Its whole output head.
+    whole: Head,
+    /// That over the tokens of the student, `[U, D]`.
     head: Tensor,
 }
 
@@ -137,8 +139,9 @@ impl<'a> Teachers<'a> {
         let all = one.into_iter().chain(several.into_iter().map(|(name, model)| (Some(name), model)));
         let teacher = |(name, model): (Option<String>, Arc<LanguageModel>)| -> Result<Teacher> {
             let model = model.frozen().computed_in(dtype)?;
-            let head = model.output_head()?.beside(student.vocab_size())?;
-            Ok(Teacher { name, model, head })
+            let whole = model.output_head()?;
+            let head = whole.beside(student.vocab_size())?;
+            Ok(Teacher { name, model, whole, head })
         };
         let all: Vec<Teacher> = all.map(teacher).collect::<Result<_>>()?;
         let family = |row: &Row| Some((row.id % ANSWERS, row.family.clone()?));
@@ -154,6 +157,11 @@ impl<'a> Teachers<'a> {
     /// Each by its port.
     pub(crate) fn models(&self) -> Vec<(String, &LanguageModel)> {
         self.all.iter().map(|teacher| (teacher.port(), &teacher.model)).collect()
+    }
+
+    /// The whole output head of each by its port.
+    pub(crate) fn heads(&self) -> Vec<(String, &Head)> {
+        self.all.iter().map(|teacher| (teacher.port(), &teacher.whole)).collect()
     }
 
     /// What there is to learn of a text; `read` gives a teacher's hidden states where it predicts response tokens, `[tokens, width]`,
