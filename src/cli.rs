@@ -31,7 +31,8 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Write one page of what was gained, what made it, and how sure that is
     #[command(after_help = "Example: pipeline report promptkd.yaml --ablation methods -o report.html\n\
-        It needs no network and no script, and shows what has a result; it computes nothing")]
+        It needs no network, and but for `--interactive` no script; it shows what has a result, and computes nothing. \
+        As it comes: pipeline report promptkd.yaml --watch")]
     Report(ReportArgs),
     /// Draw one metric over what was varied, as SVG
     #[command(
@@ -298,6 +299,12 @@ pub(crate) struct ReportArgs {
     /// File to write; `-` for standard output
     #[arg(short, long, value_name = "FILE", default_value = "report.html")]
     pub(crate) output: PathBuf,
+    /// With a script of its own: tables sort, stages are searched, curves say their values
+    #[arg(long)]
+    pub(crate) interactive: bool,
+    /// Write it again whenever the run has come further, until that ends; a browser shows it anew
+    #[arg(long)]
+    pub(crate) watch: bool,
 }
 
 #[derive(Args)]

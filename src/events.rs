@@ -1,16 +1,16 @@
 //! Events: all that people and programs see of a run comes from these. One versioned schema, written to `events.jsonl` of
 //! the run and, with `--json`, to standard output.
 //!
-//! Version 1. Fields may be added within a version; a changed meaning is a new one.
+//! Version 1. Fields may be added within a version, with a default, since events of earlier programs are read, too; a changed
+//! meaning is a new one.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
 use crate::ground::trouble::Fault;
 
@@ -61,6 +61,7 @@ pub(crate) enum Event {
         /// Key.
         key: String,
         /// Why it runs.
+        #[serde(default)]
         reason: String,
         /// Where the worker's own words go.
         log: String,
@@ -130,6 +131,7 @@ pub(crate) enum Event {
         /// Key.
         key: String,
         /// Why it ran.
+        #[serde(default)]
         reason: String,
         /// Seconds, over all attempts.
         seconds: f64,
@@ -141,6 +143,7 @@ pub(crate) enum Event {
         /// Name for people.
         stage: String,
         /// What is to blame.
+        #[serde(default)]
         fault: Fault,
         /// What went wrong.
         error: String,
@@ -183,6 +186,28 @@ pub(crate) enum Event {
         /// Seconds of the run.
         seconds: f64,
     },
+}
+
+impl Event {
+    /// The stage that it is about.
+    pub(crate) fn stage(&self) -> Option<&str> {
+        match self {
+            Event::StageReused { stage, .. }
+            | Event::StageWaiting { stage, .. }
+            | Event::StageStarted { stage, .. }
+            | Event::StageResumed { stage, .. }
+            | Event::StageProgress { stage, .. }
+            | Event::StageMetrics { stage, .. }
+            | Event::StageWarned { stage, .. }
+            | Event::StageNoted { stage, .. }
+            | Event::StageCut { stage, .. }
+            | Event::StageFinished { stage, .. }
+            | Event::StageFailed { stage, .. }
+            | Event::StageSkipped { stage, .. }
+            | Event::StageStopped { stage, .. } => Some(stage),
+            Event::RunStarted { .. } | Event::RunStopping { .. } | Event::RunFinished { .. } => None,
+        }
+    }
 }
 
 /// How a run ended.
@@ -237,106 +262,6 @@ impl<'a> EventLog<'a> {
             tracing::warn!(%error, "cannot write events; the run goes on without");
         }
         self.reporter.show(event);
-    }
-}
-
-/// What the events of a run tell to who was not there.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Tale {
-    /// `done`, `failed` or `interrupted`; none of a run that goes on or was killed.
-    pub(crate) status: Option<String>,
-    /// Seconds of the run, when it is over.
-    pub(crate) seconds: Option<f64>,
-    /// Number of selected stages.
-    pub(crate) selected: usize,
-    /// Stages of which anything was heard, in the order of that.
-    pub(crate) stages: IndexMap<String, Standing>,
-}
-
-/// How a stage stands.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Standing {
-    /// In the words of the console: `reused`, `running`, `ran`, `failed`, `skipped`, `stopped` or `waiting`.
-    pub(crate) state: &'static str,
-    /// Its key, where it came so far.
-    pub(crate) key: Option<String>,
-    /// Seconds it took.
-    pub(crate) seconds: Option<f64>,
-    /// What is done, of what, in which unit.
-    pub(crate) progress: Option<(u64, u64, String)>,
-    /// Why it ran, or what went wrong.
-    pub(crate) text: Option<String>,
-}
-
-impl Standing {
-    /// For programs.
-    pub(crate) fn to_json(&self) -> Json {
-        let Standing { state, key, seconds, progress, text } = self;
-        let progress = progress.as_ref().map(|(done, total, unit)| json!({"done": done, "total": total, "unit": unit}));
-        json!({"state": state, "key": key, "seconds": seconds, "progress": progress, "text": text})
-    }
-}
-
-impl Tale {
-    /// Reads `events.jsonl` in the folder of a run, as far as it is written.
-    pub(crate) fn read(run: &Path) -> Tale {
-        let mut tale = Tale::default();
-        let text = fs::read(run.join("events.jsonl")).unwrap_or_default();
-        for line in String::from_utf8_lossy(&text).lines() {
-            let Ok(event) = serde_json::from_str::<Json>(line) else { continue };
-            tale.hear(&event);
-        }
-        tale
-    }
-
-    fn hear(&mut self, event: &Json) {
-        let text = |field: &str| event[field].as_str().map(str::to_owned);
-        let name = event["event"].as_str().unwrap_or_default();
-        match name {
-            "run_started" => self.selected = event["stages"].as_array().map_or(0, Vec::len),
-            "run_finished" => (self.status, self.seconds) = (text("status"), event["seconds"].as_f64()),
-            _ => {}
-        }
-        let Some(stage) = text("stage") else { return };
-        let standing = self.stages.entry(stage).or_default();
-        standing.key = text("key").or(standing.key.take());
-        let (state, why) = match name {
-            "stage_reused" => ("reused", None),
-            "stage_waiting" => ("waiting", Some("another process runs it".into())),
-            "stage_started" => ("running", text("reason")),
-            "stage_resumed" => ("running", standing.text.take()),
-            "stage_finished" => ("ran", text("reason")),
-            "stage_failed" => ("failed", text("error")),
-            "stage_skipped" => ("skipped", text("needs").map(|needs| format!("needs `{needs}`"))),
-            "stage_stopped" => ("stopped", None),
-            "stage_progress" if event["part"].is_null() => {
-                let number = |field: &str| event[field].as_u64().unwrap_or_default();
-                standing.progress = Some((number("done"), number("total"), text("unit").unwrap_or_default()));
-                return;
-            }
-            _ => return,
-        };
-        (standing.state, standing.text) = (state, why);
-        standing.seconds = event["seconds"].as_f64().or(event["recorded_seconds"].as_f64());
-    }
-
-    fn count(&self, state: &str) -> usize {
-        self.stages.values().filter(|standing| standing.state == state).count()
-    }
-
-    /// Stages that ran.
-    pub(crate) fn ran(&self) -> usize {
-        self.count("ran")
-    }
-
-    /// Stages whose result was there.
-    pub(crate) fn reused(&self) -> usize {
-        self.count("reused")
-    }
-
-    /// Stages that went wrong.
-    pub(crate) fn failed(&self) -> usize {
-        self.count("failed")
     }
 }
 

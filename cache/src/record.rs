@@ -23,6 +23,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Sum of its outputs' lengths in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.outputs.values().map(|artifact| artifact.bytes).sum()
+    }
+
     /// What is wrong with it, if anything.
     pub(crate) fn fault(&self) -> Option<String> {
         self.outputs.iter().find_map(|(port, artifact)| Some(format!("output `{port}`: {}", artifact.fault()?)))

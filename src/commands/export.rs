@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use cache::{Artifact, Store};
 use petgraph::graph::NodeIndex;
 
-use super::{BadRequest, Workbench, existing_store, report, say};
+use super::{BadRequest, Workbench, existing_store, no_result, report, say};
 use crate::cli::ExportArgs;
 use crate::graph::{Exit, Graph};
 use crate::ground::signals::{self, Watch};
@@ -29,9 +29,7 @@ pub(crate) fn export(args: &ExportArgs, bench: &Workbench) -> Result<()> {
     let selection = selection::select(&graph, &Wanted::default())?;
     let store = existing_store(&args.target.store)?;
     let all = plan::plan(&graph, &selection, bench.registry, &store)?.settled();
-    let settled = all.get(&node).ok_or_else(|| {
-        BadRequest(format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`"))
-    })?;
+    let settled = all.get(&node).ok_or_else(|| no_result(stage))?;
     let exits: BTreeMap<String, (Exit, &Artifact)> =
         settled.outputs().into_iter().map(|(exit, artifact)| (exit.to_string(), (exit, artifact))).collect();
     let outputs: BTreeMap<String, &Artifact> =

@@ -8,7 +8,7 @@ use cache::Record;
 use contract::{Env, PortType};
 use serde_json::json;
 
-use super::names::label_and_stage;
+use super::names::one_stage;
 use super::{BadRequest, Workbench, open_store, say};
 use crate::cli::ImportArgs;
 use crate::graph::Exit;
@@ -20,12 +20,10 @@ use crate::plan::{self, Decision, Step};
 pub(crate) fn import(args: &ImportArgs, bench: &Workbench) -> Result<()> {
     let target = &args.target;
     let graph = bench.load(target)?;
-    let (label, stage) = label_and_stage(&graph, target)?;
+    let (_, stage, node) = one_stage(&graph, target)?;
     let selection = selection::select(&graph, &Wanted { stages: &target.stages, ..Wanted::default() })?;
     let store = open_store(&target.store)?;
     let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
-    let cell = graph.cells.iter().find(|cell| cell.label == label).context("the cell was found just now")?;
-    let node = cell.names[&stage];
     let step = plan.steps.iter().find(|(other, _)| *other == node).map(|(_, step)| step);
     let action = match step {
         Some(Step::Decided(Decision::Cached(_))) => {
@@ -39,9 +37,9 @@ pub(crate) fn import(args: &ImportArgs, bench: &Workbench) -> Result<()> {
             return Err(BadRequest(message).into());
         }
         Some(Step::Impossible { error }) => return Err(BadRequest(error.clone()).into()),
-        None => return Err(selection::unknown(&graph, &stage).into()),
+        None => return Err(selection::unknown(&graph, stage).into()),
     };
-    let brought = brought(args, &stage, action)?;
+    let brought = brought(args, stage, action)?;
     let lock = store.try_lock(&action.key)?;
     let Some(_lock) = lock else {
         return Err(BadRequest(format!("`{stage}` runs just now, in another process")).into());

@@ -247,6 +247,11 @@ fn store_path(args: &StoreArgs) -> Result<PathBuf> {
     Ok(root)
 }
 
+/// What is said where a stage that is asked for has no result.
+fn no_result(stage: &str) -> BadRequest {
+    BadRequest(format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`"))
+}
+
 pub(crate) fn pretty(value: &Json) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("JSON can be written");
     text.push('\n');

@@ -3,11 +3,12 @@
 use anyhow::Result;
 use cache::{Named, Store};
 use contract::files::in_words as bytes;
+use petgraph::graph::NodeIndex;
 use serde_json::{Value as Json, json};
 
-use super::{BadRequest, Workbench, existing_store, open_store, pretty, say};
+use super::{BadRequest, Workbench, existing_store, no_result, open_store, pretty, say};
 use crate::cli::{ListArgs, TagArgs, Target, UntagArgs};
-use crate::graph::Graph;
+use crate::graph::{Cell, Graph};
 use crate::plan::history::Pipeline;
 use crate::plan::names::{Of, find_pin};
 use crate::plan::selection::{self, Wanted};
@@ -46,10 +47,7 @@ pub(crate) fn tags(args: &ListArgs) -> Result<()> {
     let mut text = String::new();
     let mut all = serde_json::Map::new();
     for (name, named) in &names {
-        let size = match store.lookup(&named.key)?.hit() {
-            Some(record) => Some(record.outputs.values().map(|artifact| artifact.bytes).sum::<u64>()),
-            None => None,
-        };
+        let size = store.lookup(&named.key)?.hit().map(|record| record.bytes());
         let of = Of::read(named);
         let what = size.map_or_else(|| "its result is gone; run the stage again".to_owned(), bytes);
         let pinned = if of.pinned { "  pinned" } else { "" };
@@ -70,9 +68,9 @@ pub(crate) fn pin(target: &Target, bench: &Workbench) -> Result<()> {
 /// Lets the key of a stage change again.
 pub(crate) fn unpin(target: &Target, bench: &Workbench) -> Result<()> {
     let graph = bench.load(target)?;
-    let (label, stage) = label_and_stage(&graph, target)?;
+    let (cell, stage, _) = one_stage(&graph, target)?;
     let store = existing_store(&target.store)?;
-    match find_pin(&store, &Pipeline::of(&target.file), &label, &stage)? {
+    match find_pin(&store, &Pipeline::of(&target.file), &cell.label, stage)? {
         Some((name, _)) => store.take_name(&name).map(drop).map_err(Into::into),
         None => Err(BadRequest(format!("`{stage}` is not pinned; `pipeline tags` lists what is")).into()),
     }
@@ -104,22 +102,18 @@ impl One {
 /// The one stage that is named, which must have a result.
 fn one(target: &Target, bench: &Workbench) -> Result<One> {
     let graph = bench.load(target)?;
-    let (label, stage) = label_and_stage(&graph, target)?;
+    let (cell, stage, node) = one_stage(&graph, target)?;
     let selection = selection::select(&graph, &Wanted { stages: &target.stages, ..Wanted::default() })?;
     let store = existing_store(&target.store)?;
     let mut settled = plan::plan(&graph, &selection, bench.registry, &store)?.settled();
-    let node = graph.cells.iter().find(|cell| cell.label == label).and_then(|cell| cell.names.get(&stage));
-    let Some(settled) = node.and_then(|node| settled.remove(node)) else {
-        let message = format!("stage `{stage}` has no result yet; run it first: `pipeline run FILE {stage}`");
-        return Err(BadRequest(message).into());
-    };
+    let settled = settled.remove(&node).ok_or_else(|| no_result(stage))?;
     let Pipeline { pipeline, path } = Pipeline::of(&target.file);
-    let of = Of { pipeline, path, cell: label, stage, ..Of::default() };
+    let of = Of { pipeline, path, cell: cell.label.clone(), stage: stage.to_owned(), ..Of::default() };
     Ok(One { store, settled, of })
 }
 
-/// The cell and the top-level stage of it that the command names.
-pub(crate) fn label_and_stage(graph: &Graph, target: &Target) -> Result<(String, String)> {
+/// The top-level stage that the command names, in the one cell that it selects.
+pub(crate) fn one_stage<'g>(graph: &'g Graph, target: &Target) -> Result<(&'g Cell, &'g str, NodeIndex)> {
     let [name] = target.stages.as_slice() else {
         return Err(BadRequest("name one stage, after the file".into()).into());
     };
@@ -130,7 +124,7 @@ pub(crate) fn label_and_stage(graph: &Graph, target: &Target) -> Result<(String,
     let node = selection::find(graph, cell, name);
     let found = node.and_then(|node| cell.names.iter().find(|(_, other)| **other == node));
     match found {
-        Some((stage, _)) => Ok((cell.label.clone(), stage.clone())),
+        Some((stage, node)) => Ok((cell, stage, *node)),
         None => Err(selection::unknown(graph, name).into()),
     }
 }

@@ -3,65 +3,124 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cache::Store;
+use contract::Registry;
 use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
 
 use super::{Extras, Workbench, read_store, say};
 use crate::cli::{ReportArgs, Target};
 use crate::graph::{Cell, Graph};
-use crate::plan::history::{History, Pipeline, differences};
-use crate::plan::selection;
+use crate::ground::signals;
+use crate::language::Request;
+use crate::plan::history::{History, Pipeline, changes_between};
+use crate::plan::selection::{self, Selection};
 use crate::plan::{self, Plan, Settled, key};
 use crate::report::answers;
 use crate::report::comparison::{self, Comparison, setting};
 use crate::report::curves::{self, Curves, Group, Rows};
 use crate::report::diary::Diary;
 use crate::report::page::{Command, Contrast, Difference, Page};
+use crate::run::folder::is_going_on;
+
+/// How often a watched run is looked at.
+const PERIOD: Duration = Duration::from_secs(2);
 
 pub(crate) fn report(args: &ReportArgs, bench: &Workbench, extras: &Extras) -> Result<()> {
     let target = &args.target;
     let (graph, request) = bench.load_compared(target)?;
     let selection = selection::select(&graph, &target.wanted(&[]))?;
     let store = read_store(&target.store)?;
-    let plan = plan::plan(&graph, &selection, bench.registry, &store)?;
-    let settled = plan.settled();
-    let history = History::open(&store, Pipeline::of(&target.file));
-    let diary = history.runs().find_map(Diary::read);
-    let comparison = comparison::compare(&graph, &settled, &store)?;
-    let (groups, all) = groups(&graph, comparison.as_ref());
-    let curves = curves(&graph, &groups, &settled, diary.as_ref(), &selection.labels, &store)?;
-    let exchanges = match &comparison {
-        Some(comparison) => answers::exchanges(comparison, &graph, &settled, &store, extras.texts)?,
-        None => Vec::new(),
-    };
-    let contrasts = contrasts(&graph, &groups, comparison.as_ref(), &plan)?;
-    let file = target.file.display().to_string();
-    let name = target.file.file_stem().map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
-    let output = std::path::absolute(&args.output).context("cannot find where the page is to be")?;
-    let folder = output.parent().unwrap_or(&output);
-    let page = Page {
-        name: &name,
-        command: command(target, &request, &file),
-        graph: &graph,
-        selection: &selection,
-        plan: &plan,
-        comparison: comparison.as_ref(),
-        diary: diary.as_ref(),
-        curves: &curves,
-        curves_of: (groups.len(), all),
-        exchanges: &exchanges,
-        contrasts: &contrasts,
-        store: &store,
-        folder,
-    };
-    write(&args.output, &page.html())
+    let subject = Subject { args, registry: bench.registry, extras, graph, request, selection, store };
+    let watch = signals::watch();
+    let mut shown = None;
+    loop {
+        // Looked at before the results, so that what ends meanwhile is shown once more.
+        let history = History::open(&subject.store, Pipeline::of(&target.file));
+        let newest = history.runs().next();
+        let goes_on = args.watch && newest.is_some_and(is_going_on);
+        let heard = newest.and_then(|run| fs::metadata(run.join("events.jsonl")).ok()).map(|events| events.len());
+        let is_first = shown.is_none();
+        if shown.replace((goes_on, heard)) != Some((goes_on, heard)) {
+            put(&args.output, &subject.page(&history, goes_on)?)?;
+            if is_first {
+                said(&args.output)?;
+            }
+        }
+        if !goes_on {
+            return Ok(());
+        }
+        watch.check()?;
+        thread::sleep(PERIOD);
+    }
 }
 
-/// Writes a file that appears whole; `-` is standard output.
+/// What pages are written of.
+struct Subject<'a> {
+    args: &'a ReportArgs,
+    registry: &'static Registry,
+    extras: &'a Extras,
+    graph: Graph,
+    request: Request,
+    selection: Selection,
+    store: Store,
+}
+
+impl Subject<'_> {
+    /// The page of the results that are there now.
+    fn page(&self, history: &History, goes_on: bool) -> Result<String> {
+        let Subject { args, graph, selection, store, .. } = self;
+        let plan = plan::plan(graph, selection, self.registry, store)?;
+        let settled = plan.settled();
+        let diary = history.runs().find_map(Diary::read);
+        let comparison = comparison::compare(graph, &settled, store)?;
+        let (groups, all) = groups(graph, comparison.as_ref());
+        let curves = curves(graph, &groups, &settled, diary.as_ref(), &selection.labels, store)?;
+        let exchanges = match &comparison {
+            Some(comparison) => answers::exchanges(comparison, graph, &settled, store, self.extras.texts)?,
+            None => Vec::new(),
+        };
+        let contrasts = contrasts(graph, &groups, comparison.as_ref(), &plan)?;
+        let file = args.target.file.display().to_string();
+        let stem = args.target.file.file_stem();
+        let name = stem.map_or_else(|| file.clone(), |stem| stem.to_string_lossy().into_owned());
+        let output = std::path::absolute(&args.output).context("cannot find where the page is to be")?;
+        let page = Page {
+            name: &name,
+            command: command(&args.target, &self.request, &file),
+            graph,
+            selection,
+            plan: &plan,
+            comparison: comparison.as_ref(),
+            diary: diary.as_ref(),
+            curves: &curves,
+            curves_of: (groups.len(), all),
+            exchanges: &exchanges,
+            contrasts: &contrasts,
+            store,
+            folder: output.parent().unwrap_or(&output),
+            interactive: args.interactive,
+            is_watched: goes_on,
+        };
+        Ok(page.html())
+    }
+}
+
+/// Writes a file that appears whole, and says so; `-` is standard output.
 pub(super) fn write(path: &Path, text: &str) -> Result<()> {
+    put(path, text)?;
+    said(path)
+}
+
+fn said(path: &Path) -> Result<()> {
+    if path == Path::new("-") { Ok(()) } else { say(&format!("{}\n", path.display())) }
+}
+
+fn put(path: &Path, text: &str) -> Result<()> {
     if path == Path::new("-") {
         return say(text);
     }
@@ -71,12 +130,11 @@ pub(super) fn write(path: &Path, text: &str) -> Result<()> {
         // What is left of the draft helps nobody.
         let _ = fs::remove_file(&draft);
     }
-    written.with_context(|| format!("cannot write `{}`", path.display()))?;
-    say(&format!("{}\n", path.display()))
+    written.with_context(|| format!("cannot write `{}`", path.display()))
 }
 
 /// The command line that computes what a page shows.
-pub(super) fn command<'a>(target: &Target, request: &crate::language::Request, file: &'a str) -> Command<'a> {
+pub(super) fn command<'a>(target: &Target, request: &Request, file: &'a str) -> Command<'a> {
     let mut common = Vec::new();
     if let Some(profile) = &request.profile {
         common.extend(["--profile".to_owned(), profile.clone()]);
@@ -196,12 +254,7 @@ fn contrasts(
                 continue;
             }
             let (Some(new), Some(old)) = (actions.get(node), actions.get(other)) else { continue };
-            let said = |action: &key::Action| -> Result<Json> {
-                // As the store keeps it, numbers by value.
-                let preimage: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
-                Ok(key::with_names(&preimage, &key::names_of(&action.subgraph)))
-            };
-            let found = differences(&said(old)?, &said(new)?, &new.subgraph);
+            let found = changes_between(old, new)?;
             // Other inputs follow from other stages, which are listed themselves.
             let is_content = |value: &Option<Json>| value.as_ref().is_some_and(|value| value.get("digest").is_some());
             let own = found.into_iter().filter(|change| !(is_content(&change.old) && is_content(&change.new)));

@@ -10,10 +10,11 @@ use serde_json::{Value as Json, json};
 
 use super::{BadRequest, existing_store, pretty, say};
 use crate::cli::{LogsArgs, RunsArgs, StatusArgs};
-use crate::events::{Standing, Tale};
+use crate::events::Status;
 use crate::ground::signals;
 use crate::ground::terminal::printable;
 use crate::plan::history::{PastRun, find_run, past_runs};
+use crate::report::diary::{Diary, Fate, Stage};
 use crate::report::duration;
 use crate::run::folder::{is_going_on, logs_of};
 
@@ -29,17 +30,20 @@ pub(crate) fn runs(args: &RunsArgs) -> Result<()> {
     let mut text = String::new();
     let mut all = Vec::new();
     for run in &runs {
-        let tale = Tale::read(&run.folder);
-        let state = state(run, &tale);
-        let counts = format!("{} ran, {} reused", tale.ran(), tale.reused());
-        let failed = if tale.failed() > 0 { format!(", {} failed", tale.failed()) } else { String::new() };
-        let took = tale.seconds.map(duration).unwrap_or_default();
-        text += format!("{}  {state:<11}  {took:>12}  {}  {counts}{failed}", run.id, printable(&run.pipeline.pipeline))
-            .trim_end();
+        let diary = read(run);
+        let state = state(run, &diary);
+        let count = |word: &str| diary.stages.values().filter(|stage| word_of(&stage.fate) == word).count();
+        let [ran, reused, failed] = ["ran", "reused", "failed"].map(count);
+        let counts = format!("{ran} ran, {reused} reused");
+        let and_failed = if failed > 0 { format!(", {failed} failed") } else { String::new() };
+        let took = diary.seconds.map(duration).unwrap_or_default();
+        text +=
+            format!("{}  {state:<11}  {took:>12}  {}  {counts}{and_failed}", run.id, printable(&run.pipeline.pipeline))
+                .trim_end();
         text.push('\n');
         all.push(json!({
             "run": run.id, "pipeline": run.pipeline.pipeline, "path": run.pipeline.path, "state": state,
-            "ran": tale.ran(), "reused": tale.reused(), "failed": tale.failed(), "seconds": tale.seconds,
+            "ran": ran, "reused": reused, "failed": failed, "seconds": diary.seconds,
         }));
     }
     say(&if args.json { pretty(&Json::Array(all)) } else { text })
@@ -47,37 +51,78 @@ pub(crate) fn runs(args: &RunsArgs) -> Result<()> {
 
 /// The stages of one run.
 fn one(run: &PastRun, as_json: bool) -> Result<()> {
-    let tale = Tale::read(&run.folder);
+    let diary = read(run);
     if as_json {
-        let stages: serde_json::Map<String, Json> =
-            tale.stages.iter().map(|(stage, standing)| (stage.clone(), standing.to_json())).collect();
         let shown = json!({
-            "run": run.id, "pipeline": run.pipeline.pipeline, "state": state(run, &tale), "stages": stages,
+            "run": run.id, "pipeline": run.pipeline.pipeline, "state": state(run, &diary), "stages": for_programs(&diary),
         });
         return say(&pretty(&shown));
     }
-    say(&format!("{}  {}  {}\n{}", run.id, run.pipeline.pipeline, state(run, &tale), stages(&tale)))
+    let stages: Vec<(&String, &Stage)> = diary.heard().collect();
+    say(&format!("{}  {}  {}\n{}", run.id, run.pipeline.pipeline, state(run, &diary), lines(&stages)))
 }
 
-/// A line for each stage of a run.
-fn stages(tale: &Tale) -> String {
-    let width = tale.stages.keys().map(|stage| stage.chars().count()).max().unwrap_or_default();
-    let line = |(stage, standing): (&String, &Standing)| {
-        let took = standing.seconds.map(duration).unwrap_or_default();
-        let progress = standing.progress.as_ref().filter(|_| standing.state == "running");
-        let what = progress.map(|(done, total, unit)| format!("{done} of {total} {unit}"));
-        let what = what.or_else(|| standing.text.clone()).unwrap_or_default();
-        format!("  {:<8}  {stage:width$}  {took:>12}  {}", standing.state, printable(&what)).trim_end().to_owned()
-            + "\n"
+/// Nothing has happened where no events can be read.
+fn read(run: &PastRun) -> Diary {
+    Diary::read(&run.folder).unwrap_or_default()
+}
+
+/// What became of a stage, in the words of the console.
+fn word_of(fate: &Fate) -> &'static str {
+    match fate {
+        Fate::Waiting => "",
+        Fate::Elsewhere => "waiting",
+        Fate::Running => "running",
+        Fate::Ran => "ran",
+        Fate::Reused => "reused",
+        Fate::Failed { .. } => "failed",
+        Fate::Skipped { .. } => "skipped",
+        Fate::Stopped => "stopped",
+    }
+}
+
+/// Why it ran, or what went wrong.
+fn text_of(stage: &Stage) -> Option<String> {
+    match &stage.fate {
+        Fate::Elsewhere => Some("another process runs it".into()),
+        Fate::Failed { error, .. } => Some(error.clone()),
+        Fate::Skipped { needs } => Some(format!("needs `{needs}`")),
+        _ => stage.reason.clone(),
+    }
+}
+
+/// The stages of which anything was heard.
+fn for_programs(diary: &Diary) -> serde_json::Map<String, Json> {
+    let shown = |stage: &Stage| {
+        let progress = stage.progress.as_ref();
+        let progress = progress.map(|(done, total, unit)| json!({"done": done, "total": total, "unit": unit}));
+        let (state, text) = (word_of(&stage.fate), text_of(stage));
+        json!({"state": state, "key": stage.key, "seconds": stage.seconds, "progress": progress, "text": text})
     };
-    tale.stages.iter().map(line).collect()
+    diary.heard().map(|(name, stage)| (name.clone(), shown(stage))).collect()
 }
 
-fn state(run: &PastRun, tale: &Tale) -> String {
-    match &tale.status {
-        Some(status) => status.clone(),
-        None if is_going_on(&run.folder) => "running".into(),
-        None => "killed".into(),
+/// A line for each stage.
+fn lines(stages: &[(&String, &Stage)]) -> String {
+    let width = stages.iter().map(|(name, _)| name.chars().count()).max().unwrap_or_default();
+    let line = |(name, stage): &(&String, &Stage)| {
+        let took = stage.seconds.map(duration).unwrap_or_default();
+        let progress = stage.progress.as_ref().filter(|_| stage.fate == Fate::Running);
+        let what = progress.map(|(done, total, unit)| format!("{done} of {total} {unit}"));
+        let what = what.or_else(|| text_of(stage)).unwrap_or_default();
+        let word = word_of(&stage.fate);
+        format!("  {word:<8}  {name:width$}  {took:>12}  {}", printable(&what)).trim_end().to_owned() + "\n"
+    };
+    stages.iter().map(line).collect()
+}
+
+fn state(run: &PastRun, diary: &Diary) -> &'static str {
+    match diary.status {
+        Some(Status::Done) => "done",
+        Some(Status::Failed) => "failed",
+        Some(Status::Interrupted) => "interrupted",
+        None if is_going_on(&run.folder) => "running",
+        None => "killed",
     }
 }
 
@@ -88,10 +133,9 @@ pub(crate) fn status(args: &StatusArgs) -> Result<()> {
     going_on.reverse();
     if args.json {
         let shown = going_on.iter().map(|run| {
-            let tale = Tale::read(&run.folder);
-            let stages: serde_json::Map<String, Json> =
-                tale.stages.iter().map(|(stage, standing)| (stage.clone(), standing.to_json())).collect();
-            json!({"run": run.id, "pipeline": run.pipeline.pipeline, "selected": tale.selected, "stages": stages})
+            let diary = read(run);
+            let (selected, stages) = (diary.stages.len(), for_programs(&diary));
+            json!({"run": run.id, "pipeline": run.pipeline.pipeline, "selected": selected, "stages": stages})
         });
         return say(&pretty(&Json::Array(shown.collect())));
     }
@@ -99,11 +143,11 @@ pub(crate) fn status(args: &StatusArgs) -> Result<()> {
         return say("nothing runs; `pipeline runs` lists what did\n");
     }
     for run in &going_on {
-        let tale = Tale::read(&run.folder);
-        let ended = tale.stages.values().filter(|standing| standing.state != "running").count();
-        say(&format!("{}  {}  {ended} of {} stages done\n", run.id, run.pipeline.pipeline, tale.selected))?;
-        let running = Tale { stages: tale.stages.into_iter().filter(|(_, s)| s.state == "running").collect(), ..tale };
-        say(&stages(&running))?;
+        let diary = read(run);
+        let (running, ended): (Vec<_>, Vec<_>) = diary.heard().partition(|(_, stage)| stage.fate == Fate::Running);
+        let (ended, selected) = (ended.len(), diary.stages.len());
+        say(&format!("{}  {}  {ended} of {selected} stages done\n", run.id, run.pipeline.pipeline))?;
+        say(&lines(&running))?;
     }
     Ok(())
 }

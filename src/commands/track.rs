@@ -11,10 +11,10 @@ use crate::cli::{TrackArgs, Tracker};
 use crate::ground::signals;
 use crate::plan::history::{History, Pipeline};
 use crate::plan::{self, selection};
-use crate::report::diary::Diary;
 use crate::report::mlflow::{Sent, Server};
 use crate::report::scalars::{Tracked, tracked};
 use crate::report::tfevents::{self, Scalar};
+use crate::run::folder::is_going_on;
 
 /// How often it is looked for new results.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -38,7 +38,7 @@ pub(crate) fn track(args: &TrackArgs, bench: &Workbench) -> Result<()> {
     loop {
         // Looked at before the results, so that what ends meanwhile is looked for once more.
         let history = History::open(&store, Pipeline::of(&target.file));
-        let goes_on = args.follow && history.runs().find_map(Diary::read).is_some_and(|diary| diary.status.is_none());
+        let goes_on = args.follow && history.runs().next().is_some_and(is_going_on);
         let settled = plan::plan(&graph, &selection, bench.registry, &store)?.settled();
         let stages = tracked(&graph, &selection, &settled, &store)?;
         let sent = match &server {
@@ -93,13 +93,10 @@ fn folder_name(label: &str) -> String {
     label.split(|c| !plain(c)).filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-")
 }
 
-/// When each number was measured is not known: steps are spread over the seconds that the stage took, from 1970 on.
 fn events(stage: &Tracked) -> Vec<u8> {
-    let last = stage.series.values().flatten().map(|(step, _)| *step).max().unwrap_or(0).max(1);
-    let seconds = stage.seconds.unwrap_or(0.0);
+    let time = stage.clock();
     let mut scalars: Vec<Scalar<'_>> = Vec::new();
     for (tag, points) in &stage.series {
-        let time = |step: i64| seconds * step as f64 / last as f64;
         scalars.extend(points.iter().map(|(step, value)| Scalar {
             tag,
             step: *step,
@@ -108,7 +105,7 @@ fn events(stage: &Tracked) -> Vec<u8> {
         }));
     }
     scalars.sort_by_key(|scalar| scalar.step);
-    tfevents::file(0.0, scalars)
+    tfevents::file(stage.started(), scalars)
 }
 
 #[cfg(test)]

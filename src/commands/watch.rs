@@ -1,6 +1,6 @@
 //! `pipeline watch`: shows a run from its events alone, wherever it runs.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use super::{BadRequest, existing_store};
 use crate::cli::WatchArgs;
 use crate::events::Event;
 use crate::ground::signals;
+use crate::plan::history::folders;
 use crate::report;
 
 /// How often it is looked whether anything has happened.
@@ -49,16 +50,11 @@ fn folder(args: &WatchArgs) -> Result<PathBuf> {
     if let Some(run) = args.run.as_ref().filter(|run| run.join("events.jsonl").is_file()) {
         return Ok(run.clone());
     }
-    let runs = existing_store(&args.store)?.runs();
+    let store = existing_store(&args.store)?;
+    let runs = store.runs();
     let found = match &args.run {
         Some(run) => Some(runs.join(run)),
-        None => {
-            let mut folders: Vec<PathBuf> =
-                fs::read_dir(&runs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-            // Identifiers begin with the time.
-            folders.sort_unstable();
-            folders.pop()
-        }
+        None => folders(&store).into_iter().next(),
     };
     let found = found.filter(|folder| folder.join("events.jsonl").is_file());
     found.ok_or_else(|| {

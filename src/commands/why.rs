@@ -12,7 +12,7 @@ use super::{BadRequest, Workbench, read_store, say};
 use crate::cli::{Target, WhyArgs};
 use crate::graph::Graph;
 use crate::language;
-use crate::plan::history::{Change, History, Pipeline, changes_since, find_run};
+use crate::plan::history::{Change, History, Pipeline, as_kept, changes_since, find_run};
 use crate::plan::key::{self, Action};
 use crate::plan::names::Of;
 use crate::plan::selection::{self, Alias, Selection};
@@ -184,7 +184,7 @@ fn planned(graph: &Graph, selection: &Selection, bench: &Workbench, store: &Stor
     for node in &selection.order {
         let (inputs, _) = plan::known_inputs(graph, *node, &settled);
         let Ok(action) = plan::action_of(&graph.subgraphs[*node], &inputs, bench.registry, store) else { continue };
-        let preimage: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
+        let preimage = as_kept(&action)?;
         let names = key::names_of(&action.subgraph);
         let made = |alias: &Alias| Made { alias: alias.clone(), preimage: preimage.clone(), names: names.clone() };
         stages.extend(selection.aliases[node].iter().map(made));

@@ -23,7 +23,7 @@ pub(crate) mod status {
 pub(crate) struct BadRequest(pub String);
 
 /// What is to blame for a stage that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Fault {
     /// The disk is full, or refuses to be read or written.
@@ -31,6 +31,7 @@ pub(crate) enum Fault {
     /// There is not enough memory, of the machine or of its GPU.
     Memory,
     /// What the stage was given: its configuration or its data.
+    #[default]
     Input,
     /// This program, or a library under it.
     Bug,

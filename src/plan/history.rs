@@ -128,7 +128,7 @@ pub(crate) fn find_run(store: &Store, start: &str) -> Result<PastRun> {
 }
 
 /// Folders of runs, the newest first.
-fn folders(store: &Store) -> Vec<PathBuf> {
+pub(crate) fn folders(store: &Store) -> Vec<PathBuf> {
     let entries = fs::read_dir(store.runs()).into_iter().flatten().flatten();
     let mut folders: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
     // Identifiers begin with the time.
@@ -230,8 +230,7 @@ impl History {
     pub(crate) fn cost(&self, aliases: &[Alias], store: &Store) -> Option<Cost> {
         let cost = |stage: &PlannedStage| {
             let record = store.record(&stage.key).ok()??;
-            let bytes = record.outputs.values().map(|artifact| artifact.bytes).sum();
-            Some(Cost { seconds: record.info.get("seconds")?.as_f64()?, bytes })
+            Some(Cost { seconds: record.info.get("seconds")?.as_f64()?, bytes: record.bytes() })
         };
         // A few are enough: a stage that was not made in its last runs is another one by now.
         let own = self.sights(aliases).filter(|(_, stage)| aliases.contains(&stage.alias)).take(8);
@@ -294,15 +293,26 @@ impl History {
 
 /// What differs between a preimage that the store kept, in which places had these names, and that of an action.
 pub(crate) fn changes_since(old: &Json, names: &BTreeMap<String, String>, action: &Action) -> Result<Vec<Change>> {
-    let old = key::with_names(old, names);
-    // The store keeps numbers by value, `1.0` as `1`, so that only equal texts are equal values here.
-    let new: Json = serde_json::from_str(&cache::canonical(&action.preimage))?;
-    let new = key::with_names(&new, &key::names_of(&action.subgraph));
-    Ok(differences(&old, &new, &action.subgraph))
+    Ok(differences(&key::with_names(old, names), &named(action)?, &action.subgraph))
+}
+
+/// What differs between the preimages of two actions; places are those of the new one.
+pub(crate) fn changes_between(old: &Action, new: &Action) -> Result<Vec<Change>> {
+    Ok(differences(&named(old)?, &named(new)?, &new.subgraph))
+}
+
+/// The preimage of an action as the store keeps it, with names for places.
+fn named(action: &Action) -> Result<Json> {
+    Ok(key::with_names(&as_kept(action)?, &key::names_of(&action.subgraph)))
+}
+
+/// The preimage of an action as the store keeps it: numbers by value, `1.0` as `1`, so that only equal texts are equal values.
+pub(crate) fn as_kept(action: &Action) -> Result<Json> {
+    Ok(serde_json::from_str(&cache::canonical(&action.preimage))?)
 }
 
 /// Every path at which two preimages differ.
-pub(crate) fn differences(old: &Json, new: &Json, subgraph: &Subgraph) -> Vec<Change> {
+fn differences(old: &Json, new: &Json, subgraph: &Subgraph) -> Vec<Change> {
     let mut found = Vec::new();
     collect(Some(old), Some(new), &mut Vec::new(), &mut |path, old, new| {
         let place = place_of(path, subgraph);

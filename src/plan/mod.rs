@@ -66,6 +66,11 @@ impl Settled {
     pub fn seconds(&self) -> Option<f64> {
         self.record.info.get("seconds")?.as_f64()
     }
+
+    /// When it was made, in seconds since 1970; earlier programs did not say.
+    pub fn ended(&self) -> Option<f64> {
+        self.record.info.get("ended")?.as_f64()
+    }
 }
 
 /// What is to be done about a subgraph whose inputs are known.

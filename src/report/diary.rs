@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 use serde_json::{Map, Value as Json};
 
 use crate::events::{Event, Status};
@@ -19,8 +19,12 @@ pub(crate) struct Diary {
     pub threads: usize,
     /// How it ended; nothing while it goes on, and where it was killed.
     pub status: Option<Status>,
-    /// By the name that the run gives it.
+    /// Seconds of the run, when it is over.
+    pub seconds: Option<f64>,
+    /// All that are selected, by the name that the run gives them.
     pub stages: IndexMap<String, Stage>,
+    /// Names of those of which anything was heard, in the order of that.
+    heard: IndexSet<String>,
 }
 
 /// A stage in a run.
@@ -29,6 +33,12 @@ pub(crate) struct Stage {
     /// Where it came to be known.
     pub key: Option<String>,
     pub fate: Fate,
+    /// Why it runs or ran.
+    pub reason: Option<String>,
+    /// Seconds it took, in this run or when its result was made.
+    pub seconds: Option<f64>,
+    /// What is done, of what, in which unit.
+    pub progress: Option<(u64, u64, String)>,
     /// What it measured on the way, by its part; not every row.
     pub rows: BTreeMap<Option<String>, Vec<Map<String, Json>>>,
 }
@@ -39,6 +49,8 @@ pub(crate) enum Fate {
     /// It has not begun.
     #[default]
     Waiting,
+    /// Another process runs it.
+    Elsewhere,
     /// It began.
     Running,
     Ran,
@@ -63,46 +75,65 @@ impl Diary {
         let mut diary = Diary::default();
         for line in bytes.split(|byte| *byte == b'\n') {
             if let Ok(event) = serde_json::from_slice(line) {
-                diary.note(&event);
+                diary.note(event);
             }
         }
         (!diary.run.is_empty()).then_some(diary)
     }
 
-    fn stage(&mut self, name: &str) -> &mut Stage {
-        self.stages.entry(name.to_owned()).or_default()
+    /// The stages of which anything was heard, in the order of that.
+    pub(crate) fn heard(&self) -> impl Iterator<Item = (&String, &Stage)> {
+        self.heard.iter().filter_map(|name| self.stages.get_key_value(name))
     }
 
-    fn set(&mut self, name: &str, key: Option<&String>, fate: Fate) {
+    fn stage(&mut self, name: String) -> &mut Stage {
+        self.stages.entry(name).or_default()
+    }
+
+    fn set(&mut self, name: String, key: Option<String>, fate: Fate, reason: Option<String>, seconds: Option<f64>) {
         let stage = self.stage(name);
-        stage.key = key.cloned().or_else(|| stage.key.take());
-        stage.fate = fate;
+        let key = key.or_else(|| stage.key.take());
+        *stage = Stage { key, fate, reason, seconds, ..std::mem::take(stage) };
     }
 
-    fn note(&mut self, event: &Event) {
+    fn note(&mut self, event: Event) {
+        if let Some(stage) = event.stage()
+            && !self.heard.contains(stage)
+        {
+            self.heard.insert(stage.to_owned());
+        }
         match event {
             Event::RunStarted { run, devices, threads, stages, .. } => {
-                (self.run, self.devices, self.threads) = (run.clone(), devices.clone(), *threads);
+                (self.run, self.devices, self.threads) = (run, devices, threads);
                 for stage in stages {
                     self.stage(stage);
                 }
             }
-            Event::StageReused { stage, key, .. } => self.set(stage, Some(key), Fate::Reused),
-            Event::StageStarted { stage, key, .. } | Event::StageWaiting { stage, key } => {
-                self.set(stage, Some(key), Fate::Running);
+            Event::StageReused { stage, key, recorded_seconds, .. } => {
+                self.set(stage, Some(key), Fate::Reused, None, recorded_seconds);
             }
-            Event::StageFinished { stage, key, .. } => self.set(stage, Some(key), Fate::Ran),
+            Event::StageWaiting { stage, key } => self.set(stage, Some(key), Fate::Elsewhere, None, None),
+            Event::StageStarted { stage, key, reason, .. } => {
+                self.set(stage, Some(key), Fate::Running, Some(reason), None);
+            }
+            Event::StageResumed { stage, .. } => {
+                let reason = self.stage(stage.clone()).reason.take();
+                self.set(stage, None, Fate::Running, reason, None);
+            }
+            Event::StageFinished { stage, key, reason, seconds, .. } => {
+                self.set(stage, Some(key), Fate::Ran, Some(reason), Some(seconds));
+            }
             Event::StageFailed { stage, error, log, .. } => {
-                self.set(stage, None, Fate::Failed { error: error.clone(), log: log.clone() });
+                self.set(stage, None, Fate::Failed { error, log }, None, None);
             }
-            Event::StageSkipped { stage, needs } => self.set(stage, None, Fate::Skipped { needs: needs.clone() }),
-            Event::StageStopped { stage, .. } => self.set(stage, None, Fate::Stopped),
-            Event::StageMetrics { stage, part, row } => {
-                self.stage(stage).rows.entry(part.clone()).or_default().push(row.clone());
+            Event::StageSkipped { stage, needs } => self.set(stage, None, Fate::Skipped { needs }, None, None),
+            Event::StageStopped { stage, .. } => self.set(stage, None, Fate::Stopped, None, None),
+            Event::StageProgress { stage, part: None, done, total, unit } => {
+                self.stage(stage).progress = Some((done, total, unit));
             }
-            Event::RunFinished { status, .. } => self.status = Some(*status),
-            Event::StageResumed { .. }
-            | Event::StageProgress { .. }
+            Event::StageMetrics { stage, part, row } => self.stage(stage).rows.entry(part).or_default().push(row),
+            Event::RunFinished { status, seconds, .. } => (self.status, self.seconds) = (Some(status), Some(seconds)),
+            Event::StageProgress { .. }
             | Event::StageWarned { .. }
             | Event::StageNoted { .. }
             | Event::StageCut { .. }

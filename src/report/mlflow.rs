@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::{Value as Json, json};
 use ureq::Agent;
 
@@ -51,7 +52,7 @@ impl Server {
         let authorization = match (variable("MLFLOW_TRACKING_TOKEN"), basic) {
             (Some(token), _) => Some(format!("Bearer {token}")),
             (None, Some((user, password))) => {
-                Some(format!("Basic {}", base64(format!("{user}:{password}").as_bytes())))
+                Some(format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}"))))
             }
             (None, None) => None,
         };
@@ -119,7 +120,7 @@ impl Server {
             ("pipeline.cell", &stage.cell),
         ];
         let tags: Vec<Json> = tags.iter().map(|(key, value)| json!({"key": key, "value": value})).collect();
-        let body = json!({"experiment_id": self.experiment, "run_name": stage.label, "start_time": 0, "tags": tags});
+        let body = json!({"experiment_id": self.experiment, "run_name": stage.label, "start_time": milliseconds(stage.started()), "tags": tags});
         let made = self.ask("runs/create", &body)?;
         Ok(made["run"]["info"]["run_id"].as_str().context("MLflow names no run")?.to_owned())
     }
@@ -132,15 +133,18 @@ impl Server {
         for batch in params.collect::<Vec<_>>().chunks(100) {
             self.ask("runs/log-batch", &json!({"run_id": run, "params": batch}))?;
         }
+        let time = stage.clock();
         let numbers = stage.series.iter().flat_map(|(tag, points)| {
-            let tag = allowed(tag);
-            points.iter().map(move |(step, value)| json!({"key": tag, "value": value, "timestamp": step, "step": step}))
+            let (tag, time) = (allowed(tag), &time);
+            points.iter().map(move |(step, value)| {
+                json!({"key": tag, "value": value, "timestamp": milliseconds(time(*step)), "step": step})
+            })
         });
         for batch in numbers.collect::<Vec<_>>().chunks(BATCH) {
             self.ask("runs/log-batch", &json!({"run_id": run, "metrics": batch}))?;
         }
-        let end = stage.seconds.map_or(0.0, |seconds| seconds * 1000.0) as i64;
-        self.ask("runs/update", &json!({"run_id": run, "status": "FINISHED", "end_time": end})).map(drop)
+        self.ask("runs/update", &json!({"run_id": run, "status": "FINISHED", "end_time": milliseconds(stage.ended)}))
+            .map(drop)
     }
 
     fn ask(&self, what: &str, body: &Json) -> Result<Json> {
@@ -178,23 +182,14 @@ impl Server {
     }
 }
 
+/// A time as MLflow has it.
+fn milliseconds(seconds: f64) -> i64 {
+    (seconds * 1000.0) as i64
+}
+
 /// A name as MLflow allows it.
 fn allowed(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_alphanumeric() || "_-. /".contains(c) { c } else { '_' }).collect()
-}
-
-/// RFC 4648, for a name and a password.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for part in bytes.chunks(3) {
-        let word = part.iter().fold(0u32, |word, byte| word << 8 | u32::from(*byte)) << (8 * (3 - part.len()));
-        for place in 0..4 {
-            let digit = DIGITS[(word >> (18 - 6 * place) & 63) as usize];
-            text.push(if place <= part.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
 }
 
 #[cfg(test)]
@@ -202,11 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn base64_is_that_of_the_rfc() {
-        let cases = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
-        for (text, expected) in cases {
-            assert_eq!(base64(text.as_bytes()), expected);
-        }
+    fn names_are_those_that_are_allowed() {
         assert_eq!(allowed("train.learn/loss (a)"), "train.learn/loss _a_");
     }
 }

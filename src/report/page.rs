@@ -1,14 +1,16 @@
-//! `pipeline report`: one page that says what was gained, what made it, and how sure that is. It needs no network and no script;
-//! the same results give the same bytes.
+//! `pipeline report`: one page that says what was gained, what made it, and how sure that is. It needs no network, and no script unless
+//! one is asked for; the same results give the same bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use cache::{Key, Store};
 use chart::{Tone, visible};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use petgraph::graph::NodeIndex;
 use serde_json::Value as Json;
+use sha2::{Digest as _, Sha256};
 
 use crate::events::Status;
 use crate::graph::{Graph, Operator, Subgraph};
@@ -43,6 +45,10 @@ pub(crate) struct Page<'a> {
     pub store: &'a Store,
     /// The folder that the page will be in: where links begin.
     pub folder: &'a Path,
+    /// Whether it has a script.
+    pub interactive: bool,
+    /// Whether it will be written again soon.
+    pub is_watched: bool,
 }
 
 /// The command line of a run, and of one stage of it.
@@ -127,10 +133,29 @@ td.text{max-width:38rem}dl{display:grid;grid-template-columns:max-content 1fr;ga
 :focus-visible{outline:2px solid var(--link)}\
 @media (max-width:40rem){body{padding:.6rem;font-size:15px}dl{grid-template-columns:1fr}th,td{padding:.25em .45em}}\
 @media print{body{max-width:none;font-size:11px}nav{display:none}.wide{overflow:visible}h2{break-after:avoid}figure,tr{break-inside:avoid}\
-details::details-content{content-visibility:visible;display:block;height:auto}}";
+figure details,.settings,#stages th:last-child,#stages td:last-child{display:none}details::details-content{content-visibility:visible;display:block;height:auto}}";
 
 /// What a page may do: nothing but look as it says.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
+
+/// What an interactive page adds.
+const SCRIPT: &str = include_str!("page.js");
+
+/// Rules of what the script makes.
+const SCRIPT_STYLE: &str = "\
+.sort{all:unset;cursor:pointer}.sort:focus-visible{outline:2px solid var(--link)}\
+th[aria-sort=ascending] .sort::after{content:' \\2191'}th[aria-sort=descending] .sort::after{content:' \\2193'}\
+.reading{font-size:.8rem;margin:0;min-height:1.5em}input[type=search]{font:inherit;color:inherit;background:inherit;border:1px solid \
+var(--quiet);padding:.2em .5em;margin:.3em 0}@media print{.reading,input[type=search]{display:none}}";
+
+/// Seconds after which a browser shows a watched page anew.
+const REFRESH: u32 = 5;
+
+/// The policy of a page that may run one script, told by its hash.
+fn policy(script: Option<&str>) -> String {
+    let hash = script.map(|script| BASE64_STANDARD.encode(Sha256::digest(script)));
+    POLICY.to_owned() + &hash.map_or_else(String::new, |hash| format!("; script-src 'sha256-{hash}'"))
+}
 
 impl Page<'_> {
     /// The page.
@@ -150,16 +175,18 @@ impl Page<'_> {
         .filter(|(.., markup)| !markup.0.is_empty())
         .collect();
         let title = format!("{}: report", visible(self.name));
+        let script = self.interactive.then_some(SCRIPT);
         let page = html! {
             (DOCTYPE)
             html lang="en" {
                 head {
                     meta charset="utf-8";
-                    meta http-equiv="Content-Security-Policy" content=(POLICY);
+                    meta http-equiv="Content-Security-Policy" content=(policy(script));
                     meta name="viewport" content="width=device-width, initial-scale=1";
                     meta name="color-scheme" content="light dark";
+                    @if self.is_watched { meta http-equiv="refresh" content=(REFRESH); }
                     title { (title) }
-                    style { (PreEscaped(chart::style())) (PreEscaped(STYLE)) }
+                    style { (PreEscaped(chart::style())) (PreEscaped(STYLE)) @if self.interactive { (PreEscaped(SCRIPT_STYLE)) } }
                 }
                 body {
                     header {
@@ -172,6 +199,7 @@ impl Page<'_> {
                             section aria-labelledby={ (id) "-h" } id=(id) { h2 id={ (id) "-h" } { (heading) } (markup) }
                         }
                     }
+                    @if let Some(script) = script { script { (PreEscaped(script)) } }
                 }
             }
         };
@@ -200,7 +228,7 @@ impl Page<'_> {
                 }
             }
             @if let Some((label, settings)) = self.settings() {
-                details {
+                details.settings {
                     summary { "Settings of " (visible(&label)) ", the best" }
                     div.wide role="region" tabindex="0" aria-label="Settings" {
                         table {
@@ -262,6 +290,8 @@ impl Page<'_> {
                                 @if comparison.has_seconds { td { @if let Some(seconds) = line.seconds { (format!("{seconds:.1}")) } } }
                             }
                         }
+                    }
+                    @if !comparison.differences.is_empty() { tbody {
                         @for (index, difference) in comparison.differences.iter().enumerate() {
                             tr.break[index == 0] {
                                 th scope="row" { (visible(&comparison.difference_label(difference))) }
@@ -269,7 +299,7 @@ impl Page<'_> {
                                 @if comparison.has_seconds { td {} }
                             }
                         }
-                    }
+                    } }
                 }
             }
             @for note in comparison.verdicts().into_iter().chain(comparison.notes()) { p.quiet { (visible(&note)) } }
@@ -513,8 +543,10 @@ fn state(step: &Step, fate: Option<(&Fate, &Diary)>) -> &'static str {
         (Step::Decided(Decision::Cached(_)), Some(Fate::Ran)) => "ran",
         (Step::Decided(Decision::Cached(_)), _) => "reused",
         (_, Some(Fate::Failed { .. })) => "failed",
-        (_, Some(Fate::Running)) if !has_ended => RUNNING,
-        (Step::Decided(Decision::Resume { .. }), _) | (_, Some(Fate::Running | Fate::Stopped)) => "unfinished",
+        (_, Some(Fate::Running | Fate::Elsewhere)) if !has_ended => RUNNING,
+        (Step::Decided(Decision::Resume { .. }), _) | (_, Some(Fate::Running | Fate::Elsewhere | Fate::Stopped)) => {
+            "unfinished"
+        }
         (_, Some(Fate::Skipped { .. })) => "skipped",
         (Step::Impossible { .. }, _) => "cannot run",
         _ => "not run",
@@ -551,7 +583,7 @@ fn stage_table(stages: &[Stage]) -> Markup {
                                 @if let Some(error) = &stage.error { small { (written(error)) } }
                                 @if let Some(log) = &stage.log { small { "log: " code { (visible(log)) } } }
                             }
-                            td { @if let Some(seconds) = stage.seconds { (duration(seconds)) } }
+                            td data-value=[stage.seconds] { @if let Some(seconds) = stage.seconds { (duration(seconds)) } }
                             td.text { @if let Some(key) = &stage.key { code title=(key) { (key.short()) } } }
                             td.text { @for (output, path) in &stage.files { a href=(path) { (visible(output)) } " " } }
                             td.text { code { (visible(&stage.command)) } }

@@ -30,7 +30,23 @@ pub(crate) struct Tracked {
     /// By tag, numbers over steps.
     pub series: IndexMap<String, Vec<(i64, f64)>>,
     /// Seconds it took when it was made.
-    pub seconds: Option<f64>,
+    pub seconds: f64,
+    /// When that was over, in seconds since 1970; where it is not known, as if it had begun then.
+    pub ended: f64,
+}
+
+impl Tracked {
+    /// When it began, in seconds since 1970.
+    pub(crate) fn started(&self) -> f64 {
+        self.ended - self.seconds
+    }
+
+    /// When a step was: steps are spread over the seconds that the stage took.
+    pub(crate) fn clock(&self) -> impl Fn(i64) -> f64 {
+        let last = self.series.values().flatten().map(|(step, _)| *step).max().unwrap_or(0).max(1);
+        let (started, seconds) = (self.started(), self.seconds);
+        move |step| started + seconds * step as f64 / last as f64
+    }
 }
 
 /// The settled stages that have measured anything, in the order of the plan.
@@ -47,6 +63,7 @@ pub(crate) fn tracked(
         if series.is_empty() {
             continue;
         }
+        let seconds = settled.seconds().unwrap_or(0.0);
         let cell =
             selection.aliases[node].first().and_then(|alias| graph.cells.iter().find(|it| it.label == alias.cell));
         found.push(Tracked {
@@ -62,7 +79,8 @@ pub(crate) fn tracked(
             cell: cell.map_or_else(String::new, |cell| cell.label.clone()),
             params: params(&graph.subgraphs[*node].subgraph),
             series,
-            seconds: settled.seconds(),
+            seconds,
+            ended: settled.ended().unwrap_or(seconds),
         });
     }
     Ok(found)

@@ -16,6 +16,7 @@ use contract::{PortType, Source};
 use serde_json::{Map, Value as Json, json};
 
 use crate::graph::Entry;
+use crate::ground::clock;
 use crate::ground::trouble::{Blamed, own_panic};
 use crate::plan::key::{self, Action, InputDigests};
 use crate::plan::results;
@@ -208,6 +209,7 @@ impl Attempt {
             Outcome::Done { outputs, facts, seconds, rounds } => {
                 let info = json!({
                     "seconds": seconds,
+                    "ended": clock::now().as_secs_f64(),
                     "rounds": rounds,
                     "facts": facts,
                     "device": self.slot.device,

@@ -9,6 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use cache::Store;
 
+use crate::ground::clock::{now, utc};
+
 /// Name of the file that the process of a run holds locked as long as it goes on.
 const OWNER: &str = "owner";
 
@@ -28,30 +30,9 @@ pub(crate) fn is_going_on(run: &Path) -> bool {
     File::open(run.join(OWNER)).is_ok_and(locked)
 }
 
-fn now() -> Duration {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
-}
-
 /// What identifiers of runs begin with that are so many days old.
 pub(crate) fn days_ago(days: u64) -> String {
     utc(now().saturating_sub(Duration::from_secs(days.saturating_mul(86_400))))
-}
-
-/// A time since 1970 as `20260131-235959.123`, in UTC (days to date as in Hinnant's "chrono-compatible low-level date
-/// algorithms").
-fn utc(time: Duration) -> String {
-    let (days, seconds) = ((time.as_secs() / 86_400) as i64, time.as_secs() % 86_400);
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}.{:03}", time.subsec_millis())
 }
 
 /// The log of an attempt at a stage.
@@ -121,15 +102,6 @@ fn is_frame(line: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn runs_are_named_by_the_date() {
-        let check = |seconds: u64, expected| assert_eq!(utc(Duration::from_millis(seconds * 1000 + 7)), expected);
-        check(0, "19700101-000000.007");
-        check(951_782_399, "20000228-235959.007");
-        check(951_782_400, "20000229-000000.007");
-        check(1_767_225_599, "20251231-235959.007");
-    }
 
     #[test]
     fn the_end_of_a_log_is_shown_without_backtraces() {

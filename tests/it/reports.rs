@@ -6,6 +6,7 @@ use std::fs;
 use serde_json::Value as Json;
 
 use crate::harness::{Project, wait_until};
+use crate::interrupts::HELD;
 use crate::runs::PROMPTKD;
 
 /// Three variants whose answers are as bad as text can be.
@@ -167,4 +168,36 @@ fn a_run_is_watched_from_its_events_alone() {
     let copied = project.run("watch copied --store nowhere").expect(0, &[]);
     assert_eq!(copied.words(), watched.words());
     project.run("watch copied --once --json").expect(0, &["\"event\":\"run_finished\""]);
+}
+
+#[test]
+fn a_page_is_written_again_as_the_run_goes_on() {
+    let project = Project::new(&HELD.replace("WITH", "hold: true"));
+    project.write("hold", "");
+    let mut run = project.start("run FILE");
+    wait_until("a stage holds", || project.path("held").exists());
+    let mut report = project.start("report FILE --watch");
+    wait_until("there is a page", || project.path("report.html").exists());
+    let page = project.read("report.html");
+    assert!(page.contains("http-equiv=\"refresh\"") && page.contains("Not finished: "), "{page}");
+    fs::remove_file(project.path("hold")).unwrap();
+    assert!(run.wait().unwrap().success() && report.wait().unwrap().success());
+    let page = project.read("report.html");
+    assert!(!page.contains("http-equiv=\"refresh\"") && page.contains("have their results"), "{page}");
+    // Without a run that goes on there is nothing to wait for.
+    project.run("report FILE --watch -o -").expect(0, &["have their results"]);
+}
+
+#[test]
+fn an_interactive_page_may_run_its_own_script_and_no_other() {
+    let project = Project::new(&with_answers());
+    project.run("run FILE --all").expect(0, &[]);
+    let page = project.run("report FILE --all --interactive -o -").expect(0, &[]).stdout;
+    let script = page.split("<script>").nth(1).and_then(|rest| rest.split("</script>").next()).unwrap();
+    assert_eq!(page.matches("<script").count(), 1, "what answers say is no script");
+    assert!(page.contains("script-src 'sha256-") || page.contains("script-src &#39;sha256-"), "{}", &page[..800]);
+    assert!(script.starts_with("// What `report --interactive` adds") && script.contains("aria-sort"));
+    assert!(page.contains("data-x=\"") && page.contains("data-value=\""));
+    let plain = project.run("report FILE --all -o -").expect(0, &[]).stdout;
+    assert!(!plain.contains("<script") && !plain.contains("script-src"));
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::scale::Scale;
 use crate::style::style;
 use crate::text::{escape, fit};
 
@@ -15,6 +16,8 @@ pub struct Figure {
     /// What it is drawn from; of curves with many points, some.
     pub data: Table,
     size: (f64, f64),
+    /// What its axes go over, for programs.
+    scales: String,
     body: String,
 }
 
@@ -32,8 +35,8 @@ pub struct Table {
 
 impl Figure {
     pub(crate) fn new(title: &str, description: String, data: Table, canvas: Canvas) -> Self {
-        let Canvas { width, height, body } = canvas;
-        Figure { title: title.to_owned(), description, data, size: (width, height), body }
+        let Canvas { width, height, scales, body } = canvas;
+        Figure { title: title.to_owned(), description, data, size: (width, height), scales, body }
     }
 
     /// Its width over its height.
@@ -80,8 +83,9 @@ impl Figure {
     fn picture(&self, attributes: &str, id: &str, extra: &str) -> String {
         let (width, height) = (pixels(self.size.0), pixels(self.size.1));
         format!(
-            "<svg {attributes} role=\"img\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\">\
+            "<svg {attributes}{} role=\"img\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\">\
              <title id=\"{id}-t\">{}</title><desc id=\"{id}-d\">{}</desc>{extra}{}</svg>",
+            self.scales,
             escape(&self.title),
             escape(&self.description),
             self.body
@@ -130,15 +134,21 @@ impl Table {
 pub(crate) struct Canvas {
     pub(crate) width: f64,
     pub(crate) height: f64,
+    scales: String,
     body: String,
 }
 
 impl Canvas {
     /// An empty picture with its title at the top.
     pub(crate) fn new(width: f64, height: f64, title: &str) -> Self {
-        let mut canvas = Canvas { width, height, body: String::new() };
+        let mut canvas = Canvas { width, height, scales: String::new(), body: String::new() };
         canvas.text("name", 4.0, 15.0, &fit(title, 12.5, width - 8.0));
         canvas
+    }
+
+    /// Says what the axes go over.
+    pub(crate) fn say_scales(&mut self, x: &Scale, y: &Scale) {
+        self.scales = format!(" data-x=\"{}\" data-y=\"{}\"", x.in_words(), y.in_words());
     }
 
     pub(crate) fn open(&mut self, class: &str) {

@@ -57,6 +57,7 @@ impl Lines {
         let widest = self.series.iter().map(|series| width(&series.label, 10.0)).fold(0.0, f64::max);
         let margin = if widest > 0.0 { widest.min(96.0) + 8.0 } else { 0.0 };
         let frame = frame(&mut canvas, (&self.x, &xs), (&self.y, &ys), margin);
+        canvas.say_scales(&frame.x, &frame.y);
         for (index, series) in self.series.iter().enumerate() {
             canvas.open(&class(index));
             if !series.band.is_empty() {

@@ -75,6 +75,12 @@ impl Scale {
         self.from + share * (self.to - self.from)
     }
 
+    /// As a program reads it that goes from pixels back to numbers: `from to low high`, and `log`.
+    pub(crate) fn in_words(&self) -> String {
+        let Scale { low, high, from, to, is_log } = self;
+        format!("{from:.1} {to:.1} {low} {high}{}", if *is_log { " log" } else { "" })
+    }
+
     /// About so many round numbers, each with its text.
     pub(crate) fn ticks(&self, about: usize) -> Vec<(f64, String)> {
         let decades = if self.is_log { (self.high / self.low).log10() } else { 0.0 };
