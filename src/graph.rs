@@ -339,6 +339,8 @@ pub struct Report {
     pub compare: Vec<String>,
     /// The variant that the others are measured against, a row of differences each.
     pub baseline: Option<String>,
+    /// The heading whose correlation with all others over the cells is told.
+    pub correlate: Option<String>,
     /// Stages whose measured seconds are added up in a column of their own; empty: no such column.
     pub seconds: Vec<String>,
     /// Further rows: label, then heading and where the number is. For stages that all variants share.

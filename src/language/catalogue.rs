@@ -399,6 +399,7 @@ fn report_schema() -> Json {
             "metrics": headings,
             "compare": names,
             "baseline": {"type": "string"},
+            "correlate": {"type": "string"},
             "seconds": names,
             "rows": {"type": "object", "additionalProperties": headings},
             "caption": {"type": "string"},

@@ -108,6 +108,7 @@ pub(crate) struct ReportSpec {
     pub(crate) metrics: IndexMap<String, Text>,
     pub(crate) compare: Vec<Text>,
     pub(crate) baseline: Option<String>,
+    pub(crate) correlate: Option<String>,
     pub(crate) seconds: Vec<Text>,
     pub(crate) rows: IndexMap<String, IndexMap<String, Text>>,
     pub(crate) caption: Option<String>,
@@ -375,7 +376,12 @@ fn read_metric(node: &Node, what: &str, problems: &mut Problems) -> Option<Text>
 
 fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
     let map = mapping(node, "report", problems)?;
-    check_keys(map, "`report`", &["metric", "metrics", "compare", "baseline", "seconds", "rows", "caption"], problems);
+    check_keys(
+        map,
+        "`report`",
+        &["metric", "metrics", "compare", "baseline", "correlate", "seconds", "rows", "caption"],
+        problems,
+    );
     let mut metrics = IndexMap::new();
     if let Some(text) = map.get("metric").and_then(|entry| read_metric(&entry.node, "metric", problems)) {
         let heading = text.value.split_once('.').map_or(text.value.as_str(), |(_, metric)| metric);
@@ -398,9 +404,15 @@ fn read_report(node: &Node, problems: &mut Problems) -> Option<ReportSpec> {
         let message = format!("`baseline` names `{}`, which `compare` does not list", baseline.value);
         problems.push(Diagnostic::new(message, hint).at(baseline.span.clone(), "not compared"));
     }
+    let correlate = map.get("correlate").and_then(|entry| read::text(&entry.node, "correlate", problems));
+    if let Some(correlate) = correlate.as_ref().filter(|correlate| !metrics.contains_key(&correlate.value)) {
+        let hint = did_you_mean(&correlate.value, "heading", metrics.keys().map(String::as_str));
+        let message = format!("`correlate` names `{}`, which is no heading of `metrics`", correlate.value);
+        problems.push(Diagnostic::new(message, hint).at(correlate.span.clone(), "no heading"));
+    }
     let caption = map.get("caption").and_then(|entry| read::text(&entry.node, "caption", problems));
-    let baseline = baseline.map(|text| text.value);
-    Some(ReportSpec { metrics, compare, baseline, seconds, rows, caption: caption.map(|text| text.value) })
+    let [baseline, correlate, caption] = [baseline, correlate, caption].map(|text| text.map(|text| text.value));
+    Some(ReportSpec { metrics, compare, baseline, correlate, seconds, rows, caption })
 }
 
 /// `{heading: STAGE.METRIC}`.

@@ -566,6 +566,17 @@ fn a_baseline_must_be_compared() {
 }
 
 #[test]
+fn what_is_correlated_must_be_measured() {
+    let with = |name: &str| {
+        let report = format!("report: {{metric: score.rouge_l, correlate: {name},");
+        EXAMPLE.replace("report: {metric: score.rouge_l,", &report)
+    };
+    assert_eq!(base(&with("rouge_l")).cells[0].report.as_ref().unwrap().correlate.as_deref(), Some("rouge_l"));
+    let errors = load_text(&with("rouge"), &Request::default()).unwrap_err().to_string();
+    assert!(errors.contains("`correlate` names `rouge`") && errors.contains("rouge_l`?"), "{errors}");
+}
+
+#[test]
 fn the_report_is_resolved() {
     let text = EXAMPLE.replace(
         "report: {metric: score.rouge_l,",

@@ -28,6 +28,8 @@ pub(crate) struct Comparison {
     pub lines: Vec<Line>,
     /// How much each line has more than the baseline.
     pub differences: Vec<Difference>,
+    /// How what was measured goes with one of the measures, over all cells.
+    pub correlations: Vec<Correlation>,
     /// Lines, and stages that have one result in several of their repeats.
     pub same: BTreeSet<(String, String)>,
     /// Whether there is a column of seconds.
@@ -181,6 +183,33 @@ pub(crate) struct Compared {
     pub verdict: Option<Verdict>,
 }
 
+/// How far two measures go together, over cells.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Correlation {
+    /// Heading of a measure.
+    pub measure: String,
+    /// Heading of the one that the report asks about.
+    pub with: String,
+    /// Pearson's.
+    pub r: f64,
+    /// 95 %.
+    pub interval: (f64, f64),
+    /// Cells that have both.
+    pub n: usize,
+    /// How often so large a one comes of nothing.
+    pub p: f64,
+    /// The same, corrected for all of them.
+    pub corrected: f64,
+}
+
+impl Correlation {
+    fn in_words(&self) -> String {
+        let Correlation { measure, with, r, interval: (low, high), n, corrected, .. } = self;
+        let said = if *corrected < 1.0 - CONFIDENCE { "goes with" } else { "is not shown to go with" };
+        format!("{measure} {said} {with}: r {r:.2} [{low:.2}, {high:.2}] over {n} cells")
+    }
+}
+
 /// What can be said of a difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -279,8 +308,9 @@ pub(crate) fn compare_as(
         return Ok(None);
     }
     judge(&measures, &mut differences);
+    let correlations = correlations(report, &measures, &lines);
     let (same, caption, has_seconds) = (numbers.same, report.caption.clone(), !report.seconds.is_empty());
-    Ok(Some(Comparison { measures, lines, differences, same, has_seconds, caption }))
+    Ok(Some(Comparison { measures, lines, differences, correlations, same, has_seconds, caption }))
 }
 
 fn has_something(entry: &Entry) -> bool {
@@ -373,6 +403,47 @@ fn judge(measures: &[Measure], differences: &mut [Difference]) {
             compared.verdict = Some(known.unwrap_or(Verdict::TooFewRepeats));
         }
     }
+}
+
+/// How the other measures go with the one that the report asks about. Each cell counts once, and what several share as well.
+fn correlations(report: &Report, measures: &[Measure], lines: &[Line]) -> Vec<Correlation> {
+    let Some(with) = report.correlate.as_ref().and_then(|wanted| measures.iter().position(|it| it.heading == *wanted))
+    else {
+        return Vec::new();
+    };
+    let repeats = |line: &'_ Line, measure: usize| {
+        let figure = line.figures[measure].figure().filter(|_| line.variant.is_some());
+        figure.map(|figure| figure.repeats.clone()).unwrap_or_default()
+    };
+    let heading = |measure: usize| measures[measure].heading.clone();
+    let mut found = Vec::new();
+    for measure in (0..measures.len()).filter(|measure| *measure != with) {
+        let mut pairs: BTreeMap<(Key, Key), (f64, f64)> = BTreeMap::new();
+        for line in lines {
+            let of_cell: BTreeMap<String, Repeat> =
+                repeats(line, with).into_iter().map(|repeat| (repeat.cell.clone(), repeat)).collect();
+            for own in repeats(line, measure) {
+                if let Some(other) = of_cell.get(&own.cell) {
+                    pairs.insert((own.key, other.key), (own.mean, other.mean));
+                }
+            }
+        }
+        let pairs: Vec<(f64, f64)> = pairs.into_values().collect();
+        if let Some(Estimated { mean, interval, p }) = statistics::correlation(&pairs) {
+            found.push(Correlation {
+                measure: heading(measure),
+                with: heading(with),
+                r: mean,
+                interval,
+                n: pairs.len(),
+                p,
+                corrected: p,
+            });
+        }
+    }
+    let corrected = statistics::holm(&found.iter().map(|correlation| correlation.p).collect::<Vec<_>>());
+    found.iter_mut().zip(corrected).for_each(|(correlation, corrected)| correlation.corrected = corrected);
+    found
 }
 
 /// What the stages measured.
@@ -622,6 +693,11 @@ impl Comparison {
             let most = self.differences.len();
             let corrected = if most > 1 { format!(", corrected for {most} comparisons (Holm)") } else { String::new() };
             notes.push(format!("verdicts: at 95 %{corrected}"));
+        }
+        notes.extend(self.correlations.iter().map(Correlation::in_words));
+        if self.correlations.len() > 1 {
+            let most = self.correlations.len();
+            notes.push(format!("correlations: Pearson's over cells, 95 % by Fisher, corrected for {most} (Holm)"));
         }
         notes.extend(self.caption.clone());
         notes

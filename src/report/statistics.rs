@@ -33,6 +33,29 @@ pub(crate) fn of_repeats(numbers: &[f64]) -> Option<Estimated> {
     Some(Estimated { mean, interval: (mean - half, mean + half), p })
 }
 
+/// Pearson's correlation with the interval that Fisher's transformation gives it, and how often so large a one comes of
+/// nothing; nothing for fewer than four pairs, nor where one side never changes.
+pub(crate) fn correlation(pairs: &[(f64, f64)]) -> Option<Estimated> {
+    let count = pairs.len() as f64;
+    let degrees = pairs.len().checked_sub(4)? as f64 + 2.0;
+    let centre = |side: fn(&(f64, f64)) -> f64| pairs.iter().map(side).sum::<f64>() / count;
+    let (a, b) = (centre(|pair| pair.0), centre(|pair| pair.1));
+    let sum = |of: &dyn Fn(f64, f64) -> f64| pairs.iter().map(|(x, y)| of(x - a, y - b)).sum::<f64>();
+    let (both, left, right) = (sum(&|x, y| x * y), sum(&|x, _| x * x), sum(&|_, y| y * y));
+    if !(left > 0.0 && right > 0.0) {
+        return None;
+    }
+    let mean = (both / (left * right).sqrt()).clamp(-1.0, 1.0);
+    let half = NORMAL_QUANTILE / (count - 3.0).sqrt();
+    let interval = ((mean.atanh() - half).tanh(), (mean.atanh() + half).tanh());
+    let t = mean.abs() * (degrees / (1.0 - mean * mean)).sqrt();
+    let p = if mean.abs() < 1.0 { 2.0 * (1.0 - t_below(t, degrees)) } else { 0.0 };
+    Some(Estimated { mean, interval, p })
+}
+
+/// Where a share of (1 + [`CONFIDENCE`]) / 2 of the normal distribution lies below.
+const NORMAL_QUANTILE: f64 = 1.959_963_984_540_054;
+
 /// Resamples of a bootstrap.
 const RESAMPLES: u32 = 2000;
 
@@ -196,6 +219,22 @@ mod tests {
         }
         assert_eq!((of_repeats(&[]), of_repeats(&[1.0])), (None, None));
         assert_eq!(of_repeats(&[2.0, 2.0]).unwrap(), Estimated { mean: 2.0, interval: (2.0, 2.0), p: 0.0 });
+    }
+
+    #[test]
+    fn correlations_are_those_of_scipy() {
+        for case in cases()["correlations"].as_array().unwrap() {
+            let pairs: Vec<_> = numbers(&case["a"]).into_iter().zip(numbers(&case["b"])).collect();
+            let own = correlation(&pairs).unwrap();
+            near(own.mean, &case["r"], 1e-9);
+            near(own.interval.0, &case["low"], 1e-9);
+            near(own.interval.1, &case["high"], 1e-9);
+            near(own.p, &case["p"], 1e-7);
+        }
+        assert_eq!(correlation(&[(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]), None, "too few");
+        assert_eq!(correlation(&[(1.0, 1.0), (1.0, 2.0), (1.0, 3.0), (1.0, 4.0)]), None, "one side never changes");
+        let straight = correlation(&[(1.0, 2.0), (2.0, 4.0), (3.0, 6.0), (4.0, 8.0)]).unwrap();
+        assert_eq!((straight.mean, straight.interval, straight.p), (1.0, (1.0, 1.0), 0.0));
     }
 
     #[test]

@@ -402,7 +402,7 @@ pub(crate) mod tests {
     use cache::Key;
 
     use super::*;
-    use crate::report::comparison::{Compared, Difference, Line, Measure};
+    use crate::report::comparison::{Compared, Correlation, Difference, Line, Measure};
 
     /// Two variants with three repeats, and a teacher.
     pub(crate) fn sample() -> Comparison {
@@ -453,6 +453,15 @@ pub(crate) mod tests {
                 line("teacher_1", None, vec![Entry::Measured(own), Entry::Empty]),
             ],
             differences: vec![Difference { line: 0, baseline: 1, figures: vec![compared(difference), empty] }],
+            correlations: vec![Correlation {
+                measure: "a|b".into(),
+                with: "rouge_l".into(),
+                r: -0.5,
+                interval: (-0.9, 0.25),
+                n: 6,
+                p: 0.3,
+                corrected: 0.3,
+            }],
             same: BTreeSet::new(),
             has_seconds: true,
             caption: Some("in percent: 100 % is all".into()),
@@ -469,6 +478,7 @@ pub(crate) mod tests {
         let row = text.lines().find(|line| line.trim_start().starts_with("kd ")).unwrap();
         assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["kd", "82", "±", "2.48", "not", "measured", "12.3"]);
         assert!(text.contains("rouge_l against sft: better: kd"), "{text}");
+        assert!(text.contains("a|b is not shown to go with rouge_l: r -0.50 [-0.90, 0.25] over 6 cells"), "{text}");
         let markdown = written(Form::Markdown, &View::default());
         assert!(markdown.contains(" a\\|b |") && markdown.contains("-:|"), "{markdown}");
         assert!(markdown.contains("|  1.5 ± 1.24 |"), "{markdown}");

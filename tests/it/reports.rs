@@ -109,6 +109,21 @@ fn tables_are_written_for_papers_and_for_programs() {
 }
 
 #[test]
+fn it_is_said_how_far_what_was_measured_goes_together() {
+    let report =
+        "report: {metrics: {score: score.score, best: train.check.score}, correlate: score, compare: [base, slow]}";
+    let project = Project::new(
+        &PROMPTKD.replace("report: {metric: score.score, compare: [base, slow], seconds: [train]}", report),
+    );
+    project.run("run FILE --ablation seeds").expect(0, &["done"]);
+    // Three cells are too few for an interval, six are not.
+    let three = project.run("compare FILE --ablation seeds --variant base --format json").expect(0, &[]).stdout;
+    assert_eq!(serde_json::from_str::<Json>(&three).unwrap()["comparison"]["correlations"], Json::Array(Vec::new()));
+    let text = project.run("run FILE --ablation seeds --variant base,slow").expect(0, &[" with score: r "]).stdout;
+    assert!(text.contains("over 6 cells"), "{text}");
+}
+
+#[test]
 fn one_seed_has_the_interval_of_its_rows_and_says_nothing_of_others() {
     let project = Project::new(&with_answers());
     project

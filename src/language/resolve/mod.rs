@@ -283,6 +283,7 @@ fn resolve_report(
         metrics,
         compare: texts(&report.compare),
         baseline: report.baseline.clone(),
+        correlate: report.correlate.clone(),
         seconds: texts(&report.seconds),
         rows,
         caption: report.caption.clone(),
