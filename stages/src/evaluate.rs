@@ -72,6 +72,10 @@ pub struct Config {
     #[serde(default = "one")]
     #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
     pub top_p: f32,
+    /// Of those, samples among tokens at least this likely as a share of the likeliest one's probability; 0: all.
+    #[serde(default)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
+    pub min_p: f32,
     /// Divides the logits of tokens that have occurred (Keskar et al., 2019); 1 switches it off.
     #[serde(default = "one")]
     #[schemars(range(min = limits::PENALTY.0, max = limits::PENALTY.1))]
@@ -273,7 +277,7 @@ impl Stage for Evaluate {
         }
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 
@@ -300,6 +304,7 @@ impl Config {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
+            min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
             no_repeat_ngram: self.no_repeat_ngram.unwrap_or(0),
         }

@@ -30,6 +30,10 @@ macro_rules! config {
             #[serde(default = "crate::writing::one")]
             #[schemars(extend("exclusiveMinimum" = 0.0), range(max = 1.0))]
             pub top_p: f32,
+            /// Of those, samples among tokens at least this likely as a share of the likeliest one's probability; 0: all.
+            #[serde(default)]
+            #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
+            pub min_p: f32,
             /// Tokens a response may have.
             #[schemars(range(min = 1, max = contract::limits::TOKENS))]
             pub max_new_tokens: usize,
@@ -49,8 +53,8 @@ macro_rules! config {
 
         impl $name {
             fn sampling(&self) -> lm::sample::Sampling {
-                let Self { temperature, top_k, top_p, .. } = *self;
-                lm::sample::Sampling { temperature, top_k, top_p, ..Default::default() }
+                let Self { temperature, top_k, top_p, min_p, .. } = *self;
+                lm::sample::Sampling { temperature, top_k, top_p, min_p, ..Default::default() }
             }
 
             /// How rows are answered, prompt and response together at most `longest` tokens. `purpose` and `time` tell draws apart.

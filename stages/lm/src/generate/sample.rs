@@ -3,7 +3,7 @@
 //! A draw is given from outside as a uniform number, so that a choice is a pure function: it depends on no state, and
 //! the batch a row is decoded in changes nothing.
 //!
-//! The order is: repetition penalty, no-repeat n-gram, temperature, top-k, top-p, draw.
+//! The order is: repetition penalty, no-repeat n-gram, temperature, top-k, top-p, min-p, draw.
 
 use crate::kernels::elementary::{BLOCK, exp, max, sum_exp_block};
 use crate::kernels::top_k::{rank, token_of};
@@ -212,7 +212,7 @@ fn draw_from(weights: impl Iterator<Item = (u32, f64)>, threshold: f64) -> u32 {
     last
 }
 
-/// Finds the tokens that top-k and top-p leave, and their weights, in vocabulary order. At least one.
+/// Finds the tokens that top-k, top-p and min-p leave, and their weights, in vocabulary order. At least one.
 fn keep(logits: &[f32], sampling: &Sampling, scratch: &mut Scratch) {
     let Scratch { ranked, kept, block_sums, .. } = scratch;
     ranked.clear();
@@ -236,7 +236,9 @@ fn keep(logits: &[f32], sampling: &Sampling, scratch: &mut Scratch) {
         ranked.truncate(count);
     }
     kept.clear();
-    kept.extend(ranked.iter().map(|&key| (token_of(key) as u32, weight(key))));
+    // The likeliest token weighs 1.
+    let left = ranked.iter().map(|&key| (token_of(key) as u32, weight(key)));
+    kept.extend(left.filter(|(_, weight)| *weight >= f64::from(sampling.min_p)));
     kept.sort_unstable_by_key(|(token, _)| *token);
     if kept.is_empty() {
         kept.push((first_of_largest(logits) as u32, 1.0));
@@ -296,6 +298,7 @@ mod tests {
         temperature: f32,
         top_k: usize,
         top_p: f32,
+        min_p: f32,
         repetition_penalty: f32,
         no_repeat_ngram_size: usize,
     }
@@ -308,6 +311,7 @@ mod tests {
             temperature: fixture.settings.temperature,
             top_k: fixture.settings.top_k,
             top_p: fixture.settings.top_p,
+            min_p: fixture.settings.min_p,
             repetition_penalty: fixture.settings.repetition_penalty,
             no_repeat_ngram: fixture.settings.no_repeat_ngram_size,
         };
@@ -496,8 +500,14 @@ mod tests {
         let logits = lively_logits(777, 4);
         let log_sum = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
         let mut scratch = Scratch::default();
-        let everything =
-            Sampling { temperature: 0.5, top_k: 9, top_p: 0.8, repetition_penalty: 1.5, no_repeat_ngram: 1 };
+        let everything = Sampling {
+            temperature: 0.5,
+            top_k: 9,
+            top_p: 0.8,
+            min_p: 0.1,
+            repetition_penalty: 1.5,
+            no_repeat_ngram: 1,
+        };
         for sampling in [Sampling::default(), Sampling::greedy(), everything] {
             for draw in draws(20) {
                 let choice = choose(&logits, logits.len(), &[3, 4, 5], &sampling, draw, &mut scratch);

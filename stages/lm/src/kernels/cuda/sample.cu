@@ -75,9 +75,10 @@ struct Kept {
     float largest, scale;
     unsigned least; // key of the worst one
     int limit;      // of tokens with that key, those below this
+    float share;    // of the best one's probability, which the others have at least
     __device__ __forceinline__ Weight weight(float logit) const {
-        float share = expf((logit - largest) * scale);
-        return share > 0.0f ? static_cast<Weight>(share * UNIT) : 0;
+        float own = expf((logit - largest) * scale);
+        return own > 0.0f && own >= share ? static_cast<Weight>(own * UNIT) : 0;
     }
     __device__ __forceinline__ bool holds(unsigned key, int token) const {
         return key > least || (key == least && token < limit);
@@ -150,7 +151,7 @@ __device__ Weight weigh(const Kept &kept, Weight *blocks) {
 extern "C" __global__ void __launch_bounds__(512)
     sample(const float *all_logits, int vocabulary, int tokens, const unsigned *ids, const unsigned *prompts,
            const unsigned *limits, unsigned *counts, unsigned *positions, int *next, unsigned *finished,
-           unsigned *histories, int room, float *log_probs, int most, float temperature, int top_k, float top_p,
+           unsigned *histories, int room, float *log_probs, int most, float temperature, int top_k, float top_p, float min_p,
            float penalty, int ngram, unsigned long long seed, unsigned time, unsigned purpose, const unsigned *ends,
            int end_count) {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -207,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(512)
     int token = static_cast<int>(~static_cast<unsigned>(best));
     int written = count - prompts[row];
     if (temperature > 0.0f) {
-        Kept kept = {logits, logit_of(best >> 32), fminf(1.0f / temperature, FLT_MAX), 0, vocabulary};
+        Kept kept = {logits, logit_of(best >> 32), fminf(1.0f / temperature, FLT_MAX), 0, vocabulary, 0.0f};
         Weight above, before;
         if (top_k > 0 && top_k < vocabulary)
             kept.least = narrow(kept, bins, top_k - 1, above, [](float) -> Weight { return 1; });
@@ -225,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(512)
                 if (over_block<Sum>(worst) > wanted) kept.limit = place(vocabulary, wanted - 1, before, is_worst) + 1;
             }
         }
+        kept.share = min_p;
         Weight total = weigh(kept, weights);
         if (total > 0) {
             Words words = philox(seed, written, ids[row], time, purpose);

@@ -81,6 +81,7 @@ pub(crate) fn sample(
         .float(sampling.temperature)
         .size(sampling.top_k)
         .float(sampling.top_p)
+        .float(sampling.min_p)
         .float(sampling.repetition_penalty)
         .size(sampling.no_repeat_ngram)
         .size(draws.seed as usize)

@@ -706,6 +706,8 @@ fn sampling_chooses_as_on_the_cpu() {
         Sampling::greedy(),
         Sampling { temperature: 0.7, top_k: 5, ..Sampling::default() },
         Sampling { top_p: 0.8, ..Sampling::default() },
+        Sampling { min_p: 0.05, ..Sampling::default() },
+        Sampling { temperature: 1.7, top_p: 0.9, min_p: 0.1, ..Sampling::default() },
         Sampling { temperature: 1.3, top_k: 20, top_p: 0.6, ..Sampling::default() },
         Sampling { repetition_penalty: 1.8, no_repeat_ngram: 2, ..Sampling::default() },
         Sampling { repetition_penalty: 0.5, no_repeat_ngram: 1, top_p: 0.9, ..Sampling::default() },
