@@ -150,6 +150,65 @@ fn a_byte_changed_secretly_is_a_miss_in_the_same_boot() {
     }
 }
 
+/// Any bit of anything that a store keeps, in the next boot: what is damaged is never used, and the same work mends it.
+/// `CACHE_FLIPS=10000` is the long version.
+#[test]
+fn a_flipped_bit_is_found_before_it_is_used() {
+    let flips: u64 = std::env::var("CACHE_FLIPS").map_or(120, |flips| flips.parse().expect("a number"));
+    let preimage = json!({"kind": "train"});
+    let state = |round: u64| format!("state {round}, and what belongs to it");
+    let save = |fixture: &Fixture, round: u64| {
+        fixture.store.save_cut(&fixture.key, round, |path| fs::write(path.join("state"), state(round))).unwrap();
+    };
+    let mut fixture = Fixture::new();
+    let mut found = std::collections::BTreeMap::<String, u64>::new();
+    for flip in 0..flips {
+        save(&fixture, 1);
+        save(&fixture, 2);
+        let root = fixture.store.root().to_owned();
+        let kept = |name: &String| ["cas/", "ac/", "pre/", "cut/"].iter().any(|part| name.starts_with(part));
+        let all: Vec<String> = files(&root).into_iter().filter(kept).collect();
+        // Spread without a pattern, and the same in every run.
+        let digits = Digest::of(&flip.to_le_bytes()).to_string();
+        let drawn = |at: usize| usize::from_str_radix(&digits[at..at + 8], 16).unwrap();
+        let name = &all[drawn(0) % all.len()];
+        let path = root.join(name);
+        let (mut bytes, before) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap());
+        let at = drawn(8) % bytes.len();
+        bytes[at] ^= 1 << (drawn(16) % 8);
+        overwrite(&path, &bytes);
+        File::open(&path).unwrap().set_times(FileTimes::new().set_modified(before.modified().unwrap())).unwrap();
+        fs::set_permissions(&path, before.permissions()).unwrap();
+
+        fixture = fixture.after_boot();
+        let store = &fixture.store;
+        let part = name.split('/').next().unwrap();
+        let is_found = match part {
+            "pre" => store.preimage(&fixture.key).unwrap().is_none(),
+            "cut" => {
+                let round = store.newest_cut(&fixture.key).unwrap().map(|cut| {
+                    assert_eq!(fs::read_to_string(cut.path.join("state")).unwrap(), state(cut.round));
+                    cut.round
+                });
+                // The older of two is looked at when the newer is none.
+                round != Some(2) || name.contains("/1/")
+            }
+            "ac" => store.lookup(&fixture.key).unwrap().hit().is_none(),
+            _ => match store.lookup(&fixture.key).unwrap().hit() {
+                Some(record) => store.open_artifact(&record.outputs["model"]).is_err(),
+                None => true,
+            },
+        };
+        assert!(is_found, "byte {at} of `{name}`, flip {flip}");
+        *found.entry(part.to_owned()).or_default() += 1;
+        assert_eq!(fixture.store.keep_preimage(&preimage).unwrap(), fixture.key);
+        fixture.store.drop_cuts(&fixture.key).unwrap();
+        fixture.assert_mended();
+    }
+    println!("found: {found:?}");
+    assert_eq!(found.len(), 4, "{found:?}");
+}
+
 /// A disk that loses bytes moves no times, as a write before the next boot that puts them back moves none that count.
 #[test]
 fn a_byte_changed_secretly_is_found_before_it_is_read_in_the_next_boot() {
