@@ -56,7 +56,9 @@ pub(crate) fn track(args: &TrackArgs, bench: &Workbench) -> Result<()> {
     }
     if args.tracker == Tracker::Trackio {
         let (project, folder) = (python(&name), python(&folder.display().to_string()));
-        say(&format!("python -c \"import trackio; trackio.import_tf_events({folder}, project={project})\"\n"))?;
+        say(&format!(
+            "pip install \"trackio[tensorboard]\"\npython -c \"import trackio; trackio.import_tf_events({folder}, project={project})\"\n"
+        ))?;
     }
     Ok(())
 }

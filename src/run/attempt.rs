@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use cache::{Artifact, Guard, Lookup, Record, Store, StoreError, Work};
@@ -21,10 +22,13 @@ use crate::ground::trouble::{Blamed, own_panic};
 use crate::plan::key::{self, Action, InputDigests};
 use crate::plan::results;
 use crate::plan::{Settled, content};
-use crate::run::executor::{Control, Ending, Executor, Running};
+use crate::run::executor::{Claim, Control, Ending, Executor, Running};
 use crate::run::protocol::{Input, Job, Message, Outcome};
 use crate::run::slots::Slot;
 use crate::run::sources;
+
+/// How often it is looked whether a device has come free.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What an attempt says.
 pub(crate) enum Update {
@@ -158,6 +162,7 @@ impl Attempt {
             let (record, metrics) = self.measured(record)?;
             return Ok(Ended::Reused(record, metrics));
         }
+        let Some(_device) = self.device()? else { return Ok(Ended::Stopped) };
         let inputs = match self.open_inputs()? {
             Ok(inputs) => inputs,
             Err(entry) => return Ok(Ended::Damaged { entry }),
@@ -169,6 +174,23 @@ impl Attempt {
             Ending::Died(_) if self.orders.is_stopping() => Ok(Ended::Stopped),
             Ending::Died(cause) => Err(anyhow!(cause)),
         }
+    }
+
+    /// Sets its device aside, once no other run has it; nothing where the attempt is told to stop before.
+    fn device(&self) -> Result<Option<Claim>> {
+        let device = &self.slot.device;
+        let mut waits = false;
+        while !self.orders.is_stopping() {
+            if let Some(claim) = self.executor.claim(device)? {
+                return Ok(Some(claim));
+            }
+            if !std::mem::replace(&mut waits, true) {
+                let text = format!("waits for `{device}`, which another run has");
+                (self.say)(Update::Said(Message::Noted { part: None, text }));
+            }
+            thread::sleep(PATIENCE);
+        }
+        Ok(None)
     }
 
     /// Takes the lock of the key, which nobody else has then, here or in another process.

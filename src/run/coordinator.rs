@@ -136,7 +136,7 @@ pub(crate) fn run(
         diary,
         urgency: None,
         slots: Slots::new(&settings.devices, settings.threads, settings.jobs, memory::limit()),
-        executor: Arc::new(Local),
+        executor: Arc::new(Local::new()),
         open: selection.order.iter().copied().collect(),
         askable: (0..selection.order.len()).collect(),
         deciding: 0,

@@ -11,12 +11,20 @@ use crate::run::protocol::{Job, Message, Outcome};
 
 /// A place where jobs run.
 pub(crate) trait Executor: Send + Sync {
+    /// Sets a device aside until what is returned is dropped; nothing while others on the same machine have it.
+    ///
+    /// Errors when it cannot be told who has it.
+    fn claim(&self, device: &str) -> Result<Option<Claim>>;
+
     /// Starts a worker for a job and returns at once, without waiting for anything that it does: orders wait meanwhile.
     /// The device of the job is one of this place's. `log` is the file for what the worker writes that is no message.
     ///
     /// Errors when no worker can be started.
     fn start(&self, job: Job, log: &Path) -> Result<Box<dyn Running>>;
 }
+
+/// A device that is set aside.
+pub(crate) type Claim = Box<dyn Send>;
 
 /// A job whose worker was started.
 pub(crate) trait Running {

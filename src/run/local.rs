@@ -9,21 +9,39 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use contract::VISIBLE_CARDS;
 use contract::files::in_words;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 use crate::ground::memory;
 use crate::ground::trouble::{Blamed, Fault};
-use crate::run::executor::{Control, Ending, Executor, Running};
+use crate::run::cards::Cards;
+use crate::run::executor::{Claim, Control, Ending, Executor, Running};
 use crate::run::folder::log_end;
 use crate::run::protocol::{Job, Line, Message, Order, Outcome, PARENT, REPORT};
 
 /// Starts workers on this machine.
-pub(crate) struct Local;
+pub(crate) struct Local {
+    cards: Cards,
+}
+
+impl Local {
+    pub(crate) fn new() -> Self {
+        Local { cards: Cards::new() }
+    }
+}
 
 impl Executor for Local {
+    fn claim(&self, device: &str) -> Result<Option<Claim>> {
+        let (card, _) = visible(device, mask().as_deref());
+        if card.is_empty() {
+            return Ok(Some(Box::new(())));
+        }
+        Ok(self.cards.take(&card)?.map(|held| Box::new(held) as Claim))
+    }
+
     fn start(&self, mut job: Job, log: &Path) -> Result<Box<dyn Running>> {
-        let (mask, device) = visible(&job.device, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref());
+        let (mask, device) = visible(&job.device, mask().as_deref());
         job.device = device;
         let threads = job.threads;
         let order = line(&Order::Run(Box::new(job)))?;
@@ -148,6 +166,8 @@ fn start_process(mask: &str, threads: usize, log: &Path) -> Result<Child> {
     command
         .arg0("pipeline")
         .arg("worker")
+        .env_remove(VISIBLE_CARDS)
+        .envs(self::mask().map(|all| (VISIBLE_CARDS, all)))
         .env("CUDA_VISIBLE_DEVICES", mask)
         .env(PARENT, std::process::id().to_string())
         .env("RAYON_NUM_THREADS", threads.to_string())
@@ -169,6 +189,11 @@ fn own_program() -> Result<PathBuf> {
         return Ok(itself.to_owned());
     }
     std::env::current_exe().context("cannot find this program's own file")
+}
+
+/// `CUDA_VISIBLE_DEVICES` as this process found it.
+fn mask() -> Option<String> {
+    std::env::var("CUDA_VISIBLE_DEVICES").ok()
 }
 
 /// What `CUDA_VISIBLE_DEVICES` of a worker has to be, and the device's name under it: the worker sees its own card and no

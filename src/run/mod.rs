@@ -1,6 +1,7 @@
 //! Running: the coordinator, its attempts, and the executors that start workers for them.
 
 mod attempt;
+mod cards;
 mod coordinator;
 pub(crate) mod device;
 mod executor;

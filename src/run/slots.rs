@@ -2,7 +2,7 @@
 
 use contract::Needs;
 
-use crate::graph::Subgraph;
+use crate::graph::{Operator, Subgraph};
 
 /// Where a worker runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,8 +87,9 @@ impl Slots {
 
 /// What a subgraph needs: for a loop, all that any of its stages does.
 pub(crate) fn needs(subgraph: &Subgraph, registry: &contract::Registry) -> Needs {
-    let of = |kind: &str| registry.get(kind).map(contract::Kind::needs).unwrap_or_default();
-    subgraph.operators().into_iter().map(|operator| of(&operator.kind)).fold(Needs::default(), Needs::and)
+    let of =
+        |operator: &Operator| registry.get(&operator.kind).map(|kind| kind.needs(&operator.config)).unwrap_or_default();
+    subgraph.operators().into_iter().map(of).fold(Needs::default(), Needs::and)
 }
 
 #[cfg(test)]

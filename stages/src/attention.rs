@@ -189,7 +189,7 @@ impl Stage for Attention {
         outlook.reads("model", Some("prompt"), &rows);
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

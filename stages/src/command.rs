@@ -18,11 +18,12 @@
 //!
 //! The program starts in a folder with a copy of `code`, hashed when it was copied, so that an edit meanwhile changes nothing.
 //! `{in.NAME}` is a folder with an input's files, read-only and its own, `{out.NAME}` an empty folder for an output's, `{code}` the
-//! copy. Its environment is `PATH`, `HOME`, a `TMPDIR` of its own, `OMP_NUM_THREADS`, and what `env` and `secrets` say. What it
-//! prints goes to the stage's log, without the values of secrets. It is killed with its children when the stage is.
-//! Outputs are read back as their type before they count. Cost: inputs are written once more.
+//! copy. Its environment is `PATH`, `HOME`, a `TMPDIR` of its own, `OMP_NUM_THREADS`, `CUDA_VISIBLE_DEVICES` (its own GPU with
+//! `gpu: true`, else none), and what `env` and `secrets` say. What it prints goes to the stage's log, without the values of secrets.
+//! It is killed with its children when the stage is, and when `timeout` is over. Outputs are read back as their type before they count. Cost: inputs are written once more.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -31,11 +32,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command as Process, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use contract::{
     About, AnyValue, Cause, ConfigError, Conventions, Env, Inputs, Operator, Outlook, Outputs, PortType, Ports, Result,
-    Sink, Source, Stage, Step,
+    Sink, Source, Stage, Step, limits,
 };
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use schemars::JsonSchema;
@@ -64,6 +66,13 @@ pub struct Config {
     /// Variables that are handed on from the environment of `pipeline`, whose values are in no key and no log.
     #[serde(default)]
     pub secrets: Vec<String>,
+    /// It needs a GPU: it has one for itself, which `CUDA_VISIBLE_DEVICES` names. In no key.
+    #[serde(default)]
+    pub gpu: bool,
+    /// Seconds after which it is killed and the stage has failed. In no key.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0.0), range(max = limits::SECONDS))]
+    pub timeout: Option<f64>,
     /// A command whose first line of output is in the key, such as the version of an interpreter.
     #[serde(default)]
     pub identity: Vec<String>,
@@ -186,6 +195,14 @@ impl Stage for Command {
             .fold(ports, |ports, (name, port_type)| ports.output(name, *port_type, "what the program makes"))
     }
 
+    fn outside_key(&self, _config: &Config) -> Vec<&'static str> {
+        vec!["gpu", "timeout"]
+    }
+
+    fn needs(&self, config: &Config) -> contract::Needs {
+        contract::Needs { gpu: config.gpu }
+    }
+
     fn sources(&self, config: &Config) -> Vec<Source> {
         let source = config.code.as_ref().map(|code| {
             let source = Source::new(&["code"], code);
@@ -302,9 +319,10 @@ impl Running {
         let mut process = Process::new(&arguments[0]);
         process.args(&arguments[1..]).current_dir(start).env_clear().stdin(Stdio::null());
         process.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-        for name in ["PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"] {
+        for name in ["PATH", "HOME", "LD_LIBRARY_PATH"] {
             process.envs(std::env::var_os(name).map(|value| (name, value)));
         }
+        process.envs(cards(self.config.gpu, &self.env.device).map(|cards| ("CUDA_VISIBLE_DEVICES", cards)));
         process.env("TMPDIR", tmp).env("OMP_NUM_THREADS", self.env.threads.to_string()).envs(env);
         let mut hidden = Vec::new();
         for name in secrets {
@@ -313,7 +331,12 @@ impl Running {
             hidden.extend(Some(value).filter(|value| !value.is_empty()));
         }
         let child = process.spawn().with_context(|| format!("cannot run `{}`", arguments[0]))?;
-        let (status, last) = Guarded::new(child)?.wait(hidden)?;
+        let limit = self.config.timeout.map(Duration::from_secs_f64);
+        let (status, last) = Guarded::new(child)?.wait(hidden, limit)?;
+        let Some(status) = status else {
+            let seconds = limit.unwrap_or_default().as_secs_f64();
+            bail!("`{}` did not end within {seconds} s, its `timeout`, and was killed; its last words: {last}", run[0]);
+        };
         if status.success() {
             return Ok(());
         }
@@ -323,6 +346,16 @@ impl Running {
         };
         let said = if last.is_empty() { String::new() } else { format!(": {last}") };
         bail!("`{}` ended with {how}{said}", run[0])
+    }
+}
+
+/// The cards that a program may see: with one of its own, that one; where it needs one and this run knows of none, such as with
+/// a `pipeline` built without CUDA, those that the run itself could have seen; else none.
+fn cards(needs_one: bool, device: &str) -> Option<OsString> {
+    match (needs_one, device) {
+        (false, _) => Some(OsString::new()),
+        (true, "cpu") => std::env::var_os(contract::VISIBLE_CARDS),
+        (true, _) => std::env::var_os("CUDA_VISIBLE_DEVICES"),
     }
 }
 
@@ -354,8 +387,9 @@ impl Guarded {
         Ok(Guarded { child, watcher, _open: open })
     }
 
-    /// Waits for the process, and then ends whatever it started. Gives how it ended, and its last words.
-    fn wait(mut self, hidden: Vec<String>) -> Result<(ExitStatus, String)> {
+    /// Waits for the process, and then ends whatever it started. Gives how it ended, unless the limit of time was over before, and
+    /// its last words.
+    fn wait(mut self, hidden: Vec<String>, limit: Option<Duration>) -> Result<(Option<ExitStatus>, String)> {
         let last = Arc::new(Mutex::new(VecDeque::new()));
         let stdout = self.child.stdout.take().expect("standard output is a pipe");
         let stderr = self.child.stderr.take().expect("standard error is a pipe");
@@ -367,7 +401,10 @@ impl Guarded {
         let listeners = [listen(Box::new(stdout)), listen(Box::new(stderr))];
         let id = Pid::from_child(&self.child);
         // Until it is waited for, nobody else can have its number.
-        let _ = waitid(WaitId::Pid(id), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+        let has_ended = match limit {
+            None => waitid(WaitId::Pid(id), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).is_ok(),
+            Some(limit) => ends_within(id, limit),
+        };
         let _ = kill_process_group(id, Signal::KILL);
         let _ = self.watcher.kill();
         let _ = self.watcher.wait();
@@ -376,8 +413,22 @@ impl Guarded {
             let _ = listener.join();
         }
         let last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok((status, last.iter().cloned().collect::<Vec<_>>().join(" | ")))
+        Ok((has_ended.then_some(status), last.iter().cloned().collect::<Vec<_>>().join(" | ")))
     }
+}
+
+/// Whether a child ends in time.
+fn ends_within(id: Pid, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+    while !matches!(waitid(WaitId::Pid(id), options), Ok(Some(_))) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        thread::sleep(left.min(Duration::from_millis(20)));
+    }
+    true
 }
 
 /// Writes what a program says to the stage's log, line by line, without secrets. The last lines are remembered.

@@ -348,7 +348,7 @@ impl Stage for Distill {
         }
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

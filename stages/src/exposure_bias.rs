@@ -167,7 +167,7 @@ impl Stage for ExposureBias {
         outlook.writes("teacher", Some("prompt"), &rows, config.max_new_tokens as u64);
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

@@ -109,7 +109,7 @@ impl Stage for Finetune {
         outlook.output("model", model);
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

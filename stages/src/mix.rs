@@ -171,7 +171,7 @@ impl Stage for Mix {
         outlook.output("data", Facts { text: Longest::at_most(longest), responses: Bounds::ANY, ..data });
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

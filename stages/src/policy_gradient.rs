@@ -244,7 +244,7 @@ impl Stage for PolicyGradient {
         }
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

@@ -170,7 +170,7 @@ impl Stage for PromptTune {
         outlook.output("prompt", outlook.input("prompt"));
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

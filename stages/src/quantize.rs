@@ -103,7 +103,7 @@ impl Stage for Quantize {
         outlook.output("model", model);
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

@@ -117,7 +117,7 @@ impl Stage for StudentGenerate {
         outlook.output("data", Facts { text, responses: Bounds::ANY, ..data });
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

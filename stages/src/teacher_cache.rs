@@ -134,7 +134,7 @@ impl Stage for TeacherCaching {
         outlook.output("cache", Facts { vocabulary: data.vocabulary, ..Facts::default() });
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

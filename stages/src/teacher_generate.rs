@@ -160,7 +160,7 @@ impl Stage for TeacherGenerate {
         outlook.output("data", Facts { text, rows: rows.collect(), responses: Bounds::ANY, ..data });
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &Config) -> contract::Needs {
         contract::Needs::GPU
     }
 

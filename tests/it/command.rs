@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::harness::{Project, Ran, wait_until};
+use crate::harness::{Project, Ran, is_alive, wait_until};
 
 fn project(with: &str) -> Project {
     let pipeline = format!(
@@ -132,6 +132,32 @@ fn what_a_program_does_wrong_is_said() {
     let mut command = project.command("check FILE --set");
     Ran::new(command.arg("made.run=[sh,stray.sh]").output().unwrap())
         .expect(0, &["`stray.sh` is a file that is not declared"]);
+}
+
+#[test]
+fn a_program_that_takes_too_long_is_killed_with_its_children() {
+    let project = project(", timeout: 0.4");
+    let pid = project.path("pid").display().to_string();
+    project.write("code/go.sh", &format!("sleep 600 &\necho $! > {pid}; echo waiting >&2; wait\n"));
+    project.run("run FILE").expect(1, &["did not end within 0.4 s, its `timeout`", "its last words: waiting"]);
+    let child: u32 = project.read("pid").trim().parse().unwrap();
+    wait_until("its child is gone", || !is_alive(child));
+    // The limit is in no key, and does not hold up what ends before.
+    project.write("code/go.sh", "echo one > \"$1\"/text\n");
+    project.run("run FILE").expect(0, &["done: 2 ran"]);
+    project.run("run FILE --set made.timeout=600").expect(0, &["done: 0 ran"]);
+    project.run("check FILE --set made.timeout=0").expect(2, &["timeout"]);
+}
+
+#[test]
+fn a_program_sees_a_card_only_where_it_needs_one() {
+    let project = project("");
+    project.write("code/go.sh", "echo \"cards: $CUDA_VISIBLE_DEVICES\" > \"$1\"/text\n");
+    for (gpu, seen) in [("false", "cards: \n"), ("true", "cards: 2,GPU-7\n")] {
+        let mut command = project.command(&format!("run FILE --device cpu --force made --set made.gpu={gpu}"));
+        Ran::new(command.env("CUDA_VISIBLE_DEVICES", "2,GPU-7").output().unwrap()).expect(0, &["done: "]);
+        assert_eq!(copied(&project), seen, "gpu: {gpu}");
+    }
 }
 
 #[test]

@@ -580,7 +580,7 @@ impl Stage for OnCard {
         pass_on()
     }
 
-    fn needs(&self) -> contract::Needs {
+    fn needs(&self, _: &OnCardConfig) -> contract::Needs {
         contract::Needs::GPU
     }
 

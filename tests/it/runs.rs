@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::Instant;
 
 use crate::harness::{Project, Ran, example, wait_until};
@@ -203,7 +204,7 @@ fn a_stage_that_needs_a_card_has_it_for_itself_and_no_other_gets_one() {
     ] {
         let project = Project::new(&pipeline);
         let mut command = project.command(&format!("run FILE --jobs 3 --device {devices}"));
-        command.env("FAKE_GPUS", "2").env_remove("CUDA_VISIBLE_DEVICES");
+        command.env("FAKE_GPUS", "2").env_remove("CUDA_VISIBLE_DEVICES").env("XDG_RUNTIME_DIR", project.path("."));
         if let Some(mask) = mask {
             command.env("CUDA_VISIBLE_DEVICES", mask);
         }
@@ -221,6 +222,35 @@ fn a_stage_that_needs_a_card_has_it_for_itself_and_no_other_gets_one() {
         }
         assert_eq!(used.into_iter().collect::<Vec<_>>(), expected, "{log}");
     }
+}
+
+#[test]
+fn two_runs_on_one_machine_share_out_its_cards() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let shared = tempfile::tempdir().unwrap();
+    let start = |number: u32| {
+        let stages: String = (0..3)
+            .map(|stage| {
+                let file = log.path().display();
+                format!("  s{stage}: {{kind: on-card, in: {{data: data}}, with: {{file: {file}, number: {number}{stage}}}}}\n")
+            })
+            .collect();
+        let head = "version: 1\nname: cards\nstages:\n  data: {kind: rows, with: {rows: 1}}\n";
+        let project = Project::new(&format!("{head}{stages}"));
+        let mut command = project.command("run FILE --jobs 2");
+        command.env("FAKE_GPUS", "1").env_remove("CUDA_VISIBLE_DEVICES").env("XDG_RUNTIME_DIR", shared.path());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        (command.spawn().unwrap(), project)
+    };
+    let runs = [start(1), start(2)];
+    let said = runs.map(|(run, _project)| {
+        let ran = Ran::new(run.wait_with_output().unwrap()).expect(0, &["done: 4 ran"]);
+        ran.stdout + &ran.stderr
+    });
+    assert!(said.iter().any(|said| said.contains("waits for `cuda:0`, which another run has")), "{said:?}");
+    let lines = fs::read_to_string(log.path()).unwrap();
+    let words: Vec<&str> = lines.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert_eq!(words, ["begin", "end"].repeat(6), "two workers had the card at once");
 }
 
 #[test]

@@ -191,6 +191,9 @@ pub struct Env {
     pub scratch: PathBuf,
 }
 
+/// Variable in which a worker finds what `CUDA_VISIBLE_DEVICES` was when its run was started, if it was set.
+pub const VISIBLE_CARDS: &str = "PIPELINE_VISIBLE_CARDS";
+
 /// What a running stage needs of the machine. It decides where and beside whom it runs, and is in no key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
@@ -255,8 +258,8 @@ pub trait Kind: Send + Sync {
     fn load_state(&self, folder: &Path, env: &Env) -> Result<AnyValue>;
     /// What can be said before it runs: see [`Stage::foresee`].
     fn foresee(&self, config: &Json, outlook: &mut Outlook);
-    /// What it needs of the machine.
-    fn needs(&self) -> Needs;
+    /// What it needs of the machine, under a resolved configuration.
+    fn needs(&self, config: &Json) -> Needs;
     /// Starts it. `state` is what an earlier operator's [`Operator::state`] gave.
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>>;
 }
@@ -306,7 +309,7 @@ pub trait Stage: Send + Sync + 'static {
     fn foresee(&self, _config: &Self::Config, _outlook: &mut Outlook) {}
 
     /// What it needs of the machine: no more than a place on the CPU, unless it says so.
-    fn needs(&self) -> Needs {
+    fn needs(&self, _config: &Self::Config) -> Needs {
         Needs::default()
     }
 
@@ -359,8 +362,8 @@ impl<S: Stage> Kind for S {
         Stage::foresee(self, &typed::<S>(config), outlook)
     }
 
-    fn needs(&self) -> Needs {
-        Stage::needs(self)
+    fn needs(&self, config: &Json) -> Needs {
+        Stage::needs(self, &typed::<S>(config))
     }
 
     fn start(&self, config: &Json, env: &Env, state: Option<AnyValue>) -> Result<Box<dyn Operator>> {

@@ -26,6 +26,7 @@ pub use dataset::{Dataset, End, Row};
 pub use facts::{Bounds, Facts, Longest, Vocabulary};
 pub use kind::{
     About, Alone, Check, ConfigError, Conventions, Env, Kind, Needs, Operator, Registry, Sink, Source, Stage,
+    VISIBLE_CARDS,
 };
 pub use location::{FileDigest, HubPath, Location, WebFile};
 pub use outlook::{Cause, Finding, Learner, Machine, Outlook};

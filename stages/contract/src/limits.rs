@@ -40,3 +40,5 @@ pub const EXPONENT: f64 = 1e2;
 pub const TEMPERATURE: (f64, f64) = (1e-3, 1e3);
 /// Repetition penalties.
 pub const PENALTY: (f64, f64) = (1e-3, 1e3);
+/// Seconds that a program may take: three years.
+pub const SECONDS: f64 = 1e8;
