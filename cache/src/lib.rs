@@ -96,7 +96,7 @@ pub use cut::Cut;
 pub use digest::{Digest, FileEntry, NotHexadecimal};
 pub use error::{Result, StoreError};
 pub use key::{Key, canonical};
-pub use lock::Guard;
+pub use lock::{Guard, try_take};
 pub use name::Named;
 pub use record::{Artifact, Lookup, Record, Why};
 pub use source::{Takes, copy_source};

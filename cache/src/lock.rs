@@ -40,7 +40,9 @@ pub(crate) fn take(path: &Path) -> Result<Guard> {
 }
 
 /// Takes the lock at `path` if nobody holds it.
-pub(crate) fn try_take(path: &Path) -> Result<Option<Guard>> {
+///
+/// Errors when the file cannot be made or locked.
+pub fn try_take(path: &Path) -> Result<Option<Guard>> {
     loop {
         let file = open(path)?;
         if !try_lock(&file, path)? {

@@ -2,21 +2,22 @@
 //! A card is held by a lock of the kernel, which ends with the process whatever happens to it.
 
 use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result};
+use cache::Guard;
 
 /// The cards that one run holds now.
 pub(crate) struct Cards {
     /// Where the locks of one person's runs are.
     folder: PathBuf,
-    held: Mutex<HashMap<String, Weak<File>>>,
+    held: Mutex<HashMap<String, Weak<Guard>>>,
 }
 
 /// A card is held as long as this is there.
-pub(crate) struct Held(#[expect(dead_code, reason = "dropping the last one unlocks the card")] Arc<File>);
+pub(crate) struct Held(#[expect(dead_code, reason = "dropping the last one unlocks the card")] Arc<Guard>);
 
 impl Cards {
     /// Those of this machine.
@@ -38,23 +39,15 @@ impl Cards {
     /// the same card share it, for that is what was asked for.
     pub(crate) fn take(&self, card: &str) -> Result<Option<Held>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(file) = held.get(card).and_then(Weak::upgrade) {
-            return Ok(Some(Held(file)));
+        if let Some(lock) = held.get(card).and_then(Weak::upgrade) {
+            return Ok(Some(Held(lock)));
         }
-        let path = self.folder.join(card.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "_"));
         fs::create_dir_all(&self.folder).with_context(|| format!("cannot make folder `{}`", self.folder.display()))?;
-        let opened = File::options().create(true).append(true).open(&path);
-        let file = opened.with_context(|| format!("cannot open `{}`", path.display()))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            Err(TryLockError::Error(error)) => {
-                return Err(error).with_context(|| format!("cannot lock `{}`", path.display()));
-            }
-        }
-        let file = Arc::new(file);
-        held.insert(card.to_owned(), Arc::downgrade(&file));
-        Ok(Some(Held(file)))
+        let name = card.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "_");
+        let Some(lock) = cache::try_take(&self.folder.join(name))? else { return Ok(None) };
+        let lock = Arc::new(lock);
+        held.insert(card.to_owned(), Arc::downgrade(&lock));
+        Ok(Some(Held(lock)))
     }
 }
 

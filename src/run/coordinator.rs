@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use cache::{InUse, Store};
-use contract::Registry;
+use contract::{Needs, Registry};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
@@ -231,6 +231,7 @@ struct Ready {
     node: NodeIndex,
     action: Action,
     inputs: InputDigests,
+    needs: Needs,
     /// Whether it has a result, which is to be made again.
     again: bool,
     /// Whether it is to have the machine for itself, since memory ran out when it had not.
@@ -421,7 +422,8 @@ impl Coordinator<'_> {
         };
         self.note(node, &action)?;
         tracing::debug!(stage = self.label(node), key = %action.key, reason, "to run");
-        let ready = Ready { node, action: self.unrolled(action), inputs, again, alone: false, reason, cut };
+        let needs = slots::needs(&action.subgraph, self.registry);
+        let ready = Ready { node, action: self.unrolled(action), inputs, needs, again, alone: false, reason, cut };
         self.enqueue(ready);
         Ok(())
     }
@@ -464,10 +466,9 @@ impl Coordinator<'_> {
             && let Some(ready) = self.queue.get(at)
         {
             let is_running = |running: &Running| running.ready.action.key == ready.action.key;
-            let needs = slots::needs(&ready.action.subgraph, self.registry);
             let twin_runs = self.running.values().any(is_running);
             let waits = twin_runs || ready.alone && !self.running.is_empty();
-            match if waits { None } else { self.slots.take(needs, self.foresight.memory(ready.node)) } {
+            match if waits { None } else { self.slots.take(ready.needs, self.foresight.memory(ready.node)) } {
                 Some(slot) => {
                     let ready = self.queue.remove(at).expect("it was looked at just now");
                     self.begin(ready, slot)?;
@@ -547,7 +548,7 @@ impl Coordinator<'_> {
     fn end(&mut self, node: NodeIndex, ended: Ended) -> Result<()> {
         let running = self.running.remove(&node).expect("it was running a moment ago");
         self.slots.give_back(running.slot);
-        let Ready { action, inputs, again, reason, cut, .. } = running.ready;
+        let Ready { action, inputs, needs, again, reason, cut, .. } = running.ready;
         if matches!(ended, Ended::Ran(..)) {
             self.forced.remove(&node);
         }
@@ -569,7 +570,7 @@ impl Coordinator<'_> {
             Ended::Failed(error) if Fault::of(&error) == Fault::Memory && !self.running.is_empty() => {
                 let text = format!("{error:#}; it runs once more, when no other stage does");
                 self.events.send(&Event::StageWarned { stage: self.label(node), part: None, text });
-                self.queue.push_back(Ready { node, action, inputs, again, alone: true, reason, cut });
+                self.queue.push_back(Ready { node, action, inputs, needs, again, alone: true, reason, cut });
             }
             Ended::Failed(error) => self.fail(node, error, Some(&running.log)),
         }
