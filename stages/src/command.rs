@@ -20,7 +20,8 @@
 //! `{in.NAME}` is a folder with an input's files, read-only and its own, `{out.NAME}` an empty folder for an output's, `{code}` the
 //! copy. Its environment is `PATH`, `HOME`, a `TMPDIR` of its own, `OMP_NUM_THREADS`, `CUDA_VISIBLE_DEVICES` (its own GPU with
 //! `gpu: true`, else none), and what `env` and `secrets` say. What it prints goes to the stage's log, without the values of secrets.
-//! It is killed with its children when the stage is, and when `timeout` is over. Outputs are read back as their type before they count. Cost: inputs are written once more.
+//! It is killed with its children when the stage is, and when `timeout` is over. Outputs are read back as their type before
+//! they count. Cost: inputs are written once more.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
@@ -334,7 +335,7 @@ impl Running {
         let limit = self.config.timeout.map(Duration::from_secs_f64);
         let (status, last) = Guarded::new(child)?.wait(hidden, limit)?;
         let Some(status) = status else {
-            let seconds = limit.unwrap_or_default().as_secs_f64();
+            let seconds = self.config.timeout.unwrap_or_default();
             bail!("`{}` did not end within {seconds} s, its `timeout`, and was killed; its last words: {last}", run[0]);
         };
         if status.success() {
@@ -401,10 +402,10 @@ impl Guarded {
         let listeners = [listen(Box::new(stdout)), listen(Box::new(stderr))];
         let id = Pid::from_child(&self.child);
         // Until it is waited for, nobody else can have its number.
-        let has_ended = match limit {
-            None => waitid(WaitId::Pid(id), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).is_ok(),
-            Some(limit) => ends_within(id, limit),
-        };
+        let has_ended = limit.is_none_or(|limit| ends_within(id, limit));
+        if has_ended {
+            let _ = waitid(WaitId::Pid(id), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+        }
         let _ = kill_process_group(id, Signal::KILL);
         let _ = self.watcher.kill();
         let _ = self.watcher.wait();
