@@ -55,31 +55,40 @@ class Ours:
         )
         self.run = [str(programs), "run", "p.yaml"]
 
-    def result(self):
+    def output(self, stage):
         shown = subprocess.run([str(self.programs), "show", "p.yaml", "--json"], cwd=self.folder, capture_output=True, text=True)
-        return Path(json.loads(shown.stdout)["stages"]["copy"]["outputs"]["f"]["path"]) / "f"
+        return Path(json.loads(shown.stdout)["stages"][stage]["outputs"]["f"]["path"]) / "f"
+
+    def result(self):
+        return self.output("copy")
 
     def stored(self):
         """The bytes of the slow stage's result, as the store keeps them."""
-        shown = subprocess.run([str(self.programs), "show", "p.yaml", "--json"], cwd=self.folder, capture_output=True, text=True)
-        return (Path(json.loads(shown.stdout)["stages"]["slow"]["outputs"]["f"]["path"]) / "f").resolve()
+        return self.output("slow").resolve()
 
     def again_from_the_damaged(self):
         return subprocess.run([*self.run, "--force", "copy"], cwd=self.folder, capture_output=True).returncode
 
 
-class Snakemake:
+class InPlace:
+    """A program whose stages read and write beside one another in one folder."""
+
     def __init__(self, folder, programs):
         self.folder = folder
         (folder / "slow.py").write_text(SLOW)
+        self.write(folder, programs)
+
+    def result(self):
+        return self.folder / "copy.txt"
+
+
+class Snakemake(InPlace):
+    def write(self, folder, programs):
         (folder / "Snakefile").write_text(
             'rule copy:\n    input: "slow.txt"\n    output: "copy.txt"\n    shell: "cp {input} {output}"\n'
             'rule slow:\n    input: "input.txt"\n    output: "slow.txt"\n    shell: "python3 slow.py {input} {output} alive"\n'
         )
         self.run = [str(programs / "snakemake"), "-c1", "copy.txt"]
-
-    def result(self):
-        return self.folder / "copy.txt"
 
     def stored(self):
         return self.folder / "slow.txt"
@@ -89,10 +98,8 @@ class Snakemake:
         return again(self)[0]
 
 
-class Dvc:
-    def __init__(self, folder, programs):
-        self.folder = folder
-        (folder / "slow.py").write_text(SLOW)
+class Dvc(InPlace):
+    def write(self, folder, programs):
         (folder / "dvc.yaml").write_text(
             "stages:\n"
             "  slow: {cmd: python3 slow.py input.txt slow.txt alive, deps: [input.txt, slow.py], outs: [slow.txt]}\n"
@@ -100,9 +107,6 @@ class Dvc:
         )
         subprocess.run([programs / "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
         self.run = [str(programs / "dvc"), "repro"]
-
-    def result(self):
-        return self.folder / "copy.txt"
 
     def stored(self):
         """In its cache, which is by the MD5 of what it holds."""

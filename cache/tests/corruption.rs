@@ -108,6 +108,11 @@ fn overwrite(path: &Path, bytes: &[u8]) {
 /// Writes in place and hides it, as far as anybody can.
 fn overwrite_secretly(path: &Path, bytes: &[u8]) {
     sleep(Duration::from_millis(20)); // the clocks of file systems are coarse
+    overwrite_with_its_times(path, bytes);
+}
+
+/// Writes in place and keeps the time at which it was written.
+fn overwrite_with_its_times(path: &Path, bytes: &[u8]) {
     let modified = fs::metadata(path).unwrap().modified().unwrap();
     overwrite(path, bytes);
     File::open(path).unwrap().set_times(FileTimes::new().set_modified(modified)).unwrap();
@@ -173,12 +178,11 @@ fn a_flipped_bit_is_found_before_it_is_used() {
         let drawn = |at: usize| usize::from_str_radix(&digits[at..at + 8], 16).unwrap();
         let name = &all[drawn(0) % all.len()];
         let path = root.join(name);
-        let (mut bytes, before) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap());
+        let (mut bytes, permissions) = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().permissions());
         let at = drawn(8) % bytes.len();
         bytes[at] ^= 1 << (drawn(16) % 8);
-        overwrite(&path, &bytes);
-        File::open(&path).unwrap().set_times(FileTimes::new().set_modified(before.modified().unwrap())).unwrap();
-        fs::set_permissions(&path, before.permissions()).unwrap();
+        overwrite_with_its_times(&path, &bytes);
+        fs::set_permissions(&path, permissions).unwrap();
 
         fixture = fixture.after_boot();
         let store = &fixture.store;

@@ -411,23 +411,20 @@ fn correlations(report: &Report, measures: &[Measure], lines: &[Line]) -> Vec<Co
     else {
         return Vec::new();
     };
-    let repeats = |line: &'_ Line, measure: usize| {
-        let figure = line.figures[measure].figure().filter(|_| line.variant.is_some());
-        figure.map(|figure| figure.repeats.clone()).unwrap_or_default()
+    let of = |measure: usize| -> BTreeMap<&str, &Repeat> {
+        let variants = lines.iter().filter(|line| line.variant.is_some());
+        let figures = variants.filter_map(|line| line.figures[measure].figure());
+        figures.flat_map(|figure| &figure.repeats).map(|repeat| (repeat.cell.as_str(), repeat)).collect()
     };
     let heading = |measure: usize| measures[measure].heading.clone();
+    let others = of(with);
     let mut found = Vec::new();
     for measure in (0..measures.len()).filter(|measure| *measure != with) {
-        let mut pairs: BTreeMap<(Key, Key), (f64, f64)> = BTreeMap::new();
-        for line in lines {
-            let of_cell: BTreeMap<String, Repeat> =
-                repeats(line, with).into_iter().map(|repeat| (repeat.cell.clone(), repeat)).collect();
-            for own in repeats(line, measure) {
-                if let Some(other) = of_cell.get(&own.cell) {
-                    pairs.insert((own.key, other.key), (own.mean, other.mean));
-                }
-            }
-        }
+        let pair = |(cell, own): (&str, &Repeat)| {
+            let other = others.get(cell)?;
+            Some(((own.key, other.key), (own.mean, other.mean)))
+        };
+        let pairs: BTreeMap<(Key, Key), (f64, f64)> = of(measure).into_iter().filter_map(pair).collect();
         let pairs: Vec<(f64, f64)> = pairs.into_values().collect();
         if let Some(Estimated { mean, interval, p }) = statistics::correlation(&pairs) {
             found.push(Correlation {
